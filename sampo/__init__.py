@@ -1,0 +1,32 @@
+"""Preference optimisation without training for length: SamPO and its kin, on TRL's `DPOTrainer`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import SamPOConfig
+    from .data import PreferenceDataError, load_preferences
+    from .trainer import SamPOTrainer
+    from .weighting import WEIGHTINGS
+
+# name -> module. Loaded on first use, so that `import sampo` and `sampo --help` do not wait for torch.
+_PUBLIC = {
+    "SamPOConfig": "config",
+    "SamPOTrainer": "trainer",
+    "WEIGHTINGS": "weighting",
+    "PreferenceDataError": "data",
+    "load_preferences": "data",
+}
+__all__ = ["WEIGHTINGS", "PreferenceDataError", "SamPOConfig", "SamPOTrainer", "load_preferences"]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module `sampo` has no attribute `{name}`; it has {sorted(_PUBLIC)}.")
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
