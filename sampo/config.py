@@ -1,0 +1,241 @@
+"""What can be chosen: `SamPOConfig` is TRL's `DPOConfig` plus the few options below.
+
+Everything that has no defined meaning is refused here, when the config is built and before a model is loaded, with
+all conflicts in one error.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from .weighting import WEIGHTINGS
+
+MASK_SHARINGS = ("shared", "independent")
+SAMPLED_SIDES = ("both", "rejected")
+
+# TRL 1.16's losses by what they do with the two scores. A contract test compares the union with TRL's own list.
+MARGIN_LOSSES = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # a function of β·(S_w − S_l) alone
+COUNT_LOSSES = frozenset({"ipo", "sigmoid_norm"})  # divide each score by its number of counted tokens
+SIDE_LOSSES = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired"})
+LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
+
+
+@dataclass
+class SamPOConfig(DPOConfig):
+    r"""Configuration of [`SamPOTrainer`]: all of TRL's `DPOConfig`, and which completion tokens count.
+
+    The defaults are those of the SamPO paper (arXiv 2406.10957). With `token_weighting="all"` and nothing else changed,
+    the trainer is TRL's `DPOTrainer`.
+
+    Raises:
+        ValueError: options out of range or combinations without a defined meaning, all of them in one message.
+    """
+
+    token_weighting: str = field(
+        default="sampo",
+        metadata={
+            "help": "Which completion tokens count, and how much: `all` (DPO), `sampo` (a uniform random subset of "
+            "T_m = min(T_w, T_l) tokens of each response), `expected` (its mean, T_m/T each), `mean_rescaled`, "
+            "`mean` (1/T each), `prefix` (the first T_m), `top_k` (the T_m largest log-ratios) or `decay` (gamma^t).",
+            "choices": sorted(WEIGHTINGS),
+        },
+    )
+    sampled_sides: str = field(
+        default="both",
+        metadata={
+            "help": "`both`: whichever response is longer is thinned to T_m tokens, as in the paper. `rejected`: only "
+            "a longer rejected response is thinned, a longer chosen one is kept whole. For `sampo`, `expected`, "
+            "`prefix` and `top_k`.",
+            "choices": list(SAMPLED_SIDES),
+        },
+    )
+    keep_end_token: bool = field(
+        default=False,
+        metadata={
+            "help": "The end token of a completion always counts and the other T_m - 1 tokens are chosen from the rest. "
+            "For `sampo`, `expected` and `top_k`. A truncated completion has no end token: all its tokens are equal."
+        },
+    )
+    mask_sharing: str = field(
+        default="shared",
+        metadata={
+            "help": "`shared`: policy and reference are scored on the same subset (the paper's equation). "
+            "`independent`: the reference draws a subset of its own, as the authors' released code does; noisier, and "
+            "the first loss is not ln 2. For `sampo` only.",
+            "choices": list(MASK_SHARINGS),
+        },
+    )
+    mask_samples: int = field(
+        default=1,
+        metadata={
+            "help": "Number of subsets per step over which the loss of the same log-ratios is averaged: less variance "
+            "for no further forward pass. For `sampo` only."
+        },
+    )
+    decay_gamma: float = field(
+        default=0.98,
+        metadata={"help": "Gamma in (0, 1] of `token_weighting: decay`; completion token t = 0, 1, ... weighs gamma^t."},
+    )
+    length_penalty: str | float = field(
+        default=0.0,
+        metadata={
+            "help": "Added to the logit of the loss: alpha * (T_w - T_l) for a number alpha (per token; R-DPO), or "
+            "theta * (T_w - T_l) / length_penalty_scale with a theta that is learned with the same loss for `learned`. "
+            "For losses of the margin: sigmoid, hinge, exo_pair, robust, discopop."
+        },
+    )
+    length_penalty_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens by which T_w - T_l is divided for `length_penalty: learned`. Default: the root mean square "
+            "of T_w - T_l over the training pairs, measured once at the start."
+        },
+    )
+    length_penalty_lr: float = field(
+        default=0.05,
+        metadata={"help": "Learning rate (Adam, constant) of the theta of `length_penalty: learned`, which starts at 0."},
+    )
+    log_length_pressure: bool = field(
+        default=False,
+        metadata={
+            "help": "Log `length_gap/pressure`: by how much a shift of the end token's logit raises the margin, per "
+            "pair; negative means that training lengthens. Costs one more forward pass without gradient."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            self.length_penalty = float(self.length_penalty)
+        except ValueError:
+            pass  # `learned`, or a fault that is named below with the others
+        faults = [*self._range_faults(), *self._combination_faults()]
+        if faults:
+            raise ValueError("SamPOConfig: " + " ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)))
+
+    @property
+    def learns_length_penalty(self) -> bool:
+        """Whether θ is learned."""
+        return self.length_penalty == "learned"
+
+    @property
+    def has_length_penalty(self) -> bool:
+        """Whether anything is added to the margin."""
+        return self.learns_length_penalty or self.length_penalty != 0
+
+    def _range_faults(self) -> list[str]:
+        """Options that are wrong whatever the others say."""
+        faults = []
+
+        def expect(holds: bool, name: str, must: str, cure: str = "") -> None:
+            if not holds:
+                faults.append(f"`{name}` must be {must}, got {getattr(self, name)!r}.{' ' + cure if cure else ''}")
+
+        def is_number(value) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+        expect(
+            self.token_weighting in WEIGHTINGS, "token_weighting", f"one of {sorted(WEIGHTINGS)}", "Plain DPO is `all`."
+        )
+        expect(self.sampled_sides in SAMPLED_SIDES, "sampled_sides", f"one of {list(SAMPLED_SIDES)}")
+        expect(self.mask_sharing in MASK_SHARINGS, "mask_sharing", f"one of {list(MASK_SHARINGS)}")
+        expect(
+            isinstance(self.mask_samples, int) and self.mask_samples >= 1, "mask_samples", "a whole number of at least 1"
+        )
+        expect(is_number(self.decay_gamma) and 0 < self.decay_gamma <= 1, "decay_gamma", "in (0, 1]")
+        expect(
+            self.learns_length_penalty or is_number(self.length_penalty),
+            "length_penalty",
+            "a finite number or `learned`",
+        )
+        expect(
+            self.length_penalty_scale is None or (is_number(self.length_penalty_scale) and self.length_penalty_scale > 0),
+            "length_penalty_scale",
+            "a positive number of tokens",
+        )
+        expect(is_number(self.length_penalty_lr) and self.length_penalty_lr > 0, "length_penalty_lr", "positive")
+        expect(is_number(self.beta) and self.beta > 0, "beta", "positive and finite")
+        unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
+        if unknown:
+            faults.append(f"`loss_type` must be among {sorted(LOSS_TYPES)}, got {unknown}.")
+        return faults
+
+    def _combination_faults(self) -> list[str]:
+        """The table of what goes together; docs/configuration.md says why, row by row."""
+        if self.token_weighting not in WEIGHTINGS:
+            return []
+        name, method = self.token_weighting, WEIGHTINGS[self.token_weighting]
+        thinning = [n for n, w in WEIGHTINGS.items() if w.thins]
+        losses = set(self.loss_type)
+        divergence = self.f_divergence_type != "reverse_kl"
+        table = [
+            (
+                self.sampled_sides != "both" and not method.thins,
+                f"`sampled_sides: {self.sampled_sides}` needs a method that thins the longer side {thinning}, got "
+                f"`token_weighting: {name}`.",
+            ),
+            (
+                self.keep_end_token and not method.can_keep_end,
+                f"`keep_end_token` is for {[n for n, w in WEIGHTINGS.items() if w.can_keep_end]}, got "
+                f"`token_weighting: {name}`.",
+            ),
+            (
+                self.mask_sharing == "independent" and not method.random,
+                f"`mask_sharing: independent` needs random subsets (`sampo`), got `token_weighting: {name}`.",
+            ),
+            (
+                self.mask_samples != 1 and not method.random,
+                f"`mask_samples: {self.mask_samples}` needs random subsets (`sampo`), got `token_weighting: {name}`.",
+            ),
+            (
+                not method.subset and bool(losses & COUNT_LOSSES),
+                f"`loss_type: {sorted(losses & COUNT_LOSSES)}` divides by the number of counted tokens, which has no "
+                f"meaning for the fractional weights of `token_weighting: {name}`. Use a subset method.",
+            ),
+            (
+                not method.subset and divergence,
+                f"`f_divergence_type: {self.f_divergence_type}` needs a likelihood ratio, and the fractional weights of "
+                f"`token_weighting: {name}` do not give one. Use `reverse_kl` or a subset method.",
+            ),
+            (
+                not method.subset and self.use_weighting,
+                f"`use_weighting` (WPO) has no meaning for the fractional weights of `token_weighting: {name}`.",
+            ),
+            (
+                name != "all" and self.use_weighting and "sft" in losses,
+                "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` only, "
+                "because `sft` sees all chosen tokens and the WPO weights only the counted ones.",
+            ),
+            (
+                name != "all" and self.ld_alpha is not None,
+                f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`. Unset "
+                "it, or use `all`.",
+            ),
+            (
+                self.has_length_penalty and not losses - {"sft"} <= MARGIN_LOSSES,
+                f"`length_penalty: {self.length_penalty}` needs a loss that is a function of the margin "
+                f"{sorted(MARGIN_LOSSES)}, got {sorted(losses - {'sft'} - MARGIN_LOSSES)}.",
+            ),
+            (
+                self.learns_length_penalty and not losses & MARGIN_LOSSES,
+                "`length_penalty: learned` needs a preference loss to learn from, got only `sft`.",
+            ),
+            (
+                self.has_length_penalty and divergence,
+                f"`length_penalty: {self.length_penalty}` needs `f_divergence_type: reverse_kl`, got "
+                f"`{self.f_divergence_type}`: it is added to the margin of log-ratios.",
+            ),
+            (
+                self.has_length_penalty and self.use_weighting,
+                f"`length_penalty: {self.length_penalty}` with `use_weighting` (WPO) has no source that defines it.",
+            ),
+            (
+                self.precompute_ref_log_probs and (not method.by_sum or self.keep_end_token),
+                "`precompute_ref_log_probs` stores one sum per response, and "
+                f"`token_weighting: {name}`{' with `keep_end_token`' if self.keep_end_token else ''} needs the "
+                "reference log-probabilities of single tokens. Unset it, or use one of "
+                f"{[n for n, w in WEIGHTINGS.items() if w.by_sum]} without `keep_end_token`.",
+            ),
+        ]
+        return [message for wrong, message in table if wrong]
