@@ -4,6 +4,7 @@ Everything that has no defined meaning is refused here, when the config is built
 all conflicts in one error.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -25,8 +26,8 @@ LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
 class SamPOConfig(DPOConfig):
     r"""Configuration of [`SamPOTrainer`]: all of TRL's `DPOConfig`, and which completion tokens count.
 
-    The defaults are those of the SamPO paper (arXiv 2406.10957). With `token_weighting="all"` and nothing else changed,
-    the trainer is TRL's `DPOTrainer`.
+    The defaults are those of the SamPO paper (arXiv 2406.10957). With `token_weighting="all"` and nothing else
+    changed, the trainer is TRL's `DPOTrainer`.
 
     Raises:
         ValueError: options out of range or combinations without a defined meaning, all of them in one message.
@@ -53,7 +54,7 @@ class SamPOConfig(DPOConfig):
     keep_end_token: bool = field(
         default=False,
         metadata={
-            "help": "The end token of a completion always counts and the other T_m - 1 tokens are chosen from the rest. "
+            "help": "The end token of a completion always counts; the other T_m - 1 tokens come from the rest. "
             "For `sampo`, `expected` and `top_k`. A truncated completion has no end token: all its tokens are equal."
         },
     )
@@ -75,26 +76,31 @@ class SamPOConfig(DPOConfig):
     )
     decay_gamma: float = field(
         default=0.98,
-        metadata={"help": "Gamma in (0, 1] of `token_weighting: decay`; completion token t = 0, 1, ... weighs gamma^t."},
+        metadata={
+            "help": "Gamma in (0, 1] of `token_weighting: decay`; completion token t = 0, 1, ... weighs gamma^t."
+        },
     )
-    length_penalty: str | float = field(
+    # The last of two types is what the command line parses; a number may be given as either.
+    length_penalty: float | str | None = field(
         default=0.0,
         metadata={
             "help": "Added to the logit of the loss: alpha * (T_w - T_l) for a number alpha (per token; R-DPO), or "
-            "theta * (T_w - T_l) / length_penalty_scale with a theta that is learned with the same loss for `learned`. "
+            "theta * (T_w - T_l) / length_penalty_scale with a theta learned through the same loss for `learned`. "
             "For losses of the margin: sigmoid, hinge, exo_pair, robust, discopop."
         },
     )
     length_penalty_scale: float | None = field(
         default=None,
         metadata={
-            "help": "Tokens by which T_w - T_l is divided for `length_penalty: learned`. Default: the root mean square "
-            "of T_w - T_l over the training pairs, measured once at the start."
+            "help": "Tokens by which T_w - T_l is divided for `length_penalty: learned`. Default: the root mean "
+            "square of T_w - T_l over the training pairs, measured once at the start."
         },
     )
     length_penalty_lr: float = field(
         default=0.05,
-        metadata={"help": "Learning rate (Adam, constant) of the theta of `length_penalty: learned`, which starts at 0."},
+        metadata={
+            "help": "Learning rate (Adam, constant) of the theta of `length_penalty: learned`, which starts at 0."
+        },
     )
     log_length_pressure: bool = field(
         default=False,
@@ -106,10 +112,8 @@ class SamPOConfig(DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        try:
-            self.length_penalty = float(self.length_penalty)
-        except ValueError:
-            pass  # `learned`, or a fault that is named below with the others
+        with contextlib.suppress(ValueError, TypeError):  # `learned`, or a fault that is named below with the others
+            self.length_penalty = float(self.length_penalty or 0.0)
         faults = [*self._range_faults(), *self._combination_faults()]
         if faults:
             raise ValueError("SamPOConfig: " + " ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)))
@@ -136,12 +140,17 @@ class SamPOConfig(DPOConfig):
             return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
         expect(
-            self.token_weighting in WEIGHTINGS, "token_weighting", f"one of {sorted(WEIGHTINGS)}", "Plain DPO is `all`."
+            self.token_weighting in WEIGHTINGS,
+            "token_weighting",
+            f"one of {sorted(WEIGHTINGS)}",
+            "Plain DPO is `all`.",
         )
         expect(self.sampled_sides in SAMPLED_SIDES, "sampled_sides", f"one of {list(SAMPLED_SIDES)}")
         expect(self.mask_sharing in MASK_SHARINGS, "mask_sharing", f"one of {list(MASK_SHARINGS)}")
         expect(
-            isinstance(self.mask_samples, int) and self.mask_samples >= 1, "mask_samples", "a whole number of at least 1"
+            isinstance(self.mask_samples, int) and self.mask_samples >= 1,
+            "mask_samples",
+            "a whole number of at least 1",
         )
         expect(is_number(self.decay_gamma) and 0 < self.decay_gamma <= 1, "decay_gamma", "in (0, 1]")
         expect(
@@ -150,7 +159,8 @@ class SamPOConfig(DPOConfig):
             "a finite number or `learned`",
         )
         expect(
-            self.length_penalty_scale is None or (is_number(self.length_penalty_scale) and self.length_penalty_scale > 0),
+            self.length_penalty_scale is None
+            or (is_number(self.length_penalty_scale) and self.length_penalty_scale > 0),
             "length_penalty_scale",
             "a positive number of tokens",
         )
@@ -195,8 +205,8 @@ class SamPOConfig(DPOConfig):
             ),
             (
                 not method.subset and divergence,
-                f"`f_divergence_type: {self.f_divergence_type}` needs a likelihood ratio, and the fractional weights of "
-                f"`token_weighting: {name}` do not give one. Use `reverse_kl` or a subset method.",
+                f"`f_divergence_type: {self.f_divergence_type}` needs a likelihood ratio, and the fractional weights "
+                f"of `token_weighting: {name}` do not give one. Use `reverse_kl` or a subset method.",
             ),
             (
                 not method.subset and self.use_weighting,

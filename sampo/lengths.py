@@ -1,0 +1,161 @@
+"""The one definition of length, and what length says about pairs: sums over a window, and counts over a data set.
+
+The length of a response is the number of its completion tokens after truncation, its end token included (T_w of the
+chosen, T_l of the rejected one).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class LengthSums:
+    """Running sums over pairs, for metrics over a whole logging window or evaluation set and all processes.
+
+    Means of batches would depend on the batch size; sums do not.
+    """
+
+    def __init__(self):
+        self._columns: dict[str, float] = {}
+
+    def add(self, pairs: dict[str, np.ndarray]) -> None:
+        """Add pairs.
+
+        Args:
+            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `counted_tokens` (of both sides), `margin` (of
+                implicit rewards), and if known `dpo_margin` (over all tokens) and `pressure`.
+        """
+        difference = pairs["chosen_tokens"] - pairs["rejected_tokens"]
+        longer, shorter = difference > 0, difference < 0
+        columns = {**pairs, "n": np.ones_like(difference), "longer": longer, "shorter": shorter}
+        columns |= {"d": difference, "dd": difference**2}
+        for name in ("margin", "dpo_margin"):
+            if name in pairs:
+                right = pairs[name] > 0
+                columns |= {f"{name}^2": pairs[name] ** 2, f"{name}*d": pairs[name] * difference}
+                columns |= {f"{name}>0,longer": right & longer, f"{name}>0,shorter": right & shorter}
+        for name, values in columns.items():
+            self._columns[name] = self._columns.get(name, 0.0) + float(values.sum())
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of docs/metrics.md; what these pairs do not define (a correlation of one pair) is left out."""
+        sums = self._columns
+        if not sums:
+            return {}
+        n, tokens = sums["n"], sums["chosen_tokens"] + sums["rejected_tokens"]
+        metrics = {
+            "length/chosen": sums["chosen_tokens"] / n,
+            "length/rejected": sums["rejected_tokens"] / n,
+            "length/chosen_longer": sums["longer"] / n,
+            "length/counted": sums["counted_tokens"] / tokens if tokens else 0.0,
+        }
+        metrics |= self._of_margin("margin", prefix="")
+        if "dpo_margin" in sums:
+            metrics |= self._accuracies("margin", prefix="") | self._accuracies("dpo_margin", prefix="dpo/")
+            metrics |= self._of_margin("dpo_margin", prefix="dpo/")
+        if "pressure" in sums:
+            metrics["length_gap/pressure"] = sums["pressure"] / n
+        return metrics
+
+    def _of_margin(self, name: str, prefix: str) -> dict[str, float]:
+        sums, n = self._columns, self._columns["n"]
+        var_d = sums["dd"] - sums["d"] ** 2 / n
+        var_m = sums[f"{name}^2"] - sums[name] ** 2 / n
+        cov = sums[f"{name}*d"] - sums[name] * sums["d"] / n
+        # what cancels to rounding is no variance: at the first step all margins are 0
+        known_d = var_d > 1e-9 * sums["dd"]
+        known_m = var_m > 1e-9 * sums[f"{name}^2"]
+        metrics = {}
+        if known_d:
+            metrics[f"{prefix}length_gap/slope"] = cov / var_d
+        if known_d and known_m:
+            metrics[f"{prefix}length_gap/correlation"] = cov / (var_d * var_m) ** 0.5
+        return metrics
+
+    def _accuracies(self, name: str, prefix: str) -> dict[str, float]:
+        return {
+            f"{prefix}accuracies/chosen_{side}": self._columns[f"{name}>0,{side}"] / self._columns[side]
+            for side in ("longer", "shorter")
+            if self._columns[side]
+        }
+
+
+@dataclass
+class TokenCounts:
+    """What truncation does to a tokenised data set.
+
+    Attributes:
+        pairs: number of pairs kept.
+        dropped: pairs that TRL left out because the prompt alone fills `max_length`.
+        cut_chosen: chosen responses that lose tokens.
+        cut_rejected: rejected responses that lose tokens.
+        identical: pairs whose two responses are the same tokens after truncation.
+        empty_rows: rows with a response of no tokens.
+        chosen_tokens: sum of T_w.
+        rejected_tokens: sum of T_l.
+        squared_differences: sum of (T_w − T_l)².
+    """
+
+    pairs: int = 0
+    dropped: int = 0
+    cut_chosen: int = 0
+    cut_rejected: int = 0
+    identical: int = 0
+    empty_rows: list[int] = field(default_factory=list)
+    chosen_tokens: int = 0
+    rejected_tokens: int = 0
+    squared_differences: int = 0
+
+    @property
+    def rms_difference(self) -> float:
+        """Root mean square of T_w − T_l in tokens."""
+        return (self.squared_differences / self.pairs) ** 0.5 if self.pairs else 0.0
+
+    def in_words(self, max_length: int | None) -> str:
+        """One line for the log."""
+        if not self.pairs:
+            return f"no pairs; {self.dropped:,} dropped because their prompt alone fills max_length {max_length}."
+        return (
+            f"{self.pairs:,} pairs, {self.chosen_tokens / self.pairs:.1f} chosen and "
+            f"{self.rejected_tokens / self.pairs:.1f} rejected tokens on average; at max_length {max_length}: "
+            f"{self.dropped:,} dropped because the prompt alone fills it, {self.cut_chosen:,} chosen and "
+            f"{self.cut_rejected:,} rejected responses truncated, {self.identical:,} pairs identical after truncation."
+        )
+
+
+def count_tokens(dataset, max_length: int | None, truncation_mode: str = "keep_start") -> TokenCounts:
+    """Count what the collator will cut.
+
+    Args:
+        dataset: `datasets.Dataset` with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        max_length: tokens of prompt and response together, or None.
+        truncation_mode: `keep_start` cuts the end of the response, `keep_end` the beginning of the row.
+    """
+    counts = TokenCounts()
+    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    for batch in columns.with_format("arrow").iter(batch_size=1000):
+        prompt, chosen, rejected = (_list_lengths(batch.column(i)) for i in range(3))
+        if max_length is None:
+            room = np.full_like(prompt, np.iinfo(np.int64).max)
+        else:
+            room = max_length - prompt if truncation_mode == "keep_start" else np.full_like(prompt, max_length)
+        kept_chosen, kept_rejected = np.minimum(chosen, room), np.minimum(rejected, room)
+        empty = (kept_chosen <= 0) | (kept_rejected <= 0)
+        counts.empty_rows += (counts.pairs + np.flatnonzero(empty)).tolist()
+        counts.pairs += len(prompt)
+        counts.cut_chosen += int((kept_chosen < chosen).sum())
+        counts.cut_rejected += int((kept_rejected < rejected).sum())
+        counts.chosen_tokens += int(kept_chosen.sum())
+        counts.rejected_tokens += int(kept_rejected.sum())
+        counts.squared_differences += int(((kept_chosen - kept_rejected) ** 2).sum())
+        for row in np.flatnonzero((kept_chosen == kept_rejected) & ~empty):
+            kept = int(kept_chosen[row])
+            part = slice(0, kept) if truncation_mode == "keep_start" else slice(-kept, None)
+            counts.identical += batch.column(1)[row].as_py()[part] == batch.column(2)[row].as_py()[part]
+    return counts
+
+
+def _list_lengths(column) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(column).to_numpy().astype(np.int64)

@@ -1,0 +1,304 @@
+"""Which completion tokens count, and how much. Pure functions of tensors; read this first.
+
+Every method is one formula, `loss = f(β·(Σ_t w_t r_t(chosen) − Σ_t v_t r_t(rejected)))`, where r_t is the log-ratio
+log π(y_t) − log π_ref(y_t) of a completion token; a method is a choice of the weights w and v. Shapes: a batch of B
+pairs is 2B rows, chosen first; of L tokens in a row N = L − 1 are predicted, and `(2B, N)` tensors are aligned with
+the predicted tokens `input_ids[:, 1:]`. T is the number of completion tokens of a row, T_w that of a chosen and T_l of
+a rejected one, T_m = min(T_w, T_l).
+
+Where we leave the SamPO paper (arXiv 2406.10957), and its released code:
+
+1. The subset is drawn without replacement. The paper writes `y^t ~ Uniform(T_m, {y}^T)`; the code does the same as we.
+2. Policy and reference share the subset, as in Eq. 10. The released code draws twice; `mask_sharing: independent` in
+   the trainer does so too.
+3. A subset is no draw from a generator but a hash of (seed, epoch, tokens of the row, position): the same after a
+   resume, for any batch size and on any number of processes.
+4. `keep_end_token` and `sampled_sides: rejected` are ours (docs/concepts.md).
+
+To add a method: one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that dict.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_INT64_MAX = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """What a weighting may look at.
+
+    Attributes:
+        mask: `(2B, N)` bool, the completion tokens.
+        budget: `(2B,)` int64, how many tokens a row may keep: T_m, or T where a side is not to be thinned.
+        forced: `(2B, N)` bool, tokens that always count (the end tokens under `keep_end_token`); at most one a row.
+        keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`).
+        log_ratios: `(2B, N)` float, without gradient; only for methods that need them.
+        gamma: factor of `decay`.
+    """
+
+    mask: Tensor
+    budget: Tensor
+    forced: Tensor
+    keys: Tensor | None = None
+    log_ratios: Tensor | None = None
+    gamma: float = 1.0
+
+    @property
+    def lengths(self) -> Tensor:
+        """`(2B,)` int64, completion tokens of each row."""
+        return self.mask.sum(dim=1)
+
+
+def _all(tokens: PairTokens) -> Tensor:
+    """DPO (arXiv 2305.18290): every token weighs 1."""
+    return tokens.mask.float()
+
+
+def _sampo(tokens: PairTokens) -> Tensor:
+    """SamPO Eq. 10 (arXiv 2406.10957): 1 on a uniform random subset of `budget` tokens."""
+    return _first(tokens.keys.masked_fill(tokens.forced, -1), tokens).float()
+
+
+def _expected(tokens: PairTokens) -> Tensor:
+    """The mean of `sampo` over all subsets: budget / T, a forced token 1 and the others (budget − 1) / (T − 1)."""
+    n_forced = tokens.forced.sum(dim=1)
+    share = (tokens.budget - n_forced) / (tokens.lengths - n_forced).clamp(min=1)  # (2B,)
+    return torch.where(tokens.forced, 1.0, share[:, None].float()) * tokens.mask
+
+
+def _mean_rescaled(tokens: PairTokens) -> Tensor:
+    """SamPO Eq. 9, "DPO-SANorm": (T_w + T_l) / (2T)."""
+    lengths = tokens.lengths.float()
+    mean_length = lengths.view(2, -1).mean(dim=0).repeat(2)  # (2B,)
+    return (mean_length / lengths.clamp(min=1))[:, None] * tokens.mask
+
+
+def _mean(tokens: PairTokens) -> Tensor:
+    """Length-normalised DPO (SimPO, arXiv 2405.14734, App. I; Tülu 3): 1 / T."""
+    return (1 / tokens.lengths.clamp(min=1))[:, None] * tokens.mask
+
+
+def _prefix(tokens: PairTokens) -> Tensor:
+    """POET (arXiv 2506.09457): 1 on the first `budget` tokens."""
+    return (tokens.mask & (tokens.mask.cumsum(dim=1) <= tokens.budget[:, None])).float()
+
+
+def _top_k(tokens: PairTokens) -> Tensor:
+    """SamPO App. G: 1 on the `budget` tokens with the largest log-ratio."""
+    return _first((-tokens.log_ratios).masked_fill(tokens.forced, -torch.inf), tokens).float()
+
+
+def _decay(tokens: PairTokens) -> Tensor:
+    """D2PO (arXiv 2502.14340): γ^t for the completion tokens t = 0, 1 and so on."""
+    position = (tokens.mask.cumsum(dim=1) - 1).clamp(min=0)
+    return tokens.gamma**position * tokens.mask
+
+
+def _first(order_by: Tensor, tokens: PairTokens) -> Tensor:
+    """`(2B, N)` bool: in each row the `budget` completion tokens with the smallest value, the earlier of equals."""
+    last = torch.inf if order_by.is_floating_point() else _INT64_MAX
+    order = order_by.masked_fill(~tokens.mask, last).argsort(dim=1, stable=True)  # (2B, N)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.size(1), device=order.device).expand_as(order)
+    )
+    return tokens.mask & (rank < tokens.budget[:, None])
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """One method.
+
+    Attributes:
+        weights: `PairTokens` -> `(2B, N)` float32 weights ≥ 0, zero outside the completion.
+        title: name in tables and on the model card.
+        formula: weight of a completion token, for the docs.
+        source: arXiv id and equation, or how it was derived.
+        subset: the weights are 0 or 1, so that counts and likelihood ratios keep their meaning.
+        thins: the weights keep T_m tokens of the longer side, so `sampled_sides` has a meaning.
+        random: the weights look at `keys`.
+        can_keep_end: `keep_end_token` has a meaning.
+        by_sum: the weight is the same for all tokens of a row, so sums over the response suffice.
+        needs_log_ratios: the weights look at `log_ratios`.
+    """
+
+    weights: Callable[[PairTokens], Tensor]
+    title: str
+    formula: str
+    source: str
+    subset: bool = False
+    thins: bool = False
+    random: bool = False
+    can_keep_end: bool = False
+    by_sum: bool = False
+    needs_log_ratios: bool = False
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "all": Weighting(_all, "DPO", "1", "arXiv 2305.18290", subset=True, by_sum=True),
+    "sampo": Weighting(
+        _sampo,
+        "SamPO",
+        "1 on a uniform random subset of T_m tokens",
+        "arXiv 2406.10957, Eq. 10",
+        subset=True,
+        thins=True,
+        random=True,
+        can_keep_end=True,
+    ),
+    "expected": Weighting(
+        _expected,
+        "SamPO in expectation",
+        "T_m / T",
+        "derived from arXiv 2406.10957, Eq. 10",
+        thins=True,
+        can_keep_end=True,
+        by_sum=True,
+    ),
+    "mean_rescaled": Weighting(
+        _mean_rescaled, "DPO-SANorm", "(T_w + T_l) / (2T)", "arXiv 2406.10957, Eq. 9", by_sum=True
+    ),
+    "mean": Weighting(_mean, "length-normalised DPO", "1 / T", "arXiv 2405.14734, App. I", by_sum=True),
+    "prefix": Weighting(_prefix, "POET", "1 on the first T_m tokens", "arXiv 2506.09457", subset=True, thins=True),
+    "top_k": Weighting(
+        _top_k,
+        "SamPO-TopK",
+        "1 on the T_m tokens with the largest log-ratio",
+        "arXiv 2406.10957, App. G",
+        subset=True,
+        thins=True,
+        can_keep_end=True,
+        needs_log_ratios=True,
+    ),
+    "decay": Weighting(_decay, "D2PO", "γ^t, t = 0, 1, …", "arXiv 2502.14340"),
+}
+
+
+def token_weights(
+    name: str,
+    mask: Tensor,
+    *,
+    end: Tensor | None = None,
+    keys: Tensor | None = None,
+    log_ratios: Tensor | None = None,
+    sampled_sides: str = "both",
+    keep_end_token: bool = False,
+    gamma: float = 1.0,
+) -> Tensor:
+    """The weights of a method for a batch of pairs.
+
+    Args:
+        name: a key of `WEIGHTINGS`.
+        mask: `(2B, N)` bool, completion tokens, chosen rows first.
+        end: `(2B, N)` bool, the end token of each completion (`last_end_tokens`); needed with `keep_end_token`.
+        keys: `(2B, N)` int64 from `draw_keys`; needed by `sampo`.
+        log_ratios: `(2B, N)` float; needed by `top_k`. No gradient passes through them.
+        sampled_sides: `both`, or `rejected`: chosen rows keep all their tokens.
+        keep_end_token: the end token always counts.
+        gamma: factor of `decay`.
+
+    Returns:
+        `(2B, N)` float32, ≥ 0, zero where `mask` is.
+    """
+    lengths = mask.sum(dim=1)
+    budget = lengths.view(2, -1).amin(dim=0).repeat(2)  # (2B,): T_m on both sides
+    if sampled_sides == "rejected":
+        n_pairs = mask.size(0) // 2
+        budget = torch.cat((lengths[:n_pairs], budget[n_pairs:]))
+    forced = end if keep_end_token else torch.zeros_like(mask)
+    log_ratios = None if log_ratios is None else log_ratios.detach()
+    return WEIGHTINGS[name].weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
+
+
+def sequence_logps(logps: Tensor, weights: Tensor) -> Tensor:
+    """Σ_t w_t·log π(y_t), `(2B,)`; of the policy's minus of the reference's is the score S, β·S the implicit reward.
+
+    Args:
+        logps: `(2B, N)` nats.
+        weights: `(2B, N)`.
+    """
+    return (weights * logps).sum(dim=1)
+
+
+def length_pressure(weights: Tensor, end: Tensor, end_probs: Tensor) -> Tensor:
+    """d(S_w − S_l)/db for a shift b of the end token's logit at every position; below 0, training lengthens.
+
+    A completion contributes Σ_t w_t·(1[y_t = end] − p_end(t)): the derivative of log-softmax is 1[y_t = end] − p_end.
+
+    Args:
+        weights: `(2B, N)`.
+        end: `(2B, N)` bool, where the predicted token is the end token.
+        end_probs: `(2B, N)`, the policy's probability of the end token; any number where the weight is 0.
+
+    Returns:
+        `(B,)`.
+    """
+    chosen, rejected = (weights * (end.float() - end_probs)).sum(dim=1).chunk(2)
+    return chosen - rejected
+
+
+def last_end_tokens(input_ids: Tensor, mask: Tensor, end_token_ids: Tensor) -> Tensor:
+    """`(2B, N)` bool: the last token of each completion that is an end token.
+
+    That need not be its last token: ChatML templates put a newline after `<|im_end|>`. A completion that was cut
+    before its end token has none, and its row is all False.
+
+    Args:
+        input_ids: `(2B, L)`.
+        mask: `(2B, N)` bool, N = L − 1.
+        end_token_ids: `(E,)` ids of EOS and end-of-turn tokens.
+    """
+    is_end = mask & torch.isin(input_ids[:, 1:], end_token_ids)
+    after = is_end.flip(1).cumsum(dim=1).flip(1)  # end tokens from here to the end of the row
+    return is_end & (after == 1)
+
+
+# --- subsets without a generator: splitmix64 (Steele, Lea & Flood 2014) in int64 with wrap-around -------------------
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX2 = 0x94D049BB133111EB - 2**64
+
+
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    """Logical shift: int64 in torch has only the arithmetic one."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64 of each element; `_mix(0) = 0xE220A8397B1DCDAF` as published."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def fingerprints(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """`(R,)` int64, one hash per row of its real tokens in their order; padding on either side does not change it."""
+    real = attention_mask.long()
+    position = real.cumsum(dim=1) - 1
+    tokens = _mix(_mix(input_ids) + position * _GOLDEN) * real  # (R, L)
+    return _mix(tokens.sum(dim=1) ^ real.sum(dim=1))
+
+
+def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: int, stream: int = 0) -> Tensor:
+    """One random number per predicted token; the T_m smallest of a row are a uniform subset.
+
+    Args:
+        input_ids: `(2B, L)` int64.
+        attention_mask: `(2B, L)`, 1 for real tokens.
+        seed: of the run.
+        epoch: 0, 1, … in training, −1 in evaluation.
+        stream: tells draws of one epoch apart: `mask_samples`, and the reference's own draw.
+
+    Returns:
+        `(2B, L − 1)` int64, ≥ 0: a function of (seed, epoch, stream, tokens of the row, position) and nothing else.
+    """
+    run = torch.zeros((), dtype=torch.int64, device=input_ids.device)
+    for part in (seed, epoch, stream):
+        run = _mix(run ^ part)
+    row = _mix(fingerprints(input_ids, attention_mask) ^ run)  # (2B,)
+    position = attention_mask.long().cumsum(dim=1) - 1
+    return _shift_right(_mix(row[:, None] + position * _GOLDEN), 1)[:, 1:]
