@@ -624,8 +624,8 @@ def _refuse_separate_processes(args: SamPOConfig) -> None:
         raise RuntimeError(
             f"All {world} launched processes must train one model together, got a process that sees itself alone: "
             "each would train on the same rows and overwrite the other's output. On CPU set `use_cpu: true` and "
-            "launch with `torchrun` or an accelerate config of type MULTI_GPU; on GPUs check that each process sees its "
-            "device."
+            "launch with `torchrun` or an accelerate config of type MULTI_GPU; on GPUs check that each process sees "
+            "its device."
         )
 
 
