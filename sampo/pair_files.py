@@ -1,0 +1,321 @@
+"""Where preference data comes from: files, folders, the hub, and data sets already loaded.
+
+Every source is a dict of splits, each a function that reads it into a [`Table`].
+"""
+
+import difflib
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .pair_rows import PAIR_COLUMNS, Fault, PreferenceDataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+# Words in a file's name that say which split it belongs to; as the `datasets` library reads them.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+@dataclass(frozen=True)
+class BrokenLine:
+    """A line of a JSONL file, or an element of a JSON list, that holds no row."""
+
+    kind: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they were found: an Arrow data set, or parsed JSON (whose columns need not have one type)."""
+
+    rows: "Dataset | list[dict | BrokenLine]"
+    columns: list[str]
+
+    def cells(self, names: list[str]) -> Iterator[tuple | BrokenLine]:
+        """The values of the named columns, row by row; None for a column that is not there."""
+        if isinstance(self.rows, list):
+            yield from (row if isinstance(row, BrokenLine) else tuple(map(row.get, names)) for row in self.rows)
+            return
+        present = [name for name in names if name in self.columns]
+        for batch in self.rows.with_format(None).select_columns(present).iter(batch_size=1000):
+            nothing = [None] * len(batch[present[0]])
+            yield from zip(*(batch.get(name, nothing) for name in names), strict=True)
+
+    def renamed(self, columns: dict[str, str], label: str) -> "Table":
+        """`columns` maps our names to those of the source; a column that already has our name makes room."""
+        unknown = sorted(set(columns) - set(PAIR_COLUMNS))
+        absent = sorted(set(columns.values()) - set(self.columns))
+        if unknown or absent or len(set(columns.values())) < len(columns):
+            raise ValueError(
+                "`columns` must map names among `prompt`, `chosen`, `rejected` to different columns of the source, "
+                f"got {columns}; {label} has {self.columns}."
+            )
+        theirs_to_ours = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
+        replaced = {ours for ours in theirs_to_ours.values() if ours in self.columns and ours not in theirs_to_ours}
+        if replaced:
+            logger.warning("%s: column(s) %s replaced as `columns` asks", label, ", ".join(sorted(replaced)))
+        names = [theirs_to_ours.get(column, column) for column in self.columns if column not in replaced]
+        if not isinstance(self.rows, list):
+            kept = self.rows.remove_columns(sorted(replaced))
+            return Table(kept.rename_columns(theirs_to_ours) if theirs_to_ours else kept, names)
+        rows = [
+            row
+            if isinstance(row, BrokenLine)
+            else {theirs_to_ours.get(key, key): value for key, value in row.items() if key not in replaced}
+            for row in self.rows
+        ]
+        return Table(rows, names)
+
+    def select(self, kept: list[int]) -> "Dataset":
+        """The kept rows as an Arrow data set."""
+        if not isinstance(self.rows, list):
+            return self.rows if len(kept) == len(self.rows) else self.rows.select(kept)
+        import pyarrow as pa
+        from datasets import Dataset
+
+        rows = [{column: self.rows[row].get(column) for column in self.columns} for row in kept]  # type: ignore[union-attr]
+        try:
+            # `use_json`: an extra column whose values have different types, or the arguments of different tools, must
+            # neither fail nor be filled up with nulls.
+            return Dataset.from_list(rows, on_mixed_types="use_json")
+        except (OverflowError, pa.ArrowException) as error:
+            raise ValueError(
+                f"Each column must hold values that Arrow can store, got columns {self.columns} and: {error}. Take "
+                "the column that is meant out of the file."
+            ) from error
+
+
+def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
+    """What to call the source in messages, and its splits, each to be read when called."""
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(source, Dataset):
+        return "the data set", {str(source.split or "train"): lambda: Table(source, source.column_names)}
+    if isinstance(source, DatasetDict):
+        return "the data set", _of_datasets(source)
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            "`source` must be a path, a data set id on the hub, a `Dataset` or a `DatasetDict`, got "
+            f"{type(source).__name__}. A stream cannot be checked: load the data without `streaming`."
+        )
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path, name)
+    if path.exists():
+        _data_suffix(path)
+        return path.name, {"train": lambda: _read_files([path])}
+    return _open_hub(str(source), name)
+
+
+def _of_datasets(splits: "DatasetDict") -> dict[str, Callable[[], Table]]:
+    return {
+        str(split): lambda dataset=dataset: Table(dataset, dataset.column_names) for split, dataset in splits.items()
+    }
+
+
+def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
+    import datasets
+
+    looks_like_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
+    if looks_like_path or _data_suffix(Path(source), required=False):
+        raise FileNotFoundError(
+            f"`source` must be a file, a folder or a data set id on the hub, got {source!r}, which looks like a path "
+            f"and does not exist (the working directory is {Path.cwd()}). Check the spelling."
+        )
+    try:
+        loaded = datasets.load_dataset(source, name)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+        raise type(error)(
+            f"`source` must be a file, a folder or a data set id on the hub, got {source!r}: there is no such path in "
+            f"{Path.cwd()}, and the hub gave: {error}. Check the spelling, the connection and `hf auth login`."
+        ) from error
+    return source, _of_datasets(loaded)
+
+
+def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
+    """A folder of `save_to_disk`, or of data files, whose splits are named in the file names."""
+    import datasets
+
+    if name is not None:
+        if not (folder / name).is_dir():
+            inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+            raise ValueError(f"`name` must be a sub-folder of {folder}, got {name!r}; it has {inside}.")
+        folder = folder / name
+    if (folder / "dataset_dict.json").exists():
+        return folder.name, _of_datasets(datasets.load_from_disk(str(folder)))
+    if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
+        dataset = datasets.load_from_disk(str(folder))
+        return folder.name, {str(dataset.split or "train"): lambda: Table(dataset, dataset.column_names)}
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and _data_suffix(path, required=False) and not any(part.startswith(".") for part in parts):
+            splits.setdefault(_split_of(parts), []).append(path)
+    if not splits:
+        raise FileNotFoundError(
+            f"A data folder must hold files that end in {', '.join(DATA_SUFFIXES)} (or those with .gz), or be written "
+            f"by `save_to_disk`; {folder} is neither."
+        )
+    for split, paths in splits.items():
+        logger.info("split `%s` of %s: %s", split, folder, ", ".join(str(path.relative_to(folder)) for path in paths))
+    return folder.name, {split: lambda paths=paths: _read_files(paths) for split, paths in splits.items()}
+
+
+def _split_of(parts: tuple[str, ...]) -> str:
+    """The split that a file of a folder belongs to, from its name, else from its folders; `train` if none says so."""
+    stem = re.split(r"\.(?:jsonl?|parquet)", parts[-1], flags=re.IGNORECASE)[0]
+    shard = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?", stem)
+    if shard:
+        return shard[1]
+    for part in (stem, *reversed(parts[:-1])):
+        words = set(re.split(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])", part.lower()))
+        for split, keywords in SPLIT_WORDS.items():
+            if words & set(keywords):
+                return split
+    return "train"
+
+
+def pick_split(tables: dict[str, Callable[[], Table]], split: str | None, label: str) -> Table:
+    """One split, or a slice of it in the spelling of `datasets`: `train[:100]`, `train[10%:20%]`."""
+    from datasets import ReadInstruction
+
+    if split is None:
+        split = "train" if "train" in tables else next(iter(tables))
+        if split != "train" and len(tables) > 1:
+            raise ValueError(f"`split` must say which one to load: {label} has {sorted(tables)}.")
+    base = split.split("[")[0]
+    if base not in tables:
+        raise ValueError(f"`split` must be one of {sorted(tables)} for {label}, got {split!r}.{guess(base, tables)}")
+    table = tables[base]()
+    if base == split:
+        return table
+    slices = ReadInstruction.from_spec(split).to_absolute({base: len(table.rows)})
+    rows = [row for part in slices for row in range(part.from_ or 0, len(table.rows) if part.to is None else part.to)]
+    picked = [table.rows[row] for row in rows] if isinstance(table.rows, list) else table.rows.select(rows)
+    return Table(picked, table.columns)
+
+
+def _data_suffix(path: Path, *, required: bool = True) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    suffix = next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), "")
+    if required and not suffix:
+        raise ValueError(f"A data file must end in {', '.join(DATA_SUFFIXES)} (or those with .gz), got {path}.")
+    return suffix
+
+
+def _read_files(paths: list[Path]) -> Table:
+    from datasets import concatenate_datasets
+
+    kinds = {_data_suffix(path) == ".parquet" for path in paths}
+    if len(kinds) > 1:
+        raise ValueError(f"The files of a split must be all JSON or all Parquet, got {[path.name for path in paths]}.")
+    if kinds == {True}:
+        parts = [_read_parquet(path) for path in paths]
+        dataset = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        return Table(dataset, dataset.column_names)
+    rows = [row for path in paths for row in _read_json(path)]
+    return Table(rows, list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)))
+
+
+def _read_parquet(path: Path) -> "Dataset":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    try:
+        if path.suffix.lower() != ".gz":
+            pq.read_metadata(path)  # a clear error before `datasets` hides it behind its own
+            dataset = Dataset.from_parquet(str(path))
+        else:
+            dataset = Dataset(pq.read_table(pa.BufferReader(_read_bytes(path))))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(path, f"is no complete Parquet file ({error})") from error
+    if not len(dataset):
+        raise _unreadable(path, "has no rows")
+    return dataset
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The content of a file, unpacked. A gzip file that is cut off is an error: who knows how many rows it lacks."""
+    if path.suffix.lower() != ".gz":
+        return path.read_bytes()
+    try:
+        with gzip.open(path) as file:
+            return file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _unreadable(path, f"is a damaged or cut-off gzip file ({error}), so rows are lost") from error
+
+
+def _read_json(path: Path) -> list[dict | BrokenLine]:
+    """One object a line, or one list of objects; the first character tells, since both go by the name `.json`."""
+    content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    if not content.strip():
+        raise _unreadable(path, "is empty")
+    if content.lstrip()[:1] != b"[":
+        ends_whole = content.endswith(b"\n")
+        lines = content.split(b"\n")
+        last = max(number for number, line in enumerate(lines, 1) if line.strip())
+        return [
+            _parse_line(line, f"{path.name}, line {number}", cut_off=number == last and not ends_whole)
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    try:
+        elements = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _unreadable(path, f"is not valid UTF-8 at line {line}; save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise _unreadable(path, f"is no complete JSON list ({error.msg} at {place})") from error
+    if not elements:
+        raise _unreadable(path, "has no rows")
+    escaped = b"\\u" in content
+    return [_row_or_broken(row, f"{path.name}, element {number}", escaped) for number, row in enumerate(elements)]
+
+
+def _parse_line(line: bytes, place: str, *, cut_off: bool) -> dict | BrokenLine:
+    try:
+        return _row_or_broken(json.loads(line.decode("utf-8")), place, b"\\u" in line)
+    except UnicodeDecodeError as error:
+        return BrokenLine("bad_utf8", f"{place} (byte {error.start + 1})")
+    except json.JSONDecodeError as error:
+        why = "the file ends inside it: cut off" if cut_off else f"{error.msg}, column {error.colno}"
+        return BrokenLine("broken_line", f"{place} ({why})")
+
+
+def _row_or_broken(value: Any, place: str, escaped: bool) -> dict | BrokenLine:
+    if not isinstance(value, dict):
+        return BrokenLine("not_an_object", f"{place} ({type(value).__name__})")
+    try:
+        # Half of a surrogate pair ("\\ud83d" alone) is legal JSON and no text: Arrow and tokenizers refuse it.
+        if escaped:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return BrokenLine("bad_utf8", f"{place} (half a surrogate pair)")
+    return value
+
+
+def _unreadable(path: Path, what: str) -> PreferenceDataError:
+    cure = "Fetch or write the file again."
+    return PreferenceDataError(f"{path} {what}. {cure}", [Fault("unreadable_file", "", [], 1, cure)])
+
+
+def guess(value: str, choices: Iterable) -> str:
+    """End of an error message: the choice that was probably meant, if one is near."""
+    close = difflib.get_close_matches(value, [str(choice) for choice in choices], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,296 @@
+r"""One row of preference data: from its layout to a normalised pair, or to the list of its faults.
+
+A pair is `prompt`, `chosen` and `rejected`. Rows come in one of six layouts, each with one reader in `READERS`:
+
+| layout | columns | comes out as |
+|---|---|---|
+| `text` | `prompt`, `chosen`, `rejected` are strings | itself |
+| `messages` | all three are lists of messages | itself |
+| `shared_text` | `chosen`, `rejected` begin with the prompt (strings) | the shared beginning cut off, by TRL's rule |
+| `shared_messages` | the same with lists of messages | the same |
+| `transcripts` | `\n\nHuman: … \n\nAssistant: …` in `chosen` and `rejected` | messages |
+| `text_beside_messages` | `prompt` is a string, the sides are messages | messages |
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+
+# What a message can consist of. An assistant that calls a tool need not say anything.
+SPEAKING_KEYS = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+DROP_CURE = "Load the data with `load_preferences(..., on_bad_rows='drop')` to leave them out"
+# kind of fault -> (what is said after "12 of 2,312 pairs", the cure)
+KINDS = {
+    "bad_utf8": ("{are} not valid UTF-8", f"Save the file as UTF-8. {DROP_CURE}."),
+    "broken_line": ("{are} no complete JSON", f"Mend the line, or fetch the file again. {DROP_CURE}."),
+    "not_an_object": (
+        "{are} valid JSON but no object",
+        f'Each must look like {{"prompt": …, "chosen": …, "rejected": …}}. {DROP_CURE}.',
+    ),
+    "null": ("{have} no value (null) in `{column}`", f"Fill it in. {DROP_CURE}."),
+    "nan": ("{have} NaN in `{column}`", f"An empty cell of a table is read as NaN; fill it in. {DROP_CURE}."),
+    "wrong_type": (
+        "{have} a `{column}` of the wrong type",
+        "`prompt`, `chosen` and `rejected` must all be strings, or all lists of messages "
+        f'{{"role": …, "content": …}}. {DROP_CURE}.',
+    ),
+    "empty": ("{have} an empty `{column}`", f"Fill it in. {DROP_CURE}."),
+    "not_a_transcript": (
+        "{have} a `{column}` that does not begin with `Human:`, while most rows do",
+        f"Do not mix transcripts with other text. {DROP_CURE}.",
+    ),
+    "bad_roles": (
+        "{have} bad roles in `{column}`",
+        "After the system message, user and assistant must take turns, and a completion must end with the assistant. "
+        f"{DROP_CURE}.",
+    ),
+    "prompt_not_shared": (
+        "{have} no shared beginning of `chosen` and `rejected` to serve as `prompt`",
+        f"Without a `prompt` column both sides must begin with the same prompt. {DROP_CURE}.",
+    ),
+    "identical": (
+        "{have} the same text in `chosen` and `rejected`",
+        f"A pair without a difference teaches nothing. {DROP_CURE}.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault in one column: the first `rows` that have it (counted from 0), and how many do in all."""
+
+    kind: str
+    column: str
+    rows: list[int]
+    count: int
+    cure: str
+
+
+class PreferenceDataError(ValueError):
+    """Preference data that cannot be trained on; `faults` lists everything that is wrong with it."""
+
+    def __init__(self, message: str, faults: Iterable[Fault] = ()):
+        super().__init__(message)
+        self.faults = list(faults)
+
+
+Faults = list[tuple[str, str]]  # (kind, column)
+Pair = tuple[Any, Any, Any]  # prompt, chosen, rejected
+
+
+def _read_text(prompt: Any, chosen: Any, rejected: Any) -> tuple[Pair, Faults]:
+    faults = _cell_faults(_text_fault, prompt=prompt, chosen=chosen, rejected=rejected)
+    if not faults and chosen == rejected:
+        faults = [("identical", "rejected")]
+    return (prompt, chosen, rejected), faults
+
+
+def _read_shared_text(_: Any, chosen: Any, rejected: Any) -> tuple[Pair, Faults]:
+    faults = _cell_faults(_text_fault, chosen=chosen, rejected=rejected)
+    if faults or chosen == rejected:
+        return (None, chosen, rejected), faults or [("identical", "rejected")]
+    cut = _shared_length(chosen, rejected)
+    if not chosen[:cut].strip():
+        return (None, chosen, rejected), [("prompt_not_shared", "prompt")]
+    return _read_text(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _read_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Pair, Faults]:
+    faults = _cell_faults(_messages_fault, prompt=prompt, chosen=chosen, rejected=rejected)
+    faulty = {column for _, column in faults}
+    if "prompt" not in faulty:
+        faults += [("bad_roles", "prompt")] if not _alternates(prompt) else []
+        for column, side in (("chosen", chosen), ("rejected", rejected)):
+            if column not in faulty and (kind := _completion_fault(prompt, side)):
+                faults.append((kind, column))
+    if not faults and chosen == rejected:
+        faults = [("identical", "rejected")]
+    return (prompt, chosen, rejected), faults
+
+
+def _read_shared_messages(_: Any, chosen: Any, rejected: Any) -> tuple[Pair, Faults]:
+    faults = _cell_faults(_messages_fault, chosen=chosen, rejected=rejected)
+    if faults or chosen == rejected:
+        return (None, chosen, rejected), faults or [("identical", "rejected")]
+    # Arrow fills the keys that a message lacks with nulls, and the two columns need not have the same keys.
+    cut = _shared_length([without_nulls(message) for message in chosen], [without_nulls(m) for m in rejected])
+    if not cut:
+        return (None, chosen, rejected), [("prompt_not_shared", "prompt")]
+    return _read_messages(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _read_text_beside_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Pair, Faults]:
+    """UltraFeedback's layout: the prompt as text, and whole conversations (or the answers alone) on the sides."""
+    faults = _cell_faults(_text_fault, prompt=prompt) + _cell_faults(_messages_fault, chosen=chosen, rejected=rejected)
+    if faults:
+        return (prompt, chosen, rejected), faults
+    if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
+        return _read_shared_messages(None, chosen, rejected)
+    return _read_messages([{"role": "user", "content": prompt}], chosen, rejected)
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def _read_transcripts(_: Any, chosen: Any, rejected: Any) -> tuple[Pair, Faults]:
+    r"""`\n\nHuman: … \n\nAssistant: …`: all before the last `Assistant:` is the prompt, and must be shared."""
+    failed: Pair = (None, chosen, rejected)
+    faults = _cell_faults(_text_fault, chosen=chosen, rejected=rejected)
+    if faults:
+        return failed, faults
+    sides = {"chosen": _split_transcript(chosen), "rejected": _split_transcript(rejected)}
+    for column, (prompt, completion) in sides.items():
+        if prompt is None:
+            faults.append(("not_a_transcript", column))
+        elif completion is None:
+            faults.append(("bad_roles", column))
+        elif not completion:
+            faults.append(("empty", column))
+    if faults:
+        return failed, faults
+    prompt, completion = sides["chosen"]
+    if prompt != sides["rejected"][0]:
+        return failed, [("prompt_not_shared", "prompt")]
+    turns = [] if not prompt else _messages_of_transcript(prompt)
+    return _read_messages(
+        turns,
+        [{"role": "assistant", "content": completion}],
+        [{"role": "assistant", "content": sides["rejected"][1]}],
+    )
+
+
+def count_turns(text: str) -> int:
+    """How often a transcript names a speaker."""
+    return len(_TURN.findall("\n\n" + text.lstrip()))
+
+
+def _split_transcript(text: str) -> tuple[str | None, str | None]:
+    """(text before the last turn, stripped text of the last turn); None for what is not there."""
+    text = "\n\n" + text.lstrip()
+    turns = list(_TURN.finditer(text))
+    if not turns or turns[0].start() > 0:
+        return None, None
+    last = turns[-1]
+    return text[: last.start()], text[last.end() :].strip() if last[1] == "Assistant" else None
+
+
+def _messages_of_transcript(text: str) -> list[dict[str, str]]:
+    """The turns of a transcript. Some rows name a speaker twice in a row: that is one turn of two paragraphs."""
+    _, *parts = _TURN.split(text)
+    messages: list[dict[str, str]] = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        if messages and messages[-1]["role"] == _ROLES[speaker]:
+            messages[-1]["content"] += "\n\n" + content.strip()
+        else:
+            messages.append({"role": _ROLES[speaker], "content": content.strip()})
+    return messages
+
+
+READERS: dict[str, Callable[[Any, Any, Any], tuple[Pair, Faults]]] = {
+    "text": _read_text,
+    "messages": _read_messages,
+    "shared_text": _read_shared_text,
+    "shared_messages": _read_shared_messages,
+    "transcripts": _read_transcripts,
+    "text_beside_messages": _read_text_beside_messages,
+}
+
+
+def layout_of(columns: list[str], head: list[tuple]) -> str:
+    """The layout of the data, by the majority of its first rows (`head`: prompt, chosen, rejected of each)."""
+    sides = [side for row in head for side in row[1:]]
+    messages = sum(isinstance(side, list) for side in sides)
+    text = [side for side in sides if isinstance(side, str)]
+    form = "messages" if messages > len(text) else "text"
+    if "prompt" not in columns:
+        begun = sum(_split_transcript(side)[0] is not None for side in text)
+        return "transcripts" if form == "text" and 2 * begun > len(text) else f"shared_{form}"
+    prompts = Counter(type(row[0]) for row in head)
+    return "text_beside_messages" if form == "messages" and prompts[str] > prompts[list] else form
+
+
+def _cell_faults(fault_of: Callable[[Any], str | None], **cells: Any) -> Faults:
+    return [(kind, column) for column, value in cells.items() if (kind := fault_of(value)) is not None]
+
+
+def _text_fault(value: Any) -> str | None:
+    if isinstance(value, str):
+        return None if value and not value.isspace() else "empty"
+    return _no_value_fault(value)
+
+
+def _messages_fault(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return _no_value_fault(value)
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return "wrong_type"
+        if not isinstance(message.get("content"), str | list | None):
+            return "wrong_type"
+    return "empty" if all(map(_is_blank_message, value)) else None
+
+
+def _completion_fault(prompt: list[dict], completion: list[dict]) -> str | None:
+    if any(message["role"] == "assistant" and _is_blank_message(message) for message in completion):
+        return "empty"
+    fine = _alternates(prompt[-1:] + completion) and completion[-1]["role"] == "assistant"
+    return None if fine else "bad_roles"
+
+
+def _no_value_fault(value: Any) -> str:
+    if value is None:
+        return "null"
+    return "nan" if isinstance(value, float) and value != value else "wrong_type"
+
+
+def _is_blank_message(message: dict) -> bool:
+    """Nothing said, thought or called."""
+    return all(_is_blank(message.get(key)) for key in SPEAKING_KEYS)
+
+
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, list):
+        return all(_is_blank(block.get("text")) if is_text_block(block) else not block for block in value)
+    return not value
+
+
+def is_text_block(block: Any) -> bool:
+    """Whether a part of a message's content is text (and no image, say)."""
+    return isinstance(block, dict) and block.get("type") == "text"
+
+
+def _alternates(messages: list[dict]) -> bool:
+    """Neither user nor assistant speaks twice in a row; an assistant may, after calling a tool."""
+    return not any(
+        before["role"] == after["role"] and after["role"] in ("user", "assistant") and not before.get("tool_calls")
+        for before, after in itertools.pairwise(messages)
+    )
+
+
+def without_nulls(message: dict) -> dict:
+    """The message without the keys that Arrow filled with nulls because another message has them."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _shared_length(chosen: Any, rejected: Any) -> int:
+    """Length of the implicit prompt of two different sides: the rule of `trl.extract_prompt`, with fewer steps.
+
+    TRL keeps a space before the first difference with the completions, and the last element of a side that the other
+    one goes on from.
+    """
+    low, high = 0, min(len(chosen), len(rejected))  # the first `low` elements are equal, the first `high` are not
+    if chosen[:high] == rejected[:high]:
+        return high - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if chosen[:middle] == rejected[:middle] else (low, middle)
+    return low - 1 if low and chosen[low - 1] == " " else low
