@@ -60,9 +60,7 @@ def make_pairs(n=16, seed=0, conversational=False, longer=None, min_len=1, max_l
     rng = random.Random(seed)
     rows = []
     while len(rows) < n:
-        prompt, chosen, rejected = (
-            " ".join(rng.choices(WORDS, k=rng.randint(min_len, max_len))) for _ in range(3)
-        )
+        prompt, chosen, rejected = (" ".join(rng.choices(WORDS, k=rng.randint(min_len, max_len))) for _ in range(3))
         gap = len(chosen.split()) - len(rejected.split())
         fits = {"chosen": gap > 0, "rejected": gap < 0, "equal": gap == 0, None: True}[longer]
         if chosen == rejected or not fits:

@@ -1,0 +1,122 @@
+"""`SamPOConfig`: the paper's defaults, what is refused and how."""
+
+import math
+import re
+
+import pytest
+
+from sampo import SamPOConfig
+from sampo.config import COUNT_LOSSES, LOSS_TYPES, MARGIN_LOSSES, SIDE_LOSSES
+from sampo.weighting import WEIGHTINGS
+
+FRACTIONAL = [name for name, method in WEIGHTINGS.items() if not method.subset]
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def config(tmp_path, **options):
+    return SamPOConfig(output_dir=str(tmp_path), **QUIET, **options)
+
+
+def test_the_defaults_are_the_papers(tmp_path):
+    c = config(tmp_path)
+    assert (c.token_weighting, c.length_penalty, c.sampled_sides) == ("sampo", 0.0, "both")
+    assert (c.keep_end_token, c.mask_sharing, c.mask_samples) == (False, "shared", 1)
+    assert c.loss_type == ["sigmoid"]
+    assert not c.has_length_penalty
+
+
+@pytest.mark.parametrize(("given", "kept"), [("0.02", 0.02), (0.02, 0.02), (None, 0.0), ("learned", "learned")])
+def test_a_length_penalty_may_be_a_number_a_text_or_learned(tmp_path, given, kept):
+    assert config(tmp_path, length_penalty=given).length_penalty == kept
+
+
+@pytest.mark.parametrize("name", list(WEIGHTINGS))
+@pytest.mark.parametrize("loss", sorted(LOSS_TYPES))
+def test_every_loss_is_taken_by_every_subset_method_and_count_losses_by_no_other(tmp_path, name, loss):
+    options = {"token_weighting": name, "loss_type": loss, "label_smoothing": 0.01}
+    if loss in COUNT_LOSSES and name in FRACTIONAL:
+        with pytest.raises(ValueError, match=f"`loss_type: .*{loss}.*` divides by the number of counted tokens"):
+            config(tmp_path, **options)
+    else:
+        assert config(tmp_path, **options).loss_type == [loss]
+
+
+@pytest.mark.parametrize("name", list(WEIGHTINGS))
+def test_a_divergence_needs_a_likelihood_ratio(tmp_path, name):
+    options = {"token_weighting": name, "f_divergence_type": "js_divergence"}
+    if name in FRACTIONAL:
+        with pytest.raises(ValueError, match="needs a likelihood ratio"):
+            config(tmp_path, **options)
+    else:
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("loss", sorted(SIDE_LOSSES | COUNT_LOSSES))
+def test_a_length_penalty_needs_a_loss_of_the_margin(tmp_path, loss):
+    with pytest.raises(ValueError, match=r"`length_penalty: 0\.01` needs a loss that is a function of the margin"):
+        config(tmp_path, loss_type=["sft", loss], length_penalty=0.01)
+
+
+@pytest.mark.parametrize("loss", sorted(MARGIN_LOSSES))
+def test_a_length_penalty_goes_with_each_loss_of_the_margin_and_sft(tmp_path, loss):
+    assert config(tmp_path, loss_type=["sft", loss], length_penalty="learned").learns_length_penalty
+
+
+REFUSED = [
+    ({"token_weighting": "sanpo"}, r"`token_weighting` must be one of .* got 'sanpo'. Plain DPO is `all`"),
+    ({"sampled_sides": "chosen"}, "`sampled_sides` must be one of"),
+    ({"mask_sharing": "none"}, "`mask_sharing` must be one of"),
+    ({"mask_samples": 0}, "`mask_samples` must be a whole number of at least 1, got 0"),
+    ({"decay_gamma": 0.0}, r"`decay_gamma` must be in \(0, 1\], got 0.0"),
+    ({"decay_gamma": math.nan}, "`decay_gamma`"),
+    ({"length_penalty": "auto"}, "`length_penalty` must be a finite number or `learned`, got 'auto'"),
+    ({"length_penalty": math.inf}, "`length_penalty` must be a finite number"),
+    ({"length_penalty_scale": -1.0}, "`length_penalty_scale` must be a positive number"),
+    ({"length_penalty_lr": 0.0}, "`length_penalty_lr` must be positive"),
+    ({"beta": 0.0}, "`beta` must be positive and finite, got 0.0"),
+    ({"loss_type": ["sigmoid", "sigmoyd"]}, r"`loss_type` must be among .* got \['sigmoyd'\]"),
+    ({"token_weighting": "mean", "sampled_sides": "rejected"}, "`sampled_sides: rejected` needs a method that thins"),
+    ({"token_weighting": "prefix", "keep_end_token": True}, "`keep_end_token` is for"),
+    ({"token_weighting": "expected", "mask_sharing": "independent"}, "`mask_sharing: independent` needs random"),
+    ({"token_weighting": "top_k", "mask_samples": 2}, "`mask_samples: 2` needs random"),
+    ({"token_weighting": "decay", "use_weighting": True}, r"`use_weighting` \(WPO\) has no meaning"),
+    ({"use_weighting": True, "loss_type": ["sigmoid", "sft"]}, "is defined for `token_weighting: all` only"),
+    ({"ld_alpha": 0.5}, "`ld_alpha` is itself a token weighting"),
+    ({"length_penalty": 0.1, "f_divergence_type": "forward_kl"}, "needs `f_divergence_type: reverse_kl`"),
+    ({"length_penalty": 0.1, "use_weighting": True}, "no source that defines it"),
+    ({"length_penalty": "learned", "loss_type": "sft"}, "needs a preference loss to learn from"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda x: str(x)[:40])
+def test_what_has_no_meaning_is_refused_by_name(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", list(WEIGHTINGS))
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_precomputed_sums_serve_the_methods_that_need_sums_and_no_other(tmp_path, name, keep_end):
+    method = WEIGHTINGS[name]
+    if keep_end and not method.can_keep_end:
+        keep_end = False
+    options = {"token_weighting": name, "precompute_ref_log_probs": True, "keep_end_token": keep_end}
+    if method.by_sum and not keep_end:
+        config(tmp_path, **options)
+    else:
+        with pytest.raises(ValueError, match="stores one sum per response"):
+            config(tmp_path, **options)
+
+
+def test_all_faults_come_in_one_error(tmp_path):
+    with pytest.raises(ValueError, match="SamPOConfig") as error:
+        config(tmp_path, mask_samples=-1, decay_gamma=2.0, ld_alpha=0.5, loss_type="ipo", length_penalty=1.0)
+    named = {name for _, name in re.findall(r"\((\d)\) `(\w+)", str(error.value))}
+    assert named == {"mask_samples", "decay_gamma", "ld_alpha", "length_penalty"}
+
+
+def test_each_option_has_a_help_text_that_argparse_can_print():
+    for name in set(SamPOConfig.__dataclass_fields__) - set(SamPOConfig.__mro__[1].__dataclass_fields__):
+        text = SamPOConfig.__dataclass_fields__[name].metadata["help"]
+        assert len(text) > 30, name
+        assert "%" not in text, name

@@ -1,0 +1,92 @@
+"""Two real processes on CPU (gloo, DistributedDataParallel) against one process with twice the batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_model
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+LIMIT_S = 240
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def launch(model, out, *, processes, batch, resume=None, check=True, **options):
+    """Run the worker under torchrun; returns what each rank wrote."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(WORKER), "--model", model, "--out", str(out), "--batch", str(batch)]
+    command += ["--options", json.dumps(options), *(["--resume", str(resume)] if resume else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False)
+    if not check:
+        return done
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
+
+
+@pytest.fixture(scope="module")
+def one(model_folder, tmp_path_factory):
+    return launch(model_folder, tmp_path_factory.mktemp("one"), processes=1, batch=4, **OURS)[0]
+
+
+@pytest.fixture(scope="module")
+def two(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch(model_folder, folder, processes=2, batch=2, save_strategy="steps", save_steps=3, **OURS)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(one, two):
+    ranks = two[1]
+    assert [rank["processes"] for rank in ranks] == [2, 2]
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=5e-6)  # fp32 sums in another order
+    assert ranks[0]["checksum"] == ranks[1]["checksum"]
+    assert ranks[0]["checksum"] == pytest.approx(one["checksum"], rel=1e-5)
+
+
+def test_the_subsets_of_two_processes_are_those_of_one(one, two):
+    together = sorted(two[1][0]["subsets"] + two[1][1]["subsets"])
+    assert together == one["subsets"]
+    assert any(0.0 in kept[len(kept) // 2 :] and 1.0 in kept for _, _, kept in together)
+
+
+def test_theta_is_one_number_on_all_processes_and_that_of_one_process(one, two):
+    thetas = [rank["theta"] for rank in two[1]]
+    assert thetas[0] == thetas[1] != 0
+    assert thetas[0] == pytest.approx(one["theta"], abs=1e-6)
+
+
+def test_metrics_of_length_do_not_depend_on_the_number_of_processes_and_the_uneven_last_batch(one, two):
+    names = [name for name in one["eval"] if "length" in name or "accuracies/chosen" in name]
+    assert len(names) >= 9
+    for rank in two[1]:
+        # margins of some hundredths in fp32, after six steps whose rounding differs
+        assert [rank["eval"][n] for n in names] == pytest.approx([one["eval"][n] for n in names], abs=2e-3)
+        assert rank["eval"]["eval_length/chosen"] == one["eval"]["eval_length/chosen"]
+    assert [e["length/chosen"] for e in one["log"][:6]] == [e["length/chosen"] for e in two[1][0]["log"][:6]]
+
+
+def test_two_processes_resume_to_the_same_losses_theta_and_subsets(model_folder, two, tmp_path):
+    folder, ranks = two
+    checkpoint = folder / "run" / "checkpoint-3"
+    resumed = launch(model_folder, tmp_path, processes=2, batch=2, resume=checkpoint, **OURS)
+    assert resumed[0]["losses"] == ranks[0]["losses"]
+    assert resumed[0]["theta"] == ranks[0]["theta"]
+    assert resumed[0]["checksum"] == ranks[0]["checksum"]
+    assert resumed[1]["subsets"] == [s for s in ranks[1]["subsets"] if s[0] >= 3]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(model_folder, tmp_path):
+    done = launch(model_folder, tmp_path, processes=2, batch=2, check=False, use_cpu=False)
+    assert done.returncode != 0
+    assert "All 2 launched processes must train one model together" in done.stderr
