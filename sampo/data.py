@@ -176,7 +176,8 @@ def split_by_prompt(dataset: "Dataset", eval_fraction: float, seed: int = 42) ->
             "`load_preferences`, which finds the prompt that both sides share."
         )
     sides: tuple[list[int], list[int]] = ([], [])
-    for row, (prompt,) in enumerate(Table(dataset, dataset.column_names).cells(["prompt"])):
+    prompts = (batch["prompt"] for batch in dataset.with_format(None).select_columns(["prompt"]).iter(batch_size=1000))
+    for row, prompt in enumerate(itertools.chain.from_iterable(prompts)):
         sides[_prompt_hash(prompt, seed) < eval_fraction].append(row)
     return dataset.select(sides[0]), dataset.select(sides[1])
 

@@ -11,13 +11,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .pair_rows import PAIR_COLUMNS, Fault, PreferenceDataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[
     from datasets import Dataset, DatasetDict
 
     if isinstance(source, Dataset):
-        return "the data set", {str(source.split or "train"): lambda: Table(source, source.column_names)}
+        return "the data set", {str(source.split or "train"): partial(_of_dataset, source)}
     if isinstance(source, DatasetDict):
         return "the data set", _of_datasets(source)
     if not isinstance(source, str | Path):
@@ -117,14 +118,16 @@ def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[
         return _open_folder(path, name)
     if path.exists():
         _data_suffix(path)
-        return path.name, {"train": lambda: _read_files([path])}
+        return path.name, {"train": partial(_read_files, [path])}
     return _open_hub(str(source), name)
 
 
-def _of_datasets(splits: "DatasetDict") -> dict[str, Callable[[], Table]]:
-    return {
-        str(split): lambda dataset=dataset: Table(dataset, dataset.column_names) for split, dataset in splits.items()
-    }
+def _of_datasets(splits: "dict[str, Dataset]") -> dict[str, Callable[[], Table]]:
+    return {str(split): partial(_of_dataset, dataset) for split, dataset in splits.items()}
+
+
+def _of_dataset(dataset: "Dataset") -> Table:
+    return Table(dataset, dataset.column_names)
 
 
 def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
@@ -159,7 +162,7 @@ def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callabl
         return folder.name, _of_datasets(datasets.load_from_disk(str(folder)))
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
         dataset = datasets.load_from_disk(str(folder))
-        return folder.name, {str(dataset.split or "train"): lambda: Table(dataset, dataset.column_names)}
+        return folder.name, {str(dataset.split or "train"): partial(_of_dataset, dataset)}
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -172,7 +175,7 @@ def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callabl
         )
     for split, paths in splits.items():
         logger.info("split `%s` of %s: %s", split, folder, ", ".join(str(path.relative_to(folder)) for path in paths))
-    return folder.name, {split: lambda paths=paths: _read_files(paths) for split, paths in splits.items()}
+    return folder.name, {split: partial(_read_files, paths) for split, paths in splits.items()}
 
 
 def _split_of(parts: tuple[str, ...]) -> str:
@@ -226,7 +229,7 @@ def _read_files(paths: list[Path]) -> Table:
     if kinds == {True}:
         parts = [_read_parquet(path) for path in paths]
         dataset = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-        return Table(dataset, dataset.column_names)
+        return _of_dataset(dataset)
     rows = [row for path in paths for row in _read_json(path)]
     return Table(rows, list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)))
 
