@@ -29,7 +29,7 @@ import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -190,9 +190,12 @@ class SamPOTrainer(DPOTrainer):
         FloatingPointError: in training, a loss that is not finite.
     """
 
-    _tag_names: ClassVar = ["trl", "sampo"]
+    args: SamPOConfig
+    model: Any  # PreTrainedModel or PeftModel, maybe wrapped
+
+    _tag_names = ["trl", "sampo"]
     _name = "SamPO"
-    _paper: ClassVar = {
+    _paper = {
         "title": "Eliminating Biased Length Reliance of Direct Preference Optimization via Down-Sampled KL Divergence",
         "id": "2406.10957",
         "citation": textwrap.dedent("""\
@@ -268,7 +271,7 @@ class SamPOTrainer(DPOTrainer):
         draws = [self._make_draw(w, v, logps.detach(), ref_logps, ref_sums, pairs) for w, v in known]
 
         shift = self._penalty_shift(pairs)  # (B,) or None
-        losses = []
+        losses: list[Any] = []
         for i, draw in enumerate(draws):
             result = self._trl_loss(model, pairs, output, logps, draw, shift, return_outputs and i == 0, mode)
             losses.append(result[0] if isinstance(result, tuple) else result)
@@ -427,9 +430,9 @@ class SamPOTrainer(DPOTrainer):
         # looked up, not kept: transformers replaces callbacks that it restores
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RunState))
 
-    def _find_length_scale(self) -> float | None:
+    def _find_length_scale(self) -> float:
         if not self.args.learns_length_penalty:
-            return None
+            return 1.0
         if self.args.length_penalty_scale is not None:
             return self.args.length_penalty_scale
         counts = self._token_counts.get("train")
@@ -445,10 +448,14 @@ class SamPOTrainer(DPOTrainer):
         if not self.args.has_length_penalty:
             return None
         chosen, rejected = pairs.lengths.float().chunk(2)
-        learned = self.args.learns_length_penalty
-        slope = self._run_state.theta / self._length_scale if learned else self.args.length_penalty  # per token
-        shift = slope * (chosen - rejected) / self.beta
-        return shift.requires_grad_(learned and torch.is_grad_enabled())
+        shift = self._penalty_per_token * (chosen - rejected) / self.beta
+        return shift.requires_grad_(self.args.learns_length_penalty and torch.is_grad_enabled())
+
+    @property
+    def _penalty_per_token(self) -> float:
+        if self.args.learns_length_penalty:
+            return self._run_state.theta / self._length_scale
+        return float(self.args.length_penalty or 0.0)
 
     def _learn_penalty(self, loss: Tensor, shift: Tensor | None, pairs: _Pairs) -> None:
         """dL/dθ by way of the shift, which is no parameter of the model: every engine treats it alike."""
@@ -474,8 +481,8 @@ class SamPOTrainer(DPOTrainer):
 
     def _record_lengths(self, model, pairs: _Pairs, draws: list[_Draw], logps, ref_logps, ref_sums, mode: str) -> None:
         chosen, rejected = pairs.lengths.chunk(2)
-        counted = sum((draw.weights > 0).sum(dim=1) for draw in draws) / len(draws)
-        margin = self._margin(sum(draw.scores for draw in draws) / len(draws))
+        counted = torch.stack([(draw.weights > 0).sum(dim=1).float() for draw in draws]).mean(dim=0)  # (2B,)
+        margin = self._margin(torch.stack([draw.scores for draw in draws]).mean(dim=0))
         columns = {
             "chosen_tokens": chosen,
             "rejected_tokens": rejected,
@@ -486,7 +493,7 @@ class SamPOTrainer(DPOTrainer):
             plain = logps.detach().sum(dim=1) - (ref_sums if ref_logps is None else ref_logps.sum(dim=1))
             columns["dpo_margin"] = self._margin(plain)
         if self.args.log_length_pressure:
-            columns["pressure"] = self._pressure(model, pairs, sum(draw.weights for draw in draws) / len(draws))
+            columns["pressure"] = self._pressure(model, pairs, torch.stack([d.weights for d in draws]).mean(dim=0))
         rows = torch.stack([column.double() for column in columns.values()], dim=1)  # (B, columns)
         rows = self.accelerator.gather_for_metrics(rows)
         self._length_sums[mode].add(dict(zip(columns, rows.cpu().numpy().T, strict=True)))
@@ -545,8 +552,8 @@ class SamPOTrainer(DPOTrainer):
         prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "eval_")
         measured = self._length_sums[mode].metrics()
         if mode == "train" and self.args.learns_length_penalty and measured:
-            theta = self._run_state.theta
-            measured |= {"length_penalty/theta": theta, "length_penalty/per_token": theta / self._length_scale}
+            measured["length_penalty/theta"] = self._run_state.theta
+            measured["length_penalty/per_token"] = self._penalty_per_token
         logs.update({name if mode == "train" else prefix + name: value for name, value in measured.items()})
         self._length_sums[mode] = LengthSums()
         super().log(logs, start_time)
@@ -590,7 +597,7 @@ class SamPOTrainer(DPOTrainer):
                 words += f", `{name}: {getattr(args, name)}`"
         if args.token_weighting == "decay":
             words += f", `decay_gamma: {args.decay_gamma}`"
-        if self._length_scale is not None:
+        if args.learns_length_penalty:
             words += f" with a scale of {self._length_scale:.1f} tokens"
         return words
 
@@ -611,7 +618,7 @@ class SamPOTrainer(DPOTrainer):
     def create_model_card(self, *args, **kwargs):
         """TRL's card, with the method, its weighting and its source."""
         super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and path.exists():
             section = f"\n## Method\n\nTrained with sampo. Method: {self._method_in_words()}.\n"
             section += f"Reference: {self._reference_in_words()}. Beta {self.beta}, loss {self.args.loss_type}.\n"

@@ -60,6 +60,7 @@ def _all(tokens: PairTokens) -> Tensor:
 
 def _sampo(tokens: PairTokens) -> Tensor:
     """SamPO Eq. 10 (arXiv 2406.10957): 1 on a uniform random subset of `budget` tokens."""
+    assert tokens.keys is not None
     return _first(tokens.keys.masked_fill(tokens.forced, -1), tokens).float()
 
 
@@ -89,6 +90,7 @@ def _prefix(tokens: PairTokens) -> Tensor:
 
 def _top_k(tokens: PairTokens) -> Tensor:
     """SamPO App. G: 1 on the `budget` tokens with the largest log-ratio."""
+    assert tokens.log_ratios is not None
     return _first((-tokens.log_ratios).masked_fill(tokens.forced, -torch.inf), tokens).float()
 
 
@@ -208,7 +210,7 @@ def token_weights(
     if sampled_sides == "rejected":
         n_pairs = mask.size(0) // 2
         budget = torch.cat((lengths[:n_pairs], budget[n_pairs:]))
-    forced = end if keep_end_token else torch.zeros_like(mask)
+    forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
     log_ratios = None if log_ratios is None else log_ratios.detach()
     return WEIGHTINGS[name].weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
 

@@ -1,0 +1,149 @@
+"""What sampo/trainer.py relies on in TRL, one test a point: an upgrade of TRL fails here, with a name."""
+
+import inspect
+import re
+from importlib.metadata import version
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_pairs, save_model, training_options
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from sampo.config import LOSS_TYPES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def trainer(folder, tmp_path):
+    return DPOTrainer(
+        model=folder, args=DPOConfig(**training_options(tmp_path, max_length=16)), train_dataset=make_pairs(8)
+    )
+
+
+@pytest.fixture
+def batch(trainer):
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+
+
+class Recorder:
+    """Stands where TRL expects a model; remembers its calls and returns given log-probs."""
+
+    def __init__(self, model, change=lambda output: output):
+        self.model, self.change, self.calls = model, change, []
+
+    def __call__(self, **kwargs):
+        self.calls.append(kwargs)
+        return self.change(self.model(**kwargs))
+
+
+def test_the_version_is_the_one_that_was_read():
+    assert version("trl").startswith("1.16."), "read sampo/trainer.py's list against the new TRL, then change the pin"
+
+
+def test_the_signatures_are_those_we_override_and_call():
+    def names(method):
+        return list(inspect.signature(method).parameters)
+
+    assert names(DPOTrainer.__init__)[:7] == [
+        "self", "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset",
+    ]  # fmt: skip
+    assert names(DPOTrainer._compute_loss) == ["self", "model", "inputs", "return_outputs"]
+    assert names(DPOTrainer.compute_ref_log_probs) == ["self", "model", "inputs"]
+    assert names(DPOTrainer._prepare_dataset) == ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert names(DPOTrainer.log) == ["self", "logs", "start_time"]
+
+
+def test_the_model_is_called_once_with_these_arguments_and_the_reference_not_at_all(trainer, batch):
+    trainer.precompute_ref_logps = True
+    trainer.ref_model = None  # would fail if it were called
+    policy = Recorder(trainer.model)
+    sums = {"ref_chosen_logps": torch.zeros(4), "ref_rejected_logps": torch.zeros(4)}
+    trainer._compute_loss(policy, {**batch, **sums}, False)
+    assert [set(call) for call in policy.calls] == [
+        {"input_ids", "attention_mask", "use_cache", "labels", "fused_lm_head"}
+    ]
+    labels = policy.calls[0]["labels"]
+    assert torch.equal(labels != -100, batch["completion_mask"].bool())
+
+
+def test_unknown_inputs_are_passed_on_to_the_model(trainer, batch):
+    trainer.precompute_ref_logps = True
+    sums = {"ref_chosen_logps": torch.zeros(4), "ref_rejected_logps": torch.zeros(4)}
+    policy = Recorder(lambda something_else, **kwargs: trainer.model(**kwargs))
+    trainer._compute_loss(policy, {**batch, **sums, "something_else": torch.ones(4)}, False)
+    assert "something_else" in policy.calls[0]
+
+
+def test_the_loss_is_made_of_row_sums_of_the_returned_log_probs_and_of_the_given_reference_sums(trainer, batch):
+    def plain(output):
+        output.log_probs = torch.full_like(output.log_probs, 0.25)
+        return output
+
+    trainer.precompute_ref_logps = True
+    n = batch["input_ids"].size(1) - 1
+    sums = {"ref_chosen_logps": torch.full((4,), -1.0), "ref_rejected_logps": torch.full((4,), 2.0)}
+    trainer.model.train()
+    loss = trainer._compute_loss(Recorder(trainer.model, plain), {**batch, **sums}, False)
+    assert trainer._metrics["train"]["logps/chosen"] == [pytest.approx(0.25 * n)]
+    assert loss.item() == pytest.approx(torch.log1p(torch.exp(torch.tensor(-0.1 * 3.0))).item())
+    assert trainer._metrics["train"]["rewards/margins"] == [pytest.approx(0.3)]
+
+
+def test_metrics_are_lists_to_which_each_call_appends(trainer, batch):
+    trainer.model.train()
+    for _ in range(2):
+        trainer._compute_loss(trainer.model, batch, False)
+    lengths = {name: len(values) for name, values in trainer._metrics["train"].items()}
+    assert lengths.pop("num_tokens") == 1
+    assert set(lengths.values()) == {2}
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"} <= set(lengths)
+    assert trainer._total_train_tokens == 2 * batch["attention_mask"].sum().item()
+
+
+def test_the_reference_function_calls_the_model_that_it_is_given_once_and_returns_its_sums(trainer, batch):
+    reference = Recorder(trainer.ref_model)
+    chosen, rejected = trainer.compute_ref_log_probs(reference, batch)
+    assert len(reference.calls) == 1
+    output = trainer.ref_model(**reference.calls[0])
+    assert isinstance(output, FusedCausalLMOutput)
+    assert torch.equal(torch.cat((chosen, rejected)), output.log_probs.sum(dim=1))
+
+
+def test_per_token_log_probs_have_one_column_less_than_the_input_and_are_zero_without_a_label(trainer, batch):
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    output = trainer.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
+    )
+    assert output.log_probs.shape == (8, batch["input_ids"].size(1) - 1)
+    assert torch.equal(output.log_probs != 0, batch["completion_mask"][:, 1:].bool())
+
+
+def test_the_losses_are_those_that_our_table_knows(trainer, batch):
+    trainer.loss_types = ["no such loss"]
+    with pytest.raises(ValueError, match="Unknown loss type") as error:
+        trainer._compute_loss(trainer.model, batch, False)
+    assert set(re.findall(r"'(\w+)'", str(error.value))) == LOSS_TYPES
+
+
+def test_the_attributes_exist(trainer):
+    for name in (
+        "loss_types", "loss_weights", "beta", "ld_alpha", "aux_loss_enabled", "_tokenizer", "_total_train_tokens",
+        "precompute_ref_logps", "ref_model", "_name", "_paper", "_tag_names",
+    ):  # fmt: skip
+        assert hasattr(trainer, name), name
+
+
+def test_preparing_data_adds_ids_drops_full_prompts_and_the_collator_cuts(trainer):
+    long = Dataset.from_list([{"prompt": "w1 " * 16, "chosen": "w2 ", "rejected": "w3 "}, *make_pairs(3).to_list()])
+    prepared = trainer._prepare_dataset(long, trainer.processing_class, trainer.args, "eval")
+    assert len(prepared) == 3
+    assert {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(prepared.column_names)
+    rows = [{"prompt_ids": [5] * 10, "chosen_ids": list(range(6, 16)), "rejected_ids": [7]}]
+    assert trainer.data_collator(rows)["input_ids"].shape == (2, 16)
+    assert trainer.data_collator(rows)["completion_mask"].sum(dim=1).tolist() == [6, 1]
