@@ -197,7 +197,7 @@ def token_weights(
         mask: `(2B, N)` bool, completion tokens, chosen rows first.
         end: `(2B, N)` bool, the end token of each completion (`last_end_tokens`); needed with `keep_end_token`.
         keys: `(2B, N)` int64 from `draw_keys`; needed by `sampo`.
-        log_ratios: `(2B, N)` float; needed by `top_k`. No gradient passes through them.
+        log_ratios: `(2B, N)` float; needed by `top_k`. Choosing passes no gradient.
         sampled_sides: `both`, or `rejected`: chosen rows keep all their tokens.
         keep_end_token: the end token always counts.
         gamma: factor of `decay`.
@@ -211,7 +211,6 @@ def token_weights(
         n_pairs = mask.size(0) // 2
         budget = torch.cat((lengths[:n_pairs], budget[n_pairs:]))
     forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
-    log_ratios = None if log_ratios is None else log_ratios.detach()
     return WEIGHTINGS[name].weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
 
 

@@ -1,0 +1,65 @@
+"""Writes the generated parts of the documents: `python docs/build.py`, or `--check` to fail where they differ."""
+
+import argparse
+import re
+import sys
+from dataclasses import MISSING
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def methods() -> str:
+    """The table of weightings."""
+    from sampo.weighting import WEIGHTINGS
+
+    lines = ["| `token_weighting` | method | weight of a completion token | source |", "|---|---|---|---|"]
+    for name, method in WEIGHTINGS.items():
+        default = " (default)" if name == "sampo" else ""
+        lines.append(f"| `{name}`{default} | {method.title} | {method.formula} | {method.source} |")
+    return "\n".join(lines)
+
+
+def options() -> str:
+    """What `SamPOConfig` adds to TRL's config."""
+    from trl import DPOConfig
+
+    from sampo import SamPOConfig
+
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for name, field in SamPOConfig.__dataclass_fields__.items():
+        if name not in DPOConfig.__dataclass_fields__:
+            assert field.default is not MISSING
+            text = re.sub(r"\s+", " ", field.metadata["help"]).replace("|", "\\|")
+            lines.append(f"| `{name}` | `{field.default}` | {text} |")
+    return "\n".join(lines)
+
+
+def lab() -> str:
+    """The table of the lab, as `sampo lab` wrote it."""
+    return (ROOT / "docs" / "lab" / "table.md").read_text(encoding="utf-8").strip()
+
+
+PARTS = {"methods": methods, "options": options, "lab": lab}
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Fill every generated block of README and docs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        new = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
+        if new != old and check:
+            stale.append(str(path.relative_to(ROOT)))
+        elif new != old:
+            path.write_text(new, encoding="utf-8")
+    if stale:
+        sys.exit(f"{', '.join(stale)} differ from what the code says: run `python docs/build.py`.")
+
+
+if __name__ == "__main__":
+    main()
