@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from trl import DPOTrainer
@@ -494,9 +494,9 @@ class SamPOTrainer(DPOTrainer):
             columns["dpo_margin"] = self._margin(plain)
         if self.args.log_length_pressure:
             columns["pressure"] = self._pressure(model, pairs, torch.stack([d.weights for d in draws]).mean(dim=0))
-        rows = torch.stack([column.double() for column in columns.values()], dim=1)  # (B, columns)
+        rows = torch.stack([column.float() for column in columns.values()], dim=1)  # (B, columns)
         rows = self.accelerator.gather_for_metrics(rows)
-        self._length_sums[mode].add(dict(zip(columns, rows.cpu().numpy().T, strict=True)))
+        self._length_sums[mode].add(dict(zip(columns, rows.cpu().double().numpy().T, strict=True)))
 
     def _margin(self, row_scores: Tensor) -> Tensor:
         chosen, rejected = (self.beta * row_scores).chunk(2)
@@ -638,10 +638,9 @@ def _refuse_separate_processes(args: SamPOConfig) -> None:
 
 def _check_data(train_dataset, eval_dataset) -> None:
     """All faults of the rows, before a model is loaded."""
-    if isinstance(train_dataset, Dataset):
-        check_preferences(train_dataset)
-    for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-        if isinstance(dataset, Dataset):
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for dataset in (train_dataset, *evaluated):
+        if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
             check_preferences(dataset)
 
 
