@@ -1,0 +1,165 @@
+"""`sampo lab`: DPO against SamPO in a small world where the true quality of every answer is known.
+
+- `sampo lab --fast`: one seed, a few minutes on two cores, no download.
+- `sampo lab`: three seeds; what `--fast` has measured is not run again.
+- `sampo lab --groups long --bias 1`: something else. A number is filed under all its settings.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from ..lab.settings import GROUPS, METHODS, Settings, plan
+
+DEFAULT_SEEDS = 3
+
+
+def make_parser(subparsers=None) -> argparse.ArgumentParser:
+    """The command's parser, alone or below `sampo`."""
+    about = {
+        "description": "Train a tiny model with each method in a small world with ground truth, and measure what "
+        "became of length and quality. Finished runs are kept in the output folder and not run again.",
+        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+    }
+    if subparsers is None:
+        parser = argparse.ArgumentParser(prog="sampo lab", **about)
+    else:
+        parser = subparsers.add_parser("lab", help="measure the methods in a small world with ground truth", **about)
+    parser.add_argument("--fast", action="store_true", help="one seed")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds, {DEFAULT_SEEDS} without `--fast`")
+    parser.add_argument("--out", type=Path, default=Path("lab-results"), metavar="DIR", help="records, table, figure")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="pairs to train on")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="methods to run")
+    for option in fields(Settings):
+        if "help" in option.metadata:
+            text = option.metadata["help"].replace("%", "%%")
+            parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=text)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what is missing, then show everything."""
+    from rich.console import Console
+
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
+    seeds = args.seeds if args.seeds is not None else 1 if args.fast else DEFAULT_SEEDS
+    if seeds < 1:
+        raise ValueError(f"`--seeds` must be at least 1, got {seeds}.")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)  # a log has no width of its own
+
+    groups, methods = _choices(args)
+    runs = plan(settings, seeds=seeds, groups=groups, methods=methods)
+    command = _command(args, settings)
+    console.print(f"{len(runs)} runs into {args.out}; finished ones are kept.")
+    began = time.perf_counter()
+    outcomes = _run(runs, args.out, command, console)
+    _show(outcomes, args.out, command, console)
+    console.print(f"{time.perf_counter() - began:.0f} seconds.")
+
+
+def _choices(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The groups and methods asked for, in our order."""
+    return [name for name in GROUPS if name in args.groups], [name for name in METHODS if name in args.methods]
+
+
+def _command(args: argparse.Namespace, settings: Settings) -> str:
+    """The shortest command that measures the same."""
+    words = ["sampo", "lab"]
+    if args.seeds is not None:
+        words += ["--seeds", str(args.seeds)]
+    elif args.fast:
+        words += ["--fast"]
+    groups, methods = _choices(args)
+    words += ["--groups", *groups] if len(groups) < len(GROUPS) else []
+    words += ["--methods", *methods] if len(methods) < len(METHODS) else []
+    for option in fields(Settings):
+        if getattr(settings, option.name) != option.default:
+            words += [f"--{option.name}", str(getattr(settings, option.name))]
+    return shlex.join(words)
+
+
+def _run(runs, folder: Path, command: str, console):
+    """Every run with its records; a line for each as it ends."""
+    import datasets
+    import torch
+    import transformers
+
+    from ..lab.experiment import run_all
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, 2))  # batches this small gain nothing from more
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    outcomes = []
+    try:
+        for run, records in run_all(runs, folder, command=command, progress=_progress(console)):
+            outcomes.append((run, records))
+            shown = {r.name: r.value for r in records}
+            console.print(
+                f"{run.title}: {shown['tokens']:.1f} tokens, {shown['stops']:.0%} end, true quality "
+                f"{shown['quality']:.2f}, win rate {shown['win_rate']:.2f}"
+            )
+    finally:
+        torch.set_num_threads(threads)
+        transformers.utils.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
+    return outcomes
+
+
+def _progress(console):
+    """A bar for people; for logs the line that each run prints at its end is enough."""
+
+    @contextmanager
+    def bar(title: str, steps: int):
+        from rich.progress import Progress
+
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(title, total=steps)
+            yield lambda done: progress.update(task, completed=done)
+
+    @contextmanager
+    def line(title: str, steps: int):
+        began = time.perf_counter()
+        yield lambda done: None
+        console.print(f"{title}: {steps} steps in {time.perf_counter() - began:.0f} s")
+        sys.stdout.flush()
+
+    return bar if console.is_terminal else line
+
+
+def _show(outcomes, folder: Path, command: str, console) -> None:
+    from rich.table import Table
+
+    from ..lab import report
+
+    lines = report.collect(outcomes)
+    table = Table(title=None)
+    for head in report.HEAD:
+        table.add_column(head, overflow="fold")
+    for before, line in zip([None, *lines], lines, strict=False):
+        if before is not None and before.group != line.group:
+            table.add_section()
+        table.add_row(*report.cells(line))
+    console.print(table)
+
+    about = report.describe(outcomes, command)
+    (folder / "table.md").write_text(report.markdown(lines, about=about), encoding="utf-8")
+    console.print(about + "\n", soft_wrap=True)
+    for sentence in report.findings(lines):
+        console.print(f"- {sentence}", soft_wrap=True, markup=False)
+    if warning := report.weak_start(lines):
+        console.print(f"\nWarning: {warning}", soft_wrap=True, markup=False)
+    try:
+        report.draw(lines, folder / "lab.svg")
+        written = "records.jsonl, table.md, lab.svg"
+    except ImportError:
+        written = 'records.jsonl, table.md; no lab.svg, which needs `pip install "sampo-dpo[report]"`'
+    console.print(f"\nWritten to {folder}: {written}", soft_wrap=True, markup=False)

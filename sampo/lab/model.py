@@ -1,0 +1,181 @@
+"""The tiny language model of the lab: tokenizer, supervised start, sampling, and what it says about given answers.
+
+A row is a prompt and an answer. All prompts have the same length and batches are padded on the right, so a causal
+model needs no attention mask anywhere. B rows, T answer tokens (padded), V words.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from .world import BOS, EOS, PAD, PROMPT_TOKENS, WORDS
+
+Row = tuple[list[int], list[int]]  # prompt ids, answer ids
+MAX_POSITIONS = 160
+IGNORED = -100
+
+
+def build_model(seed: int) -> LlamaForCausalLM:
+    """An untrained Llama with 110,784 parameters."""
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, words separated by spaces."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=WORDS[PAD], bos_token=WORDS[BOS], eos_token=WORDS[EOS]
+    )
+
+
+def _padded(sequences: Sequence[Sequence[int]], padding: int) -> Tensor:
+    width = max(map(len, sequences))
+    return torch.tensor([[*s, *[padding] * (width - len(s))] for s in sequences])  # (B, width)
+
+
+def train_supervised(
+    rows: Sequence[Row], *, steps: int, seed: int, batch_size: int = 64, progress: Callable[[int], None] | None = None
+) -> LlamaForCausalLM:
+    """The supervised start: AdamW, 30 steps of warm-up and a cosine, batches drawn at random.
+
+    Batches are not sorted by length: with a loss that is a mean over tokens, that would weigh the end tokens of short
+    answers more than those of long ones and teach the model to be brief (measured: 15 tokens instead of 20).
+    """
+    model = build_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def rate(step: int) -> float:
+        cosine = 0.5 * (1 + np.cos(np.pi * min(step / steps, 1)))
+        return min((step + 1) / 30, 1) * (0.05 + 0.95 * float(cosine))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    order = np.random.default_rng([seed, 1])
+    for step in range(steps):
+        batch = [rows[i] for i in order.integers(len(rows), size=batch_size)]
+        inputs = _padded([prompt + answer for prompt, answer in batch], PAD)  # (B, P+T)
+        labels = _padded([[IGNORED] * len(prompt) + answer for prompt, answer in batch], IGNORED)
+        logits = model(input_ids=inputs[:, :-1], use_cache=False).logits[:, PROMPT_TOKENS - 1 :]  # (B, T, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), labels[:, PROMPT_TOKENS:], ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress(step + 1)
+    return model.eval()
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write model and tokenizer; the folder appears under its name only when it is complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    build_tokenizer().save_pretrained(partial)
+    partial.rename(folder)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, prompts: Sequence[list[int]], *, seed: int | None, max_tokens: int
+) -> list[list[int]]:
+    """One answer per prompt, sampled at temperature 1, or greedily with `seed=None`.
+
+    Rows that have ended leave the batch and the cache, as most answers are much shorter than the longest.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = np.arange(len(prompts))
+    cache, inputs = DynamicCache(config=model.config), torch.tensor(prompts)  # (B, P)
+    for _ in range(max_tokens):
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
+        if generator is None:
+            tokens = logits.argmax(dim=1)  # (B,)
+        else:
+            tokens = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            answers[row].append(token)
+        going = tokens != EOS
+        if not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            alive = alive[going.numpy()]
+        inputs = tokens[going, None]  # (B, 1)
+    return answers
+
+
+def _batches(rows: Sequence[Row], size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Row numbers, input ids (B, P+T-1) and answer ids (B, T; padded with `IGNORED`), similar lengths together."""
+    order = np.argsort([len(answer) for _, answer in rows], kind="stable")
+    for start in range(0, len(rows), size):
+        chosen = order[start : start + size]
+        batch = [rows[i] for i in chosen]
+        inputs = _padded([prompt + answer for prompt, answer in batch], PAD)
+        yield chosen, inputs[:, :-1], _padded([answer for _, answer in batch], IGNORED)
+
+
+@torch.no_grad()
+def _sum_over_answers(
+    models: Sequence[PreTrainedModel], rows: Sequence[Row], measure: Callable[..., Tensor]
+) -> np.ndarray:
+    """For each row the sum over its answer of `measure(targets, *log_probs)`.
+
+    `measure` gets the answer's tokens (B, T), of which padding reads as `PAD`, and each model's log-probabilities
+    (B, T, V), and returns (B, T).
+    """
+    sums = np.empty(len(rows))
+    for numbers, inputs, answers in _batches(rows):
+        counted = answers != IGNORED
+        log_probs = [
+            model(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :].log_softmax(dim=2)
+            for model in models
+        ]
+        values = measure(answers.masked_fill(~counted, PAD), *log_probs)  # (B, T)
+        sums[numbers] = (values * counted).sum(dim=1).double().numpy()
+    return sums
+
+
+def answer_logps(model: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
+    """Log-probability of each row's answer, in nats."""
+    return _sum_over_answers([model], rows, lambda t, lp: lp.gather(2, t[..., None])[..., 0])
+
+
+def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
+    """Per row the sum over its tokens of KL(policy ‖ reference) at that token, in nats.
+
+    Over answers sampled from the policy, its mean is KL(policy ‖ reference) of whole answers (up to the cap), with
+    less noise than the mean log-ratio, which has the same expectation.
+    """
+    return _sum_over_answers([policy, reference], rows, lambda t, p, q: (p.exp() * (p - q)).sum(dim=2))
+
+
+def end_token_push(model: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
+    """Per row d log π(answer) / db for a shift b of the end token's logit everywhere: Σ_t 1[y_t = end] - p_end(t)."""
+    return _sum_over_answers([model], rows, lambda t, lp: (t == EOS).float() - lp[..., EOS].exp())

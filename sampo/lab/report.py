@@ -1,0 +1,203 @@
+"""From the records of the lab to its table, its figure and its sentences. Nothing here is known beforehand."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..results import Record
+from .settings import GROUPS, METHODS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run
+
+COLUMNS = {  # record -> head of its column, digits
+    "tokens": ("tokens", 1),
+    "stops": ("stops", 2),
+    "quality": ("true quality", 2),
+    "win_rate": ("win rate vs SFT", 2),
+    "accuracy": ("accuracy", 2),
+    "accuracy_better_shorter": ("better is shorter", 2),
+    "correlation": ("corr. with length", 2),
+    "pressure": ("pressure", 2),
+    "kl": ("KL", 1),
+}
+HEAD = ["trained on", "method", *(title for title, _ in COLUMNS.values())]
+LEGEND = (
+    "tokens: mean length of a sampled answer, end token included. stops: share of answers that end before the cap. "
+    "true quality: distinct requested facts stated rightly minus distinct facts stated wrongly. win rate: true "
+    "quality against the SFT model's own answer, ties one half. accuracy: share of held-out pairs whose truly better "
+    "answer has the higher implicit reward (sum of log-ratios), of all and of those whose better answer is shorter by "
+    f"more than {UNEQUAL_TOKENS} tokens. corr. with length: of the margin there with the length difference. pressure: "
+    "derivative of the margin by the end token's logit, per training pair before the first step; negative lengthens. "
+    "KL: of whole answers from the SFT model, in nats."
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a method on a group, with one record per seed and number."""
+
+    group: str | None
+    method: str
+    numbers: dict[str, list[Record]]
+
+    @property
+    def title(self) -> str:
+        """The method's name for people."""
+        return "SFT (start)" if self.method == SFT else METHODS[self.method].title
+
+    def values(self, name: str) -> list[float]:
+        """One value per seed, those without a defined value left out."""
+        return [record.value for record in self.numbers.get(name, []) if record.value is not None]
+
+    def mean(self, name: str) -> float | None:
+        """Mean over seeds."""
+        return statistics.mean(self.values(name)) if self.values(name) else None
+
+    def cell(self, name: str) -> str:
+        """Mean ± sd over seeds; of one seed the value, and for the win rate its interval."""
+        values, digits = self.values(name), COLUMNS[name][1]
+        if not values:
+            return "–"
+        if len(values) > 1:
+            return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+        interval = self.numbers[name][0].interval
+        if name == "win_rate" and interval:
+            return f"{values[0]:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+        return f"{values[0]:.{digits}f}"
+
+
+def collect(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
+    """Lines in the order of the runs, the start first."""
+    lines: dict[tuple[str | None, str], Line] = {}
+    for run, records in outcomes:
+        line = lines.setdefault((run.group, run.method), Line(run.group, run.method, {}))
+        for record in records:
+            line.numbers.setdefault(record.name, []).append(record)
+    return list(lines.values())
+
+
+def cells(line: Line) -> list[str]:
+    """The line as text."""
+    return [line.group or "–", line.title, *(line.cell(name) for name in COLUMNS)]
+
+
+def markdown(lines: Sequence[Line], *, about: str) -> str:
+    """The table in Markdown, with what its columns mean and how it was made."""
+    rows = [HEAD, ["---"] * len(HEAD), *(cells(line) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{about}\n\n{LEGEND}\n"
+
+
+def describe(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
+    """How the numbers were made."""
+    settings, seeds = outcomes[0][0].settings, sorted({run.seed for run, _ in outcomes})
+    spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed; the interval is over questions"
+    return (
+        f"Measured by `{command}` (seeds {', '.join(map(str, seeds))}; {spread}): {settings.steps} steps of "
+        f"{settings.batch_size} pairs, learning rate {settings.learning_rate:g}, beta {settings.beta:g}, annotators' "
+        f"length bias {settings.bias:g}; supervised start of {settings.sft_steps} steps; {settings.questions} "
+        f"questions and {settings.judged_pairs} judged pairs, all held out."
+    )
+
+
+def findings(lines: Sequence[Line]) -> list[str]:
+    """What these runs measured, in sentences computed from their numbers."""
+    start = lines[0]
+    n_seeds = len(start.values("tokens"))
+    sentences = [
+        f"The start answers in {start.mean('tokens'):.1f} tokens with a true quality of {start.mean('quality'):.2f}."
+    ]
+    for group in GROUPS:
+        found = {line.method: line for line in lines if line.group == group}
+        if "dpo" in found:
+            baseline = found.pop("dpo")
+            sentences += [_against(line, baseline, n_seeds) for line in found.values()]
+            sentences += [_lean([baseline, *found.values()])] if group == "all" else []
+    if n_seeds == 1:
+        sentences.append("This is one seed: a difference of a few tokens can change its sign with another.")
+    return sentences
+
+
+def _against(line: Line, baseline: Line, n_seeds: int) -> str:
+    differences = [a - b for a, b in zip(line.values("tokens"), baseline.values("tokens"), strict=True)]
+    mean = statistics.mean(differences)
+    same_sign = sum((d > 0) == (mean > 0) for d in differences)
+    seeds = f" ({same_sign} of {n_seeds} seeds)" if n_seeds > 1 else ""
+    compared = f"{abs(mean):.1f} tokens {'longer' if mean > 0 else 'shorter'} than"
+    if abs(mean) < 0.05:  # would read as 0.0 tokens longer
+        compared, seeds = "as long as", ""
+    return (
+        f"On `{line.group}` ({GROUPS[line.group or 'all']}), the answers of {line.title} are {compared} those of "
+        f"{baseline.title}{seeds}, {line.mean('tokens'):.1f} against {baseline.mean('tokens'):.1f}; "
+        f"{line.mean('stops'):.0%} of them end against {baseline.mean('stops'):.0%}; "
+        f"the win rate against the start is {line.cell('win_rate')} against {baseline.cell('win_rate')}."
+    )
+
+
+def _lean(lines: Sequence[Line]) -> str:
+    parts = []
+    for line in lines:
+        shorter, longer = line.mean("accuracy_better_shorter"), line.mean("accuracy_better_longer")
+        if shorter is not None and longer is not None:
+            parts.append(f"{line.title} {shorter:.0%} and {longer:.0%}")
+    return (
+        f"On `{lines[0].group}`, the implicit reward is right about this share of held-out pairs whose better answer "
+        f"is shorter, and of those whose better answer is longer: {'; '.join(parts)}."
+    )
+
+
+def weak_start(lines: Sequence[Line]) -> str | None:
+    """A warning where the start knows too little for quality to mean something."""
+    low = [quality for quality in lines[0].values("quality") if quality <= MIN_QUALITY]
+    if not low:
+        return None
+    return (
+        f"The supervised start must have a true quality above {MIN_QUALITY} for quality and win rate to mean "
+        f"something, got {', '.join(f'{quality:.2f}' for quality in low)}. With a start that states mostly wrong "
+        "facts, saying less wins. Raise `--sft_steps`."
+    )
+
+
+def draw(lines: Sequence[Line], path: Path) -> None:
+    """Length and win rate per group and method: a mark for the mean, a dot per seed, a line for the start.
+
+    Needs matplotlib (`pip install "sampo-dpo[report]"`).
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    groups = [group for group in GROUPS if any(line.group == group for line in lines)]
+    methods = [method for method in METHODS if any(line.method == method for line in lines)]
+    colours = dict(zip(METHODS, ("#777777", "#0072b2", "#d55e00"), strict=True))
+    with rc_context({"svg.hashsalt": "sampo", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, name, title in zip(
+            figure.subplots(1, 2),
+            ("tokens", "win_rate"),
+            ("tokens per answer", "win rate against the start, by the truth"),
+            strict=True,
+        ):
+            for j, method in enumerate(methods):
+                _marks(axes, lines, method, groups, name, colours[method], shift=(j - (len(methods) - 1) / 2) * 0.22)
+            axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")
+            axes.set_xticks(range(len(groups)), [f"`{g}`\n{GROUPS[g]}".replace(" whose", "\nwhose") for g in groups])
+            axes.set_xlim(-0.5, len(groups) - 0.5)
+            axes.set_title(title, fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_ylim(bottom=0)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _marks(axes, lines, method: str, groups, name: str, colour: str, shift: float) -> None:
+    found = {line.group: line for line in lines if line.method == method}
+    label = METHODS[method].title
+    for x, group in enumerate(groups):
+        values = found[group].values(name) if group in found else []
+        if not values:
+            continue
+        mean = {"markersize": 16, "markeredgewidth": 2.5, "color": colour, "label": label}
+        axes.plot(x + shift, statistics.mean(values), "_", **mean)
+        axes.plot([x + shift] * len(values), values, "o", markersize=4, color=colour, alpha=0.6, markeredgewidth=0)
+        label = None  # once in the legend

@@ -1,0 +1,127 @@
+"""A number as a record: the value, how sure it is, and everything that is needed to get it again.
+
+Records lie in a JSON Lines file, one number per line, appended and never rewritten. Tables, figures and sentences are
+made from them, so that no figure stands anywhere without its settings and its command.
+"""
+
+import hashlib
+import json
+import math
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+PACKAGES = ("sampo-dpo", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One measured number.
+
+    `value` is None where the quantity has no defined value (a correlation with a constant, say); `interval` are the
+    95 % bounds and `n` the number of observations that both rest on. `config` holds every setting the value depends
+    on, and `key` is its hash.
+    """
+
+    name: str
+    value: float | None
+    n: int
+    config: dict[str, Any]
+    interval: tuple[float, float] | None = None
+    seed: int | None = None
+    command: str = ""
+    commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    schema: int = SCHEMA
+
+    def __post_init__(self):
+        numbers = [x for x in (self.value, *(self.interval or ())) if x is not None]
+        if not all(math.isfinite(x) for x in numbers):
+            raise ValueError(f"A record's `value` and `interval` must be finite, got {numbers} for {self.name!r}.")
+        if self.interval is not None:
+            object.__setattr__(self, "interval", tuple(self.interval))  # JSON knows lists only
+
+    @property
+    def key(self) -> str:
+        """Hash of the settings: equal settings, equal key."""
+        return config_key(self.config)
+
+
+def config_key(config: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that depend on the settings and not on their order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and time, as keyword arguments of `Record`."""
+    return {"commit": commit(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that numbers depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def commit() -> str | None:
+    """The commit of this source tree, with `-dirty` where it was changed; None for an installed package."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # a wheel inside somebody else's repository is not this one
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Append records in one write. A last line that an interrupted writer left unfinished is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(asdict(record), sort_keys=True, allow_nan=False) + "\n" for record in records)
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(lines.encode())
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a file, oldest first; none where there is no file. An unfinished last line is left out."""
+    if not path.exists():
+        return []
+    known = {f.name for f in fields(Record)}
+    records = []
+    *lines, _unfinished = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} must be a JSON record, got: {error}. Restore or delete it."
+            ) from None
+        if content.get("schema") != SCHEMA or set(content) != known:
+            raise ValueError(
+                f"{path}, line {number} must be a record of schema {SCHEMA}, got schema {content.get('schema')} with "
+                f"{sorted(set(content) ^ known) or 'the same fields'} differing. Write to another folder."
+            )
+        records.append(Record(**content))
+    return records
