@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from .weighting import WEIGHTINGS
+from .weighting import WEIGHTINGS, Weighting
 
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
@@ -172,32 +172,59 @@ class SamPOConfig(DPOConfig):
         return faults
 
     def _combination_faults(self) -> list[str]:
-        """The table of what goes together; docs/configuration.md says why, row by row."""
+        """The table of what goes together; docs/concepts.md says why, row by row."""
         if self.token_weighting not in WEIGHTINGS:
             return []
-        name, method = self.token_weighting, WEIGHTINGS[self.token_weighting]
-        thinning = [n for n, w in WEIGHTINGS.items() if w.thins]
-        losses = set(self.loss_type)
-        divergence = self.f_divergence_type != "reverse_kl"
-        table = [
+        method = WEIGHTINGS[self.token_weighting]
+        table = [*self._method_rows(method), *self._loss_rows(method)]
+        return [message for wrong, message in table if wrong]
+
+    def _method_rows(self, method: Weighting) -> list[tuple[bool, str]]:
+        """(wrong?, message) of the options that only some methods have."""
+        name = self.token_weighting
+
+        def methods(flag: str) -> list[str]:
+            return [n for n, w in WEIGHTINGS.items() if getattr(w, flag)]
+
+        return [
             (
                 self.sampled_sides != "both" and not method.thins,
-                f"`sampled_sides: {self.sampled_sides}` needs a method that thins the longer side {thinning}, got "
-                f"`token_weighting: {name}`.",
+                f"`sampled_sides: {self.sampled_sides}` needs a method that thins the longer side {methods('thins')}, "
+                f"got `token_weighting: {name}`.",
             ),
             (
                 self.keep_end_token and not method.can_keep_end,
-                f"`keep_end_token` is for {[n for n, w in WEIGHTINGS.items() if w.can_keep_end]}, got "
-                f"`token_weighting: {name}`.",
+                f"`keep_end_token` is for {methods('can_keep_end')}, got `token_weighting: {name}`.",
             ),
             (
                 self.mask_sharing == "independent" and not method.random,
-                f"`mask_sharing: independent` needs random subsets (`sampo`), got `token_weighting: {name}`.",
+                f"`mask_sharing: independent` needs random subsets {methods('random')}, got `token_weighting: {name}`.",
             ),
             (
                 self.mask_samples != 1 and not method.random,
-                f"`mask_samples: {self.mask_samples}` needs random subsets (`sampo`), got `token_weighting: {name}`.",
+                f"`mask_samples: {self.mask_samples}` needs random subsets {methods('random')}, got "
+                f"`token_weighting: {name}`.",
             ),
+            (
+                name != "all" and self.ld_alpha is not None,
+                f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`. Unset "
+                "it, or use `all`.",
+            ),
+            (
+                self.precompute_ref_log_probs and (not method.by_sum or self.keep_end_token),
+                "`precompute_ref_log_probs` stores one sum per response, and "
+                f"`token_weighting: {name}`{' with `keep_end_token`' if self.keep_end_token else ''} needs the "
+                f"reference log-probabilities of single tokens. Unset it, or use one of {methods('by_sum')} without "
+                "`keep_end_token`.",
+            ),
+        ]
+
+    def _loss_rows(self, method: Weighting) -> list[tuple[bool, str]]:
+        """(wrong?, message) of losses, divergences, WPO and the length penalty."""
+        name, losses = self.token_weighting, set(self.loss_type)
+        divergence = self.f_divergence_type != "reverse_kl"
+        not_of_margin = sorted(losses - {"sft"} - MARGIN_LOSSES)
+        return [
             (
                 not method.subset and bool(losses & COUNT_LOSSES),
                 f"`loss_type: {sorted(losses & COUNT_LOSSES)}` divides by the number of counted tokens, which has no "
@@ -218,14 +245,9 @@ class SamPOConfig(DPOConfig):
                 "because `sft` sees all chosen tokens and the WPO weights only the counted ones.",
             ),
             (
-                name != "all" and self.ld_alpha is not None,
-                f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`. Unset "
-                "it, or use `all`.",
-            ),
-            (
-                self.has_length_penalty and not losses - {"sft"} <= MARGIN_LOSSES,
+                self.has_length_penalty and bool(not_of_margin),
                 f"`length_penalty: {self.length_penalty}` needs a loss that is a function of the margin "
-                f"{sorted(MARGIN_LOSSES)}, got {sorted(losses - {'sft'} - MARGIN_LOSSES)}.",
+                f"{sorted(MARGIN_LOSSES)}, got {not_of_margin}.",
             ),
             (
                 self.learns_length_penalty and not losses & MARGIN_LOSSES,
@@ -240,12 +262,4 @@ class SamPOConfig(DPOConfig):
                 self.has_length_penalty and self.use_weighting,
                 f"`length_penalty: {self.length_penalty}` with `use_weighting` (WPO) has no source that defines it.",
             ),
-            (
-                self.precompute_ref_log_probs and (not method.by_sum or self.keep_end_token),
-                "`precompute_ref_log_probs` stores one sum per response, and "
-                f"`token_weighting: {name}`{' with `keep_end_token`' if self.keep_end_token else ''} needs the "
-                "reference log-probabilities of single tokens. Unset it, or use one of "
-                f"{[n for n, w in WEIGHTINGS.items() if w.by_sum]} without `keep_end_token`.",
-            ),
         ]
-        return [message for wrong, message in table if wrong]
