@@ -198,7 +198,8 @@ class SamPOConfig(DPOConfig):
             ),
             (
                 self.mask_sharing == "independent" and not method.random,
-                f"`mask_sharing: independent` needs random subsets {methods('random')}, got `token_weighting: {name}`.",
+                f"`mask_sharing: independent` needs random subsets {methods('random')}, got "
+                f"`token_weighting: {name}`.",
             ),
             (
                 self.mask_samples != 1 and not method.random,
