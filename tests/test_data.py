@@ -482,6 +482,12 @@ def test_a_bad_conversation_is_found_among_good_ones(name):
     assert len(loaded(rows, on_bad_rows="drop")) == 3
 
 
+def test_one_text_that_looks_like_a_transcript_makes_no_transcripts_of_the_others():
+    rows = [{"chosen": f"Q{i}: a", "rejected": f"Q{i}: b"} for i in range(3)]
+    rows.append({"chosen": "Human: a colour? Blue.", "rejected": "Human: a colour? Red."})
+    assert loaded(rows).to_list() == [trl.extract_prompt(r) for r in rows]
+
+
 def test_sides_that_share_no_beginning_have_no_prompt():
     rows = [
         {"chosen": "Q: a", "rejected": "Q: b"},
@@ -583,6 +589,7 @@ ACCEPTED_BY_TRL = {
     "several turns": PAIR | {"prompt": [USER, BLUE, USER], "chosen": [BLUE, USER, BLUE]},
     "tools": PAIR | {"chosen": [CALL | {"content": ""}, {"role": "tool", "content": "sky"}, BLUE], "tools": WEATHER},
     "a tool call without content": PAIR | {"chosen": [CALL]},
+    "an answer right after a tool call": PAIR | {"chosen": [CALL, BLUE]},
     "a chain of thought alone": PAIR | {"rejected": [RED | {"content": "", "reasoning_content": "Sky."}]},
     "content in blocks": PAIR | {"chosen": [BLUE | {"content": [{"type": "text", "text": "Blue."}]}]},
     "template options": PAIR | {"chat_template_kwargs": {"enable_thinking": False}},
