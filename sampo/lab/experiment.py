@@ -62,6 +62,7 @@ class Bench:
     def __init__(self, seed: int, settings: Settings, folder: Path, progress: Progress):
         self.seed, self.settings, self.folder, self.progress = seed, settings, folder, progress
         self.world = World(seed)
+        self._groups: dict[str, tuple[list[Pair], np.ndarray]] = {}
 
     def measure(self, run: Run) -> list[Number]:
         """Train if the run is not the start, and measure."""
@@ -123,9 +124,12 @@ class Bench:
         """Log-probabilities of the judged pairs' answers under the start, better answers first."""
         return lm.answer_logps(self.start, _rows(self.judged))
 
-    def pairs(self, group: str) -> list[Pair]:
-        """The training pairs of a group."""
-        return self.world.annotated_pairs(self.settings.pairs, bias=self.settings.bias, group=group)
+    def pairs(self, group: str) -> tuple[list[Pair], np.ndarray]:
+        """The training pairs of a group, and how a shift of the end token's logit moves each answer, chosen first."""
+        if group not in self._groups:
+            pairs = self.world.annotated_pairs(self.settings.pairs, bias=self.settings.bias, group=group)
+            self._groups[group] = pairs, lm.end_token_push(self.start, _rows(pairs))
+        return self._groups[group]
 
     # --- what is measured ----------------------------------------------------------------------------------------
 
@@ -171,8 +175,7 @@ class Bench:
 
     def _measure_pressure(self, run: Run) -> Number:
         """Length pressure of the method's weights on its training pairs, at the start of training."""
-        pairs = self.pairs(run.group)
-        push = lm.end_token_push(self.start, _rows(pairs))
+        pairs, push = self.pairs(run.group)
         chosen, rejected = np.split(push * row_weights(pairs, METHODS[run.method].options), 2)
         return mean_number("pressure", chosen - rejected, [pair.question.key for pair in pairs])
 
@@ -226,7 +229,7 @@ def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTr
     settings = run.settings
     data = [
         {"prompt": text(p.question.prompt), "chosen": f" {text(p.chosen)}", "rejected": f" {text(p.rejected)}"}
-        for p in bench.pairs(run.group)
+        for p in bench.pairs(run.group)[0]
     ]
     output_dir = tempfile.mkdtemp(prefix="sampo-lab-")  # nothing is saved there
     try:

@@ -26,7 +26,7 @@ class Settings:
     learning_rate: float = field(default=5e-4, metadata={"help": "of each method, with 10 % warm-up and linear decay"})
     beta: float = field(default=0.1, metadata={"help": "of each method"})
     pairs: int = field(default=2048, metadata={"help": "preference pairs in each group"})
-    sft_steps: int = field(default=700, metadata={"help": "steps of the supervised start, 64 answers each"})
+    sft_steps: int = field(default=1000, metadata={"help": "steps of the supervised start, 64 answers each"})
     questions: int = field(default=768, metadata={"help": "held-out questions answered by each model"})
     judged_pairs: int = field(default=3000, metadata={"help": "held-out pairs for the accuracy of implicit rewards"})
     demonstrations: int = 25_600
