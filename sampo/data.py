@@ -156,10 +156,10 @@ def check_preferences(dataset: "Dataset | IterableDataset", *, max_rows_named: i
             raise _error("the preference data", faults, 0)
         return
     scan = _scan(Table(dataset, names), strict=True)
-    if not scan.total:
-        raise PreferenceDataError("A preference data set must have at least one pair, got none.")
     if faults := scan.list_faults(names, max_rows_named):
         raise _error("the preference data", faults, scan.total)
+    if not scan.total:
+        raise PreferenceDataError("A preference data set must have at least one pair, got none.")
 
 
 def split_by_prompt(dataset: "Dataset", eval_fraction: float, seed: int = 42) -> "tuple[Dataset, Dataset]":
@@ -251,7 +251,9 @@ class _Scan:
     def list_faults(self, columns: list[str], max_rows_named: int = 10) -> list[Fault]:
         """All faults, missing columns first."""
         missing = _missing_columns(columns)
-        if _nearest("prompt", columns) and ("prompt_not_shared", "prompt") in self.faults:
+        # Some unshared beginnings are bad rows, many mean that the prompt is elsewhere.
+        unshared = len(self.faults.get(("prompt_not_shared", "prompt"), ()))
+        if 10 * unshared > self.total and _nearest("prompt", columns):
             missing.append(_missing_column("prompt", columns))
         return missing + [
             Fault(kind, column, rows[:max_rows_named], len(rows), self._cure(kind, max_rows_named))
@@ -269,7 +271,7 @@ class _Scan:
 
 def _scan(table: Table, *, strict: bool) -> _Scan:
     """Read every row once. `strict`: for a trainer, which takes the rows as they are."""
-    absent = {column.column for column in _missing_columns(table.columns)}
+    absent = {fault.column for fault in _missing_columns(table.columns)}
     cells = iter(()) if {"chosen", "rejected"} <= absent else table.cells(list(PAIR_COLUMNS))
     head = list(itertools.islice(cells, 1000))
     scan = _Scan(layout_of(table.columns, [row for row in head if not isinstance(row, BrokenLine)]))
@@ -285,6 +287,13 @@ def _scan(table: Table, *, strict: bool) -> _Scan:
             scan.note_pair(pair)
             scan.joined_turns += scan.layout == "transcripts" and count_turns(row[1]) > len(pair[0]) + 1
         scan.add(faults)
+    near = _nearest("prompt", table.columns)
+    if scan.layout == "shared_text" and near:
+        logger.warning(
+            "there is no column `prompt`, so what `chosen` and `rejected` begin with is taken for it. If `%s` is "
+            "meant, load the data with `load_preferences(..., columns={'prompt': '%s'})`",
+            *(near, near),
+        )
     return scan
 
 

@@ -526,11 +526,25 @@ def test_a_misnamed_column_is_recognised_and_can_be_renamed(ours, theirs, tmp_pa
         assert [{key: pair[key] for key in row()} for pair in pairs] == [row(i) for i in range(3)]
 
 
+def test_a_column_that_may_be_the_prompt_is_no_error_where_the_sides_share_their_beginning(caplog):
+    rows = [{"chosen": "Q: a", "rejected": "Q: b", "question": "Q"} for _ in range(20)]
+    rows[3] = rows[3] | {"chosen": "x"}
+    assert len(loaded(rows, on_bad_rows="drop")) == 19
+    assert "no column `prompt`, so what `chosen` and `rejected` begin with is taken" in caplog.text
+    assert faults_of(loaded, rows)[0] == {("prompt_not_shared", "prompt"): [3]}
+    rows[:3] = [r | {"chosen": "x"} for r in rows[:3]]
+    assert faults_of(loaded, rows, on_bad_rows="drop")[0] == {
+        ("missing_column", "prompt"): [],
+        ("prompt_not_shared", "prompt"): [0, 1, 2, 3],
+    }
+
+
 def test_missing_columns_are_an_error_also_when_bad_rows_are_dropped():
     rows = [{"prompt": "a", "text": "b"}]
     faults, message = faults_of(loaded, rows, on_bad_rows="drop")
     assert list(faults) == [("missing_column", "chosen"), ("missing_column", "rejected")]
     assert "The columns are ['prompt', 'text']" in message
+    assert faults_of(check_preferences, Dataset.from_list(rows))[0] == faults
     # the columns that are there are looked at nevertheless
     faults, _ = faults_of(loaded, [{"prompt": "a", "chosen": "b"}, {"prompt": "", "chosen": None}])
     assert faults == {("missing_column", "rejected"): [], ("empty", "prompt"): [1], ("null", "chosen"): [1]}
@@ -549,6 +563,8 @@ def test_nothing_left_after_dropping_is_an_error():
     assert faults == {("empty", "chosen"): [0]}
     with pytest.raises(PreferenceDataError, match="no rows"):
         load_preferences(Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}))
+    with pytest.raises(PreferenceDataError, match="at least one pair, got none"):
+        check_preferences(Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}))
 
 
 def test_extra_columns_of_mixed_types_are_kept_and_tool_arguments_are_not_filled_with_nulls():
