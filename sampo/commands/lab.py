@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ..lab.settings import GROUPS, METHODS, Settings, plan
 
@@ -20,7 +21,7 @@ DEFAULT_SEEDS = 3
 
 def make_parser(subparsers=None) -> argparse.ArgumentParser:
     """The command's parser, alone or below `sampo`."""
-    about = {
+    about: dict[str, Any] = {
         "description": "Train a tiny model with each method in a small world with ground truth, and measure what "
         "became of length and quality. Finished runs are kept in the output folder and not run again.",
         "formatter_class": argparse.ArgumentDefaultsHelpFormatter,

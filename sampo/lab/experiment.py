@@ -32,19 +32,21 @@ def run_all(
 ) -> Iterator[tuple[Run, list[results.Record]]]:
     """Yield each run with its records. New ones are appended to the folder's file as soon as they are there."""
     path = folder / RECORDS
-    known: dict[str, list[results.Record]] = {}
+    known: dict[str, dict[str, results.Record]] = {}
     for record in results.read(path):
-        known.setdefault(record.key, []).append(record)
+        known.setdefault(record.key, {})[record.name] = record
     bench = None
     for run in runs:
         key = results.config_key(run.config)
-        if key not in known:
+        last = "train_seconds" if run.group else "kl"  # what is written last, for a killed run may have left the rest
+        if last not in known.get(key, {}):
             if bench is None or bench.seed != run.seed:
                 bench = Bench(run.seed, run.settings, folder, progress)
             about = {"config": run.config, "seed": run.seed, "command": command, **results.provenance()}
-            known[key] = [results.Record(**number._asdict(), **about) for number in bench.measure(run)]
-            results.append(path, known[key])
-        yield run, known[key]
+            records = [results.Record(**number._asdict(), **about) for number in bench.measure(run)]
+            results.append(path, records)
+            known[key] = {record.name: record for record in records}
+        yield run, list(known[key].values())
 
 
 class Number(NamedTuple):
@@ -66,7 +68,7 @@ class Bench:
 
     def measure(self, run: Run) -> list[Number]:
         """Train if the run is not the start, and measure."""
-        if run.group is None:
+        if not run.group:
             return self._measure_answers(self.start, sampling_seed=2)
         began = time.perf_counter()
         with self.progress(run.title, self.settings.steps) as advance:
@@ -254,8 +256,9 @@ def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTr
             disable_tqdm=True,
             **METHODS[run.method].options,
         )
+        policy = bench.load_start()
         trainer = SamPOTrainer(
-            model=bench.load_start(),
+            model=policy,
             ref_model=bench.load_start(),
             args=arguments,
             train_dataset=Dataset.from_list(data),
@@ -269,4 +272,4 @@ def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTr
             trainer.train()
     finally:
         shutil.rmtree(output_dir, ignore_errors=True)
-    return trainer.model.eval(), trainer.state.log_history[-1]
+    return policy.eval(), trainer.state.log_history[-1]

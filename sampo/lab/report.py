@@ -36,7 +36,7 @@ LEGEND = (
 class Line:
     """One line of the table: a method on a group, with one record per seed and number."""
 
-    group: str | None
+    group: str
     method: str
     numbers: dict[str, list[Record]]
 
@@ -68,7 +68,7 @@ class Line:
 
 def collect(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
     """Lines in the order of the runs, the start first."""
-    lines: dict[tuple[str | None, str], Line] = {}
+    lines: dict[tuple[str, str], Line] = {}
     for run, records in outcomes:
         line = lines.setdefault((run.group, run.method), Line(run.group, run.method, {}))
         for record in records:
@@ -126,7 +126,7 @@ def _against(line: Line, baseline: Line, n_seeds: int) -> str:
     if abs(mean) < 0.05:  # would read as 0.0 tokens longer
         compared, seeds = "as long as", ""
     return (
-        f"On `{line.group}` ({GROUPS[line.group or 'all']}), the answers of {line.title} are {compared} those of "
+        f"On `{line.group}` ({GROUPS[line.group]}), the answers of {line.title} are {compared} those of "
         f"{baseline.title}{seeds}, {line.mean('tokens'):.1f} against {baseline.mean('tokens'):.1f}; "
         f"{line.mean('stops'):.0%} of them end against {baseline.mean('stops'):.0%}; "
         f"the win rate against the start is {line.cell('win_rate')} against {baseline.cell('win_rate')}."
@@ -191,7 +191,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def _mark(axes, line: Line, name: str, x: float, colour: str, *, in_legend: bool) -> None:
-    values, mean = line.values(name), line.mean(name)
+    values, stops = line.values(name), statistics.mean(line.values("stops"))
+    mean = statistics.mean(values)
     label = line.title if in_legend else None
     axes.plot([x - 0.1, x + 0.1], [mean, mean], color=colour, linewidth=3, solid_capstyle="butt", label=label)
     interval = line.numbers[name][0].interval
@@ -201,6 +202,6 @@ def _mark(axes, line: Line, name: str, x: float, colour: str, *, in_legend: bool
         axes.plot([x, x], interval, color=colour, linewidth=1)
     top = max(*values, *(interval or ()))
     text = f"{mean:.{0 if name == 'tokens' else 2}f}"
-    if name == "tokens" and line.mean("stops") < 0.9:
-        text += f"\n({line.mean('stops'):.0%} end)"
+    if name == "tokens" and stops < 0.9:
+        text += f"\n({stops:.0%} end)"
     axes.annotate(text, (x, top), (0, 4), textcoords="offset points", ha="center", fontsize=7.5, color=colour)

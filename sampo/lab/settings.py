@@ -68,10 +68,10 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table for one seed; `group` is None for the supervised start."""
+    """One row of the table for one seed; `group` is empty for the supervised start."""
 
     seed: int
-    group: str | None
+    group: str
     method: str
     settings: Settings
 
@@ -87,13 +87,13 @@ class Run:
     @property
     def title(self) -> str:
         """For progress and logs."""
-        return f"seed {self.seed}, " + ("supervised start" if self.group is None else f"{self.group}, {self.method}")
+        return f"seed {self.seed}, " + (f"{self.group}, {self.method}" if self.group else "supervised start")
 
 
 def plan(settings: Settings, *, seeds: int, groups: Sequence[str], methods: Sequence[str]) -> list[Run]:
     """All runs in the order of running: each seed's start, then its groups and methods."""
     runs = []
     for seed in range(seeds):
-        runs.append(Run(seed, None, SFT, settings))
+        runs.append(Run(seed, "", SFT, settings))
         runs += [Run(seed, group, method, settings) for group in groups for method in methods]
     return runs

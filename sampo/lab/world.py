@@ -204,7 +204,8 @@ class World:
 
     def judged_pairs(self, count: int) -> list[Pair]:
         """Held-out pairs that differ in true quality, the truly better answer as `chosen`."""
-        rng, pairs = self.rng("judged pairs"), []
+        rng = self.rng("judged pairs")
+        pairs: list[Pair] = []
         while len(pairs) < count:
             question = self.question(rng, held_out=True)
             a, b = self.answer(rng, question), self.answer(rng, question)
