@@ -558,6 +558,20 @@ def test_theta_finds_the_length_slope_of_the_annotators_while_the_policy_stays_p
     assert abs(log[-2]["rewards/margins"]) < 0.01
 
 
+def test_theta_takes_one_step_per_optimiser_step_with_the_mean_gradient_of_its_micro_batches(model_folder, tmp_path):
+    options = {"length_penalty": "learned", "max_steps": 5, "data": make_pairs(48), "learning_rate": 1e-4}
+    whole, parts = (
+        history(make_trainer(model_folder, tmp_path, **sizes, **options))
+        for sizes in (
+            {"per_device_train_batch_size": 8},
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        )
+    )
+    thetas = [[entry["length_penalty/theta"] for entry in log if "loss" in entry] for log in (whole, parts)]
+    assert thetas[0] == pytest.approx(thetas[1], abs=1e-5)
+    assert len({round(theta, 4) for theta in thetas[0]}) == 5
+
+
 def test_theta_and_the_scale_are_saved_and_a_resumed_run_is_the_uninterrupted_one(model_folder, tmp_path):
     options = {
         "length_penalty": "learned",
