@@ -24,7 +24,8 @@ def launch(model, out, *, processes, batch, resume=None, check=True, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(WORKER), "--model", model, "--out", str(out), "--batch", str(batch)]
     command += ["--options", json.dumps(options), *(["--resume", str(resume)] if resume else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False)
     if not check:
         return done
