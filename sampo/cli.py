@@ -1,0 +1,46 @@
+"""`sampo COMMAND …`. A command is imported when it is called, so that `sampo --help` does not wait for torch."""
+
+import difflib
+import sys
+from importlib import import_module
+
+# command -> (module, what it does)
+COMMANDS = {
+    "train": ("commands.train", "train on preference pairs, from a YAML file and options, on one process or many"),
+    "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
+    "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(f"sampo {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        print(f"sampo: the command must be one of {list(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
+        return 2
+    module = import_module(f".{COMMANDS[name][0]}", __package__)
+    if name == "train":  # its options are TRL's, and it may have to start several processes
+        return module.run(rest)
+    module.main(module.make_parser().parse_args(rest))
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: sampo COMMAND [options]", "", *lines, "", "sampo COMMAND --help tells more."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""How `sampo train` starts processes: by `accelerate launch`, with a configuration by name."""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from .recipes import packaged
+
+# Options of `accelerate launch` that `sampo train` hands on. For the rest there is a configuration file.
+OPTIONS = {
+    "accelerate_config": "name of a packaged configuration, or the path of a file",
+    "num_processes": "processes in total, over all machines",
+    "num_machines": "machines",
+    "machine_rank": "number of this machine, from 0",
+    "main_process_ip": "address of machine 0",
+    "main_process_port": "port of machine 0; on a single machine a free one is found",
+    "gpu_ids": "devices to use, as `0,1`",
+}
+
+
+def split_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The launcher's options, and all the rest in its order."""
+    parser = argparse.ArgumentParser(prog="sampo train", add_help=False, allow_abbrev=False)
+    for name, text in OPTIONS.items():
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, help=text)
+    known, rest = parser.parse_known_args(argv)
+    return {name: value for name, value in vars(known).items() if value is not None}, rest
+
+
+def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None:
+    """The words that start the processes, up to the module; `None` where this process can do the work itself.
+
+    Without any option that is so unless the user has an accelerate configuration or several GPUs: then we do what
+    `accelerate launch` would. In a process that a launcher has started, there is nothing to start.
+
+    Args:
+        options: The launcher's options.
+        rest: Those of the training, to which `--use_cpu` is added if the configuration asks for it.
+    """
+    if not options and ("WORLD_SIZE" in os.environ or not _would_launch()):
+        return None
+    options = dict(options)
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    config: dict = {}
+    if "accelerate_config" in options:
+        path = accelerate_config(options.pop("accelerate_config"))
+        words += ["--config_file", str(path)]
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if config.get("use_cpu") and not {"--use_cpu", "--use-cpu"} & set(rest):
+        rest.append("--use_cpu")  # accelerate's launcher of several processes does not tell them
+    machines = int(options.get("num_machines") or config.get("num_machines") or 1)
+    if machines == 1 and not config.get("main_process_port"):
+        options.setdefault("main_process_port", "0")  # a free one, so that two runs on one machine do not meet
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    if not config and int(options.get("num_processes", 1)) > 1:
+        words.append("--multi_gpu")
+    return words
+
+
+def accelerate_config(name: str) -> Path:
+    """Path of an accelerate configuration: a file, or a name of those in `configs/accelerate`."""
+    if os.path.isfile(name):
+        return Path(name)
+    known = {path.stem: path for path in sorted((packaged("configs") / "accelerate").glob("*.yaml"))}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise SystemExit(
+            f"sampo train: `--accelerate_config` must be a file or one of {list(known)}, got {name!r}.{hint}"
+        )
+    return known[name]
+
+
+def _would_launch() -> bool:
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    return os.path.isfile(default_config_file) or torch.cuda.device_count() > 1

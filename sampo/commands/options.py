@@ -1,0 +1,242 @@
+"""The options of `sampo train`: how they are read, and all that can be known to be wrong with them.
+
+The options are those of TRL's `dpo.py`, with `SamPOConfig` in the place of `DPOConfig`. An option that nobody knows is
+an error with the nearest name, in the YAML file as on the command line; TRL's script drops it.
+"""
+
+import difflib
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+from trl.scripts.utils import ScriptArguments, TrlParser
+
+from .launch import OPTIONS as LAUNCH_OPTIONS
+
+HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
+
+
+@dataclass
+class SamPOScriptArguments(ScriptArguments):
+    """TRL's arguments of a training script, and how preference data is read.
+
+    Args:
+        eval_fraction: Share of the prompts to hold out for evaluation.
+        on_bad_rows: `error` or `drop`.
+        length_split: `long`, `short`, `equal` or `balanced`.
+        chat_template: Jinja text, or the path of a file with it.
+    """
+
+    eval_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the prompts of the training split that is held out for evaluation, instead of "
+            "`dataset_test_split`. In [0, 1); all pairs of one prompt stay on one side."
+        },
+    )
+    on_bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to pairs that cannot be trained on (an empty side, no shared prompt, ...): `error` "
+            "names them and stops, `drop` leaves them out and says how many.",
+            "choices": ["error", "drop"],
+        },
+    )
+    length_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train only on pairs whose chosen side is longer (`long`), shorter (`short`) or as long (`equal`) "
+            "as the rejected one in tokens, or on equally many long and short ones (`balanced`).",
+            "choices": ["long", "short", "equal", "balanced"],
+        },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template (Jinja), or the path of a file that holds one, for a tokenizer that has none or in "
+            "place of its own."
+        },
+    )
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser, strict: no abbreviations, and unknown options are refused with the nearest name."""
+
+    def __init__(self, dataclass_types, **kwargs):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One line in place of four hundred options."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args_and_config(self, args=None, *switches, **named_switches):
+        """As TRL's, after `refuse_unknown`."""
+        args = _separate_config(sys.argv[1:] if args is None else list(args))
+        self.refuse_unknown(args)
+        return super().parse_args_and_config(args, *switches, **named_switches)
+
+    def parse_args_into_dataclasses(self, args=None, return_remaining_strings=False, *others, **named):
+        """As the original, but what several dataclasses and `find_faults` refuse is said in one message."""
+        namespace, rest = self.parse_known_args(args)
+        faults, built = find_faults(namespace), []
+        for kind in self.dataclass_types:
+            try:
+                built.append(kind(**{f.name: getattr(namespace, f.name) for f in fields(kind) if f.init}))
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            self.error(_listed(faults))
+        return (*built, rest) if return_remaining_strings else tuple(built)
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        """Numbers of the YAML file go through the same conversion as those of the command line."""
+        texts = {key: str(value) if type(value) in (int, float) else value for key, value in config.items()}
+        return super().set_defaults_with_config(**texts)
+
+    def refuse_unknown(self, args: list[str]) -> None:
+        """Stop if the YAML file or the command line holds names or choices that no dataclass knows; name all."""
+        args = _separate_config(args)
+        config, path = self._read_config(args)
+        choices = {action.dest: list(action.choices or ()) for action in self._actions}
+        faults = [
+            f"`{key}` in {path} is no option.{_nearest(key, choices)}"
+            for key in config
+            if key not in {*choices, "env"}
+        ]
+        faults += [
+            f"`{key}` in {path} must be one of {choices[key]}, got {value!r}."
+            for key, value in config.items()
+            if choices.get(key) and value is not None and value not in choices[key]
+        ]
+        faults += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
+        if faults:
+            self.error(_listed(faults))
+
+    def _unknown_words(self, args: list[str]) -> list[str]:
+        rest = self.parse_known_args(args)[1]
+        options = [word.split("=")[0] for word in rest if word.startswith("--")]
+        return options or rest  # what follows an unknown option is most likely its value
+
+    def _read_config(self, args: list[str]) -> tuple[dict[str, Any], str]:
+        """The mapping in the `--config` file and its path, which are taken out of `args`."""
+        import yaml
+
+        if "--config" not in args:
+            return {}, ""
+        index = args.index("--config")
+        if index + 1 == len(args):
+            self.error("`--config` must be followed by the path of a YAML file, got nothing.")
+        path = args[index + 1]
+        del args[index : index + 2]
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = yaml.safe_load(file)
+        except OSError as error:
+            self.error(f"`--config` must be a YAML file that can be read, got {path}: {error.strerror}.")
+        except yaml.YAMLError as error:
+            self.error(f"`--config` must be valid YAML, got {path}: {error}")
+        if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+            self.error(f"`--config` must hold `option: value` lines, got {path} with something else.")
+        return config, path
+
+
+def _listed(faults: list[str]) -> str:
+    return faults[0] if len(faults) == 1 else "\n- ".join([f"{len(faults)} faults:", *faults])
+
+
+def _separate_config(args: list[str]) -> list[str]:
+    """`--config=FILE` as the two words that TRL's parser looks for."""
+    return [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+
+
+def _nearest(name: str, known) -> str:
+    plain = name.lstrip("-").replace("-", "_")
+    if plain in LAUNCH_OPTIONS:
+        return f" It is for the launcher: `sampo train --{plain} ...` on the command line."
+    near = difflib.get_close_matches(plain, known, n=1)
+    return f" Did you mean `{'--' if name.startswith('-') else ''}{near[0]}`?" if near else ""
+
+
+def make_parser(subparsers=None, prog: str | None = None) -> RecipeParser:
+    """The parser; alone, or as one of `subparsers` whose class takes `dataclass_types`."""
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from ..config import SamPOConfig
+
+    types = (SamPOScriptArguments, SamPOConfig, ModelConfig, DatasetMixtureConfig)
+    if subparsers is not None:
+        parser = subparsers.add_parser("train", help="Train on preference pairs", dataclass_types=types)
+    else:
+        parser = RecipeParser(types, prog=prog or "sampo train")
+    # Bars are for people: in a log each of their updates is a line.
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
+    return parser
+
+
+def find_faults(options: Any) -> list[str]:
+    """All that can be known to be wrong before anything is loaded.
+
+    Args:
+        options: An attribute for each option of all the dataclasses together.
+    """
+    evaluates = str(options.eval_strategy) not in ("no", "False", "IntervalStrategy.NO")
+    mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]
+    splits = [d.get("split", "train") for d in mixed] or [options.dataset_train_split]
+    held_out = [split for split in splits if HELD_OUT & set(re.split(r"[^a-z]+", split.lower()))]
+    fraction = options.eval_fraction
+    table = [
+        (not options.model_name_or_path, "`model_name_or_path` must be given."),
+        (not options.dataset_name and not mixed, "`dataset_name` or `datasets` must be given."),
+        (options.dataset_name and mixed, "`dataset_name` and `datasets` exclude each other, got both. Remove one."),
+        (
+            held_out,
+            f"Training must not see held-out data, got the split {held_out} to train on. Name another split; for "
+            "evaluation there is `dataset_test_split`.",
+        ),
+        (not 0 <= fraction < 1, f"`eval_fraction` must lie in [0, 1), got {fraction}."),
+        (
+            fraction and not evaluates,
+            f"`eval_fraction: {fraction}` holds out pairs that nothing looks at with `eval_strategy: no`. Set "
+            "`eval_strategy: steps`, or drop `eval_fraction`.",
+        ),
+        (
+            fraction and options.test_split_size,
+            "`eval_fraction` and `test_split_size` exclude each other, got both. `eval_fraction` keeps all pairs of a "
+            "prompt on one side.",
+        ),
+    ]
+    return [
+        *(message for wrong, message in table if wrong),
+        *_streaming_faults(options),
+        *_quantization_faults(options),
+    ]
+
+
+def _streaming_faults(options: Any) -> list[str]:
+    if not (options.dataset_streaming or options.streaming):
+        return []
+    table = {
+        "eval_fraction": options.eval_fraction != 0,
+        "length_split": options.length_split is not None,
+        "on_bad_rows: drop": options.on_bad_rows == "drop",
+    }
+    return [
+        f"`{option}` needs all rows, got a stream. Load the data whole." for option, asked in table.items() if asked
+    ]
+
+
+def _quantization_faults(options: Any) -> list[str]:
+    import torch
+
+    if not (options.load_in_4bit or options.load_in_8bit):
+        return []
+    option = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
+    table = [
+        (not options.use_peft, "`use_peft`: quantised weights cannot be trained, only an adapter on them"),
+        (importlib.util.find_spec("bitsandbytes") is None, "bitsandbytes: `pip install 'sampo-dpo[quantization]'`"),
+        (options.use_cpu or not torch.cuda.is_available(), "a CUDA device, and the run has none"),
+    ]
+    missing = [need for lacks, need in table if lacks]
+    return [f"`{option}` needs {'; and '.join(missing)}."] if missing else []

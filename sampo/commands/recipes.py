@@ -1,0 +1,81 @@
+"""`sampo recipes ls | show NAME | cp NAME DEST`: the recipes that come with the package."""
+
+import argparse
+import difflib
+import shutil
+from pathlib import Path
+
+
+def packaged(kind: str) -> Path:
+    """Folder of the `recipes` or `configs` that belong to this installation.
+
+    In a wheel they lie inside the package, in a source checkout beside it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    places = [package / "_data" / kind, package.parent / kind]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(
+        f"`{kind}` must lie in {places[0]} or {places[1]}, got neither. Install the package again."
+    )
+
+
+def recipes() -> dict[str, Path]:
+    """Name (`model/file`, without the suffix) and path of every recipe, sorted."""
+    folder = packaged("recipes")
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Path of the recipe of that name; `.yaml` and a leading `recipes/` may be there or not."""
+    known = recipes()
+    plain = name.removeprefix("recipes/").removesuffix(".yaml")
+    if plain not in known:
+        near = difflib.get_close_matches(plain, known, n=3)
+        hint = f"Did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else ""
+        raise SystemExit(
+            f"sampo recipes: there is no recipe {name!r}. {hint}`sampo recipes ls` lists all {len(known)}."
+        )
+    return known[plain]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(prog="sampo recipes", description="The recipes that come with the package.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ls | show | cp")
+    actions.add_parser("ls", help="names, one a line, with the first line of each file")
+    show = actions.add_parser("show", help="print a recipe")
+    show.add_argument("name", help="as `sampo recipes ls` prints it")
+    copy = actions.add_parser("cp", help="copy a recipe, to be changed")
+    copy.add_argument("name", help="as `sampo recipes ls` prints it")
+    copy.add_argument("dest", type=Path, help="file to write, or an existing folder")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Do what was asked."""
+    if args.action == "ls":
+        _list()
+    elif args.action == "show":
+        print(find_recipe(args.name).read_text(encoding="utf-8"), end="")
+    else:
+        _copy(find_recipe(args.name), args.dest)
+
+
+def _list() -> None:
+    known = recipes()
+    width = max(map(len, known))
+    for name, path in known.items():
+        with path.open(encoding="utf-8") as lines:
+            print(f"{name:<{width}}  {next(lines).lstrip('# ').rstrip()}")
+
+
+def _copy(recipe: Path, dest: Path) -> None:
+    target = dest / recipe.name if dest.is_dir() else dest
+    if target.exists():
+        raise SystemExit(f"sampo recipes: `dest` must not exist yet, got {target}. Choose another name or remove it.")
+    if not target.parent.is_dir():
+        raise SystemExit(f"sampo recipes: `dest` must lie in an existing folder, got {target}. Make {target.parent}.")
+    shutil.copyfile(recipe, target)
+    print(target)

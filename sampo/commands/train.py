@@ -1,0 +1,230 @@
+"""`sampo train`: preference optimisation on a pretrained model, from a YAML file and options.
+
+In the shape of TRL's `dpo.py`, with the same options and three differences:
+
+1. An option that nobody knows is an error with the nearest name. TRL's script drops it.
+2. All that is wrong with the options is said at once; then the data is checked; only then a model is loaded.
+3. `dataset_name` may also be a file, and the data may be raw transcripts (see `sampo.data`).
+"""
+
+import logging
+import os
+import sys
+import warnings
+from types import SimpleNamespace
+
+from ..pair_rows import PreferenceDataError
+from .options import find_faults, make_parser
+
+logger = logging.getLogger(__name__)
+
+
+class RefusedRun(ValueError):
+    """The options cannot be run as they are; the text says all that is wrong with them."""
+
+
+def main(script_args, training_args, model_args, dataset_args) -> None:
+    """Check the options, load the data, train, save.
+
+    Raises:
+        RefusedRun: the options cannot be run.
+        PreferenceDataError: the data cannot be trained on.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
+    if faults := find_faults(SimpleNamespace(**{name: value for part in together for name, value in part.items()})):
+        raise RefusedRun(" ".join(faults))
+    _warn_of_lost_updates(training_args, model_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    processor = load_processor(script_args, training_args, model_args)
+    with training_args.main_process_first(desc="loading the data"):
+        data = load_data(script_args, training_args, dataset_args, processor)
+
+    from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
+
+    trainer = SamPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=data["train"],
+        eval_dataset=data.get("test"),
+        processing_class=processor,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
+        ]
+    trainer.train(resume_from_checkpoint=_resume(training_args.resume_from_checkpoint))
+    _finish(trainer, script_args)
+
+
+def _finish(trainer, script_args) -> None:
+    """Save, push if asked, and leave together: a rank that goes early can take the others down."""
+    folder = trainer.args.output_dir
+    trainer.save_model(folder)
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {folder}.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def _warn_of_lost_updates(training_args, model_args) -> None:
+    """Steps of 1e-6 on weights that are held in bfloat16 alone are mostly rounded away."""
+    shards = training_args.deepspeed or training_args.fsdp or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    shards = shards or os.environ.get("ACCELERATE_USE_FSDP") == "true"  # both keep a copy of the weights in float32
+    if model_args.dtype in ("bfloat16", "float16") and not model_args.use_peft and not shards:
+        logger.warning(
+            "All weights are trained in %s: an update below about 0.2 %% of a weight is rounded away, and at a "
+            "learning rate of %g most are. Set `dtype: float32` (the forward pass stays in bf16 with `bf16: true`), "
+            "or launch with DeepSpeed or FSDP, which keep a copy in float32.",
+            *(model_args.dtype, training_args.learning_rate),
+        )
+
+
+def load_processor(script_args, training_args, model_args):
+    """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    template = script_args.chat_template
+    if template is not None:
+        if os.path.isfile(template):
+            with open(template, encoding="utf-8") as file:
+                template = file.read()
+        processor.chat_template = template
+    return processor
+
+
+def load_data(script_args, training_args, dataset_args, processor) -> dict:
+    """`train`, and `test` if there is an evaluation: checked, and with columns `prompt`, `chosen`, `rejected`.
+
+    Raises:
+        PreferenceDataError: rows that cannot be trained on.
+        RefusedRun: no data to evaluate on, or messages without a chat template.
+    """
+    evaluates = training_args.eval_strategy != "no"
+    if script_args.dataset_streaming or dataset_args.streaming:
+        data = _open_streams(script_args, dataset_args, evaluates)
+    else:
+        data = _load_rows(script_args, training_args, dataset_args, processor, evaluates)
+    if evaluates and "test" not in data:
+        raise RefusedRun(
+            f"`eval_strategy: {training_args.eval_strategy.value}` needs pairs to evaluate on, got none. Set "
+            "`eval_fraction` to hold some out, or `dataset_test_split` to a split that the data has."
+        )
+    first = next(iter(data["train"]))
+    if isinstance(first.get("chosen"), list) and getattr(processor, "chat_template", None) is None:
+        raise RefusedRun(
+            "The pairs are messages, and the tokenizer has no chat template to make text of them. Set `chat_template`."
+        )
+    return data
+
+
+def _load_rows(script_args, training_args, dataset_args, processor, evaluates: bool) -> dict:
+    from trl import get_dataset
+
+    from ..data import load_preference_splits
+
+    mixture = bool(dataset_args.datasets)
+    test_split = "test" if mixture else script_args.dataset_test_split
+    return load_preference_splits(
+        get_dataset(dataset_args) if mixture else script_args.dataset_name,
+        name=None if mixture else script_args.dataset_config,
+        train_split="train" if mixture else script_args.dataset_train_split,
+        # Held-out pairs are taken from the training split when they are asked for, whatever other splits there are.
+        test_split=test_split if evaluates and not script_args.eval_fraction else None,
+        eval_fraction=script_args.eval_fraction,
+        on_bad_rows=script_args.on_bad_rows,
+        length_split=script_args.length_split,
+        tokenizer=getattr(processor, "tokenizer", processor),
+        seed=training_args.seed,
+    )
+
+
+def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
+    """As in TRL's script. Rows of a stream are not looked at in advance, only its columns."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    from ..data import check_preferences
+
+    if dataset_args.datasets:
+        splits, names = get_dataset(dataset_args), {"train": "train", "test": "test"}
+    else:
+        splits = load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=True)
+        names = {"train": script_args.dataset_train_split, "test": script_args.dataset_test_split}
+    missing = [split for side, split in names.items() if split not in splits and (side == "train" or evaluates)]
+    if missing:
+        raise RefusedRun(f"The data has no split {missing}, it has {list(splits)}.")
+    data = {side: splits[split] for side, split in names.items() if side == "train" or evaluates}
+    for stream in data.values():
+        check_preferences(stream)
+    logger.warning("The pairs are streamed: only their columns are checked, not the rows.")
+    return data
+
+
+def _resume(checkpoint: str | bool | None) -> str | bool | None:
+    """`true` means the last checkpoint in `output_dir`; from the command line it arrives as a word."""
+    words = {"true": True, "false": None}
+    if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
+        return words.get(checkpoint.lower(), checkpoint)
+    return checkpoint
+
+
+def start(argv: list[str] | None = None) -> int:
+    """Train in this process, one of several if a launcher says so; returns the exit status."""
+    # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
+    warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
+    parser = make_parser()
+    parsed = parser.parse_args_and_config(argv)
+    _set_up_logs(parsed[1])
+    try:
+        main(*parsed)
+    except (RefusedRun, PreferenceDataError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _set_up_logs(training_args) -> None:
+    """What `sampo` has to say is shown once, by the first process; others speak only of trouble."""
+    import datasets
+    import transformers
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("sampo").setLevel(logging.INFO if training_args.process_index == 0 else logging.WARNING)
+    if training_args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def run(argv: list[str]) -> int:
+    """`sampo train`: in this process, or through `accelerate launch` where several are wanted."""
+    from .launch import launch_command, split_options
+
+    options, rest = split_options(argv)
+    launcher = launch_command(options, rest)
+    if launcher is not None:
+        make_parser().refuse_unknown(rest)  # once here rather than once per process
+        sys.stdout.flush()
+        os.execv(launcher[0], [*launcher, "-m", __name__, *rest])
+    return start(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(start())
