@@ -105,7 +105,8 @@ def _run(runs, folder: Path, command: str, console):
             shown = {r.name: r.value for r in records}
             console.print(
                 f"{run.title}: {shown['tokens']:.1f} tokens, {shown['stops']:.0%} end, true quality "
-                f"{shown['quality']:.2f}, win rate {shown['win_rate']:.2f}"
+                f"{shown['quality']:.2f}, win rate {shown['win_rate']:.2f}",
+                soft_wrap=True,
             )
     finally:
         torch.set_num_threads(threads)
@@ -137,19 +138,21 @@ def _progress(console):
 
 
 def _show(outcomes, folder: Path, command: str, console) -> None:
+    from rich import box
     from rich.table import Table
 
     from ..lab import report
 
     lines = report.collect(outcomes)
-    table = Table(title=None)
-    for head in report.HEAD:
-        table.add_column(head, overflow="fold")
-    for before, line in zip([None, *lines], lines, strict=False):
-        if before is not None and before.group != line.group:
-            table.add_section()
-        table.add_row(*report.cells(line))
-    console.print(table)
+    wide = console.width >= 120
+    for names in [list(report.COLUMNS)] if wide else [list(report.COLUMNS)[:4], list(report.COLUMNS)[4:]]:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for head in report.heads(names):
+            table.add_column(head, no_wrap=head != "method", vertical="top")
+        for line, following in zip(lines, [*lines[1:], None], strict=True):
+            last = following is not None and following.group != line.group
+            table.add_row(*report.cells(line, names), end_section=last)
+        console.print(table)
 
     about = report.describe(outcomes, command)
     (folder / "table.md").write_text(report.markdown(lines, about=about), encoding="utf-8")

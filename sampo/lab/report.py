@@ -1,7 +1,7 @@
 """From the records of the lab to its table, its figure and its sentences. Nothing here is known beforehand."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,23 +11,23 @@ from .settings import GROUPS, METHODS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run
 COLUMNS = {  # record -> head of its column, digits
     "tokens": ("tokens", 1),
     "stops": ("stops", 2),
-    "quality": ("true quality", 2),
-    "win_rate": ("win rate vs SFT", 2),
+    "quality": ("true\nquality", 2),
+    "win_rate": ("win rate\nvs SFT", 2),
     "accuracy": ("accuracy", 2),
-    "accuracy_better_shorter": ("better is shorter", 2),
-    "correlation": ("corr. with length", 2),
-    "pressure": ("pressure", 2),
+    "accuracy_better_shorter": ("accuracy,\nbetter is\nshorter", 2),
+    "correlation": ("corr. with\nlength", 2),
+    "pressure": ("length\npressure", 2),
     "kl": ("KL", 1),
 }
-HEAD = ["trained on", "method", *(title for title, _ in COLUMNS.values())]
 COLOURS = ("#666666", "#0072b2", "#d55e00")  # of the methods; told apart by the colour-blind
 LEGEND = (
     "tokens: mean length of a sampled answer, end token included. stops: share of answers that end before the cap. "
     "true quality: distinct requested facts stated rightly minus distinct facts stated wrongly. win rate: true "
     "quality against the SFT model's own answer, ties one half. accuracy: share of held-out pairs whose truly better "
     "answer has the higher implicit reward (sum of log-ratios), of all and of those whose better answer is shorter by "
-    f"more than {UNEQUAL_TOKENS} tokens. corr. with length: of the margin there with the length difference. pressure: "
-    "derivative of the margin by the end token's logit, per training pair before the first step; negative lengthens. "
+    f"more than {UNEQUAL_TOKENS} tokens. corr. with length: of the margin there with the length difference. length "
+    "pressure: derivative of the margin by the end token's logit, per training pair before the first step; negative "
+    "lengthens. "
     "KL: of whole answers from the SFT model, in nats."
 )
 
@@ -76,23 +76,31 @@ def collect(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
     return list(lines.values())
 
 
-def cells(line: Line) -> list[str]:
+def heads(names: Iterable[str] = COLUMNS) -> list[str]:
+    """Heads of the table's columns, with line breaks."""
+    return ["trained\non", "method", *(COLUMNS[name][0] for name in names)]
+
+
+def cells(line: Line, names: Iterable[str] = COLUMNS) -> list[str]:
     """The line as text."""
-    return [line.group or "–", line.title, *(line.cell(name) for name in COLUMNS)]
+    return [line.group or "–", line.title, *(line.cell(name) for name in names)]
 
 
 def markdown(lines: Sequence[Line], *, about: str) -> str:
     """The table in Markdown, with what its columns mean and how it was made."""
-    rows = [HEAD, ["---"] * len(HEAD), *(cells(line) for line in lines)]
+    head = [title.replace("\n", " ") for title in heads()]
+    rows = [head, ["---"] * len(head), *(cells(line) for line in lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{about}\n\n{LEGEND}\n"
 
 
 def describe(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
     """How the numbers were made."""
     settings, seeds = outcomes[0][0].settings, sorted({run.seed for run, _ in outcomes})
-    spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed; the interval is over questions"
+    spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+    if len(seeds) == 1:
+        spread = f"seed {seeds[0]}; the interval of the win rate is over questions"
     return (
-        f"Measured by `{command}` (seeds {', '.join(map(str, seeds))}; {spread}): {settings.steps} steps of "
+        f"Measured by `{command}` ({spread}): {settings.steps} steps of "
         f"{settings.batch_size} pairs, learning rate {settings.learning_rate:g}, beta {settings.beta:g}, annotators' "
         f"length bias {settings.bias:g}; supervised start of {settings.sft_steps} steps; {settings.questions} "
         f"questions and {settings.judged_pairs} judged pairs, all held out."
