@@ -9,9 +9,9 @@ import oracles
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer
@@ -371,6 +371,85 @@ def test_a_reference_that_is_not_the_policy_is_told_at_the_first_step(tmp_path, 
     history(make_trainer(policy, tmp_path, processing_class=make_tokenizer(), max_steps=1))
     assert "the implicit rewards are not 0" in caplog.text
     assert "ln 2 = 0.6931" in caplog.text
+
+
+# --- other models and options ----------------------------------------------------------------------------------------
+
+
+def mixture_of_experts(folder) -> str:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=69, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+        router_aux_loss_coef=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path):
+    folder = mixture_of_experts(tmp_path / "moe")
+    theirs = history(make_trainer(folder, tmp_path, trainer=DPOTrainer, config=DPOConfig))
+    ours = history(make_trainer(folder, tmp_path, token_weighting="all"))
+    thinned = history(make_trainer(folder, tmp_path, mask_samples=2))
+    assert [e["loss"] for e in theirs[:3]] == [e["loss"] for e in ours[:3]]
+    assert theirs[0]["aux_loss"] == ours[0]["aux_loss"] == pytest.approx(thinned[0]["aux_loss"])
+    assert thinned[0]["loss"] == pytest.approx(LN2 + 0.5 * thinned[0]["aux_loss"], abs=1e-6)
+
+
+def test_prompt_tuning_whose_virtual_tokens_stand_before_the_row(model_folder, tmp_path):
+    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    logs = {}
+    for name in ("all", "sampo"):
+        trainer = make_trainer(
+            model_folder, tmp_path, token_weighting=name, peft_config=peft, log_length_pressure=True
+        )
+        logs[name] = history(trainer)
+    theirs = history(make_trainer(model_folder, tmp_path, trainer=DPOTrainer, config=DPOConfig, peft_config=peft))
+    assert losses(theirs) == losses(logs["all"])
+    # virtual tokens change the policy, so the first loss is not ln 2
+    assert losses(logs["sampo"])[0] != losses(theirs)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"sync_ref_model": True, "ref_model_sync_steps": 1},
+        {"disable_dropout": False},
+        {"truncation_mode": "keep_end", "max_length": 10},
+        {"label_smoothing": 0.1, "loss_type": "robust", "length_penalty": "learned"},
+        {"use_weighting": True},
+        {"f_divergence_type": "js_divergence", "loss_type": "ipo"},
+        {"gradient_checkpointing": True, "peft_config": LoraConfig(**LORA), "length_penalty": "learned"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
+def test_the_options_of_trl_work_with_subsets(model_folder, tmp_path, options, caplog):
+    log = history(make_trainer(model_folder, tmp_path, eval_data=make_pairs(6, seed=5), **options))
+    assert all(math.isfinite(loss) for loss in losses(log))
+    assert len(set(losses(log))) == 3
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert "The first loss is" not in caplog.text
+
+
+@pytest.mark.parametrize("loss", sorted(LOSS_TYPES - {"sft"}))
+def test_every_loss_with_subsets_equals_trls_loss_of_the_same_sums(model_folder, tmp_path, loss):
+    """The same where nothing is thinned, another one where something is."""
+    options = {"loss_type": loss, "label_smoothing": 0.1}
+    equal = make_pairs(8, longer="equal")
+    theirs = history(make_trainer(model_folder, tmp_path, data=equal, trainer=DPOTrainer, config=DPOConfig, **options))
+    ours = history(make_trainer(model_folder, tmp_path, data=equal, **options))
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-6)
+    uneven = make_pairs(8, longer="chosen")
+    thinned, whole = (
+        losses(history(make_trainer(model_folder, tmp_path, data=uneven, token_weighting=name, **options)))
+        for name in ("sampo", "all")
+    )
+    assert thinned[1:] != pytest.approx(whole[1:], abs=1e-5)
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------
