@@ -1,8 +1,10 @@
+import dataclasses
 import json
 import subprocess
 import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -401,6 +403,8 @@ def test_an_experiment_runs_from_the_command_resumes_and_repeats_itself(tmp_path
     assert long["tokens"].command == f"sampo lab --seeds 1 --groups short long {_reordered(MICRO)}"
     table = (tmp_path / "table.md").read_text()
     assert f"| long | DPO | {long['tokens'].value:.1f} |" in table
+    outcomes = report.outcomes_of(results.read(path))
+    assert table == report.markdown(report.collect(outcomes), about=report.describe(outcomes, long["tokens"].command))
     assert (tmp_path / "lab.svg").read_text().count("SFT (start)") == 1
 
     run_micro(tmp_path)
@@ -446,6 +450,23 @@ def test_the_sentences_say_what_the_numbers_say():
     assert "10.0 tokens longer than those of DPO (2 of 3 seeds)" in sentences([60.0, 52.0, 38.0])
     assert "This is one seed" in sentences([50.0])
     assert "This is one seed" not in sentences([50.0, 51.0])
+
+
+def test_the_published_table_is_made_from_the_published_records():
+    folder = Path(__file__).parents[1] / "docs" / "lab"
+    records = results.read(folder / RECORDS)
+    outcomes = report.outcomes_of(records)
+    assert len(outcomes) == 3 * 10  # three seeds of the start and of three methods on three groups
+    about = report.describe(outcomes, records[-1].command)
+    assert (folder / "table.md").read_text() == report.markdown(report.collect(outcomes), about=about)
+    assert all(record.commit and not record.commit.endswith("-dirty") for record in records)
+
+
+def test_records_of_different_experiments_make_no_table():
+    records = [outcome(Run(0, "all", "dpo", Settings(beta=beta)), tokens=1.0)[1][0] for beta in (0.1, 0.2)]
+    records[0] = dataclasses.replace(records[0], config={**records[0].config, "seed": 1})
+    with pytest.raises(ValueError, match="must be of one experiment, got 2 different settings"):
+        report.outcomes_of(records)
 
 
 def test_settings_that_mean_nothing_are_refused():

@@ -2,11 +2,11 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..results import Record
-from .settings import GROUPS, METHODS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run
+from .settings import GROUPS, METHODS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
 
 COLUMNS = {  # record -> head of its column, digits
     "tokens": ("tokens", 1),
@@ -64,6 +64,25 @@ class Line:
         if name == "win_rate" and interval:
             return f"{values[0]:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
         return f"{values[0]:.{digits}f}"
+
+
+def outcomes_of(records: Iterable[Record]) -> list[tuple[Run, list[Record]]]:
+    """Runs with their records, from the records of one experiment; of those that were made twice the last counts."""
+    found: dict[tuple[str, str, int], dict[str, Record]] = {}
+    for record in records:
+        config = record.config
+        found.setdefault((config["group"], config["method"], config["seed"]), {})[record.name] = record
+    configs = [next(iter(numbers.values())).config for (_, method, _), numbers in found.items() if method != SFT]
+    names = [field.name for field in fields(Settings)]
+    settings = {Settings(**{name: config[name] for name in names}) for config in configs}
+    if len(settings) != 1:
+        raise ValueError(f"The records must be of one experiment, got {len(settings)} different settings. Split them.")
+    (shared,) = settings
+    order = ["", *GROUPS], [SFT, *METHODS]
+    runs = sorted(found, key=lambda run: (order[0].index(run[0]), order[1].index(run[1]), run[2]))
+    return [
+        (Run(seed, group, method, shared), list(found[group, method, seed].values())) for group, method, seed in runs
+    ]
 
 
 def collect(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
