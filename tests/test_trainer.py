@@ -261,6 +261,34 @@ def test_ipo_divides_by_the_number_of_counted_tokens(model_folder, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
+def test_a_row_that_begins_within_the_completion_counts_only_tokens_that_are_predicted(tmp_path):
+    """`keep_end` can cut the whole prompt; then the first token of a row is of the completion, without a log-prob."""
+    reference, policy = make_model(seed=1), make_model(seed=2)
+    trainer = make_trainer(
+        policy,
+        tmp_path,
+        ref_model=reference,
+        processing_class=make_tokenizer(),
+        data=make_pairs(6, min_len=8),
+        loss_type="ipo",
+        truncation_mode="keep_end",
+        max_length=6,
+    )
+    rows = [trainer.train_dataset[i] for i in range(6)]
+    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).item()
+    expected = 0.0
+    for pair in rows:
+        sums = []
+        for side in ("chosen_ids", "rejected_ids"):
+            row = (pair["prompt_ids"] + pair[side])[-6:]
+            assert len(pair[side]) > 6
+            sums.append(sum(a - b for a, b in zip(token_logps(policy, row), token_logps(reference, row), strict=True)))
+        expected += ((sums[0] - sums[1]) / 5 - 1 / (2 * 0.1)) ** 2 / len(rows)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert trainer._length_sums["train"].metrics()["length/chosen"] == 5
+
+
 def test_training_pushes_only_the_counted_tokens_through_the_head(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, data=make_pairs(8, longer="chosen"))
     labels = []
