@@ -8,7 +8,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -485,7 +485,7 @@ def test_every_loss_with_subsets_equals_trls_loss_of_the_same_sums(model_folder,
 
 def test_metrics_of_length_are_those_of_the_whole_window_computed_pair_by_pair(model_folder, tmp_path):
     reference, policy = make_model(seed=1), make_model(seed=2)
-    data = make_pairs(10, seed=3)
+    data = concatenate_datasets([make_pairs(10, seed=3), make_pairs(3, seed=4, longer="equal")])
     trainer = make_trainer(
         policy, tmp_path, ref_model=reference, processing_class=make_tokenizer(), data=data, eval_data=data
     )
@@ -499,7 +499,7 @@ def test_metrics_of_length_are_those_of_the_whole_window_computed_pair_by_pair(m
             chosen, rejected, _ = oracle_scores(policy, reference, pair, name=name, seed=7, epoch=-1, end_ids=set())
             into.append(0.1 * (chosen - rejected))
     assert measured["eval_length/counted"] == pytest.approx(counted / tokens)
-    assert measured["eval_length/chosen_longer"] == sum(g > 0 for g in gaps) / 10
+    assert measured["eval_length/chosen_longer"] == pytest.approx(sum(g > 0 for g in gaps) / 13)
     for prefix, values in (("eval_", margins), ("eval_dpo/", plain)):
         r, slope = oracles.correlation_and_slope(gaps, values)
         assert measured[f"{prefix}length_gap/correlation"] == pytest.approx(r, abs=1e-4)
