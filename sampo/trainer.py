@@ -27,7 +27,7 @@ import math
 import os
 import textwrap
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,7 @@ class SamPOTrainer(DPOTrainer):
             )
         _refuse_separate_processes(args)
         _check_data(train_dataset, eval_dataset)
+        _refuse_precomputing_in_memory(args, train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
@@ -252,6 +253,17 @@ class SamPOTrainer(DPOTrainer):
         self._first_loss_checked = False
         self.add_callback(RunState(args.length_penalty_lr))
         self._say_what_is_run()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; under FSDP2 the log-probs leave the model in float32.
+
+        accelerate's policy for bf16 casts outputs too, and a sum of −150 nats in bf16 has a resolution of 1.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if hasattr(policy, "output_dtype"):  # FSDP1's has another form
+            plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -636,10 +648,24 @@ def _refuse_separate_processes(args: SamPOConfig) -> None:
         )
 
 
+def _each_dataset(train_dataset, eval_dataset) -> list:
+    return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+
+
+def _refuse_precomputing_in_memory(args: SamPOConfig, train_dataset, eval_dataset) -> None:
+    """TRL's first process writes the sums to a cache folder of its own, where no other process finds them."""
+    in_memory = any(isinstance(d, Dataset) and not d.cache_files for d in _each_dataset(train_dataset, eval_dataset))
+    if args.precompute_ref_log_probs and args.world_size > 1 and in_memory:
+        raise ValueError(
+            "`precompute_ref_log_probs` on several processes must have data sets on disk, got one in memory. Save it "
+            "with `dataset.save_to_disk(folder)` and load it with `datasets.load_from_disk(folder)`, or unset the "
+            "option."
+        )
+
+
 def _check_data(train_dataset, eval_dataset) -> None:
     """All faults of the rows, before a model is loaded."""
-    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for dataset in (train_dataset, *evaluated):
+    for dataset in _each_dataset(train_dataset, eval_dataset):
         if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
             check_preferences(dataset)
 

@@ -5,6 +5,9 @@ import json
 import os
 from pathlib import Path
 
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    import fsdp_shim  # noqa: F401, before anything of accelerate
+
 import torch
 from tiny import make_pairs, training_options
 
@@ -41,6 +44,14 @@ def main() -> None:
         return weights
 
     trainer._weigh = watched
+    dtypes = set()
+    make = trainer._make_draw
+
+    def typed(weights, ref_weights, logps, *rest):
+        dtypes.add(str(logps.dtype))
+        return make(weights, ref_weights, logps, *rest)
+
+    trainer._make_draw = typed
     trainer.train(resume_from_checkpoint=args.resume)
     evaluated = trainer.evaluate()
     seen = {
@@ -50,6 +61,8 @@ def main() -> None:
         "theta": trainer._run_state.theta,
         "subsets": sorted(subsets),
         "processes": trainer.accelerator.num_processes,
+        "dtypes": sorted(dtypes),
+        "kind": type(trainer.model_wrapped).__name__,
         "checksum": sum(
             p.double().abs().sum().item() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()
         ),

@@ -1,14 +1,17 @@
 """Two real processes on CPU (gloo, DistributedDataParallel) against one process with twice the batch."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import save_model
 
+ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("distributed_worker.py")
 LIMIT_S = 240
 
@@ -18,10 +21,13 @@ def model_folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def launch(model, out, *, processes, batch, resume=None, check=True, **options):
-    """Run the worker under torchrun; returns what each rank wrote."""
+def launch(model, out, *, processes, batch, resume=None, check=True, config=None, **options):
+    """Run the worker under torchrun, or `accelerate launch` with a config; returns what each rank wrote."""
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if config is not None:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--num_processes", str(processes), "--main_process_port", "0"]
     command += [str(WORKER), "--model", model, "--out", str(out), "--batch", str(batch)]
     command += ["--options", json.dumps(options), *(["--resume", str(resume)] if resume else [])]
     path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
@@ -85,6 +91,29 @@ def test_two_processes_resume_to_the_same_losses_theta_and_subsets(model_folder,
     assert resumed[0]["theta"] == ranks[0]["theta"]
     assert resumed[0]["checksum"] == ranks[0]["checksum"]
     assert resumed[1]["subsets"] == [s for s in ranks[1]["subsets"] if s[0] >= 3]
+
+
+def test_under_fsdp2_in_bf16_the_log_probs_are_summed_in_float32(model_folder, tmp_path):
+    shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
+    shipped["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] = False  # needs a device
+    shipped["mixed_precision"] = "no"  # `bf16: true` of the trainer says it
+    config = tmp_path / "fsdp2.yaml"
+    config.write_text(yaml.safe_dump(shipped))
+    one = launch(model_folder, tmp_path / "one", processes=1, batch=4, bf16=True)[0]
+    ranks = launch(model_folder, tmp_path / "two", processes=2, batch=2, config=config, bf16=True)
+    assert ranks[0]["kind"].startswith("FSDP")
+    assert ranks[0]["dtypes"] == ["torch.float32"]
+    # the parameters themselves are in bf16 here, and in float32 under autocast there
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=4e-3)
+    assert ranks[0]["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_precomputing_on_several_processes_needs_data_on_disk(model_folder, tmp_path):
+    done = launch(
+        model_folder, tmp_path, processes=2, batch=2, check=False, token_weighting="all", precompute_ref_log_probs=True
+    )
+    assert done.returncode != 0
+    assert "must have data sets on disk, got one in memory" in done.stderr
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(model_folder, tmp_path):
