@@ -35,9 +35,16 @@ def options() -> str:
     return "\n".join(lines)
 
 
+LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "correlation")
+
+
 def lab() -> str:
-    """The table of the lab, as `sampo lab` wrote it."""
-    return (ROOT / "docs" / "lab" / "table.md").read_text(encoding="utf-8").strip()
+    """The main columns of the lab's table, from the records of its last run for these documents."""
+    from sampo import results
+    from sampo.lab.report import collect, markdown_table, outcomes_of
+
+    lines = collect(outcomes_of(results.read(ROOT / "docs" / "lab" / "records.jsonl")))
+    return markdown_table(lines, LAB_COLUMNS)
 
 
 PARTS = {"methods": methods, "options": options, "lab": lab}

@@ -35,6 +35,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from trl import DPOTrainer
 
@@ -260,10 +261,9 @@ class SamPOTrainer(DPOTrainer):
         accelerate's policy for bf16 casts outputs too, and a sum of −150 nats in bf16 has a resolution of 1.
         """
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        policy = getattr(plugin, "mixed_precision_policy", None)
-        if hasattr(policy, "output_dtype"):  # FSDP1's has another form
-            plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if isinstance(getattr(plugin, "mixed_precision_policy", None), MixedPrecisionPolicy):  # FSDP1 has another
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
 
     # --- one step ------------------------------------------------------------------------------------------------
 

@@ -470,9 +470,9 @@ def test_records_of_different_experiments_make_no_table():
 
 
 def test_settings_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="`sft_steps` must be positive, got 0"):
-        Settings(sft_steps=0)
-    with pytest.raises(ValueError, match="`--seeds` must be at least 1, got 0"):
+    with pytest.raises(SystemExit, match="sampo lab: `sft_steps` must be positive, got 0"):
+        main(make_parser().parse_args(["--sft_steps", "0"]))
+    with pytest.raises(SystemExit, match="sampo lab: `--seeds` must be at least 1, got 0"):
         main(make_parser().parse_args(["--seeds", "0"]))
 
 

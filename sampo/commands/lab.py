@@ -46,10 +46,13 @@ def main(args: argparse.Namespace) -> None:
     """Run what is missing, then show everything."""
     from rich.console import Console
 
-    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
     seeds = args.seeds if args.seeds is not None else 1 if args.fast else DEFAULT_SEEDS
     if seeds < 1:
-        raise ValueError(f"`--seeds` must be at least 1, got {seeds}.")
+        raise SystemExit(f"sampo lab: `--seeds` must be at least 1, got {seeds}.")
+    try:
+        settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
+    except ValueError as fault:
+        raise SystemExit(f"sampo lab: {fault}") from None
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)  # a log has no width of its own

@@ -105,11 +105,17 @@ def cells(line: Line, names: Iterable[str] = COLUMNS) -> list[str]:
     return [line.group or "–", line.title, *(line.cell(name) for name in names)]
 
 
+def markdown_table(lines: Sequence[Line], names: Iterable[str] = COLUMNS) -> str:
+    """The table in Markdown."""
+    names = list(names)
+    head = [title.replace("\n", " ") for title in heads(names)]
+    rows = [head, ["---"] * len(head), *(cells(line, names) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def markdown(lines: Sequence[Line], *, about: str) -> str:
     """The table in Markdown, with what its columns mean and how it was made."""
-    head = [title.replace("\n", " ") for title in heads()]
-    rows = [head, ["---"] * len(head), *(cells(line) for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{about}\n\n{LEGEND}\n"
+    return f"{markdown_table(lines)}\n\n{about}\n\n{LEGEND}\n"
 
 
 def describe(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
