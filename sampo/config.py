@@ -14,6 +14,7 @@ from .weighting import WEIGHTINGS, Weighting
 
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
+PAIR_STREAMS = ("auto", "true", "false")
 
 # TRL 1.16's losses by what they do with the two scores. A contract test compares the union with TRL's own list.
 MARGIN_LOSSES = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # a function of β·(S_w − S_l) alone
@@ -102,6 +103,15 @@ class SamPOConfig(DPOConfig):
             "help": "Learning rate (Adam, constant) of the theta of `length_penalty: learned`, which starts at 0."
         },
     )
+    pair_stream: str = field(
+        default="false",
+        metadata={
+            "help": "Lay each batch out as one row without padding and with each prompt computed once: `auto` where "
+            "the model allows it and the first batch agrees with the plain forward, `true` or an error, `false`. "
+            "Exact up to rounding. Measured on CPU only.",
+            "choices": list(PAIR_STREAMS),
+        },
+    )
     log_length_pressure: bool = field(
         default=False,
         metadata={
@@ -114,6 +124,7 @@ class SamPOConfig(DPOConfig):
         super().__post_init__()
         with contextlib.suppress(ValueError, TypeError):  # `learned`, or a fault that is named below with the others
             self.length_penalty = float(self.length_penalty or 0.0)
+        self.pair_stream = str(self.pair_stream).lower()  # YAML makes a boolean of `true`
         faults = [*self._range_faults(), *self._combination_faults()]
         if faults:
             raise ValueError("SamPOConfig: " + " ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)))
@@ -147,6 +158,7 @@ class SamPOConfig(DPOConfig):
         )
         expect(self.sampled_sides in SAMPLED_SIDES, "sampled_sides", f"one of {list(SAMPLED_SIDES)}")
         expect(self.mask_sharing in MASK_SHARINGS, "mask_sharing", f"one of {list(MASK_SHARINGS)}")
+        expect(self.pair_stream in PAIR_STREAMS, "pair_stream", f"one of {list(PAIR_STREAMS)}")
         expect(
             isinstance(self.mask_samples, int) and self.mask_samples >= 1,
             "mask_samples",

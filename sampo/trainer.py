@@ -18,7 +18,9 @@ What we rely on in TRL 1.16, pinned by tests/test_trl_contract.py:
 4. `self.loss_types`, `self.loss_weights`, `self.beta`, `self.ld_alpha`, `self.aux_loss_enabled`, `self._tokenizer` and
    `self._total_train_tokens` mean what they say; `self._metrics[mode][name]` is a list to which each call of
    `_compute_loss` appends and which `log` averages.
-5. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
+5. A model to which TRL has given its fused LM head takes `shift_labels`, and puts the head on `last_hidden_state` of
+   what its `base_model` returns (the pair stream).
+6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
    `rejected_ids`; the collator cuts prompt + completion to `max_length`.
 """
 
@@ -28,11 +30,13 @@ import os
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -42,6 +46,7 @@ from trl import DPOTrainer
 from .config import SamPOConfig
 from .data import check_preferences
 from .lengths import LengthSums, TokenCounts, count_tokens
+from .pair_stream import Stream, StreamRefused, install, lay_out, remove, score, why_not
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -150,6 +155,10 @@ class _Pairs:
     def lengths(self) -> Tensor:
         return self.mask.sum(dim=1)  # (2B,)
 
+    @cached_property
+    def stream(self) -> Stream:
+        return lay_out(self.inputs["input_ids"], self.inputs["attention_mask"], self.inputs["completion_mask"])
+
 
 @dataclass
 class _Draw:
@@ -252,6 +261,7 @@ class SamPOTrainer(DPOTrainer):
         self._length_scale = self._find_length_scale()
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
+        self._streams, self._streams_compared = self._start_streams(), False
         self.add_callback(RunState(args.length_penalty_lr))
         self._say_what_is_run()
 
@@ -273,7 +283,9 @@ class SamPOTrainer(DPOTrainer):
         known = None if self._weighting.needs_log_ratios else [self._weigh(pairs, k) for k in range(self._n_draws)]
         scored = self._tokens_to_score(pairs, known, mode)
 
-        output = model(**self._model_kwargs(inputs), labels=self._labels(inputs, scored), fused_lm_head=True)
+        if self._streams and not self._streams_compared:
+            self._compare_streams(model, pairs)
+        output = self._forward(model, pairs, scored)
         logps = output.log_probs[:, -pairs.mask.size(1) :]  # (2B, N); prompt learning puts positions in front
         ref_logps, ref_sums = self._score_reference(
             pairs, scored if known is None else self._ref_scored(known, scored)
@@ -345,16 +357,22 @@ class SamPOTrainer(DPOTrainer):
             return scored | (known[0][1] > 0)
         return scored
 
+    def _forward(self, model, pairs: _Pairs, scored: Tensor, targets: Tensor | None = None):
+        """TRL's per-token output of the scored tokens, `(2B, N)` bool; or of `targets` `(2B, N)` in their places."""
+        targets = pairs.inputs["input_ids"][:, 1:] if targets is None else targets
+        if self._streams and self._fits_window(pairs):
+            return score(model, self._backbone(model), pairs.stream, scored, targets)
+        labels = torch.cat((targets[:, :1], targets), dim=1).masked_fill(
+            ~self._widen(pairs.inputs, scored).bool(), -100
+        )
+        return model(**self._model_kwargs(pairs.inputs), labels=labels, fused_lm_head=True)
+
     def _model_kwargs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
         kwargs["use_cache"] = False
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
         return kwargs
-
-    def _labels(self, inputs: dict[str, Any], scored: Tensor) -> Tensor:
-        """`(2B, L)`: the token where it is to be scored, −100 elsewhere."""
-        return inputs["input_ids"].masked_fill(~self._widen(inputs, scored).bool(), -100)
 
     def _widen(self, inputs: dict[str, Any], mask: Tensor) -> Tensor:
         """`(2B, N)` over predicted tokens to `(2B, L)` over all, in the completion mask's type.
@@ -374,7 +392,7 @@ class SamPOTrainer(DPOTrainer):
         seen = []
 
         def reference_seen(**kwargs):
-            output = reference(**kwargs)
+            output = self._forward(reference, pairs, scored) if self._streams else reference(**kwargs)
             seen.append(output.log_probs)
             return output
 
@@ -434,6 +452,77 @@ class SamPOTrainer(DPOTrainer):
             yield
         finally:
             self.precompute_ref_logps = before
+
+    # --- the pair stream -------------------------------------------------------------------------------------------
+
+    def _start_streams(self) -> bool:
+        """Make policy and reference ready for streams; whether they are."""
+        if self.args.pair_stream == "false":
+            return False
+        reason = "vision data are laid out by their processor" if self._is_vision_dataset else None
+        for model in self._stream_models():
+            reason = reason or why_not(model)
+        if reason:
+            self._refuse_streams(reason)
+            return False
+        for model in self._stream_models():
+            install(model)
+        return True
+
+    def _stream_models(self) -> list:
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        return [self.accelerator.unwrap_model(model) for model in models]
+
+    def _refuse_streams(self, reason: str) -> None:
+        if self.args.pair_stream == "true":
+            raise ValueError(
+                f"`pair_stream: true` must be exact for this model, but {reason}. Use `auto`, which takes the plain "
+                "forward then, or `false`."
+            )
+        logger.warning(f"pair_stream: auto takes the plain forward, because {reason}.")
+
+    def _backbone(self, model):
+        base = self.accelerator.unwrap_model(model)
+        return (base.get_base_model() if is_peft_model(base) else base).base_model
+
+    def _fits_window(self, pairs: _Pairs) -> bool:
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        return window is None or pairs.stream.longest <= window or self.args.pair_stream == "true"
+
+    @torch.no_grad()
+    def _compare_streams(self, model, pairs: _Pairs) -> None:
+        """The first batch both ways, before the stream is trusted."""
+        self._streams_compared = True
+        reason = None
+        try:
+            streamed = self._forward(model, pairs, pairs.mask)
+            # rounding: in float32 1e-5, in bf16 some hundredths for single tokens
+            tolerance = 0.3 if self._reduced_precision else 1e-3
+            self._streams = False
+            plain = self._forward(model, pairs, pairs.mask)
+            difference = (streamed.log_probs - plain.log_probs).abs().max()
+            # all processes decide alike
+            difference = self.accelerator.gather(difference[None]).max().item()
+            if not difference <= tolerance:
+                reason = f"the log-probs of the first batch differ by {difference:.2g} from those of the plain forward"
+        except StreamRefused as refusal:
+            reason = f"of the model: {refusal}"
+        if reason is None:
+            self._streams = True
+            padded, kept = pairs.inputs["input_ids"].numel(), pairs.stream.input_ids.numel()
+            logger.info(
+                f"pair_stream: on. The first batch has {kept:,} tokens instead of {padded:,}; its log-probs differ by "
+                f"{difference:.1g} at most from those of the plain forward."
+            )
+            return
+        self._streams = False
+        for each in self._stream_models():
+            remove(each)
+        self._refuse_streams(reason)
+
+    @property
+    def _reduced_precision(self) -> bool:
+        return self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
 
     # --- the length penalty --------------------------------------------------------------------------------------
 
@@ -520,9 +609,7 @@ class SamPOTrainer(DPOTrainer):
         targets = pairs.inputs["input_ids"][:, 1:]
         # the end token of these data; a batch in which every completion was cut falls back to EOS
         end_id = targets[pairs.end][0].item() if pairs.end.any() else self._end_token_ids[0]
-        labels = self._labels(pairs.inputs, weights > 0)
-        labels = torch.where(labels == -100, labels, end_id)
-        output = model(**self._model_kwargs(pairs.inputs), labels=labels, fused_lm_head=True)
+        output = self._forward(model, pairs, weights > 0, torch.full_like(targets, end_id))
         end_probs = output.log_probs[:, -pairs.mask.size(1) :].exp()
         return length_pressure(weights, pairs.mask & (targets == end_id), end_probs)
 

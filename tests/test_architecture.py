@@ -18,7 +18,8 @@ ARROWS = {
     "pair_rows": set(),
     "data": {"pair_files", "pair_rows"},
     "config": {"weighting"},
-    "trainer": {"weighting", "config", "data", "lengths"},
+    "pair_stream": {"weighting"},
+    "trainer": {"weighting", "config", "data", "lengths", "pair_stream"},
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "cli": {"commands"},
 }

@@ -93,6 +93,13 @@ def test_two_processes_resume_to_the_same_losses_theta_and_subsets(model_folder,
     assert resumed[1]["subsets"] == [s for s in ranks[1]["subsets"] if s[0] >= 3]
 
 
+def test_two_processes_with_the_pair_stream_train_as_one_without(model_folder, one, tmp_path):
+    ranks = launch(model_folder, tmp_path, processes=2, batch=2, pair_stream="true", **OURS)
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=2e-5)  # rounding of the other layout
+    assert sorted(ranks[0]["subsets"] + ranks[1]["subsets"]) == one["subsets"]
+    assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-5)
+
+
 def test_under_fsdp2_in_bf16_the_log_probs_are_summed_in_float32(model_folder, tmp_path):
     shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     shipped["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] = False  # needs a device

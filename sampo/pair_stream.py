@@ -1,0 +1,232 @@
+"""Per-token log-probs of a batch of pairs with no padding, and each prompt computed once.
+
+The batch is laid out as one row of N tokens: for each pair `prompt[:-1] | last prompt token + chosen[:-1] | last
+prompt token + rejected[:-1]`. Each branch starts with a copy of its own of the last prompt token, so every completion
+token is predicted inside its branch. Position ids restart with each branch; a branch attends to its prompt and,
+causally, to itself, never to the other branch or to another pair. Linear layers and norms cost N tokens; the LM head
+sees only the tokens that are to be scored, on every device. Prefix sharing for preference pairs: arXiv 2410.20305.
+
+transformers lets a library register an attention function, and hands extra keyword arguments of the forward down to
+it: no model code is touched. Ours runs PyTorch's SDPA twice a pair; calls without a stream go to the model's own.
+Example, with a prompt of the tokens 1 2 3:
+
+    chosen  1 2 3 4 5     stream     1 2 | 3 4 | 3
+    rejected 1 2 3 6      position   0 1 | 2 3 | 2
+                          predicts   . . | 4 5 | 6
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "sampo_pair_stream"
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# what some models hand to their attention function that changes its result, and that ours does not do
+_NOT_HONOURED = ("softcap", "s_aux", "position_bias")
+
+
+class StreamRefused(RuntimeError):
+    """The model asks for something that the stream cannot do exactly; the text says what."""
+
+
+@dataclass
+class Stream:
+    """A batch of pairs as one row.
+
+    Attributes:
+        input_ids: `(1, N)`.
+        position_ids: `(1, N)`.
+        segments: one per prompt with its first branch, then one per further branch: (start, stop, prompt start, prompt
+            stop). The tokens start:stop attend causally to themselves, and all of them to the prompt's.
+        positions: `(M,)` stream index of each of the M branch tokens.
+        rows: `(M,)` its row in the `(2B, L − 1)` layout of TRL.
+        columns: `(M,)` its column there.
+        longest: tokens of the longest prompt with branch.
+        calls: how often the attention function was called with this stream.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: list[tuple[int, int, int, int]]
+    positions: Tensor
+    rows: Tensor
+    columns: Tensor
+    longest: int
+    calls: int = 0
+    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def mask(self, n_prompt: int, n_branch: int) -> Tensor:
+        """`(n_branch, n_prompt + n_branch)` bool: the whole prompt, and the branch causally."""
+        key = (n_prompt, n_branch)
+        if key not in self._masks:
+            ones = torch.ones(n_branch, n_prompt + n_branch, dtype=torch.bool, device=self.input_ids.device)
+            self._masks[key] = ones.tril(diagonal=n_prompt)
+        return self._masks[key]
+
+
+def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Stream:
+    """Lay a collated batch out as one row.
+
+    Args:
+        input_ids: `(2B, L)`, chosen rows first, padded on the right.
+        attention_mask: `(2B, L)`.
+        completion_mask: `(2B, L)`.
+
+    A pair whose rows do not begin with the same prompt (`truncation_mode: keep_end` can do that) shares nothing: each
+    of its rows gets a prompt of its own.
+    """
+    ids, n_tokens = input_ids.tolist(), attention_mask.sum(dim=1).tolist()
+    n_prompt = (attention_mask.sum(dim=1) - completion_mask.sum(dim=1)).tolist()
+    n_pairs = len(ids) // 2
+    tokens: list[int] = []
+    position_ids: list[int] = []
+    segments: list[tuple[int, int, int, int]] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    for pair in range(n_pairs):
+        branches = [pair, pair + n_pairs]
+        prompts = [ids[row][: n_prompt[row]] for row in branches]
+        for group in [branches] if prompts[0] == prompts[1] else [[row] for row in branches]:
+            shared = max(n_prompt[group[0]] - 1, 0)  # the last prompt token belongs to the branches
+            start = len(tokens)
+            tokens += ids[group[0]][:shared]
+            position_ids += range(shared)
+            for i, row in enumerate(group):
+                branch_start = len(tokens)
+                stop = n_tokens[row] - 1  # the last token predicts nothing
+                tokens += ids[row][shared:stop]
+                position_ids += range(shared, stop)
+                positions += range(branch_start, len(tokens))
+                rows += [row] * (stop - shared)
+                columns += range(shared, stop)
+                segments.append((start if i == 0 else branch_start, len(tokens), start, start + shared))
+
+    def tensor(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=input_ids.device)
+
+    return Stream(
+        input_ids=tensor([tokens]),
+        position_ids=tensor([position_ids]),
+        segments=segments,
+        positions=tensor(positions),
+        rows=tensor(rows),
+        columns=tensor(columns),
+        longest=max(n_tokens),
+    )
+
+
+def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
+    """Per-token output of a model with TRL's fused head, in the layout that the plain forward has.
+
+    Args:
+        model: a causal LM with the fused head, maybe wrapped (PEFT, DDP, …).
+        backbone: the module of the same model whose output the LM head takes.
+        stream: the batch.
+        scored: `(2B, L − 1)` bool, the tokens that go through the LM head.
+        targets: `(2B, L − 1)` the token to be scored at each place.
+
+    Returns:
+        TRL's `FusedCausalLMOutput` with `(2B, L − 1)` fields, zero where `scored` is not.
+
+    Raises:
+        StreamRefused: the model did something with the attention that the stream does not do.
+    """
+    kept = scored[stream.rows, stream.columns]
+    at, rows, columns = stream.positions[kept], stream.rows[kept], stream.columns[kept]
+    stream.calls = 0
+
+    def pick(module, args, output):
+        output.last_hidden_state = output.last_hidden_state[:, at]
+        return output
+
+    handle = backbone.register_forward_hook(pick)
+    try:
+        output = model(
+            input_ids=stream.input_ids,
+            position_ids=stream.position_ids,
+            # a mask of four dimensions is handed on as it is; ours stands in the stream
+            attention_mask=torch.zeros(1, 1, 1, 1, device=stream.input_ids.device),
+            shift_labels=targets[rows, columns][None],
+            use_cache=False,
+            fused_lm_head=True,
+            pair_stream=stream,
+        )
+    finally:
+        handle.remove()
+    layers = backbone.config.get_text_config().num_hidden_layers
+    if stream.calls != layers:
+        raise StreamRefused(f"{stream.calls} of its {layers} layers called the attention function that was registered")
+    result = copy.copy(output)
+    for name in _PER_TOKEN:
+        values = getattr(output, name)
+        if values is not None:
+            setattr(result, name, values.new_zeros(scored.shape).index_put((rows, columns), values[0]))
+    return result
+
+
+def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, pair_stream=None, **kwargs):
+    """What transformers calls in each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
+    if pair_stream is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    _refuse(pair_stream, kwargs)
+    pair_stream.calls += 1
+    settings: dict[str, Any] = {"scale": kwargs.get("scaling"), "enable_gqa": query.size(1) != key.size(1)}
+    parts = []
+    for start, stop, prompt_start, prompt_stop in pair_stream.segments:
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        n_prompt = 0 if start == prompt_start else prompt_stop - prompt_start
+        if n_prompt:
+            k, v = (torch.cat((x[:, :, prompt_start:prompt_stop], y), dim=2) for x, y in ((key, k), (value, v)))
+            mask = pair_stream.mask(n_prompt, stop - start)
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings))
+        else:
+            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **settings))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
+    asked = [name for name in _NOT_HONOURED if kwargs.get(name) is not None]
+    window = kwargs.get("sliding_window")
+    if window is not None and stream.longest > window:
+        asked.append(f"a sliding window of {window} tokens for rows of {stream.longest}")
+    if kwargs.get("dropout"):
+        asked.append(f"attention dropout of {kwargs['dropout']}")
+    if asked:
+        raise StreamRefused(f"its attention uses {', '.join(asked)}")
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def why_not(model) -> str | None:
+    """Why a model cannot take streams, as far as that can be known without running it; None if nothing is known."""
+    peft = getattr(model, "active_peft_config", None)
+    text = model.config.get_text_config()
+    if peft is not None and peft.is_prompt_learning:
+        return "prompt learning puts virtual tokens in front of each row"
+    if text is not model.config:
+        return "the model takes more than text, whose positions are not those of a row"
+    if getattr(text, "output_router_logits", False):
+        return "the auxiliary loss of a mixture of experts counts the tokens of padded rows"
+    if text._attn_implementation not in ("sdpa", NAME):
+        return f"the model's attention implementation is `{text._attn_implementation}`, not `sdpa`"
+    return None
+
+
+def install(model) -> None:
+    """Let the model's attention take streams. Calls without a stream give what they gave before."""
+    model.set_attn_implementation(NAME)
+
+
+def remove(model) -> None:
+    """Undo `install`."""
+    model.set_attn_implementation("sdpa")

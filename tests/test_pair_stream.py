@@ -1,0 +1,338 @@
+"""The pair stream against TRL's padded forward: log-probs, gradients and whole runs; and what it must not touch."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig
+from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from sampo import SamPOConfig, SamPOTrainer
+from sampo.pair_stream import StreamRefused, install, lay_out, remove, score, why_not
+
+COMMON = {
+    "vocab_size": 69,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+GROUPED = {"num_key_value_heads": 2}
+EXACT = {
+    "llama": LlamaConfig(**COMMON, **GROUPED),
+    "qwen2": Qwen2Config(**COMMON, **GROUPED),
+    "qwen3": Qwen3Config(**COMMON, **GROUPED, head_dim=8),
+    "mistral": MistralConfig(**COMMON, **GROUPED, sliding_window=64),
+    "phi3": Phi3Config(**COMMON),
+    "gpt_neox": GPTNeoXConfig(**COMMON),
+    "gemma3": Gemma3TextConfig(**COMMON, **GROUPED, head_dim=8, sliding_window=64),
+    "gpt2": GPT2Config(
+        vocab_size=69, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+    ),
+    "opt": OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, init_std=0.2),
+}
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+
+def make(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).float()
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: make(config) for name, config in EXACT.items()}
+
+
+def collate(shapes, seed=0, max_length=None, mode="keep_start"):
+    """A collated batch of pairs with the given numbers of prompt, chosen and rejected tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n):
+        return torch.randint(4, 60, (n,), generator=generator).tolist()
+
+    rows = [{"prompt_ids": tokens(p), "chosen_ids": tokens(c), "rejected_ids": tokens(r)} for p, c, r in shapes]
+    return DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)(rows)
+
+
+def plain_output(model, batch):
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    masks = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return model(**masks, labels=labels, use_cache=False, fused_lm_head=True)
+
+
+def streamed_output(model, batch, scored=None):
+    stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    scored = batch["completion_mask"][:, 1:].bool() if scored is None else scored
+    install(model)
+    try:
+        return score(model, model.base_model, stream, scored, batch["input_ids"][:, 1:])
+    finally:
+        remove(model)
+
+
+def gradients(model, output):
+    model.zero_grad()
+    output.log_probs.pow(2).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+sizes = st.integers(1, 14)
+pairs_of_any_shape = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+@given(shapes=pairs_of_any_shape, seed=st.integers(0, 100))
+@settings(max_examples=12, deadline=None)
+def test_log_probs_statistics_and_gradients_are_those_of_the_padded_forward(models, name, shapes, seed):
+    model, batch = models[name], collate(shapes, seed)
+    plain, streamed = plain_output(model, batch), streamed_output(model, batch)
+    torch.testing.assert_close(streamed.log_probs, plain.log_probs, atol=1e-4, rtol=0)
+    scored = batch["completion_mask"][:, 1:].bool()
+    for field in ("entropy", "mean_logits"):  # TRL leaves them at unscored places on some devices
+        torch.testing.assert_close(getattr(streamed, field)[scored], getattr(plain, field)[scored], atol=1e-4, rtol=0)
+    theirs, ours = gradients(model, plain), gradients(model, streamed)
+    assert theirs.keys() == ours.keys()
+    norm = math.sqrt(sum(g.pow(2).sum().item() for g in theirs.values()))
+    off = math.sqrt(sum((theirs[n] - ours[n]).pow(2).sum().item() for n in theirs))
+    assert off <= 1e-4 * norm
+
+
+ODD = {
+    "duplicate pairs": {"shapes": [(3, 4, 5)] * 3},
+    "truncated on the right": {"shapes": [(5, 20, 3), (6, 4, 30)], "max_length": 12},
+    "a prompt longer than all else": {"shapes": [(60, 2, 3), (1, 1, 1)]},
+    "prompts cut at the start, each to its own length": {
+        "shapes": [(9, 4, 8), (5, 3, 7)],
+        "max_length": 10,
+        "mode": "keep_end",
+    },
+    "no prompt left": {"shapes": [(2, 12, 14)], "max_length": 8, "mode": "keep_end"},
+}
+
+
+@pytest.mark.parametrize("case", list(ODD))
+def test_odd_shapes_are_exact_too(models, case):
+    batch = collate(**ODD[case])
+    plain, streamed = plain_output(models["llama"], batch), streamed_output(models["llama"], batch)
+    torch.testing.assert_close(streamed.log_probs, plain.log_probs, atol=1e-4, rtol=0)
+
+
+def test_the_layout_is_that_of_the_example_in_the_module():
+    batch = DataCollatorForPreference(pad_token_id=0)(
+        [{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}]
+    )
+    stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    assert stream.input_ids.tolist() == [[1, 2, 3, 4, 3]]
+    assert stream.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert stream.positions.tolist() == [2, 3, 4]
+    assert batch["input_ids"][:, 1:][stream.rows, stream.columns].tolist() == [4, 5, 6]
+
+
+def test_a_branch_sees_neither_the_other_branch_nor_another_pair(models):
+    model = models["llama"]
+    batch = collate([(4, 6, 5), (3, 4, 7)])
+    before = streamed_output(model, batch).log_probs
+    changed = copy.deepcopy(batch)
+    changed["input_ids"][2, 4:] = 17  # the first pair's rejected completion
+    after = streamed_output(model, changed).log_probs
+    assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
+    assert not torch.equal(before[2], after[2])
+
+
+def test_only_the_scored_tokens_go_through_the_head(models):
+    model = make(EXACT["llama"])
+    batch = collate([(4, 6, 5), (3, 4, 7)])
+    scored = batch["completion_mask"][:, 1:].bool()
+    scored &= torch.rand(scored.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    seen = []
+    forward = model.forward
+
+    def watched(**kwargs):
+        seen.append(kwargs["shift_labels"].numel())
+        return forward(**kwargs)
+
+    whole = streamed_output(model, batch).log_probs
+    model.forward = watched
+    part = streamed_output(model, batch, scored).log_probs
+    assert seen == [scored.sum().item()]
+    torch.testing.assert_close(part, whole * scored, atol=1e-6, rtol=0)
+
+
+def test_the_model_without_a_stream_is_what_it_was(models):
+    model, batch = make(EXACT["gemma3"]), collate([(4, 6, 5)])
+    before = plain_output(model, batch).log_probs
+    generated = model.generate(batch["input_ids"][:1, :4], max_new_tokens=5, do_sample=False)
+    install(model)
+    assert torch.equal(plain_output(model, batch).log_probs, before)
+    assert torch.equal(model.generate(batch["input_ids"][:1, :4], max_new_tokens=5, do_sample=False), generated)
+    remove(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+# --- what it cannot do -----------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "bloom": (BloomConfig(vocab_size=69, hidden_size=32, n_layer=2, n_head=4), "attention implementation is `eager`"),
+    "mamba": (MambaConfig(vocab_size=69, hidden_size=32, num_hidden_layers=2, state_size=4), "`eager`, not `sdpa`"),
+    "gemma2": (Gemma2Config(**COMMON, **GROUPED, head_dim=8), "`eager`, not `sdpa`"),
+    "mixture of experts": (MixtralConfig(**COMMON, **GROUPED, output_router_logits=True), "mixture of experts"),
+    "falcon": (FalconConfig(vocab_size=69, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "0 of its 2"),
+}
+
+
+def make_trainer(model, tmp_path, *, pair_stream, data=None, **options):
+    kwargs = {name: options.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in options}
+    return SamPOTrainer(
+        model=model,
+        args=SamPOConfig(**training_options(tmp_path, pair_stream=pair_stream, **options)),
+        train_dataset=make_pairs(32) if data is None else data,
+        processing_class=make_tokenizer(),
+        **kwargs,
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_the_stream_cannot_do_is_recognised(tmp_path, caplog, name):
+    config, reason = REFUSED[name]
+    torch.manual_seed(0)
+    folder = str(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto = make_trainer(folder, tmp_path / "auto", pair_stream="auto")
+    auto_losses = losses(auto)
+    assert "auto takes the plain forward, because" in caplog.text
+    assert reason in caplog.text
+    assert auto_losses == losses(make_trainer(folder, tmp_path / "plain", pair_stream="false"))
+    with pytest.raises(ValueError, match=r"`pair_stream: true` must be exact for this model"):
+        losses(make_trainer(folder, tmp_path / "true", pair_stream="true"))
+
+
+def test_attention_dropout_is_refused(models):
+    model = make(LlamaConfig(**COMMON, **GROUPED, attention_dropout=0.1))
+    model.train()
+    with pytest.raises(StreamRefused, match=r"attention dropout of 0\.1"):
+        streamed_output(model, collate([(4, 6, 5)]))
+
+
+@pytest.mark.parametrize("mode", ["auto", "true"])
+def test_a_model_that_mixes_neighbours_outside_of_attention_is_found_out_by_the_first_batch(tmp_path, caplog, mode):
+    """As short convolutions and token shifts do: every layer calls the attention function, and the stream is wrong."""
+    trainer = make_trainer(save_model(tmp_path / "m"), tmp_path, pair_stream=mode)
+
+    def token_shift(module, args, embedded):
+        return embedded + 0.5 * torch.nn.functional.pad(embedded, (0, 0, 1, -1))
+
+    for model in (trainer.model, trainer.ref_model):
+        model.model.embed_tokens.register_forward_hook(token_shift)
+    if mode == "true":
+        with pytest.raises(ValueError, match="the log-probs of the first batch differ by"):
+            trainer.train()
+        return
+    first = losses(trainer)[0]
+    assert "auto takes the plain forward, because the log-probs of the first batch differ by" in caplog.text
+    assert first == pytest.approx(math.log(2), abs=1e-7)
+    assert trainer.model.config._attn_implementation == "sdpa"
+
+
+def test_prompt_learning_is_recognised(tmp_path, caplog):
+    folder = save_model(tmp_path / "m")
+    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    make_trainer(folder, tmp_path, pair_stream="auto", peft_config=peft)
+    assert "prompt learning puts virtual tokens" in caplog.text
+
+
+def test_a_row_longer_than_the_sliding_window_is_refused_by_the_attention_and_takes_the_plain_forward(tmp_path):
+    config = MistralConfig(**COMMON, **GROUPED, sliding_window=16)
+    model = make(config)
+    streamed_output(model, collate([(4, 6, 5)]))
+    with pytest.raises(StreamRefused, match="a sliding window of 16 tokens for rows of 30"):
+        streamed_output(model, collate([(10, 20, 5)]))
+    folder = str(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    data = make_pairs(32, max_len=14)
+    runs = [losses(make_trainer(folder, tmp_path, pair_stream=mode, data=data)) for mode in ("auto", "false")]
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+def test_why_not_names_nothing_for_a_plain_model():
+    assert why_not(make_model()) is None
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+RUNS = [
+    {"token_weighting": "all"},
+    {"token_weighting": "sampo"},
+    {"token_weighting": "sampo", "peft_config": LORA},
+    {"token_weighting": "sampo", "gradient_checkpointing": True},
+    {"token_weighting": "sampo", "gradient_accumulation_steps": 2, "length_penalty": "learned"},
+    {"token_weighting": "sampo", "mask_samples": 3, "loss_type": ["sigmoid", "sft"]},
+    {"token_weighting": "sampo", "mask_sharing": "independent"},
+    {"token_weighting": "top_k", "log_length_pressure": True},
+    {"token_weighting": "expected", "precompute_ref_log_probs": True},
+    {"token_weighting": "mean", "max_length": 14},
+]
+
+
+@pytest.mark.parametrize("options", RUNS, ids=lambda o: ",".join(o)[:60] + str(o["token_weighting"]))
+def test_a_run_of_20_steps_has_the_same_losses_and_metrics_with_and_without_the_stream(tmp_path, caplog, options):
+    folder = save_model(tmp_path / "m")
+    logs = []
+    with caplog.at_level(logging.INFO, logger="sampo"):
+        for mode in ("false", "auto"):
+            trainer = make_trainer(
+                folder, tmp_path / mode, pair_stream=mode, max_steps=20, eval_dataset=make_pairs(9, seed=5), **options
+            )
+            trainer.train()
+            logs.append([*trainer.state.log_history[:20], trainer.evaluate()])
+    assert "pair_stream: on. The first batch has" in caplog.text
+    for plain, streamed in zip(*logs, strict=True):
+        for name, value in plain.items():
+            if "per_second" in name or "runtime" in name or "/slope" in name or "/correlation" in name:
+                continue
+            # rounding of 1e-6 in float32, which 20 steps of Adam at 1e-3 carry on
+            tolerance = {"rel": 2e-3, "abs": 2e-3}
+            if "accuracies" not in name and "mean_token_accuracy" not in name:
+                assert streamed[name] == pytest.approx(value, **tolerance), name
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], abs=1e-6)
+
+
+def test_in_bf16_the_stream_stays_within_its_rounding(tmp_path):
+    folder = save_model(tmp_path / "m")
+    runs = [losses(make_trainer(folder, tmp_path, pair_stream=m, bf16=True, max_steps=5)) for m in ("false", "true")]
+    assert runs[0] == pytest.approx(runs[1], abs=5e-3)
