@@ -1,6 +1,7 @@
 """Writes the generated parts of the documents: `python docs/build.py`, or `--check` to fail where they differ."""
 
 import argparse
+import json
 import re
 import sys
 from dataclasses import MISSING
@@ -47,7 +48,36 @@ def lab() -> str:
     return markdown_table(lines, LAB_COLUMNS)
 
 
-PARTS = {"methods": methods, "options": options, "lab": lab}
+def speed() -> str:
+    """Pairs per second of each variant, from the last run of benchmarks/pair_stream.py for each setting."""
+    from sampo import results
+
+    found: dict[str, dict[str, dict[str, results.Record]]] = {}  # setting -> variant -> name of the number
+    for record in results.read(ROOT / "benchmarks" / "records.jsonl"):
+        setting = {name: value for name, value in record.config.items() if name != "variant"}
+        variants = found.setdefault(json.dumps(setting, sort_keys=True), {})
+        variants.setdefault(record.config["variant"], {})[record.name] = record
+    blocks = []
+    for setting, variants in found.items():
+        about, first = json.loads(setting), next(iter(variants.values()))["pairs_per_second"]
+        versions = ", ".join(f"{name} {number}" for name, number in sorted(first.versions.items()))
+        lines = [
+            f"{about['model']}, {about['dtype']}, {about['device']}, {about['threads']} thread(s), {about['batches']} "
+            f"batches of {about['batch']} pairs of the HH-RLHF harmless test set, max_length {about['max_length']}, "
+            f"median of {first.n} repeats (lowest to highest). `{first.command}`; {first.created[:10]}; {versions}.",
+            "",
+            "| forward and backward pass | pairs per second | against TRL |",
+            "|---|---|---|",
+        ]
+        base = variants["TRL DPOTrainer"]["pairs_per_second"].value
+        for variant, numbers in variants.items():
+            middle, low, high = (numbers[f"pairs_per_second{which}"].value for which in ("", "_lowest", "_highest"))
+            lines.append(f"| {variant} | {middle:.2f} ({low:.2f} to {high:.2f}) | {middle / base:.1f} × |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+PARTS = {"methods": methods, "options": options, "lab": lab, "speed": speed}
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
@@ -57,7 +87,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")
         new = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
         if new != old and check:
