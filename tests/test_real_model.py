@@ -105,3 +105,28 @@ def test_a_full_recipe_trains_and_its_model_loads_and_generates(folder, tmp_path
     changed = [not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True)]
     assert sum(changed) > 200
     assert len(generate(after, AutoTokenizer.from_pretrained(out))) > 0
+
+
+def test_the_pair_stream_gives_its_log_probs_and_gradients(folder, tmp_path):
+    from sampo import SamPOConfig, SamPOTrainer, load_preferences
+
+    data = load_preferences(hh_file(tmp_path / "pairs.jsonl", 4, max_chars=400))
+    results = []
+    for mode in ("false", "true"):
+        settings = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "max_length": 256,
+        }
+        args = SamPOConfig(**settings, pair_stream=mode, gradient_checkpointing=False, token_weighting="all")
+        trainer = SamPOTrainer(model=folder, args=args, train_dataset=data)
+        pairs = trainer._see_pairs(trainer.data_collator([trainer.train_dataset[i] for i in range(3)]), "train")
+        logps = trainer._forward(trainer.model.train(), pairs, pairs.mask).log_probs
+        logps.sum().backward()
+        results.append((logps.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}))
+    (plain, theirs), (streamed, ours) = results
+    torch.testing.assert_close(streamed, plain, atol=1e-4, rtol=0)
+    norm = math.sqrt(sum(g.pow(2).sum().item() for g in theirs.values()))
+    assert math.sqrt(sum((theirs[n] - ours[n]).pow(2).sum().item() for n in theirs)) <= 1e-4 * norm
