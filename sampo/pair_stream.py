@@ -16,15 +16,19 @@ Example, with a prompt of the tokens 1 2 3:
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+logger = get_logger(__name__)
 
 NAME = "sampo_pair_stream"
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -230,3 +234,94 @@ def install(model) -> None:
 def remove(model) -> None:
     """Undo `install`."""
     model.set_attn_implementation("sdpa")
+
+
+class PairStreams:
+    """Whether the batches of a run go through streams: decided for the models at its start, and by its first batch.
+
+    Attributes:
+        on: streams are in use.
+    """
+
+    def __init__(self, mode: str, models: list, *, refuse: str | None = None):
+        """Make the models ready.
+
+        Args:
+            mode: `auto`, `true` or `false`.
+            models: policy and, if there is one, reference; not wrapped.
+            refuse: a reason against streams that the caller knows of.
+
+        Raises:
+            ValueError: `true`, and there is a reason against.
+        """
+        self.mode, self.on, self._models, self._compared = mode, False, models, False
+        if mode == "false":
+            return
+        reason = refuse or next(filter(None, map(why_not, models)), None)
+        if reason:
+            self._refuse(reason)
+            return
+        for model in models:
+            install(model)
+        self.on = True
+
+    @property
+    def to_be_compared(self) -> bool:
+        """Streams are on and no batch has been computed both ways yet."""
+        return self.on and not self._compared
+
+    def take(self, pairs) -> bool:
+        """Whether this batch (anything with a `stream`) goes through it; not if a sliding window is shorter."""
+        if not self.on:
+            return False
+        window = getattr(self._models[0].config.get_text_config(), "sliding_window", None)
+        return window is None or pairs.stream.longest <= window or self.mode == "true"
+
+    def compare(
+        self,
+        streamed: Callable[[], Tensor],
+        plain: Callable[[], Tensor],
+        *,
+        tolerance: float,
+        largest: Callable[[Tensor], float],
+        padded_tokens: int,
+        stream_tokens: int,
+    ) -> None:
+        """Keep the streams if both ways agree on a batch.
+
+        Args:
+            streamed: computes the log-probs of the batch's completion tokens by the stream, `(M,)` nats.
+            plain: and by the plain forward, in the same order.
+            tolerance: largest mean difference of a token. The largest difference of all says little: in bf16 a rare
+                token can be off by 0.3 for no other reason than rounding.
+            largest: of a number, the largest over all processes, so that all decide alike.
+            padded_tokens: tokens of the plain forward.
+            stream_tokens: tokens of the stream.
+        """
+        self._compared = True
+        try:
+            difference = largest((streamed() - plain()).abs().mean())
+        except StreamRefused as refusal:
+            self._refuse(f"of the model: {refusal}")
+            return
+        if not difference <= tolerance:
+            self._refuse(
+                f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} a token"
+            )
+            return
+        logger.info(
+            f"pair_stream: on. The first batch has {stream_tokens:,} tokens instead of {padded_tokens:,}; its "
+            f"log-probs differ from those of the plain forward by {difference:.1g} a token."
+        )
+
+    def _refuse(self, reason: str) -> None:
+        if self.on:
+            for model in self._models:
+                remove(model)
+        self.on = False
+        if self.mode == "true":
+            raise ValueError(
+                f"`pair_stream: true` must be exact for this model, but {reason}. Use `auto`, which takes the plain "
+                "forward then, or `false`."
+            )
+        logger.warning(f"pair_stream: auto takes the plain forward, because {reason}.")

@@ -46,7 +46,7 @@ from trl import DPOTrainer
 from .config import SamPOConfig
 from .data import check_preferences
 from .lengths import LengthSums, TokenCounts, count_tokens
-from .pair_stream import Stream, StreamRefused, install, lay_out, remove, score, why_not
+from .pair_stream import PairStreams, Stream, lay_out, score
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -261,7 +261,12 @@ class SamPOTrainer(DPOTrainer):
         self._length_scale = self._find_length_scale()
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
-        self._streams, self._streams_compared = self._start_streams(), False
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        self._streams = PairStreams(
+            args.pair_stream,
+            [self.accelerator.unwrap_model(each) for each in models],
+            refuse="vision data are laid out by their processor" if self._is_vision_dataset else None,
+        )
         self.add_callback(RunState(args.length_penalty_lr))
         self._say_what_is_run()
 
@@ -283,7 +288,7 @@ class SamPOTrainer(DPOTrainer):
         known = None if self._weighting.needs_log_ratios else [self._weigh(pairs, k) for k in range(self._n_draws)]
         scored = self._tokens_to_score(pairs, known, mode)
 
-        if self._streams and not self._streams_compared:
+        if self._streams.to_be_compared:
             self._compare_streams(model, pairs)
         output = self._forward(model, pairs, scored)
         logps = output.log_probs[:, -pairs.mask.size(1) :]  # (2B, N); prompt learning puts positions in front
@@ -360,12 +365,32 @@ class SamPOTrainer(DPOTrainer):
     def _forward(self, model, pairs: _Pairs, scored: Tensor, targets: Tensor | None = None):
         """TRL's per-token output of the scored tokens, `(2B, N)` bool; or of `targets` `(2B, N)` in their places."""
         targets = pairs.inputs["input_ids"][:, 1:] if targets is None else targets
-        if self._streams and self._fits_window(pairs):
+        if self._streams.take(pairs):
             return score(model, self._backbone(model), pairs.stream, scored, targets)
-        labels = torch.cat((targets[:, :1], targets), dim=1).masked_fill(
-            ~self._widen(pairs.inputs, scored).bool(), -100
-        )
+        return self._plain_forward(model, pairs, scored, targets)
+
+    def _plain_forward(self, model, pairs: _Pairs, scored: Tensor, targets: Tensor):
+        places = self._widen(pairs.inputs, scored).bool()
+        labels = torch.cat((targets[:, :1], targets), dim=1).masked_fill(~places, -100)  # (2B, L)
         return model(**self._model_kwargs(pairs.inputs), labels=labels, fused_lm_head=True)
+
+    @torch.no_grad()
+    def _compare_streams(self, model, pairs: _Pairs) -> None:
+        """The first batch both ways, before the stream is trusted."""
+        targets = pairs.inputs["input_ids"][:, 1:]
+        reduced = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        self._streams.compare(
+            lambda: score(model, self._backbone(model), pairs.stream, pairs.mask, targets).log_probs[pairs.mask],
+            lambda: self._plain_forward(model, pairs, pairs.mask, targets).log_probs[pairs.mask],
+            tolerance=0.1 if reduced else 1e-4,  # rounding is some hundredths in bf16, 1e-6 in float32
+            largest=lambda difference: self.accelerator.gather(difference[None]).max().item(),
+            padded_tokens=pairs.inputs["input_ids"].numel(),
+            stream_tokens=pairs.stream.input_ids.numel(),
+        )
+
+    def _backbone(self, model):
+        base = self.accelerator.unwrap_model(model)
+        return (base.get_base_model() if is_peft_model(base) else base).base_model
 
     def _model_kwargs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
@@ -392,7 +417,7 @@ class SamPOTrainer(DPOTrainer):
         seen = []
 
         def reference_seen(**kwargs):
-            output = self._forward(reference, pairs, scored) if self._streams else reference(**kwargs)
+            output = self._forward(reference, pairs, scored) if self._streams.on else reference(**kwargs)
             seen.append(output.log_probs)
             return output
 
@@ -452,77 +477,6 @@ class SamPOTrainer(DPOTrainer):
             yield
         finally:
             self.precompute_ref_logps = before
-
-    # --- the pair stream -------------------------------------------------------------------------------------------
-
-    def _start_streams(self) -> bool:
-        """Make policy and reference ready for streams; whether they are."""
-        if self.args.pair_stream == "false":
-            return False
-        reason = "vision data are laid out by their processor" if self._is_vision_dataset else None
-        for model in self._stream_models():
-            reason = reason or why_not(model)
-        if reason:
-            self._refuse_streams(reason)
-            return False
-        for model in self._stream_models():
-            install(model)
-        return True
-
-    def _stream_models(self) -> list:
-        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
-        return [self.accelerator.unwrap_model(model) for model in models]
-
-    def _refuse_streams(self, reason: str) -> None:
-        if self.args.pair_stream == "true":
-            raise ValueError(
-                f"`pair_stream: true` must be exact for this model, but {reason}. Use `auto`, which takes the plain "
-                "forward then, or `false`."
-            )
-        logger.warning(f"pair_stream: auto takes the plain forward, because {reason}.")
-
-    def _backbone(self, model):
-        base = self.accelerator.unwrap_model(model)
-        return (base.get_base_model() if is_peft_model(base) else base).base_model
-
-    def _fits_window(self, pairs: _Pairs) -> bool:
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        return window is None or pairs.stream.longest <= window or self.args.pair_stream == "true"
-
-    @torch.no_grad()
-    def _compare_streams(self, model, pairs: _Pairs) -> None:
-        """The first batch both ways, before the stream is trusted."""
-        self._streams_compared = True
-        reason = None
-        try:
-            streamed = self._forward(model, pairs, pairs.mask)
-            # rounding: in float32 1e-5, in bf16 some hundredths for single tokens
-            tolerance = 0.3 if self._reduced_precision else 1e-3
-            self._streams = False
-            plain = self._forward(model, pairs, pairs.mask)
-            difference = (streamed.log_probs - plain.log_probs).abs().max()
-            # all processes decide alike
-            difference = self.accelerator.gather(difference[None]).max().item()
-            if not difference <= tolerance:
-                reason = f"the log-probs of the first batch differ by {difference:.2g} from those of the plain forward"
-        except StreamRefused as refusal:
-            reason = f"of the model: {refusal}"
-        if reason is None:
-            self._streams = True
-            padded, kept = pairs.inputs["input_ids"].numel(), pairs.stream.input_ids.numel()
-            logger.info(
-                f"pair_stream: on. The first batch has {kept:,} tokens instead of {padded:,}; its log-probs differ by "
-                f"{difference:.1g} at most from those of the plain forward."
-            )
-            return
-        self._streams = False
-        for each in self._stream_models():
-            remove(each)
-        self._refuse_streams(reason)
-
-    @property
-    def _reduced_precision(self) -> bool:
-        return self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
 
     # --- the length penalty --------------------------------------------------------------------------------------
 
