@@ -128,7 +128,9 @@ def run(args, scratch) -> None:
         )
         for which, value in {"": median, "_lowest": speeds[0], "_highest": speeds[-1]}.items():
             settings = {**config, "variant": name}
-            records.append(results.Record(f"pairs_per_second{which}", value, n=args.repeats, config=settings, **about))
+            records.append(
+                results.Record(name=f"pairs_per_second{which}", value=value, n=args.repeats, config=settings, **about)
+            )
     if not args.tiny:
         results.append(args.out, records)
 
