@@ -83,12 +83,15 @@ class Table:
 
     def select(self, kept: list[int]) -> "Dataset":
         """The kept rows as an Arrow data set."""
-        if not isinstance(self.rows, list):
-            return self.rows if len(kept) == len(self.rows) else self.rows.select(kept)
+        table = self.rows
+        if not isinstance(table, list):
+            return table if len(kept) == len(table) else table.select(kept)
         import pyarrow as pa
         from datasets import Dataset
 
-        rows = [{column: self.rows[row].get(column) for column in self.columns} for row in kept]  # type: ignore[union-attr]
+        whole = [row for row in (table[i] for i in kept) if isinstance(row, dict)]
+        assert len(whole) == len(kept)  # a broken line is a fault, and no faulty row is kept
+        rows = [{column: row.get(column) for column in self.columns} for row in whole]
         try:
             # `use_json`: an extra column whose values have different types, or the arguments of different tools, must
             # neither fail nor be filled up with nulls.

@@ -376,12 +376,15 @@ class SamPOTrainer(DPOTrainer):
 
     @torch.no_grad()
     def _compare_streams(self, model, pairs: _Pairs) -> None:
-        """The first batch both ways, before the stream is trusted."""
-        targets = pairs.inputs["input_ids"][:, 1:]
+        """The first batch both ways, by policy and reference, before the stream is trusted."""
+        targets, mask = pairs.inputs["input_ids"][:, 1:], pairs.mask
+        models = [model] if self.ref_model is None else [model, self.ref_model]
         reduced = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
         self._streams.compare(
-            lambda: score(model, self._backbone(model), pairs.stream, pairs.mask, targets).log_probs[pairs.mask],
-            lambda: self._plain_forward(model, pairs, pairs.mask, targets).log_probs[pairs.mask],
+            lambda: torch.cat(
+                [score(m, self._backbone(m), pairs.stream, mask, targets).log_probs[mask] for m in models]
+            ),
+            lambda: torch.cat([self._plain_forward(m, pairs, mask, targets).log_probs[mask] for m in models]),
             tolerance=0.1 if reduced else 1e-4,  # rounding is some hundredths in bf16, 1e-6 in float32
             largest=lambda difference: self.accelerator.gather(difference[None]).max().item(),
             padded_tokens=pairs.inputs["input_ids"].numel(),

@@ -77,8 +77,10 @@ def test_metrics_of_length_do_not_depend_on_the_number_of_processes_and_the_unev
     names = [name for name in one["eval"] if "length" in name or "accuracies/chosen" in name]
     assert len(names) >= 9
     for rank in two[1]:
-        # margins of some hundredths in fp32, after six steps whose rounding differs
-        assert [rank["eval"][n] for n in names] == pytest.approx([one["eval"][n] for n in names], abs=2e-3)
+        for name in names:
+            # margins in fp32, after six steps whose rounding differs
+            bound = {"slope": 1e-5, "correlation": 2e-3}.get(name.rsplit("/", 1)[-1], 1e-9)
+            assert rank["eval"][name] == pytest.approx(one["eval"][name], rel=0, abs=bound), name
         assert rank["eval"]["eval_length/chosen"] == one["eval"]["eval_length/chosen"]
     assert [e["length/chosen"] for e in one["log"][:6]] == [e["length/chosen"] for e in two[1][0]["log"][:6]]
 

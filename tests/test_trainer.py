@@ -525,8 +525,10 @@ def test_evaluation_is_the_same_number_at_any_batch_size_and_time(model_folder, 
     assert len(names) >= 11
     assert results[0] == results[1] | {n: v for n, v in results[0].items() if n.endswith(TIMES)}
     for other in results[1:]:
-        # margins of .005 carry the rounding of fp32 sums of 30 nats, 1e-6, which depends on the padding
-        assert [other[n] for n in names] == pytest.approx([results[0][n] for n in names], abs=1e-3)
+        for name in names:
+            # margins carry the rounding of fp32 sums of 30 nats, 1e-6 or so, which depends on the padding
+            bound = {"slope": 1e-6, "correlation": 1e-3, "pressure": 1e-5}.get(name.rsplit("/", 1)[-1], 0)
+            assert other[name] == pytest.approx(results[0][name], rel=0, abs=bound or 1e-9), name
 
 
 def test_subsets_are_drawn_anew_each_epoch(model_folder, tmp_path):
