@@ -16,7 +16,7 @@ Example, with a prompt of the tokens 1 2 3:
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ class Stream:
         positions: `(M,)` stream index of each of the M branch tokens.
         rows: `(M,)` its row in the `(2B, L − 1)` layout of TRL.
         columns: `(M,)` its column there.
-        longest: tokens of the longest prompt with branch.
+        longest: tokens of the longest prompt with branch, as far as they are in the stream.
         calls: how often the attention function was called with this stream.
     """
 
@@ -75,43 +75,46 @@ class Stream:
         return self._masks[key]
 
 
-def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Stream:
+def lay_out(
+    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, needed: Tensor | None = None
+) -> Stream:
     """Lay a collated batch out as one row.
 
     Args:
         input_ids: `(2B, L)`, chosen rows first, padded on the right.
         attention_mask: `(2B, L)`.
         completion_mask: `(2B, L)`.
+        needed: `(2B, L − 1)` bool, the completion tokens that may be scored; None for all. What comes after the last
+            of a row is left out, which is exact because attention is causal; a row without any gets no branch.
 
     A pair whose rows do not begin with the same prompt (`truncation_mode: keep_end` can do that) shares nothing: each
     of its rows gets a prompt of its own.
     """
-    ids, n_tokens = input_ids.tolist(), attention_mask.sum(dim=1).tolist()
+    ids = input_ids.tolist()
     n_prompt = (attention_mask.sum(dim=1) - completion_mask.sum(dim=1)).tolist()
-    n_pairs = len(ids) // 2
+    in_completion = completion_mask[:, 1:].bool()
+    stops = _stops(in_completion if needed is None else in_completion & needed)
+    if not any(stops):
+        n_prompt[0] = stops[0] = 1  # a model needs a token, if only one that nobody scores
     tokens: list[int] = []
     position_ids: list[int] = []
     segments: list[tuple[int, int, int, int]] = []
     positions: list[int] = []
     rows: list[int] = []
     columns: list[int] = []
-    for pair in range(n_pairs):
-        branches = [pair, pair + n_pairs]
-        prompts = [ids[row][: n_prompt[row]] for row in branches]
-        for group in [branches] if prompts[0] == prompts[1] else [[row] for row in branches]:
-            shared = max(n_prompt[group[0]] - 1, 0)  # the last prompt token belongs to the branches
-            start = len(tokens)
-            tokens += ids[group[0]][:shared]
-            position_ids += range(shared)
-            for i, row in enumerate(group):
-                branch_start = len(tokens)
-                stop = n_tokens[row] - 1  # the last token predicts nothing
-                tokens += ids[row][shared:stop]
-                position_ids += range(shared, stop)
-                positions += range(branch_start, len(tokens))
-                rows += [row] * (stop - shared)
-                columns += range(shared, stop)
-                segments.append((start if i == 0 else branch_start, len(tokens), start, start + shared))
+    for group in _groups(ids, n_prompt, stops):
+        shared = max(n_prompt[group[0]] - 1, 0)  # the last prompt token belongs to the branches
+        start = len(tokens)
+        tokens += ids[group[0]][:shared]
+        position_ids += range(shared)
+        for i, row in enumerate(group):
+            branch_start = len(tokens)
+            tokens += ids[row][shared : stops[row]]
+            position_ids += range(shared, stops[row])
+            positions += range(branch_start, len(tokens))
+            rows += [row] * (stops[row] - shared)
+            columns += range(shared, stops[row])
+            segments.append((start if i == 0 else branch_start, len(tokens), start, start + shared))
 
     def tensor(values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=input_ids.device)
@@ -123,8 +126,26 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) 
         positions=tensor(positions),
         rows=tensor(rows),
         columns=tensor(columns),
-        longest=max(n_tokens),
+        longest=max(stops),
     )
+
+
+def _stops(needed: Tensor) -> list[int]:
+    """How many tokens of each row the needed ones depend on; 0 where none is needed."""
+    counts = torch.arange(1, needed.size(1) + 1, device=needed.device)  # column c is predicted by the tokens 0 … c
+    return (needed * counts).amax(dim=1).tolist() if needed.size(1) else [0] * len(needed)
+
+
+def _groups(ids: list[list[int]], n_prompt: list[int], stops: list[int]) -> Iterator[list[int]]:
+    """Rows that share a prompt, chosen first: one or two of a pair."""
+    n_pairs = len(ids) // 2
+    for chosen in range(n_pairs):
+        rows = [row for row in (chosen, chosen + n_pairs) if stops[row]]
+        prompts = [ids[row][: n_prompt[row]] for row in rows]
+        if len(rows) == 2 and prompts[0] != prompts[1]:
+            yield from ([row] for row in rows)
+        elif rows:
+            yield rows
 
 
 def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
@@ -134,7 +155,7 @@ def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
         model: a causal LM with the fused head, maybe wrapped (PEFT, DDP, …).
         backbone: the module of the same model whose output the LM head takes.
         stream: the batch.
-        scored: `(2B, L − 1)` bool, the tokens that go through the LM head.
+        scored: `(2B, L − 1)` bool, the tokens that go through the LM head; they must be in the stream.
         targets: `(2B, L − 1)` the token to be scored at each place.
 
     Returns:
@@ -144,6 +165,8 @@ def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
         StreamRefused: the model did something with the attention that the stream does not do.
     """
     kept = scored[stream.rows, stream.columns]
+    missing = (scored.sum() - kept.sum()).item()
+    assert not missing, f"{missing} of the tokens to be scored are not in the stream: `needed` must hold for them all"
     at, rows, columns = stream.positions[kept], stream.rows[kept], stream.columns[kept]
     stream.calls = 0
 
