@@ -111,7 +111,7 @@ def prepare(args, scratch: str):
 
 def build(work, names: list[str]) -> dict:
     import torch
-    from accelerate.state import AcceleratorState
+    from accelerate import Accelerator
     from sides import SIDES, NotAvailable
 
     built = {}
@@ -120,7 +120,7 @@ def build(work, names: list[str]) -> dict:
             built[name] = SIDES[name](work)
         except NotAvailable as reason:
             tqdm.write(f"skipped: {name}, for {reason}")
-    AcceleratorState(cpu=not torch.cuda.is_available())  # a config that was refused has reset it for all trainers
+    Accelerator(cpu=not torch.cuda.is_available())  # a config that was refused has reset it for all trainers
     return built
 
 
