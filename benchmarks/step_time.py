@@ -109,7 +109,7 @@ def prepare(args, scratch: str):
     return make_workload(args, scratch)
 
 
-def build(work, names: list[str]) -> dict:
+def build(work, names: list[str], *, say: bool = True) -> dict:
     import torch
     from accelerate import Accelerator
     from sides import SIDES, NotAvailable
@@ -119,7 +119,8 @@ def build(work, names: list[str]) -> dict:
         try:
             built[name] = SIDES[name](work)
         except NotAvailable as reason:
-            tqdm.write(f"skipped: {name}, for {reason}")
+            if say:
+                tqdm.write(f"skipped: {name}, for {reason}")
     Accelerator(cpu=not torch.cuda.is_available())  # a config that was refused has reset it for all trainers
     return built
 
@@ -162,6 +163,7 @@ def time_sides(args) -> None:
         sides = build(prepare(args, scratch), names)
         for side in tqdm(sides.values(), desc="warm-up", leave=False):
             warm_up(side)
+        gc.freeze()  # or each collection below looks through all that was imported
         turns = [(i, name) for i in range(args.repeats) for name in (sides if i % 2 == 0 else reversed(sides))]
         for i, name in (bar := tqdm([(i, name) for i, name in turns if i in missing[name]])):
             bar.set_description(f"repeat {i}: {name}")
@@ -182,7 +184,7 @@ def probe(args, name: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = prepare(args, scratch)
         counter = Counter([work.policy, work.reference])
-        sides = build(work, [name])
+        sides = build(work, [name], say=False)
         if not sides:
             return
         side = sides[name]
