@@ -31,7 +31,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.pair_stream import StreamRefused, install, lay_out, remove, score, why_not
+from sampo.pair_stream import RowsTooLong, install, lay_out, remove, score, why_not
+from sampo.stream_attention import StreamRefused
 
 COMMON = {
     "vocab_size": 69,
@@ -235,7 +236,7 @@ def test_the_stream_has_only_the_tokens_that_the_needed_ones_depend_on(shapes, s
         expected += (n_prompt - 1 if branches else 0) + sum(branches)
     stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], needed)
     assert stream.input_ids.numel() == max(expected, 1)
-    assert stream.longest == max(longest, 1)
+    assert stream.segments.longest == max(longest, 1)
 
 
 def test_scoring_a_token_that_was_left_out_is_our_own_mistake(models):
@@ -291,7 +292,7 @@ def test_what_the_stream_cannot_do_is_recognised(tmp_path, caplog, name):
 def test_attention_dropout_is_refused(models):
     model = make(LlamaConfig(**COMMON, **GROUPED, attention_dropout=0.1))
     model.train()
-    with pytest.raises(StreamRefused, match=r"attention dropout of 0\.1"):
+    with pytest.raises(StreamRefused, match=r"dropout of 0\.1"):
         streamed_output(model, collate([(4, 6, 5)]))
 
 
@@ -333,7 +334,7 @@ def test_a_row_longer_than_the_sliding_window_is_refused_by_the_attention_and_ta
     torch.testing.assert_close(
         streamed_output(model, longest).log_probs, plain_output(model, longest).log_probs, atol=1e-4, rtol=0
     )
-    with pytest.raises(StreamRefused, match="a sliding window of 16 tokens for rows of 17"):
+    with pytest.raises(RowsTooLong, match="`sliding_window` is 16 tokens, and a row has 17"):
         streamed_output(model, collate([(8, 10, 5)]))
     folder = str(tmp_path / "model")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
