@@ -49,7 +49,11 @@ class Log:
         from workload import label_of
 
         self.path = args.out
-        self.config = {**label_of(args), "device": device_name(), **({"sweep": args.swept} if args.swept else {})}
+        self.config = {
+            **label_of(args),
+            "device": device_name(),
+            **({"purpose": args.purpose} if args.purpose else {}),
+        }
         self.about = {"command": args.command, "seed": args.seed, **results.provenance()}
         commit = self.about["commit"]
         comparable = commit and not commit.endswith("-dirty") and not args.fresh
@@ -271,10 +275,10 @@ def sweep_of(args) -> list:
         ("length difference", {"shape": f"128:{chosen}:{rejected}", "data": None, "batch": min(args.batch, 4)})
         for chosen, rejected in ((128, 128), (192, 64), (240, 16))
     ]
-    varied += [("batch", {"batch": batch}) for batch in (1, 2, 4, 8)]
+    varied += [("batch", {"batch": batch}) for batch in (1, 2, 4, 8, 16) if batch <= args.batch]
     if torch.cuda.is_available():
         varied += [("model", {"config": name, "model": None, "data": None}) for name in ("qwen2.5-0.5b", "llama-3-8b")]
-    return [argparse.Namespace(**{**vars(args), **more, "swept": name}) for name, more in varied]
+    return [argparse.Namespace(**{**vars(args), **more, "purpose": name}) for name, more in varied]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -304,7 +308,9 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.data and not args.model:
         sys.exit("`--data` needs `--model`, whose tokenizer reads it, got none. Leave it out for random words.")
-    args.command, args.swept = command_of(args), None
+    if args.data and args.shape != "hh":
+        sys.exit(f"`--data` has its own lengths, got `--shape {args.shape}` beside it. Leave one of them out.")
+    args.command, args.purpose = command_of(args), None
     if args.tiny:
         vars(args).update(TINY)
     # a fork of a server that has imported everything and computed nothing: quick, and alike for all
@@ -317,6 +323,7 @@ def main() -> None:
     if not set(args.sides) <= SIDES.keys():
         sys.exit(f"`--sides` must be among {list(SIDES)}, got {args.sides}.")
     if args.profile:
+        args.purpose = "profile"
         in_process(context, profile_sides, args)
     elif args.sweep:
         args.no_memory = True

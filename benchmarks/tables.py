@@ -12,7 +12,12 @@ TARGETS = (
     ("step with live reference, against TRL", "SamPO, stream", "TRL", 8.0),
     ("step with cached reference, against TRL", "SamPO, stream, reference cached", "TRL", 12.0),
     ("step with live reference, against TRL with compact head", "SamPO, stream", "TRL, compact head", 2.5),
-    ("with cached reference", "SamPO, stream, reference cached", "TRL, compact head", 3.5),
+    (
+        "step with cached reference, against TRL with compact head",
+        "SamPO, stream, reference cached",
+        "TRL, compact head",
+        3.5,
+    ),
     ("`sampo` against `all` on the same path (1 % slower at most)", "SamPO, stream", "DPO, stream", 1 / 1.01),
 )
 MEMORY_TARGET = ("SamPO, stream", "TRL", 0.5)
@@ -32,17 +37,21 @@ class Run:
     Attributes:
         setting: what all sides share.
         last: the newest record.
+        commands: those that measured it.
         sides: side -> name of a number -> the number; `seconds` by repeat, `group_seconds` by group.
         device: numbers that belong to no side.
     """
 
     setting: dict
     last: Record
+    commands: list[str] = field(default_factory=list)
     sides: dict[str, dict] = field(default_factory=dict)
     device: dict[str, float] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
         self.last = record
+        if record.command not in self.commands:
+            self.commands.append(record.command)
         side, part = record.config.get("side"), record.config.get("repeat", record.config.get("group"))
         numbers = self.device if side is None else self.sides.setdefault(side, {})
         if part is None:
@@ -93,11 +102,13 @@ def about(run: Run) -> str:
     s = run.setting
     versions = ", ".join(f"{name} {number}" for name, number in sorted(run.last.versions.items()))
     repeats = max((len(numbers.get("seconds", ())) for numbers in run.sides.values()), default=0)
+    commands = ", ".join(f"`{command}`" for command in run.commands)
+    measured = f"{run.last.created[:10]}, commit {(run.last.commit or 'unknown')[:7]}"
     data = s["data"] if s["data"] != "random words" else f"random words, shape {s['shape']}"
     return (
         f"{s['model']}, {s['dtype']}, {s['device']}, {s['threads']} thread(s), batch of {s['batch']} pairs, "
         f"{s['batches']} batch(es), {data}, max_length {s['max_length']}, {repeats} repeat(s). "
-        f"`{run.last.command}`; {run.last.created[:10]}, commit {(run.last.commit or 'unknown')[:7]}; {versions}."
+        f"{commands}; {measured}; {versions}."
     )
 
 
@@ -133,7 +144,7 @@ def row(cells: list[str]) -> str:
 def main_run(all_runs: list[Run]) -> Run | None:
     """The run that the targets speak of: real pairs on a CPU; the largest batch, then the newest."""
     real = [run for run in all_runs if run.timed and run.setting["data"] != "random words" and is_cpu(run)]
-    real = [run for run in real if "sweep" not in run.setting]
+    real = [run for run in real if "purpose" not in run.setting]
     return max(real, key=lambda run: (run.setting["batch"], run.last.created), default=None)
 
 
@@ -175,7 +186,7 @@ def sweep_tables(all_runs: list[Run]) -> list[str]:
     varied = {"length difference": "shape", "batch": "batch", "model": "model"}
     lines: list[str] = []
     for sweep, name in varied.items():
-        found = [run for run in all_runs if run.setting.get("sweep") == sweep and run.timed]
+        found = [run for run in all_runs if run.setting.get("purpose") == sweep and run.timed]
         if not found:
             continue
         sides = list(dict.fromkeys(side for run in found for side in run.timed))
@@ -218,7 +229,7 @@ def results_tables(records: list[Record]) -> str:
     if main := main_run(all_runs):
         lines += ["### Targets", "", about(main), "", *targets_table(main), ""]
     for run in all_runs:
-        if run.timed and "sweep" not in run.setting:
+        if run.timed and "purpose" not in run.setting:
             lines += [f"### {run.setting['model']}, {run.setting['shape']}", "", about(run), "", *sides_table(run), ""]
     if sweeps := sweep_tables(all_runs):
         lines += ["### How the cost grows", "", *sweeps, ""]

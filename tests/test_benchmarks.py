@@ -97,11 +97,11 @@ def test_memory_is_that_of_a_whole_process(run):
 
 def test_what_was_measured_is_not_measured_again_by_the_same_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "commit", lambda: "abc")
-    args = tiny_args(out=tmp_path / "records.jsonl", swept=None, command="")
+    args = tiny_args(out=tmp_path / "records.jsonl", purpose=None, command="")
     step_time.Log(args).write("seconds", 1.0, side="TRL", repeat=0)
     assert step_time.Log(args).has("seconds", side="TRL", repeat=0)
     assert not step_time.Log(args).has("seconds", side="TRL", repeat=1)
-    for other in ({"fresh": True}, {"seed": 1}, {"batch": 3}, {"dtype": "bfloat16"}, {"swept": "batch"}):
+    for other in ({"fresh": True}, {"seed": 1}, {"batch": 3}, {"dtype": "bfloat16"}, {"purpose": "batch"}):
         assert not step_time.Log(tiny_args(**{**vars(args), **other})).has("seconds", side="TRL", repeat=0)
     for commit in ("def", "abc-dirty", None):
         monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
@@ -232,7 +232,7 @@ def test_operations_are_grouped(name, shapes, group):
 
 def test_tables_state_medians_and_ratios_within_repeats(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "commit", lambda: "abc")
-    args = tiny_args(out=tmp_path / "r.jsonl", swept=None, command="", model="m", data="d.jsonl", batch=8, batches=1)
+    args = tiny_args(out=tmp_path / "r.jsonl", purpose=None, command="", model="m", data="d.jsonl", batch=8, batches=1)
     log = step_time.Log(args)
     for i, (theirs, ours) in enumerate([(80.0, 8.0), (40.0, 8.0), (40.0, 2.0)]):
         log.write("seconds", theirs, side="TRL", repeat=i)
