@@ -10,6 +10,7 @@ from peft import LoraConfig, PromptTuningConfig
 from test_pair_stream import collate
 from tiny import make_pairs, make_tokenizer, save_model, training_options
 from transformers import MixtralConfig, MixtralForCausalLM
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config import BATCH_LOSSES, LOSS_TYPES
@@ -52,6 +53,14 @@ def test_the_tokens_of_a_pair_are_those_that_the_stream_lays_out_for_it(shapes, 
         assert alone["input_ids"].size(1) == longest[i]
 
 
+def test_a_prompt_that_only_begins_like_the_other_is_not_shared():
+    rows = [{"prompt_ids": [5, 0], "chosen_ids": [7], "rejected_ids": [8]}]
+    batch = DataCollatorForPreference(pad_token_id=0)(rows)
+    assert pair_tokens(batch)[0] == [3]  # 5 | 0 | 0, and each last token predicts nothing
+    batch["completion_mask"][1, 1] = 1  # the rejected row's prompt is 5, and padding looks like the token 0
+    assert pair_tokens(batch)[0] == [4]
+
+
 @given(
     tokens=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=9),
     limit=st.integers(1, 200),
@@ -78,10 +87,12 @@ def test_groups_are_few_and_of_like_size():
 def test_pieces_put_back_are_the_batch():
     batch = collate([(3, 4, 5), (2, 9, 1), (6, 2, 2)])
     rows = torch.rand(batch["input_ids"].shape) * batch["attention_mask"]
-    for name, whole in {"rows": rows, "numbers": torch.rand(6), "pairs": torch.rand(3)}.items():
+    for name, whole in {"rows": rows, "places": rows[:, 1:], "numbers": torch.rand(6), "pairs": torch.rand(3)}.items():
         back = torch.zeros_like(whole)
         for group in ([2, 0], [1]):
-            put_pairs(back, group, take_pairs({**batch, "it": whole}, group)["it"], n_pairs=3)
+            taken = take_pairs({**batch, "it": whole}, group)
+            assert name != "places" or taken["it"].size(1) == taken["input_ids"].size(1) - 1
+            put_pairs(back, group, taken["it"], n_pairs=3)
         assert torch.equal(back, whole), name
 
 
