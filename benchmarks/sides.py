@@ -41,7 +41,6 @@ class Side:
         self.batches = list(trainer.get_train_dataloader())
         self.live_reference = not trainer.args.precompute_ref_log_probs
         self.policy = work.policy
-        # without a live reference its model must be free to go: the trainer decides whether it stays
         models = [work.policy, work.reference] if self.live_reference else [work.policy]
         self._states = [(m, m.__dict__.get("forward"), m.config._attn_implementation) for m in models]
 
@@ -87,7 +86,8 @@ def make_trainer(work: Workload, trainer_class, config):
         set_state(model, None, "sdpa")
     return trainer_class(
         model=work.policy,
-        ref_model=work.reference,
+        # with cached log-probs nobody passes one: the policy computes them at the start
+        ref_model=None if config.precompute_ref_log_probs else work.reference,
         args=config,
         train_dataset=work.data,
         processing_class=work.tokenizer,

@@ -106,6 +106,7 @@ def prepare(args, scratch: str):
     from workload import make_workload
 
     torch.set_num_threads(args.threads)
+    os.environ["SAMPO_CACHE"] = scratch  # no cached reference of an earlier run, and none for a later one
     warnings.filterwarnings("ignore", category=FutureWarning)  # names that TRL and transformers still use
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -192,7 +193,7 @@ def probe(args, name: str) -> None:
         if not sides:
             return
         side = sides[name]
-        work.reference = None  # now only a trainer that needs it keeps it
+        work.reference = None  # now only a side that needs it keeps it
         warm_up(side)
         with peak_memory() as memory, counter:
             loss = run_pass(side)

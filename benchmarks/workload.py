@@ -63,7 +63,7 @@ class Workload:
 
     Attributes:
         policy: the model that is trained; the sides take turns with it.
-        reference: a copy of it, or None once a side has been built that may drop it.
+        reference: a copy of it; None where only a side that needs it is to keep it.
         tokenizer: the model's own, or one of words for drawn lengths.
         data: `batch * batches` rows in the order of the batches.
         scratch: a folder that goes away at the end.

@@ -77,6 +77,11 @@ def test_tokens_are_those_of_the_layouts_and_methods(run):
     assert of("DPO, padded") == (MODELS * padded, MODELS * labelled)
     assert of("DPO, stream")[1] == MODELS * labelled
     assert of("SamPO, stream")[1] == MODELS * counted
+    for side, expected in (("DPO, stream", labelled), ("SamPO, stream", counted)):
+        cached = f"{side}, reference cached"
+        if cached in run.sides:
+            assert of(cached)[1] == expected
+            assert of(cached)[0] <= sum(map(sum, lengths))
     # the stream may leave out what predicts no scored token, and no token else
     assert of("SamPO, stream")[0] <= of("DPO, stream")[0] <= MODELS * sum(map(sum, lengths)) < 0.7 * MODELS * padded
 
@@ -87,6 +92,18 @@ def test_policy_and_reference_are_equal_at_the_start_but_on_the_subsets_of_the_a
             assert abs(numbers["loss"] - math.log(2)) > 1e-3
         else:
             assert numbers["loss"] == pytest.approx(math.log(2), abs=1e-5), side
+
+
+def test_sides_that_share_models_do_not_disturb_each_other(run, tmp_path):
+    args = tiny_args()
+    work = workload.make_workload(args, str(tmp_path))
+    built = {name: sides.SIDES[name](work) for name in ("TRL", "DPO, stream", "authors' SamPO loss", "SamPO, stream")}
+    for name in [*built, *reversed(built)]:
+        built[name].activate()
+        with counting.Counter([work.policy, work.reference]) as counter:
+            step_time.run_pass(built[name])
+        numbers = run.sides[name]
+        assert (counter.backbone, counter.head) == (numbers["backbone_tokens"], numbers["head_tokens"]), name
 
 
 def test_memory_is_that_of_a_whole_process(run):
