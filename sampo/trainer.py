@@ -43,10 +43,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from trl import DPOTrainer
 
+from .cached_reference import CachedReferenceTrainer
 from .config import SamPOConfig
 from .data import check_preferences
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
+from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -60,7 +62,7 @@ from .weighting import (
 logger = get_logger(__name__)
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
-_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS)
 
 
 class RunState(TrainerCallback, ExportableState):
@@ -175,10 +177,11 @@ class _Draw:
     scores: Tensor
 
 
-class SamPOTrainer(DPOTrainer):
+class SamPOTrainer(CachedReferenceTrainer):
     """Drop-in subclass of TRL's `DPOTrainer` that chooses which completion tokens count.
 
-    Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`]. Source: SamPO, arXiv 2406.10957, Eq. 10.
+    Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`], and `ref_model` may be a path. Source: SamPO,
+    arXiv 2406.10957, Eq. 10.
 
     Example:
     ```python
@@ -196,6 +199,7 @@ class SamPOTrainer(DPOTrainer):
     Raises:
         TypeError: `args` is no `SamPOConfig`.
         PreferenceDataError: the data has missing columns or bad rows; all faults in one message.
+        RefCacheError: `precompute_ref_log_probs`, and the cache is damaged or disagrees with the live model.
         RuntimeError: several processes were launched that do not know of each other.
         FloatingPointError: in training, a loss that is not finite.
     """
@@ -242,7 +246,6 @@ class SamPOTrainer(DPOTrainer):
             )
         _refuse_separate_processes(args)
         _check_data(train_dataset, eval_dataset)
-        _refuse_precomputing_in_memory(args, train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
@@ -314,7 +317,7 @@ class SamPOTrainer(DPOTrainer):
             loss = loss - self._sft_weight * logps[:n_pairs][pairs.mask[:n_pairs]].mean()
 
         self._learn_penalty(loss, shift, pairs)
-        self._record_lengths(model, pairs, draws, logps, ref_logps, ref_sums, mode)
+        self._record_lengths(model, pairs, draws, logps, ref_logps, mode)
         self._check_loss(loss, pairs, draws, mode)
         return (loss, first_result[1]) if return_outputs else loss
 
@@ -378,7 +381,7 @@ class SamPOTrainer(DPOTrainer):
     def _compare_streams(self, model, pairs: _Pairs) -> None:
         """The first batch both ways, by policy and reference, before the stream is trusted."""
         targets, mask = pairs.inputs["input_ids"][:, 1:], pairs.mask
-        models = [model] if self.ref_model is None else [model, self.ref_model]
+        models = [model] if self.ref_model in (None, model) else [model, self.ref_model]
         reduced = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
         self._streams.compare(
             lambda: torch.cat(
@@ -412,11 +415,11 @@ class SamPOTrainer(DPOTrainer):
             first = torch.zeros_like(first)
         return torch.cat((first, mask.to(first.dtype)), dim=1)
 
-    def _score_reference(self, pairs: _Pairs, scored: Tensor) -> tuple[Tensor | None, Tensor]:
-        """`(2B, N)` log π_ref of the scored tokens, or None if only sums were precomputed; and TRL's `(2B,)` sums."""
-        if self.precompute_ref_logps:
-            return None, torch.cat((pairs.inputs["ref_chosen_logps"], pairs.inputs["ref_rejected_logps"]))
-        reference = self.model if self.ref_model is None else self.ref_model
+    def _score_reference(self, pairs: _Pairs, scored: Tensor, reference=None) -> tuple[Tensor, Tensor | None]:
+        """`(2B, N)` log π_ref, of the scored tokens at least; and, of a live reference, TRL's `(2B,)` sums."""
+        if CACHED_REF_LOGPS in pairs.inputs:
+            return pairs.inputs[CACHED_REF_LOGPS], None
+        reference = reference or self.ref_model or self.model
         seen = []
 
         def reference_seen(**kwargs):
@@ -429,14 +432,22 @@ class SamPOTrainer(DPOTrainer):
         sums = self.compute_ref_log_probs(reference_seen, batch)
         return seen[0][:, -pairs.mask.size(1) :], torch.cat(sums)
 
+    def _reference_logps(self, reference, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"][:, 1:].bool()
+        pairs = _Pairs(inputs, mask, end=mask, epoch=EVAL_EPOCH)  # nothing is drawn
+        if not hasattr(self, "_streams"):  # TRL fills the cache within its `__init__`; the run gets its own below
+            self._streams = PairStreams(self.args.pair_stream, [self.accelerator.unwrap_model(reference)])
+        if self._streams.to_be_compared:
+            with self.accelerator.autocast():
+                self._compare_streams(reference, pairs)
+        return self._score_reference(pairs, mask, reference)[0]
+
     def _make_draw(self, weights, ref_weights, logps, ref_logps, ref_sums, pairs: _Pairs) -> _Draw:
-        if self.args.token_weighting == "all":
-            if self.ld_alpha is not None:  # TRL weighs by itself; for our metrics we do the same
-                prefix = token_weights("prefix", pairs.mask)
-                weights = prefix + self.ld_alpha * (weights - prefix)
-        elif ref_logps is None:  # sums suffice where the weight is one number a row
-            ref_sums = ref_sums * weights.amax(dim=1)
-        else:
+        if self.args.token_weighting == "all" and self.ld_alpha is not None:
+            # TRL weighs by itself; for our metrics, and for the cached reference, we do the same
+            prefix = token_weights("prefix", pairs.mask)
+            weights = ref_weights = prefix + self.ld_alpha * (weights - prefix)
+        if self.args.token_weighting != "all" or ref_sums is None:
             ref_sums = sequence_logps(ref_logps, ref_weights)
         return _Draw(weights, ref_sums, sequence_logps(logps, weights) - ref_sums)
 
@@ -460,7 +471,7 @@ class SamPOTrainer(DPOTrainer):
 
         ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
         batch = {
-            **pairs.inputs,
+            **{name: value for name, value in pairs.inputs.items() if name != CACHED_REF_LOGPS},
             "completion_mask": self._widen(pairs.inputs, draw.weights > 0)
             if self.args.token_weighting != "all"
             else pairs.inputs["completion_mask"],
@@ -537,7 +548,7 @@ class SamPOTrainer(DPOTrainer):
 
     # --- metrics and guards --------------------------------------------------------------------------------------
 
-    def _record_lengths(self, model, pairs: _Pairs, draws: list[_Draw], logps, ref_logps, ref_sums, mode: str) -> None:
+    def _record_lengths(self, model, pairs: _Pairs, draws: list[_Draw], logps, ref_logps, mode: str) -> None:
         chosen, rejected = pairs.lengths.chunk(2)
         counted = torch.stack([(draw.weights > 0).sum(dim=1).float() for draw in draws]).mean(dim=0)  # (2B,)
         margin = self._margin(torch.stack([draw.scores for draw in draws]).mean(dim=0))
@@ -548,8 +559,7 @@ class SamPOTrainer(DPOTrainer):
             "margin": margin,
         }
         if mode == "eval":  # all tokens were scored
-            plain = logps.detach().sum(dim=1) - (ref_sums if ref_logps is None else ref_logps.sum(dim=1))
-            columns["dpo_margin"] = self._margin(plain)
+            columns["dpo_margin"] = self._margin((logps.detach() - ref_logps).sum(dim=1))
         if self.args.log_length_pressure:
             columns["pressure"] = self._pressure(model, pairs, torch.stack([d.weights for d in draws]).mean(dim=0))
         rows = torch.stack([column.float() for column in columns.values()], dim=1)  # (B, columns)
@@ -660,7 +670,7 @@ class SamPOTrainer(DPOTrainer):
     def _reference_in_words(self) -> str:
         if self.args.precompute_ref_log_probs:
             whose = "the initial policy" if self._reference_is_start else "the `ref_model` that was passed"
-            return f"sums of log-probs precomputed from {whose}"
+            return f"log-probs of {whose}, one per token, from the cache {self.ref_caches[0].cache.folder}"
         if not self._reference_is_start:
             return "the `ref_model` that was passed"
         if self.ref_model is None:
@@ -694,17 +704,6 @@ def _refuse_separate_processes(args: SamPOConfig) -> None:
 
 def _each_dataset(train_dataset, eval_dataset) -> list:
     return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-
-
-def _refuse_precomputing_in_memory(args: SamPOConfig, train_dataset, eval_dataset) -> None:
-    """TRL's first process writes the sums to a cache folder of its own, where no other process finds them."""
-    in_memory = any(isinstance(d, Dataset) and not d.cache_files for d in _each_dataset(train_dataset, eval_dataset))
-    if args.precompute_ref_log_probs and args.world_size > 1 and in_memory:
-        raise ValueError(
-            "`precompute_ref_log_probs` on several processes must have data sets on disk, got one in memory. Save it "
-            "with `dataset.save_to_disk(folder)` and load it with `datasets.load_from_disk(folder)`, or unset the "
-            "option."
-        )
 
 
 def _check_data(train_dataset, eval_dataset) -> None:

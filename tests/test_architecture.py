@@ -19,7 +19,10 @@ ARROWS = {
     "data": {"pair_files", "pair_rows"},
     "config": {"weighting"},
     "pair_stream": {"weighting"},
-    "trainer": {"weighting", "config", "data", "lengths", "pair_stream"},
+    "ref_key": set(),
+    "ref_logps": {"ref_key"},
+    "cached_reference": {"config", "ref_key", "ref_logps"},
+    "trainer": {"weighting", "config", "data", "lengths", "pair_stream", "cached_reference", "ref_logps"},
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "cli": {"commands"},
 }
