@@ -68,7 +68,7 @@ class CachedReferenceTrainer(DPOTrainer):
 
     args: SamPOConfig
     model: Any
-    _signature_columns: list[str] | None
+    _signature_columns: Any
 
     _rebuild_ref_cache = False  # `sampo cache --rebuild`
 

@@ -125,7 +125,7 @@ class SamPOConfig(DPOConfig):
         default="float32",
         metadata={
             "help": "Type in which they are stored. `float16` halves the size and rounds each by up to 2^-11 of "
-            "itself, `bfloat16` by up to 2^-9.",
+            "itself, `bfloat16` by up to 2^-8.",
             "choices": list(REF_CACHE_DTYPES),
         },
     )

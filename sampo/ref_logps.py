@@ -41,7 +41,7 @@ ROWS_PER_SHARD = 512  # what a killed build loses at most, per process
 STORAGE: dict[str, tuple[pa.DataType, float]] = {
     "float32": (pa.float32(), 0.0),
     "float16": (pa.float16(), 2**-11),
-    "bfloat16": (pa.int16(), 2**-9),
+    "bfloat16": (pa.int16(), 2**-8),
 }
 _FOLDER = re.compile(r"[0-9a-f]{24}")
 
@@ -162,7 +162,10 @@ class RefCache:
                 "folder that all machines share."
             )
         logps = concatenate_datasets([Dataset.from_file(str(self._path(shard))) for shard in shards])
-        return concatenate_datasets([without_ref_logps(dataset), logps], axis=1)
+        dataset = without_ref_logps(dataset)
+        if dataset._indices is not None:  # else `datasets` would copy the shards with it
+            dataset = dataset.flatten_indices()
+        return concatenate_datasets([dataset, logps], axis=1)
 
     def size(self) -> tuple[int, int]:
         """(bytes, tokens) of all shards."""

@@ -443,12 +443,16 @@ class SamPOTrainer(CachedReferenceTrainer):
         return self._score_reference(pairs, mask, reference)[0]
 
     def _make_draw(self, weights, ref_weights, logps, ref_logps, ref_sums, pairs: _Pairs) -> _Draw:
-        if self.args.token_weighting == "all" and self.ld_alpha is not None:
-            # TRL weighs by itself; for our metrics, and for the cached reference, we do the same
-            prefix = token_weights("prefix", pairs.mask)
-            weights = ref_weights = prefix + self.ld_alpha * (weights - prefix)
-        if self.args.token_weighting != "all" or ref_sums is None:
+        if self.args.token_weighting != "all":
             ref_sums = sequence_logps(ref_logps, ref_weights)
+        elif self.ld_alpha is None:
+            ref_sums = sequence_logps(ref_logps, weights) if ref_sums is None else ref_sums
+        else:  # TRL weighs by itself; for our metrics, and for a cached reference, we do the same in the same order
+            prefix = token_weights("prefix", pairs.mask)
+            tail = weights - prefix
+            if ref_sums is None:
+                ref_sums = sequence_logps(ref_logps, prefix) + self.ld_alpha * sequence_logps(ref_logps, tail)
+            weights = prefix + self.ld_alpha * tail
         return _Draw(weights, ref_sums, sequence_logps(logps, weights) - ref_sums)
 
     def _trl_loss(self, model, pairs: _Pairs, output, logps, draw: _Draw, shift, return_outputs: bool, mode: str):

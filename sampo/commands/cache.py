@@ -1,7 +1,7 @@
 """`sampo cache`: the reference log-probs of a training run, ahead of it; and what lies in the cache.
 
-- `sampo cache --config FILE`, with the options of `sampo train`: computes what is missing. A `sampo train` with the same
-  options and `precompute_ref_log_probs: true` then computes none.
+- `sampo cache --config FILE`, with the options of `sampo train`: computes what is missing. A `sampo train` with the
+  same options and `precompute_ref_log_probs: true` then computes none.
 - `--rebuild`: deletes what there is for these options first.
 - `--ls`: what lies in the cache. `--rm NAME …`: deletes by the names that `--ls` prints, or `all`.
 """
