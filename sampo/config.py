@@ -15,6 +15,7 @@ from .weighting import WEIGHTINGS, Weighting
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
 PAIR_STREAMS = ("auto", "true", "false")
+REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 
 # TRL 1.16's losses by what they do with the two scores. A contract test compares the union with TRL's own list.
 MARGIN_LOSSES = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # a function of β·(S_w − S_l) alone
@@ -128,6 +129,29 @@ class SamPOConfig(DPOConfig):
             "scored tokens. Without them the head has less to do."
         },
     )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the per-token reference log-probs that `precompute_ref_log_probs` keeps. Default: "
+            "`ref_logps` in the folder that the environment variable SAMPO_CACHE names, or in ~/.cache/sampo, so that "
+            "another run with the same reference, data and truncation finds them."
+        },
+    )
+    ref_cache_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type in which they are stored. `float16` halves the size and rounds each by up to 2^-11 of "
+            "itself, `bfloat16` by up to 2^-8.",
+            "choices": list(REF_CACHE_DTYPES),
+        },
+    )
+    ref_cache_check: int = field(
+        default=8,
+        metadata={
+            "help": "Number of rows of a cache that an earlier run has filled which are compared with the live "
+            "reference at the start, where there is one; a difference is an error. 0 compares none."
+        },
+    )
     log_length_pressure: bool = field(
         default=False,
         metadata={
@@ -175,6 +199,12 @@ class SamPOConfig(DPOConfig):
         expect(self.sampled_sides in SAMPLED_SIDES, "sampled_sides", f"one of {list(SAMPLED_SIDES)}")
         expect(self.mask_sharing in MASK_SHARINGS, "mask_sharing", f"one of {list(MASK_SHARINGS)}")
         expect(self.pair_stream in PAIR_STREAMS, "pair_stream", f"one of {list(PAIR_STREAMS)}")
+        expect(self.ref_cache_dtype in REF_CACHE_DTYPES, "ref_cache_dtype", f"one of {list(REF_CACHE_DTYPES)}")
+        expect(
+            isinstance(self.ref_cache_check, int) and self.ref_cache_check >= 0,
+            "ref_cache_check",
+            "a whole number of at least 0",
+        )
         expect(
             isinstance(self.mask_samples, int) and self.mask_samples >= 1,
             "mask_samples",
@@ -244,13 +274,6 @@ class SamPOConfig(DPOConfig):
                 name != "all" and self.ld_alpha is not None,
                 f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`. Unset "
                 "it, or use `all`.",
-            ),
-            (
-                self.precompute_ref_log_probs and (not method.by_sum or self.keep_end_token),
-                "`precompute_ref_log_probs` stores one sum per response, and "
-                f"`token_weighting: {name}`{' with `keep_end_token`' if self.keep_end_token else ''} needs the "
-                f"reference log-probabilities of single tokens. Unset it, or use one of {methods('by_sum')} without "
-                "`keep_end_token`.",
             ),
         ]
 

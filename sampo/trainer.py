@@ -47,12 +47,14 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from .cached_reference import CachedReferenceTrainer
 from .config import SamPOConfig
 from .data import check_preferences
 from .head import score_places
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
+from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -66,7 +68,7 @@ from .weighting import (
 logger = get_logger(__name__)
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
-_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS)
 _TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
 _WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
 _TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")  # what TRL makes of them
@@ -198,16 +200,16 @@ class _Scored:
     Attributes:
         output: TRL's output of the policy.
         logps: `(2B, N)` log π, zero where not scored.
-        ref_logps: `(2B, N)` log π_ref, or None if only sums were precomputed.
-        ref_sums: `(2B,)` TRL's sums of log π_ref.
+        ref_logps: `(2B, N)` log π_ref of the scored tokens at least.
+        ref_sums: `(2B,)` TRL's sums of log π_ref, if the reference is live.
         draws: what the weighting makes of them.
         pressure: `(B,)` length pressure, if it is logged.
     """
 
     output: Any
     logps: Tensor
-    ref_logps: Tensor | None
-    ref_sums: Tensor
+    ref_logps: Tensor
+    ref_sums: Tensor | None
     draws: list[_Draw]
     pressure: Tensor | None = None
 
@@ -227,10 +229,11 @@ class _Piece:
     seen: dict[str, Tensor] = field(default_factory=dict)
 
 
-class SamPOTrainer(DPOTrainer):
+class SamPOTrainer(CachedReferenceTrainer):
     """Drop-in subclass of TRL's `DPOTrainer` that chooses which completion tokens count.
 
-    Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`]. Source: SamPO, arXiv 2406.10957, Eq. 10.
+    Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`], and `ref_model` may be a path. Source: SamPO,
+    arXiv 2406.10957, Eq. 10.
 
     Example:
     ```python
@@ -248,6 +251,7 @@ class SamPOTrainer(DPOTrainer):
     Raises:
         TypeError: `args` is no `SamPOConfig`.
         PreferenceDataError: the data has missing columns or bad rows; all faults in one message.
+        RefCacheError: `precompute_ref_log_probs`, and the cache is damaged or disagrees with the live model.
         RuntimeError: several processes were launched that do not know of each other.
         FloatingPointError: in training, a loss that is not finite.
     """
@@ -294,7 +298,6 @@ class SamPOTrainer(DPOTrainer):
             )
         _refuse_separate_processes(args)
         _check_data(train_dataset, eval_dataset)
-        _refuse_precomputing_in_memory(args, train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
@@ -461,7 +464,7 @@ class SamPOTrainer(DPOTrainer):
     def _compare_streams(self, model, pairs: _Pairs) -> None:
         """The first batch both ways, by policy and reference, before the stream is trusted."""
         targets, places = pairs.inputs["input_ids"][:, 1:], pairs.places
-        models = [model] if self.ref_model is None else [model, self.ref_model]
+        models = [model] if self.ref_model in (None, model) else [model, self.ref_model]
         reduced = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
         self._streams.compare(
             lambda: torch.cat(
@@ -495,11 +498,11 @@ class SamPOTrainer(DPOTrainer):
             first = torch.zeros_like(first)
         return torch.cat((first, mask.to(first.dtype)), dim=1)
 
-    def _score_reference(self, pairs: _Pairs) -> tuple[Tensor | None, Tensor]:
-        """`(2B, N)` log π_ref of the scored tokens, or None if only sums were precomputed; and TRL's `(2B,)` sums."""
-        if self.precompute_ref_logps:
-            return None, torch.cat((pairs.inputs["ref_chosen_logps"], pairs.inputs["ref_rejected_logps"]))
-        reference = self.model if self.ref_model is None else self.ref_model
+    def _score_reference(self, pairs: _Pairs, reference=None) -> tuple[Tensor, Tensor | None]:
+        """`(2B, N)` log π_ref, of the scored tokens at least; and, of a live reference, TRL's `(2B,)` sums."""
+        if CACHED_REF_LOGPS in pairs.inputs:
+            return pairs.inputs[CACHED_REF_LOGPS], None
+        reference = reference or self.ref_model or self.model
         seen = []
 
         def reference_seen(**kwargs):
@@ -512,22 +515,34 @@ class SamPOTrainer(DPOTrainer):
         sums = self.compute_ref_log_probs(reference_seen, batch)
         return seen[0][:, -pairs.mask.size(1) :], torch.cat(sums)
 
-    def _make_draws(self, pairs: _Pairs, logps: Tensor, ref_logps: Tensor | None, ref_sums: Tensor) -> list[_Draw]:
+    def _reference_logps(self, reference, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"][:, 1:].bool()
+        # nothing is drawn: all completion tokens are scored
+        pairs = _Pairs(inputs, mask, end=mask, epoch=EVAL_EPOCH, known=None, places=mask, ref_places=mask)
+        if not hasattr(self, "_streams"):  # TRL fills the cache within its `__init__`; the run gets its own below
+            self._streams = PairStreams(self.args.pair_stream, [self.accelerator.unwrap_model(reference)])
+        if self._streams.to_be_compared:
+            with self.accelerator.autocast():
+                self._compare_streams(reference, pairs)
+        return self._score_reference(pairs, reference)[0]
+
+    def _make_draws(self, pairs: _Pairs, logps: Tensor, ref_logps: Tensor, ref_sums: Tensor | None) -> list[_Draw]:
         known = pairs.known
         if known is None:
-            assert ref_logps is not None
             known = [self._weigh(pairs, 0, log_ratios=logps - ref_logps)]
         return [self._make_draw(w, v, logps, ref_logps, ref_sums, pairs) for w, v in known]
 
     def _make_draw(self, weights, ref_weights, logps, ref_logps, ref_sums, pairs: _Pairs) -> _Draw:
-        if self.args.token_weighting == "all":
-            if self.ld_alpha is not None:  # TRL weighs by itself; for our metrics we do the same
-                prefix = token_weights("prefix", pairs.mask)
-                weights = prefix + self.ld_alpha * (weights - prefix)
-        elif ref_logps is None:  # sums suffice where the weight is one number a row
-            ref_sums = ref_sums * weights.amax(dim=1)
-        else:
+        if self.args.token_weighting != "all":
             ref_sums = sequence_logps(ref_logps, ref_weights)
+        elif self.ld_alpha is None:
+            ref_sums = sequence_logps(ref_logps, weights) if ref_sums is None else ref_sums
+        else:  # TRL weighs by itself; for our metrics, and for a cached reference, we do the same in the same order
+            prefix = token_weights("prefix", pairs.mask)
+            tail = weights - prefix
+            if ref_sums is None:
+                ref_sums = sequence_logps(ref_logps, prefix) + self.ld_alpha * sequence_logps(ref_logps, tail)
+            weights = prefix + self.ld_alpha * tail
         return _Draw(weights, ref_sums, sequence_logps(logps, weights) - ref_sums)
 
     def _trl_loss(self, model, pairs: _Pairs, scored: _Scored, draw: _Draw, shift, return_outputs: bool, mode: str):
@@ -552,7 +567,7 @@ class SamPOTrainer(DPOTrainer):
 
         ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
         batch = {
-            **pairs.inputs,
+            **{name: value for name, value in pairs.inputs.items() if name != CACHED_REF_LOGPS},
             "completion_mask": self._widen(pairs.inputs, draw.weights > 0)
             if self.args.token_weighting != "all"
             else pairs.inputs["completion_mask"],
@@ -656,7 +671,7 @@ class SamPOTrainer(DPOTrainer):
             whole[name] = part.new_zeros((n_rows, n_places) if part.dim() == 2 else (n_rows,))
             for group, seen in done:
                 put_pairs(whole[name], group, seen[name], n_pairs=rows // 2)
-        logps, ref_logps, ref_sums = whole["log_probs"], whole.get("ref_logps"), whole["ref_sums"]
+        logps, ref_logps, ref_sums = whole["log_probs"], whole["ref_logps"], whole.get("ref_sums")
         draws = self._make_draws(pairs, logps, ref_logps, ref_sums)
         return _Scored(SimpleNamespace(**whole), logps, ref_logps, ref_sums, draws, whole.get("pressure"))
 
@@ -738,8 +753,7 @@ class SamPOTrainer(DPOTrainer):
             "margin": margin,
         }
         if mode == "eval":  # all tokens were scored
-            ref_sums = scored.ref_sums if scored.ref_logps is None else scored.ref_logps.sum(dim=1)
-            columns["dpo_margin"] = self._margin(scored.logps.detach().sum(dim=1) - ref_sums)
+            columns["dpo_margin"] = self._margin((scored.logps.detach() - scored.ref_logps).sum(dim=1))
         if scored.pressure is not None:
             columns["pressure"] = scored.pressure
         rows = torch.stack([column.float() for column in columns.values()], dim=1)  # (B, columns)
@@ -856,7 +870,7 @@ class SamPOTrainer(DPOTrainer):
     def _reference_in_words(self) -> str:
         if self.args.precompute_ref_log_probs:
             whose = "the initial policy" if self._reference_is_start else "the `ref_model` that was passed"
-            return f"sums of log-probs precomputed from {whose}"
+            return f"log-probs of {whose}, one per token, from the cache {self.ref_caches[0].cache.folder}"
         if not self._reference_is_start:
             return "the `ref_model` that was passed"
         if self.ref_model is None:
@@ -890,17 +904,6 @@ def _refuse_separate_processes(args: SamPOConfig) -> None:
 
 def _each_dataset(train_dataset, eval_dataset) -> list:
     return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-
-
-def _refuse_precomputing_in_memory(args: SamPOConfig, train_dataset, eval_dataset) -> None:
-    """TRL's first process writes the sums to a cache folder of its own, where no other process finds them."""
-    in_memory = any(isinstance(d, Dataset) and not d.cache_files for d in _each_dataset(train_dataset, eval_dataset))
-    if args.precompute_ref_log_probs and args.world_size > 1 and in_memory:
-        raise ValueError(
-            "`precompute_ref_log_probs` on several processes must have data sets on disk, got one in memory. Save it "
-            "with `dataset.save_to_disk(folder)` and load it with `datasets.load_from_disk(folder)`, or unset the "
-            "option."
-        )
 
 
 def _check_data(train_dataset, eval_dataset) -> None:

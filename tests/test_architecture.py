@@ -24,7 +24,12 @@ ARROWS = {
     "pieces": set(),
     "stream_attention": set(),
     "pair_stream": {"head", "stream_attention"},
-    "trainer": {"weighting", "config", "data", "head", "lengths", "pair_stream", "pieces"},
+    "ref_key": set(),
+    "ref_logps": {"ref_key"},
+    "cached_reference": {"config", "ref_key", "ref_logps"},
+    "trainer": {
+        *("weighting", "config", "data", "head", "lengths", "pair_stream", "pieces", "cached_reference", "ref_logps"),
+    },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "cli": {"commands"},
 }

@@ -91,9 +91,14 @@ def load_models(script_args, training_args, model_args) -> dict:
         }
     if reference is not None and not same_place(reference, policy):
         logger.info("the reference model is %s (`ref_model_name_or_path`)", reference)
-        models["ref_model"] = create_model_from_path(
-            reference, **{**loading, "revision": script_args.ref_model_revision or "main"}
-        )
+        revisions = {script_args.ref_model_revision, model_args.model_revision} - {None, "main"}
+        as_the_policy = models["model"] == policy and quantization is None and not revisions
+        if training_args.precompute_ref_log_probs and as_the_policy:
+            models["ref_model"] = reference  # the trainer loads it if its log-probs are not in the cache
+        else:
+            models["ref_model"] = create_model_from_path(
+                reference, **{**loading, "revision": script_args.ref_model_revision or "main"}
+            )
     return models
 
 

@@ -11,11 +11,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from ..pair_rows import PreferenceDataError
 from .models import RefusedRun, check_reference, load_models, load_processor
-from .options import find_faults, make_parser, read_shard
+from .options import RecipeParser, find_faults, make_parser, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,26 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
     Raises:
         RefusedRun: the options cannot be run.
         PreferenceDataError: the data cannot be trained on.
+        RefCacheError: the reference cache cannot be used.
+    """
+    trainer = make_trainer(script_args, training_args, model_args, dataset_args)
+    if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
+        ]
+    trainer.train(resume_from_checkpoint=_resume(training_args.resume_from_checkpoint))
+    _finish(trainer, script_args)
+
+
+def make_trainer(script_args, training_args, model_args, dataset_args, kind: type | None = None):
+    """The trainer of a run, ready to train; raises what `main` raises.
+
+    Args:
+        script_args: how the data is read.
+        training_args: a `SamPOConfig`.
+        model_args: TRL's `ModelConfig`.
+        dataset_args: TRL's `DatasetMixtureConfig`.
+        kind: a subclass of `SamPOTrainer` to make.
     """
     together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
     if faults := find_faults(SimpleNamespace(**{name: value for part in together for name, value in part.items()})):
@@ -45,19 +66,13 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
-    trainer = SamPOTrainer(
+    return (kind or SamPOTrainer)(
         args=training_args,
         train_dataset=data["train"],
         eval_dataset=data.get("test"),
         processing_class=processor,
         **load_models(script_args, training_args, model_args),
     )
-    if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
-        ]
-    trainer.train(resume_from_checkpoint=_resume(training_args.resume_from_checkpoint))
-    _finish(trainer, script_args)
 
 
 def _finish(trainer, script_args) -> None:
@@ -183,14 +198,20 @@ def _resume(checkpoint: str | bool | None) -> str | bool | None:
 
 def start(argv: list[str] | None = None) -> int:
     """Train in this process, one of several if a launcher says so; returns the exit status."""
+    return start_with(make_parser(), main, argv)
+
+
+def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] | None) -> int:
+    """Parse the options and do the work; what is refused is said in one line."""
+    from ..ref_logps import RefCacheError
+
     # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
-    parser = make_parser()
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
     try:
-        main(*parsed)
-    except (RefusedRun, PreferenceDataError) as error:
+        work(*parsed)
+    except (RefusedRun, PreferenceDataError, RefCacheError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -210,15 +231,28 @@ def _set_up_logs(training_args) -> None:
 
 def run(argv: list[str]) -> int:
     """`sampo train`: in this process, or through `accelerate launch` where several are wanted."""
+    rest = launch_or_stay(argv, make_parser(), __name__)
+    return start(rest)
+
+
+def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Sequence[str] = ()) -> list[str]:
+    """Become the launcher of a module, or, where this process can do the work, return the options of the training.
+
+    Args:
+        argv: options of the launcher and of the training.
+        parser: knows those of the training.
+        module: that each process runs.
+        more: options of the module itself.
+    """
     from .launch import launch_command, split_options
 
     options, rest = split_options(argv)
     launcher = launch_command(options, rest)
     if launcher is not None:
-        make_parser().refuse_unknown(rest)  # once here rather than once per process
+        parser.refuse_unknown(rest)  # once here rather than once per process
         sys.stdout.flush()
-        os.execv(launcher[0], [*launcher, "-m", __name__, *rest])
-    return start(rest)
+        os.execv(launcher[0], [*launcher, "-m", module, *more, *rest])
+    return rest
 
 
 if __name__ == "__main__":
