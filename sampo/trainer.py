@@ -43,10 +43,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from trl import DPOTrainer
 
+from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
 from .data import check_preferences
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
+from .resuming import ResumableTrainer
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -175,7 +177,7 @@ class _Draw:
     scores: Tensor
 
 
-class SamPOTrainer(DPOTrainer):
+class SamPOTrainer(ResumableTrainer, DPOTrainer):
     """Drop-in subclass of TRL's `DPOTrainer` that chooses which completion tokens count.
 
     Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`]. Source: SamPO, arXiv 2406.10957, Eq. 10.
@@ -198,6 +200,8 @@ class SamPOTrainer(DPOTrainer):
         PreferenceDataError: the data has missing columns or bad rows; all faults in one message.
         RuntimeError: several processes were launched that do not know of each other.
         FloatingPointError: in training, a loss that is not finite.
+        ResumeRefusedError: in training, nothing whole to go on from, or a checkpoint of another run.
+        CheckpointNotSavedError: in training, a checkpoint could not be written.
     """
 
     args: SamPOConfig
@@ -241,6 +245,8 @@ class SamPOTrainer(DPOTrainer):
                 "change the class, and set `token_weighting='all'` for plain DPO."
             )
         _refuse_separate_processes(args)
+        if fault := fault_of_output_folder(args.output_dir):
+            raise ValueError(fault)
         _check_data(train_dataset, eval_dataset)
         _refuse_precomputing_in_memory(args, train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
@@ -268,6 +274,7 @@ class SamPOTrainer(DPOTrainer):
             refuse="vision data are laid out by their processor" if self._is_vision_dataset else None,
         )
         self.add_callback(RunState(args.length_penalty_lr))
+        self.make_resumable()
         self._say_what_is_run()
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -19,7 +19,10 @@ ARROWS = {
     "data": {"pair_files", "pair_rows"},
     "config": {"weighting"},
     "pair_stream": {"weighting"},
-    "trainer": {"weighting", "config", "data", "lengths", "pair_stream"},
+    "checkpoints": set(),
+    "run_identity": set(),
+    "resuming": {"checkpoints", "lengths", "run_identity"},
+    "trainer": {"weighting", "config", "data", "lengths", "pair_stream", "checkpoints", "resuming"},
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "cli": {"commands"},
 }

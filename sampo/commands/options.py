@@ -27,6 +27,7 @@ class SamPOScriptArguments(ScriptArguments):
         on_bad_rows: `error` or `drop`.
         length_split: `long`, `short`, `equal` or `balanced`.
         chat_template: Jinja text, or the path of a file with it.
+        resume: `auto`, a word for `resume_from_checkpoint: auto`.
     """
 
     eval_fraction: float = field(
@@ -57,6 +58,14 @@ class SamPOScriptArguments(ScriptArguments):
         metadata={
             "help": "Chat template (Jinja), or the path of a file that holds one, for a tokenizer that has none or in "
             "place of its own."
+        },
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "`auto`: go on from the last whole checkpoint in `output_dir`, or begin where there is none. The "
+            "same command starts a run and continues it. For a certain checkpoint: `resume_from_checkpoint`.",
+            "choices": ["auto"],
         },
     )
 
@@ -205,6 +214,11 @@ def find_faults(options: Any) -> list[str]:
             fraction and options.test_split_size,
             "`eval_fraction` and `test_split_size` exclude each other, got both. `eval_fraction` keeps all pairs of a "
             "prompt on one side.",
+        ),
+        (
+            options.resume and options.resume_from_checkpoint,
+            f"`resume` and `resume_from_checkpoint` exclude each other, got {options.resume} and "
+            f"{options.resume_from_checkpoint}. Remove one.",
         ),
     ]
     return [

@@ -13,6 +13,7 @@ import sys
 import warnings
 from types import SimpleNamespace
 
+from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
 from ..pair_rows import PreferenceDataError
 from .options import find_faults, make_parser
 
@@ -29,12 +30,17 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
     Raises:
         RefusedRun: the options cannot be run.
         PreferenceDataError: the data cannot be trained on.
+        ResumeRefusedError: there is no whole checkpoint to go on from, or it is of another run.
+        CheckpointNotSavedError: a checkpoint could not be written.
+        Preempted: SIGTERM came, and a checkpoint was saved.
     """
     from trl import get_peft_config, get_quantization_config
 
     together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
     if faults := find_faults(SimpleNamespace(**{name: value for part in together for name, value in part.items()})):
         raise RefusedRun(" ".join(faults))
+    resume = _resume(script_args.resume or training_args.resume_from_checkpoint)
+    _refuse_output_folder(training_args, resume)
     _warn_of_lost_updates(training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -62,8 +68,21 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
         ]
-    trainer.train(resume_from_checkpoint=_resume(training_args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume)
     _finish(trainer, script_args)
+
+
+def _refuse_output_folder(training_args, resume: str | bool | None) -> None:
+    """Before the data and the model: is there a place to save, and is it free."""
+    folder = str(training_args.output_dir)
+    if fault := fault_of_output_folder(folder):
+        raise RefusedRun(fault)
+    there = [path.name for path in numbered_checkpoints(folder)]
+    if there and not resume and training_args.save_strategy != "no":
+        raise RefusedRun(
+            f"A run that begins must not mix its checkpoints with those of another one, got `output_dir` {folder} "
+            f"with {', '.join(there)}. Set `resume: auto` to go on from the last one, or choose another folder."
+        )
 
 
 def _finish(trainer, script_args) -> None:
@@ -179,25 +198,37 @@ def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
 
 
 def _resume(checkpoint: str | bool | None) -> str | bool | None:
-    """`true` means the last checkpoint in `output_dir`; from the command line it arrives as a word."""
-    words = {"true": True, "false": None}
+    """`true` means the last whole checkpoint in `output_dir`; from the command line it arrives as a word."""
+    words = {"true": True, "false": None, "auto": "auto"}
     if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
         return words.get(checkpoint.lower(), checkpoint)
     return checkpoint
 
 
 def start(argv: list[str] | None = None) -> int:
-    """Train in this process, one of several if a launcher says so; returns the exit status."""
+    """Train in this process, one of several if a launcher says so.
+
+    Returns:
+        The exit status: 0 done, 1 a checkpoint could not be written, 2 refused before the first step, 143 stopped by
+        SIGTERM with a checkpoint saved.
+    """
     # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     parser = make_parser()
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
+    from ..resuming import Preempted, ResumeRefusedError
+
     try:
         main(*parsed)
-    except (RefusedRun, PreferenceDataError) as error:
+    except (RefusedRun, PreferenceDataError, ResumeRefusedError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except CheckpointNotSavedError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as stop:
+        return stop.status
     return 0
 
 
