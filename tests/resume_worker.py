@@ -105,11 +105,11 @@ def outcome(trainer) -> dict:
     }
 
 
-def launch(model: str, folder: str, rank: int, processes: int, port: int, options: dict) -> None:
+def launch(model: str, folder: str, number: int, rank: int, processes: int, port: int, options: dict) -> None:
     """One process of a run that goes on from wherever it was killed.
 
-    What it sees is appended to `trace.<rank>` in the folder, a line a micro-batch, and the outcome is written at the
-    end.
+    What it sees goes to `trace.<number>.<rank>` in the folder, a line a micro-batch, what it says to `said.…`, and the
+    end to `outcome.<rank>`.
     """
     torch.set_num_threads(1)
     if processes > 1:
@@ -117,10 +117,10 @@ def launch(model: str, folder: str, rank: int, processes: int, port: int, option
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    with (place / f"said.{rank}").open("a") as said:
+    with (place / f"said.{number}.{rank}").open("a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    with (place / f"trace.{rank}").open("a", encoding="utf-8") as trace:
+    with (place / f"trace.{number}.{rank}").open("a", encoding="utf-8") as trace:
         trainer = make_run(
             model, place / "run", see=lambda line: print(json.dumps(line), file=trace, flush=True), **options
         )
