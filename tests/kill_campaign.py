@@ -146,9 +146,9 @@ def _launch_and_kill(runs: Runs, rng: random.Random, result: Campaign, *, aim_at
     result.kills_in_save += in_save
     result.kills_before_training += not seen
     result.half_checkpoints += len(half)
+    place = f"in step {seen[-1]['step'] + 1}" if seen else "before the first step"
     result.events.append(
-        f"launch {runs.launches}: process {victim} killed after {time.monotonic() - began:.3f} s, "
-        f"{f'in step {seen[-1]['step'] + 1}' if seen else 'before the first step'}"
+        f"launch {runs.launches}: process {victim} killed after {time.monotonic() - began:.3f} s, {place}"
         f"{', during a save' if in_save else ''}; checkpoints {before} -> {len(numbered_checkpoints(run))}"
     )
 
