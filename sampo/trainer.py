@@ -47,6 +47,7 @@ from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
 from .data import check_preferences
 from .lengths import LengthSums, TokenCounts, count_tokens
+from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .resuming import ResumableTrainer
 from .weighting import (
@@ -245,7 +246,7 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
                 "change the class, and set `token_weighting='all'` for plain DPO."
             )
         _refuse_separate_processes(args)
-        if fault := fault_of_output_folder(args.output_dir):
+        if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
         _check_data(train_dataset, eval_dataset)
         _refuse_precomputing_in_memory(args, train_dataset, eval_dataset)
@@ -253,6 +254,7 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         self._reference_is_start = ref_model is None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
 
+        self._refuse_wrong_tokens()
         self._weighting = WEIGHTINGS[args.token_weighting]
         if args.token_weighting == "all":
             self._name, self._paper = DPOTrainer._name, DPOTrainer._paper
@@ -640,6 +642,21 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         else:
             logger.info(f"{dataset_name} data: streamed, so dropped and truncated pairs are not counted.")
         return prepared
+
+    def _refuse_wrong_tokens(self) -> None:
+        """What would end in an index error on the device, or in a run on nothing."""
+        models = [each for each in (self.model, self.ref_model) if each is not None]
+        sizes = [getattr(each.config.get_text_config(), "vocab_size", None) for each in models]
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        known = {
+            name: dataset
+            for name, dataset in {"train": self.train_dataset, **sets}.items()
+            if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names
+        }
+        faults = faults_of_tokens(known, vocabulary=sizes[0], tokenizer=self._tokenizer)
+        faults += faults_of_reference(sizes[0], sizes[-1])
+        if faults:
+            raise ValueError(" ".join(faults))
 
     def _say_what_is_run(self) -> None:
         logger.info(f"method: {self._method_in_words()}")

@@ -21,8 +21,9 @@ ARROWS = {
     "pair_stream": {"weighting"},
     "checkpoints": set(),
     "run_identity": set(),
+    "model_checks": set(),
     "resuming": {"checkpoints", "lengths", "run_identity"},
-    "trainer": {"weighting", "config", "data", "lengths", "pair_stream", "checkpoints", "resuming"},
+    "trainer": {"weighting", "config", "data", "lengths", "pair_stream", "checkpoints", "model_checks", "resuming"},
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "cli": {"commands"},
 }

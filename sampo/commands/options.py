@@ -141,14 +141,36 @@ class RecipeParser(TrlParser):
         del args[index : index + 2]
         try:
             with open(path, encoding="utf-8") as file:
-                config = yaml.safe_load(file)
+                text = file.read()
+            config = yaml.safe_load(text)
+            twice = _keys_given_twice(text)
         except OSError as error:
             self.error(f"`--config` must be a YAML file that can be read, got {path}: {error.strerror}.")
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"`--config` must be valid YAML, got {path}: {error}")
         if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
             self.error(f"`--config` must hold `option: value` lines, got {path} with something else.")
+        if twice:
+            self.error(f"Each option must stand once in {path}, got {', '.join(twice)}. Remove one of each.")
         return config, path
+
+
+def _keys_given_twice(text: str) -> list[str]:
+    """Keys that stand more than once in a mapping, of which YAML's loader would silently take the last."""
+    import yaml
+
+    def look(node: Any) -> list[str]:
+        if not isinstance(node, yaml.CollectionNode):
+            return []
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, value) for value in node.value]
+        lines: dict[str, list[int]] = {}
+        for key, _ in pairs:
+            if isinstance(key, yaml.ScalarNode):
+                lines.setdefault(key.value, []).append(key.start_mark.line + 1)
+        found = [f"`{key}` in lines {numbers}" for key, numbers in lines.items() if len(numbers) > 1]
+        return found + [each for _, value in pairs for each in look(value)]
+
+    return look(yaml.compose(text, Loader=yaml.SafeLoader))
 
 
 def _listed(faults: list[str]) -> str:

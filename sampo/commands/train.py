@@ -14,6 +14,7 @@ import warnings
 from types import SimpleNamespace
 
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
+from ..model_checks import faults_of_model_folder, faults_of_tokenizer
 from ..pair_rows import PreferenceDataError
 from .options import find_faults, make_parser
 
@@ -49,21 +50,26 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    if faults := faults_of_model_folder(model_args.model_name_or_path):
+        raise RefusedRun(" ".join(faults))
     processor = load_processor(script_args, training_args, model_args)
     with training_args.main_process_first(desc="loading the data"):
         data = load_data(script_args, training_args, dataset_args, processor)
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
-    trainer = SamPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=data["train"],
-        eval_dataset=data.get("test"),
-        processing_class=processor,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = SamPOTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=data["train"],
+            eval_dataset=data.get("test"),
+            processing_class=processor,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except (OSError, ValueError) as error:  # whoever says it: nothing was trained, and the text is for the user
+        raise RefusedRun(str(error)) from error
     if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
@@ -112,20 +118,31 @@ def _warn_of_lost_updates(training_args, model_args) -> None:
 
 
 def load_processor(script_args, training_args, model_args):
-    """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for."""
+    """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for.
+
+    Raises:
+        RefusedRun: it does not load, has no end token, or a chat template that cannot be used.
+    """
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    try:
+        processor = AutoProcessor.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise RefusedRun(
+            f"The tokenizer of `model_name_or_path` {model_args.model_name_or_path!r} must load, got: {error}"
+        ) from error
     template = script_args.chat_template
     if template is not None:
         if os.path.isfile(template):
             with open(template, encoding="utf-8") as file:
                 template = file.read()
         processor.chat_template = template
+    if faults := faults_of_tokenizer(getattr(processor, "tokenizer", processor)):
+        raise RefusedRun(" ".join(faults))
     return processor
 
 
