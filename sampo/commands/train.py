@@ -7,10 +7,12 @@ In the shape of TRL's `dpo.py`, with the same options and three differences:
 3. `dataset_name` may also be a file, and the data may be raw transcripts (see `sampo.data`).
 """
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
@@ -53,12 +55,12 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
     if faults := faults_of_model_folder(model_args.model_name_or_path):
         raise RefusedRun(" ".join(faults))
     processor = load_processor(script_args, training_args, model_args)
-    with training_args.main_process_first(desc="loading the data"):
+    with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
         data = load_data(script_args, training_args, dataset_args, processor)
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
-    try:
+    with _faults_in_one_line():
         trainer = SamPOTrainer(
             model=model_args.model_name_or_path,
             args=training_args,
@@ -68,14 +70,27 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except (OSError, ValueError) as error:  # whoever says it: nothing was trained, and the text is for the user
-        raise RefusedRun(str(error)) from error
     if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
         ]
     trainer.train(resume_from_checkpoint=resume)
     _finish(trainer, script_args)
+
+
+@contextlib.contextmanager
+def _faults_in_one_line() -> Iterator[None]:
+    """Before the first step, what data, model and options are refused for is for the user, whichever library says it.
+
+    Raises:
+        RefusedRun: in the place of other errors of values and of files.
+    """
+    try:
+        yield
+    except (RefusedRun, PreferenceDataError):
+        raise
+    except (OSError, ValueError) as error:
+        raise RefusedRun(str(error)) from error
 
 
 def _refuse_output_folder(training_args, resume: str | bool | None) -> None:
