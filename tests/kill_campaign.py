@@ -121,13 +121,15 @@ def _launch_and_kill(runs: Runs, rng: random.Random, result: Campaign, *, aim_at
     before = len(numbered_checkpoints(run))
     each = runs.start()
     began = time.monotonic()
-    if aim_at_save:
-        micro_batches = rng.randint(1, 8)
-        _wait_until(lambda: len(runs.trace(runs.launches, 0)) >= micro_batches, 0.01)
-        _wait_until((run / STAGING).exists, 0.0005)
-        time.sleep(rng.uniform(0, 0.04))
+    if aim_at_save:  # when so many micro-batches were seen and so many files of the next checkpoint lie there
+        micro_batches, files = rng.randint(1, 8), rng.randint(1, 10)
+        _wait_until(lambda: len(runs.trace(runs.launches, 0)) >= micro_batches, 0.005)
+        _wait_until(lambda: _is_being_written(run, files) or each[0].exitcode is not None, 0.0002)
+    elif rng.random() < 0.25:
+        time.sleep(rng.uniform(0, 3))  # most likely before the first step
     else:
-        time.sleep(rng.uniform(0, 3))
+        _wait_until(lambda: runs.trace(runs.launches, 0), 0.005)
+        time.sleep(rng.uniform(0, 2))
     victim = rng.randrange(len(each))
     each[victim].kill()
     each[victim].join()
@@ -153,7 +155,15 @@ def _launch_and_kill(runs: Runs, rng: random.Random, result: Campaign, *, aim_at
     )
 
 
-def _wait_until(there: Callable[[], bool], pause_s: float) -> None:
+def _is_being_written(run: Path, files: int) -> bool:
+    staged = numbered_checkpoints(run / STAGING)
+    try:
+        return bool(staged) and len(list(staged[0].iterdir())) >= files
+    except FileNotFoundError:  # it has just got its name
+        return False
+
+
+def _wait_until(there: Callable[[], object], pause_s: float) -> None:
     end = time.monotonic() + LIMIT_S
     while not there() and time.monotonic() < end:
         time.sleep(pause_s)

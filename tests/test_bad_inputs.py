@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import tempfile
 import traceback
@@ -20,9 +21,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import make_model, make_tokenizer, save_model
+from datasets import Dataset
+from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 
+from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import train
+from sampo.model_checks import faults_of_tokens
 
 CASES = sorted(Path(__file__).with_name("bad_inputs").glob("*.yaml"))
 GOOD = [{"prompt": f"w{i} w1 ", "chosen": f"w2 w{i} w3 ", "rejected": f"w4 w{i} "} for i in range(4)]
@@ -184,6 +188,70 @@ def test_a_bad_input_ends_in_one_clear_error_before_the_first_step(path, tmp_pat
     status, said = run_case(case, tmp_path)
     assert status == 2
     assert last_error(said) == case["says"]
+
+
+# --- what only Python code can get wrong -----------------------------------------------------------------------------
+
+
+def make_trainer(model, folder, **kwargs):
+    return SamPOTrainer(
+        model=model,
+        args=SamPOConfig(**training_options(folder)),
+        train_dataset=make_pairs(4),
+        processing_class=make_tokenizer(),
+        **kwargs,
+    )
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Policy and reference must have one vocabulary, got 69 and 80 token ids"):
+        make_trainer(make_model(), tmp_path, ref_model=make_model(vocab_size=80))
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_in_evaluation_data_too(tmp_path):
+    used = max(max(ids) for ids in make_tokenizer()(make_pairs(4)["chosen"][:])["input_ids"])
+    with pytest.raises(
+        ValueError, match=f"and a model that knows the ids below {used}. Use the model's own tokenizer"
+    ):
+        make_trainer(make_model(vocab_size=used), tmp_path)
+    data = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2 ", "rejected": "w59 "}])
+    small = make_model(vocab_size=make_tokenizer().convert_tokens_to_ids("w59"))
+    train_data = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2 ", "rejected": "w5 "}])
+    for evaluation in (data, {"a": train_data, "b": data}):
+        with pytest.raises(ValueError, match=r"got the token id 68 \('w59'\)"):
+            SamPOTrainer(
+                model=small,
+                args=SamPOConfig(**training_options(tmp_path)),
+                train_dataset=train_data,
+                eval_dataset=evaluation,
+                processing_class=make_tokenizer(),
+            )
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_else(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"`output_dir` must be a folder that can be written to, got .*/file/out'"):
+        SamPOTrainer(model="no-such-model", args=SamPOConfig(**training_options(tmp_path / "file" / "out")))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_token_faults_are_those_of_a_loop_over_the_rows(seed):
+    rng = random.Random(seed)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    rows = []
+    for _ in range(2500):  # more than one batch
+        ids = [[rng.choice([bos, bos, *range(60)]) for _ in range(rng.randint(0, 4))] for _ in range(3)]
+        rows.append(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)))
+    doubled = [i for i, row in enumerate(rows) if row["prompt_ids"][:2] == [bos, bos]]
+    data = {"train": Dataset.from_list(rows)}
+    assert len(doubled) > 10
+    (fault,) = faults_of_tokens(data, vocabulary=bos + 1, tokenizer=tokenizer)
+    assert f"got two in {len(doubled)} of 2500 pairs of the train data, first at rows {doubled[:10]} of" in fault
+    _, fault = faults_of_tokens(data, vocabulary=bos, tokenizer=tokenizer)
+    assert f"got the token id {bos} ('<s>') and a model that knows the ids below {bos}" in fault
 
 
 def last_error(said: str) -> str:
