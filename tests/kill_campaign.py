@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from sampo.checkpoints import MANIFEST, STAGING, numbered_checkpoints
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         command = f"python tests/kill_campaign.py {' '.join(sys.argv[1:])}"
         config = {"processes": args.processes, "lora": args.lora, "steps": args.steps, "seed": args.seed}
-        names = ("kills", "kills_in_save", "kills_before_training", "steps_again", "half_checkpoints", "differences")
+        names = [f.name for f in fields(Campaign) if f.name not in ("seed", "processes", "events")]
         append(
             args.out,
             [
