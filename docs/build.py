@@ -67,7 +67,36 @@ def _measured() -> list:
     return results.read(ROOT / "benchmarks" / "records.jsonl")
 
 
-PARTS = {"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark}
+def campaign() -> str:
+    """What came of the runs that were killed, from the records of tests/kill_campaign.py."""
+    from sampo import results
+
+    runs: dict[str, dict[str, results.Record]] = {}
+    for record in results.read(ROOT / "docs" / "resume" / "records.jsonl"):
+        runs.setdefault(record.command, {})[record.name] = record
+    columns = {
+        "kills": "kills",
+        "kills_in_save": "of which in a save",
+        "kills_before_training": "before the first step of a launch",
+        "steps": "steps of the run",
+        "steps_again": "steps begun again",
+        "half_checkpoints": "half checkpoints found",
+        "differences": "differences",
+    }
+    lines = [f"| command | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
+    for command, numbers in runs.items():
+        lines.append(f"| `{command}` | {' | '.join(f'{numbers[name].value:.0f}' for name in columns)} |")
+    return "\n".join(lines)
+
+
+PARTS = {
+    "methods": methods,
+    "options": options,
+    "lab": lab,
+    "speed": speed,
+    "benchmark": benchmark,
+    "campaign": campaign,
+}
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 

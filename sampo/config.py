@@ -230,6 +230,15 @@ class SamPOConfig(DPOConfig):
         )
         expect(is_number(self.length_penalty_lr) and self.length_penalty_lr > 0, "length_penalty_lr", "positive")
         expect(is_number(self.beta) and self.beta > 0, "beta", "positive and finite")
+        expect(is_number(self.learning_rate) and self.learning_rate >= 0, "learning_rate", "finite and not negative")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            expect(getattr(self, name) >= 1, name, "at least 1")
+        expect(self.max_length is None or self.max_length >= 2, "max_length", "at least 2 tokens, or unset")
+        expect(
+            self.max_steps > 0 or (is_number(self.num_train_epochs) and self.num_train_epochs > 0),
+            "num_train_epochs",
+            "positive where `max_steps` is not",
+        )
         unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
         if unknown:
             faults.append(f"`loss_type` must be among {sorted(LOSS_TYPES)}, got {unknown}.")

@@ -13,10 +13,13 @@ class LengthSums:
     """Running sums over pairs, for metrics over a whole logging window or evaluation set and all processes.
 
     Means of batches would depend on the batch size; sums do not.
+
+    Attributes:
+        columns: the sums, by name; with them a window begun elsewhere goes on.
     """
 
-    def __init__(self):
-        self._columns: dict[str, float] = {}
+    def __init__(self, columns: dict[str, float] | None = None):
+        self.columns: dict[str, float] = dict(columns or {})
 
     def add(self, pairs: dict[str, np.ndarray]) -> None:
         """Add pairs.
@@ -35,11 +38,11 @@ class LengthSums:
                 columns |= {f"{name}^2": pairs[name] ** 2, f"{name}*d": pairs[name] * difference}
                 columns |= {f"{name}>0,longer": right & longer, f"{name}>0,shorter": right & shorter}
         for name, values in columns.items():
-            self._columns[name] = self._columns.get(name, 0.0) + float(values.sum())
+            self.columns[name] = self.columns.get(name, 0.0) + float(values.sum())
 
     def metrics(self) -> dict[str, float]:
         """The metrics of docs/metrics.md; what these pairs do not define (a correlation of one pair) is left out."""
-        sums = self._columns
+        sums = self.columns
         if not sums:
             return {}
         n, tokens = sums["n"], sums["chosen_tokens"] + sums["rejected_tokens"]
@@ -58,7 +61,7 @@ class LengthSums:
         return metrics
 
     def _of_margin(self, name: str, prefix: str) -> dict[str, float]:
-        sums, n = self._columns, self._columns["n"]
+        sums, n = self.columns, self.columns["n"]
         var_d = sums["dd"] - sums["d"] ** 2 / n
         var_m = sums[f"{name}^2"] - sums[name] ** 2 / n
         cov = sums[f"{name}*d"] - sums[name] * sums["d"] / n
@@ -74,9 +77,9 @@ class LengthSums:
 
     def _accuracies(self, name: str, prefix: str) -> dict[str, float]:
         return {
-            f"{prefix}accuracies/chosen_{side}": self._columns[f"{name}>0,{side}"] / self._columns[side]
+            f"{prefix}accuracies/chosen_{side}": self.columns[f"{name}>0,{side}"] / self.columns[side]
             for side in ("longer", "shorter")
-            if self._columns[side]
+            if self.columns[side]
         }
 
 

@@ -48,13 +48,16 @@ from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from .cached_reference import CachedReferenceTrainer
+from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
 from .data import check_preferences
 from .head import score_places
 from .lengths import LengthSums, TokenCounts, count_tokens
+from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
 from .ref_logps import BATCH as CACHED_REF_LOGPS
+from .resuming import ResumableTrainer
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -219,7 +222,7 @@ class _Piece:
     """The part of a batch that is on its way through the models.
 
     Attributes:
-        share: its part in the mean over the pairs of the batch; 0 if it only keeps in step with other processes.
+        share: its part in the mean over the pairs of the batch.
         chosen_tokens: of the whole batch, for `sft`.
         seen: what came out, without gradient: rows of `(2n, …)` or `(n, …)` by name.
     """
@@ -229,7 +232,7 @@ class _Piece:
     seen: dict[str, Tensor] = field(default_factory=dict)
 
 
-class SamPOTrainer(CachedReferenceTrainer):
+class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     """Drop-in subclass of TRL's `DPOTrainer` that chooses which completion tokens count.
 
     Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`], and `ref_model` may be a path. Source: SamPO,
@@ -254,6 +257,8 @@ class SamPOTrainer(CachedReferenceTrainer):
         RefCacheError: `precompute_ref_log_probs`, and the cache is damaged or disagrees with the live model.
         RuntimeError: several processes were launched that do not know of each other.
         FloatingPointError: in training, a loss that is not finite.
+        ResumeRefusedError: in training, nothing whole to go on from, or a checkpoint of another run.
+        CheckpointNotSavedError: in training, a checkpoint could not be written.
     """
 
     args: SamPOConfig
@@ -297,11 +302,14 @@ class SamPOTrainer(CachedReferenceTrainer):
                 "change the class, and set `token_weighting='all'` for plain DPO."
             )
         _refuse_separate_processes(args)
+        if fault := fault_of_output_folder(str(args.output_dir)):
+            raise ValueError(fault)
         _check_data(train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
 
+        self._refuse_wrong_tokens()
         self._weighting = WEIGHTINGS[args.token_weighting]
         if args.token_weighting == "all":
             self._name, self._paper = DPOTrainer._name, DPOTrainer._paper
@@ -327,6 +335,7 @@ class SamPOTrainer(CachedReferenceTrainer):
             refuse="vision data are laid out by their processor" if self._is_vision_dataset else None,
         )
         self.add_callback(RunState(args.length_penalty_lr))
+        self.make_resumable()
         self._say_what_is_run()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -843,6 +852,21 @@ class SamPOTrainer(CachedReferenceTrainer):
     def _switch_off_token_statistics(self) -> None:
         outputs = ("log_probs", _WPO_STATISTIC) if self.use_weighting else ("log_probs",)
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, outputs=outputs)
+
+    def _refuse_wrong_tokens(self) -> None:
+        """What would end in an index error on the device, or in a run on nothing."""
+        models = [each for each in (self.model, self.ref_model) if each is not None]
+        sizes = [getattr(each.config.get_text_config(), "vocab_size", None) for each in models]
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        known = {
+            name: dataset
+            for name, dataset in {"train": self.train_dataset, **sets}.items()
+            if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names
+        }
+        faults = faults_of_tokens(known, vocabulary=sizes[0], tokenizer=self._tokenizer)
+        faults += faults_of_reference(sizes[0], sizes[-1])
+        if faults:
+            raise ValueError(" ".join(faults))
 
     def _say_what_is_run(self) -> None:
         logger.info(f"method: {self._method_in_words()}")

@@ -27,8 +27,13 @@ ARROWS = {
     "ref_key": set(),
     "ref_logps": {"ref_key"},
     "cached_reference": {"config", "ref_key", "ref_logps"},
+    "checkpoints": set(),
+    "run_identity": set(),
+    "model_checks": set(),
+    "resuming": {"checkpoints", "lengths", "run_identity"},
     "trainer": {
         *("weighting", "config", "data", "head", "lengths", "pair_stream", "pieces", "cached_reference", "ref_logps"),
+        *("checkpoints", "model_checks", "resuming"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "cli": {"commands"},

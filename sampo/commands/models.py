@@ -14,23 +14,33 @@ class RefusedRun(ValueError):
 
 
 def load_processor(script_args, training_args, model_args):
-    """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for."""
+    """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for.
+
+    Raises:
+        RefusedRun: it does not load, has no end token, or a chat template that cannot be used.
+    """
     from transformers import AutoProcessor
 
     from ..adapters import base_of
+    from ..model_checks import faults_of_tokenizer
 
     path, revision = model_args.model_name_or_path, model_args.model_revision
     if is_adapter(path) and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
         path, revision = base_of(path)  # an adapter may come without a tokenizer
-    processor = AutoProcessor.from_pretrained(
-        path, revision=revision or "main", trust_remote_code=training_args.trust_remote_code
-    )
+    try:
+        processor = AutoProcessor.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise RefusedRun(f"The tokenizer of `model_name_or_path` {path!r} must load, got: {error}") from error
     template = script_args.chat_template
     if template is not None:
         if os.path.isfile(template):
             with open(template, encoding="utf-8") as file:
                 template = file.read()
         processor.chat_template = template
+    if faults := faults_of_tokenizer(getattr(processor, "tokenizer", processor)):
+        raise RefusedRun(" ".join(faults))
     return processor
 
 

@@ -33,6 +33,7 @@ class SamPOScriptArguments(ScriptArguments):
         ref_model_revision: Its revision.
         prompt_shard: `2/3` for the second of three shards of the training prompts.
         split_seed: Seed of all that divides the data.
+        resume: `auto`, a word for `resume_from_checkpoint: auto`.
     """
 
     eval_fraction: float = field(
@@ -85,6 +86,14 @@ class SamPOScriptArguments(ScriptArguments):
     split_seed: int | None = field(
         default=None,
         metadata={"help": "Seed of `eval_fraction`, `length_split` and `prompt_shard`. Default: `seed`."},
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "`auto`: go on from the last whole checkpoint in `output_dir`, or begin where there is none. The "
+            "same command starts a run and continues it. For a certain checkpoint: `resume_from_checkpoint`.",
+            "choices": ["auto"],
+        },
     )
 
 
@@ -174,14 +183,36 @@ class RecipeParser(TrlParser):
         del args[index : index + 2]
         try:
             with open(path, encoding="utf-8") as file:
-                config = yaml.safe_load(file)
+                text = file.read()
+            config = yaml.safe_load(text)
+            twice = _keys_given_twice(text)
         except OSError as error:
             self.error(f"`--config` must be a YAML file that can be read, got {path}: {error.strerror}.")
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"`--config` must be valid YAML, got {path}: {error}")
         if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
             self.error(f"`--config` must hold `option: value` lines, got {path} with something else.")
+        if twice:
+            self.error(f"Each option must stand once in {path}, got {', '.join(twice)}. Remove one of each.")
         return config, path
+
+
+def _keys_given_twice(text: str) -> list[str]:
+    """Keys that stand more than once in a mapping, of which YAML's loader would silently take the last."""
+    import yaml
+
+    def look(node: Any) -> list[str]:
+        if not isinstance(node, yaml.CollectionNode):
+            return []
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, value) for value in node.value]
+        lines: dict[str, list[int]] = {}
+        for key, _ in pairs:
+            if isinstance(key, yaml.ScalarNode):
+                lines.setdefault(key.value, []).append(key.start_mark.line + 1)
+        found = [f"`{key}` in lines {numbers}" for key, numbers in lines.items() if len(numbers) > 1]
+        return found + [each for _, value in pairs for each in look(value)]
+
+    return look(yaml.compose(text, Loader=yaml.SafeLoader))
 
 
 def _listed(faults: list[str]) -> str:
@@ -262,6 +293,11 @@ def find_faults(options: Any) -> list[str]:
             fraction and options.test_split_size,
             "`eval_fraction` and `test_split_size` exclude each other, got both. `eval_fraction` keeps all pairs of a "
             "prompt on one side.",
+        ),
+        (
+            options.resume and options.resume_from_checkpoint,
+            f"`resume` and `resume_from_checkpoint` exclude each other, got {options.resume} and "
+            f"{options.resume_from_checkpoint}. Remove one.",
         ),
     ]
     return [

@@ -7,13 +7,16 @@ In the shape of TRL's `dpo.py`, with the same options and three differences:
 3. `dataset_name` may also be a file, and the data may be raw transcripts (see `sampo.data`).
 """
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
+from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
+from ..model_checks import faults_of_model_folder
 from ..pair_rows import PreferenceDataError
 from .models import RefusedRun, check_reference, load_models, load_processor
 from .options import RecipeParser, find_faults, make_parser, read_shard
@@ -28,13 +31,18 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         RefusedRun: the options cannot be run.
         PreferenceDataError: the data cannot be trained on.
         RefCacheError: the reference cache cannot be used.
+        ResumeRefusedError: there is no whole checkpoint to go on from, or it is of another run.
+        CheckpointNotSavedError: a checkpoint could not be written.
+        Preempted: SIGTERM came, and a checkpoint was saved.
     """
+    resume = _resume(script_args.resume or training_args.resume_from_checkpoint)
+    _refuse_output_folder(training_args, resume)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args)
     if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
         ]
-    trainer.train(resume_from_checkpoint=_resume(training_args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume)
     _finish(trainer, script_args)
 
 
@@ -59,20 +67,51 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    if faults := faults_of_model_folder(model_args.model_name_or_path):
+        raise RefusedRun(" ".join(faults))
     processor = load_processor(script_args, training_args, model_args)
-    check_reference(script_args, training_args, model_args, processor)
-    with training_args.main_process_first(desc="loading the data"):
+    with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
+        check_reference(script_args, training_args, model_args, processor)
         data = load_data(script_args, training_args, dataset_args, processor)
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
-    return (kind or SamPOTrainer)(
-        args=training_args,
-        train_dataset=data["train"],
-        eval_dataset=data.get("test"),
-        processing_class=processor,
-        **load_models(script_args, training_args, model_args),
-    )
+    with _faults_in_one_line():
+        return (kind or SamPOTrainer)(
+            args=training_args,
+            train_dataset=data["train"],
+            eval_dataset=data.get("test"),
+            processing_class=processor,
+            **load_models(script_args, training_args, model_args),
+        )
+
+
+@contextlib.contextmanager
+def _faults_in_one_line() -> Iterator[None]:
+    """Before the first step, what data, model and options are refused for is for the user, whichever library says it.
+
+    Raises:
+        RefusedRun: in the place of other errors of values and of files.
+    """
+    try:
+        yield
+    except (RefusedRun, PreferenceDataError):
+        raise
+    except (OSError, ValueError) as error:
+        raise RefusedRun(str(error)) from error
+
+
+def _refuse_output_folder(training_args, resume: str | bool | None) -> None:
+    """Before the data and the model: is there a place to save, and is it free."""
+    folder = str(training_args.output_dir)
+    if fault := fault_of_output_folder(folder):
+        raise RefusedRun(fault)
+    there = [path.name for path in numbered_checkpoints(folder)]
+    if there and not resume and training_args.save_strategy != "no":
+        raise RefusedRun(
+            f"A run that begins must not mix its checkpoints with those of another one, got `output_dir` {folder} "
+            f"with {', '.join(there)}. Set `resume: auto` to go on from the last one, or choose another folder."
+        )
 
 
 def _finish(trainer, script_args) -> None:
@@ -189,15 +228,20 @@ def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
 
 
 def _resume(checkpoint: str | bool | None) -> str | bool | None:
-    """`true` means the last checkpoint in `output_dir`; from the command line it arrives as a word."""
-    words = {"true": True, "false": None}
+    """`true` means the last whole checkpoint in `output_dir`; from the command line it arrives as a word."""
+    words = {"true": True, "false": None, "auto": "auto"}
     if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
         return words.get(checkpoint.lower(), checkpoint)
     return checkpoint
 
 
 def start(argv: list[str] | None = None) -> int:
-    """Train in this process, one of several if a launcher says so; returns the exit status."""
+    """Train in this process, one of several if a launcher says so.
+
+    Returns:
+        The exit status: 0 done, 1 a checkpoint could not be written, 2 refused before the first step, 143 stopped by
+        SIGTERM with a checkpoint saved.
+    """
     return start_with(make_parser(), main, argv)
 
 
@@ -209,11 +253,18 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
+    from ..resuming import Preempted, ResumeRefusedError
+
     try:
         work(*parsed)
-    except (RefusedRun, PreferenceDataError, RefCacheError) as error:
+    except (RefusedRun, PreferenceDataError, RefCacheError, ResumeRefusedError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except CheckpointNotSavedError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as stop:
+        return stop.status
     return 0
 
 
