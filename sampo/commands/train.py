@@ -190,6 +190,8 @@ def start(argv: list[str] | None = None) -> int:
     """Train in this process, one of several if a launcher says so; returns the exit status."""
     # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is leaving behind, anew in each step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parser = make_parser()
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
@@ -221,6 +223,8 @@ def run(argv: list[str]) -> int:
     launcher = launch_command(options, rest)
     if launcher is not None:
         make_parser().refuse_unknown(rest)  # once here rather than once per process
+        # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         sys.stdout.flush()
         os.execv(launcher[0], [*launcher, "-m", __name__, *rest])
     return start(rest)
