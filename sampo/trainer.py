@@ -698,7 +698,7 @@ def _refuse_separate_processes(args: SamPOConfig) -> None:
 
 
 def _refuse_another_engine(accelerator) -> None:
-    """accelerate turns FSDP on the CPU into DDP, or into separate runs, without a word."""
+    """On the CPU accelerate turns FSDP into DDP, or into separate runs, without a word."""
     for engine, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
         asked = os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
         if asked and accelerator.distributed_type != kind:

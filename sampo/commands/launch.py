@@ -116,8 +116,8 @@ def _refuse_lone_machine(machines: int, config: dict, options: dict[str, str]) -
     missing = [f"`--{name}`" for name in ("main_process_ip", "machine_rank") if name not in options]
     if machines > 1 and missing and not config.get("main_process_ip"):  # the user's own file may say both
         raise SystemExit(
-            f"sampo train: a run on {machines} machines needs {' and '.join(missing)}. Start the same command on each, "
-            "with the address of machine 0 and the machine's own number."
+            f"sampo train: a run on {machines} machines needs {' and '.join(missing)}. Start the same command on "
+            "each, with the address of machine 0 and the machine's own number."
         )
 
 
