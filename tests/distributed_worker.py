@@ -14,6 +14,7 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("NO_SHIM")
 import torch
 from safetensors.torch import save_file
 from tiny import make_pairs, training_options
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from sampo import SamPOConfig, SamPOTrainer
@@ -72,6 +73,10 @@ def train(model, out, *, batch, options, pairs=24, lora=False, save=False, resum
         "engine": trainer.accelerator.distributed_type.value,
         "stage": getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None),
         "streams": trainer._streams.on,
+        "adam_bytes": adam_bytes(trainer),
+        "reference_groups": sum(isinstance(m, FSDPModule) for m in trainer.ref_model.modules())
+        if trainer.ref_model is not None
+        else 0,
         "dtypes": sorted(dtypes),
         "kind": type(trainer.model_wrapped).__name__,
         "checksum": sum(weight.double().abs().sum().item() for weight in weights.values()),
@@ -110,6 +115,16 @@ def watch(trainer) -> tuple[list, set]:
 
     trainer._weigh, trainer._make_draw = watched, typed
     return subsets, dtypes
+
+
+def adam_bytes(trainer) -> int:
+    """Of the moments that this rank keeps."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    local = [value.to_local() if hasattr(value, "to_local") else value for value in moments]
+    return sum(value.numel() * value.element_size() for value in local)
 
 
 def gathered_weights(trainer) -> dict[str, torch.Tensor]:
