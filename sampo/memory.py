@@ -19,9 +19,7 @@ from dataclasses import dataclass
 
 METHODS = ("full", "lora", "qlora")
 REFERENCES = ("live", "cached")
-NF4_BYTES = (
-    4 + 8 / 64 + 32 / (64 * 256)
-) / 8  # 4 bits, a constant of 8 bits for 64 weights, one of 32 for 256 of these
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # constants: 8 bits for 64 weights, 32 for 256 of these
 DEEPSPEED_BUCKET = 500_000_000  # parameters; DeepSpeed's `reduce_bucket_size`
 DEEPSPEED_LIVE = 1_000_000_000  # parameters; DeepSpeed's `stage3_max_live_parameters`
 
