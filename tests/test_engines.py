@@ -12,15 +12,18 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import yaml
 from peft import PeftModel
 from processes import ROOT, environment, launch_runs
 from safetensors.torch import load_file
-from tiny import make_pairs, save_model
+from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
+from sampo import SamPOConfig, SamPOTrainer, results
 from sampo.commands import train
 from sampo.memory import ENGINES as MEMORY
 
@@ -116,6 +119,25 @@ def launched(model_folder, tmp_path_factory):
     return results
 
 
+def note(engine, mode, one, ranks) -> float:
+    """The largest difference of a loss, shown by `pytest -s` and kept where `SAMPO_ENGINE_RECORDS` says."""
+    difference = max(abs(a - b) for a, b in zip(one["losses"], ranks[0]["losses"], strict=True))
+    print(f"{engine} {mode}: largest difference of a loss {difference:.1e}")
+    if "SAMPO_ENGINE_RECORDS" in os.environ:
+        about = results.provenance()
+        about["versions"] = {**about["versions"], "deepspeed": metadata.version("deepspeed")}
+        record = results.Record(
+            name="largest_loss_difference",
+            value=difference,
+            n=len(one["losses"]),
+            config={"engine": engine, "mode": mode, "processes": len(ranks), "device": "CPU"},
+            command="SAMPO_ENGINE_RECORDS=docs/engines.jsonl make test-all",
+            **about,
+        )
+        results.append(Path(os.environ["SAMPO_ENGINE_RECORDS"]), [record])
+    return difference
+
+
 @every_case
 def test_two_processes_train_as_one(launched, engine, mode):
     one, ranks = launched(None, mode)[1][0], launched(engine, mode)[1]
@@ -123,9 +145,7 @@ def test_two_processes_train_as_one(launched, engine, mode):
     assert [rank["streams"] for rank in ranks] == ["stream" in mode] * 2
     assert len(one["losses"]) == 6
     assert len({round(loss, 4) for loss in one["losses"]}) > 3  # something was learned that could differ
-    difference = max(abs(a - b) for a, b in zip(one["losses"], ranks[0]["losses"], strict=True))
-    print(f"{engine} {mode}: largest difference of a loss {difference:.1e}")
-    assert difference <= LOSS_BOUND
+    assert note(engine, mode, one, ranks) <= LOSS_BOUND
     assert ranks[0]["checksum"] == ranks[1]["checksum"]
     assert ranks[0]["checksum"] == pytest.approx(one["checksum"], rel=1e-7)
     assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-6)
@@ -226,10 +246,8 @@ def test_bf16_stays_close_to_one_process_in_bf16(model_folder, one_in_bf16, tmp_
     runs = {"run": {"batch": 2, "options": BF16}}
     ranks = launch_runs(model_folder, tmp_path, runs, processes=2, config=config)["run"]
     assert ranks[0]["dtypes"] == ["torch.float32"]
-    difference = max(abs(a - b) for a, b in zip(one_in_bf16["losses"], ranks[0]["losses"], strict=True))
-    print(f"{engine} bf16: largest difference of a loss {difference:.1e}")
-    # DeepSpeed and FSDP2 hold the weights in bf16 for the forward pass, autocast leaves some layers in float32
-    assert difference <= 1e-2  # 4.6e-3 was found; log-probs summed in bf16 would give more
+    # DeepSpeed and FSDP2 hold the weights in bf16 for the forward pass, autocast leaves some layers in float32.
+    assert note(engine, "bf16", one_in_bf16, ranks) <= 1e-2  # 4.6e-3 was found; sums in bf16 would give more
     assert ranks[0]["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
     assert sorted(ranks[0]["subsets"] + ranks[1]["subsets"]) == one_in_bf16["subsets"]
 
@@ -247,6 +265,14 @@ def test_clean_exits_leave_no_word_of_leaks_or_groups_behind(model_folder, tmp_p
         assert "destroy_process_group" not in said
         assert "leaked" not in said
         assert "terminate called" not in said
+
+
+@pytest.mark.parametrize(("engine", "kind"), [("FSDP", "FSDP"), ("DEEPSPEED", "DEEPSPEED")])
+def test_an_engine_that_was_asked_for_and_is_not_there_is_refused(tmp_path, monkeypatch, engine, kind):
+    args = SamPOConfig(**training_options(tmp_path))  # before the variable, so that accelerate does not see it
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(RuntimeError, match=f"must train with {kind}, as the launch asks for, got NO on cpu"):
+        SamPOTrainer(make_model(), args=args, train_dataset=make_pairs(4), processing_class=make_tokenizer())
 
 
 @pytest.mark.slow
