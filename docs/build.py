@@ -1,7 +1,6 @@
 """Writes the generated parts of the documents: `python docs/build.py`, or `--check` to fail where they differ."""
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import MISSING
@@ -49,32 +48,23 @@ def lab() -> str:
 
 
 def speed() -> str:
-    """Pairs per second of each variant, from the last run of benchmarks/pair_stream.py for each setting."""
+    """README's few lines of the benchmark of a training step, from the records of its last run."""
+    from tables import readme_table
+
+    return readme_table(_measured())
+
+
+def benchmark() -> str:
+    """All tables of the benchmark of a training step."""
+    from tables import results_tables
+
+    return results_tables(_measured())
+
+
+def _measured() -> list:
     from sampo import results
 
-    found: dict[str, dict[str, dict[str, results.Record]]] = {}  # setting -> variant -> name of the number
-    for record in results.read(ROOT / "benchmarks" / "records.jsonl"):
-        setting = {name: value for name, value in record.config.items() if name != "variant"}
-        variants = found.setdefault(json.dumps(setting, sort_keys=True), {})
-        variants.setdefault(record.config["variant"], {})[record.name] = record
-    blocks = []
-    for setting, variants in found.items():
-        about, first = json.loads(setting), next(iter(variants.values()))["pairs_per_second"]
-        versions = ", ".join(f"{name} {number}" for name, number in sorted(first.versions.items()))
-        lines = [
-            f"{about['model']}, {about['dtype']}, {about['device']}, {about['threads']} thread(s), {about['batches']} "
-            f"batches of {about['batch']} pairs of the HH-RLHF harmless test set, max_length {about['max_length']}, "
-            f"median of {first.n} repeats (lowest to highest). `{first.command}`; {first.created[:10]}; {versions}.",
-            "",
-            "| forward and backward pass | pairs per second | against TRL |",
-            "|---|---|---|",
-        ]
-        base = variants["TRL DPOTrainer"]["pairs_per_second"].value
-        for variant, numbers in variants.items():
-            middle, low, high = (numbers[f"pairs_per_second{which}"].value for which in ("", "_lowest", "_highest"))
-            lines.append(f"| {variant} | {middle:.2f} ({low:.2f} to {high:.2f}) | {middle / base:.1f} × |")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    return results.read(ROOT / "benchmarks" / "records.jsonl")
 
 
 def memory_formula() -> str:
@@ -147,7 +137,7 @@ def engines() -> str:
 
 
 PARTS = {
-    **{"methods": methods, "options": options, "lab": lab, "speed": speed},
+    **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"memory": memory, "memory_formula": memory_formula, "engines": engines},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
@@ -158,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, no part of the package
     stale = []
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ PAIR_STREAMS = ("auto", "true", "false")
 MARGIN_LOSSES = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # a function of β·(S_w − S_l) alone
 COUNT_LOSSES = frozenset({"ipo", "sigmoid_norm"})  # divide each score by its number of counted tokens
 SIDE_LOSSES = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired"})
+BATCH_LOSSES = frozenset({"aot", "aot_unpaired"})  # among them, those that compare the pairs of a batch
 LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
 
 
@@ -112,6 +113,21 @@ class SamPOConfig(DPOConfig):
             "choices": list(PAIR_STREAMS),
         },
     )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut each batch at pair borders so that no forward pass takes more tokens than this (those of the "
+            "pair stream, else padded ones), and back-propagate each piece before the next: the same loss and "
+            "gradients with the memory of one piece. A longer pair is a piece of its own."
+        },
+    )
+    log_token_statistics: bool = field(
+        default=True,
+        metadata={
+            "help": "Log TRL's `entropy`, `logits/*` and `mean_token_accuracy`, which the LM head computes for the "
+            "scored tokens. Without them the head has less to do."
+        },
+    )
     log_length_pressure: bool = field(
         default=False,
         metadata={
@@ -162,6 +178,12 @@ class SamPOConfig(DPOConfig):
         expect(
             isinstance(self.mask_samples, int) and self.mask_samples >= 1,
             "mask_samples",
+            "a whole number of at least 1",
+        )
+        expect(
+            self.max_tokens_per_forward is None
+            or (isinstance(self.max_tokens_per_forward, int) and self.max_tokens_per_forward >= 1),
+            "max_tokens_per_forward",
             "a whole number of at least 1",
         )
         expect(is_number(self.decay_gamma) and 0 < self.decay_gamma <= 1, "decay_gamma", "in (0, 1]")
@@ -253,9 +275,15 @@ class SamPOConfig(DPOConfig):
                 f"`use_weighting` (WPO) has no meaning for the fractional weights of `token_weighting: {name}`.",
             ),
             (
-                name != "all" and self.use_weighting and "sft" in losses,
-                "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` only, "
-                "because `sft` sees all chosen tokens and the WPO weights only the counted ones.",
+                (name != "all" or self.max_tokens_per_forward is not None) and self.use_weighting and "sft" in losses,
+                "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` without "
+                "`max_tokens_per_forward` only, because `sft` sees all chosen tokens and the WPO weights only the "
+                "counted ones.",
+            ),
+            (
+                self.max_tokens_per_forward is not None and bool(losses & BATCH_LOSSES),
+                f"`max_tokens_per_forward` needs losses that are means over the pairs, got "
+                f"{sorted(losses & BATCH_LOSSES)}, which sort the rows of a batch.",
             ),
             (
                 self.has_length_penalty and bool(not_of_margin),

@@ -80,7 +80,7 @@ REFUSED = [
     ({"token_weighting": "expected", "mask_sharing": "independent"}, "`mask_sharing: independent` needs random"),
     ({"token_weighting": "top_k", "mask_samples": 2}, "`mask_samples: 2` needs random"),
     ({"token_weighting": "decay", "use_weighting": True}, r"`use_weighting` \(WPO\) has no meaning"),
-    ({"use_weighting": True, "loss_type": ["sigmoid", "sft"]}, "is defined for `token_weighting: all` only"),
+    ({"use_weighting": True, "loss_type": ["sigmoid", "sft"]}, "is defined for `token_weighting: all` without"),
     ({"ld_alpha": 0.5}, "`ld_alpha` is itself a token weighting"),
     ({"length_penalty": 0.1, "f_divergence_type": "forward_kl"}, "needs `f_divergence_type: reverse_kl`"),
     ({"length_penalty": 0.1, "use_weighting": True}, "no source that defines it"),

@@ -76,6 +76,14 @@ def test_two_processes_with_the_pair_stream_train_as_one_without(model_folder, o
     assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-5)
 
 
+def test_two_processes_in_pieces_train_as_one_without(model_folder, one, tmp_path):
+    ranks = launch(model_folder, tmp_path, processes=2, batch=2, pair_stream="true", max_tokens_per_forward=20, **OURS)
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=2e-5)  # rounding of the other layout
+    assert ranks[0]["checksum"] == ranks[1]["checksum"]
+    assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-5)
+    assert [e["length/chosen"] for e in one["log"][:6]] == [e["length/chosen"] for e in ranks[0]["log"][:6]]
+
+
 def test_under_fsdp2_in_bf16_the_log_probs_are_summed_in_float32(model_folder, tmp_path):
     shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     shipped["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] = False  # needs a device

@@ -31,7 +31,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.pair_stream import StreamRefused, install, lay_out, remove, score, why_not
+from sampo.pair_stream import RowsTooLong, install, lay_out, remove, score, why_not
+from sampo.stream_attention import StreamRefused
 
 COMMON = {
     "vocab_size": 69,
@@ -90,8 +91,8 @@ def plain_output(model, batch):
     return model(**masks, labels=labels, use_cache=False, fused_lm_head=True)
 
 
-def streamed_output(model, batch, scored=None):
-    stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+def streamed_output(model, batch, scored=None, needed=None):
+    stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], needed)
     scored = batch["completion_mask"][:, 1:].bool() if scored is None else scored
     install(model)
     try:
@@ -100,10 +101,17 @@ def streamed_output(model, batch, scored=None):
         remove(model)
 
 
-def gradients(model, output):
+def gradients(model, output, weights=1.0):
     model.zero_grad()
-    output.log_probs.pow(2).sum().backward()
+    (output.log_probs * weights).pow(2).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_gradients(ours, theirs):
+    assert theirs.keys() == ours.keys()
+    norm = math.sqrt(sum(g.pow(2).sum().item() for g in theirs.values()))
+    off = math.sqrt(sum((theirs[n] - ours[n]).pow(2).sum().item() for n in theirs))
+    assert off <= 1e-4 * norm
 
 
 sizes = st.integers(1, 14)
@@ -120,11 +128,7 @@ def test_log_probs_statistics_and_gradients_are_those_of_the_padded_forward(mode
     scored = batch["completion_mask"][:, 1:].bool()
     for field in ("entropy", "mean_logits"):  # TRL leaves them at unscored places on some devices
         torch.testing.assert_close(getattr(streamed, field)[scored], getattr(plain, field)[scored], atol=1e-4, rtol=0)
-    theirs, ours = gradients(model, plain), gradients(model, streamed)
-    assert theirs.keys() == ours.keys()
-    norm = math.sqrt(sum(g.pow(2).sum().item() for g in theirs.values()))
-    off = math.sqrt(sum((theirs[n] - ours[n]).pow(2).sum().item() for n in theirs))
-    assert off <= 1e-4 * norm
+    check_gradients(gradients(model, streamed), gradients(model, plain))
 
 
 ODD = {
@@ -199,6 +203,50 @@ def test_the_model_without_a_stream_is_what_it_was(models):
     assert model.config._attn_implementation == "sdpa"
 
 
+def draw_needed(batch, seed):
+    """Random completion tokens: each row has a share of its own, so that some need all and some nothing."""
+    completion = batch["completion_mask"][:, 1:].bool()
+    draw = torch.rand((2, *completion.shape), generator=torch.Generator().manual_seed(seed))
+    return completion & (draw[0] < draw[1, :, :1] ** 3)
+
+
+@given(shapes=pairs_of_any_shape, seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_what_comes_after_the_last_needed_token_can_be_left_out(models, shapes, seed):
+    model, batch = models["llama"], collate(shapes, seed)
+    needed = draw_needed(batch, seed)
+    plain, streamed = plain_output(model, batch), streamed_output(model, batch, needed, needed)
+    torch.testing.assert_close(streamed.log_probs, plain.log_probs * needed, atol=1e-4, rtol=0)
+    check_gradients(gradients(model, streamed), gradients(model, plain, weights=needed))
+
+
+@given(shapes=pairs_of_any_shape, seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_the_stream_has_only_the_tokens_that_the_needed_ones_depend_on(shapes, seed):
+    batch = collate(shapes, seed)
+    needed = draw_needed(batch, seed)
+    expected = longest = 0
+    for pair, (n_prompt, _, _) in enumerate(shapes):
+        branches = []
+        for row in (pair, pair + len(shapes)):
+            columns = [column for column, wanted in enumerate(needed[row].tolist()) if wanted]
+            if columns:
+                branches.append(columns[-1] + 1 - (n_prompt - 1))
+                longest = max(longest, columns[-1] + 1)
+        expected += (n_prompt - 1 if branches else 0) + sum(branches)
+    stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], needed)
+    assert stream.input_ids.numel() == max(expected, 1)
+    assert stream.segments.longest == max(longest, 1)
+
+
+def test_scoring_a_token_that_was_left_out_is_our_own_mistake(models):
+    batch = collate([(4, 6, 5), (3, 4, 7)])
+    needed = batch["completion_mask"][:, 1:].bool()
+    needed[0, 7:] = False
+    with pytest.raises(AssertionError, match=r"^2 of the tokens to be scored are not in the stream"):
+        streamed_output(models["llama"], batch, needed=needed)
+
+
 # --- what it cannot do -----------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -244,7 +292,7 @@ def test_what_the_stream_cannot_do_is_recognised(tmp_path, caplog, name):
 def test_attention_dropout_is_refused(models):
     model = make(LlamaConfig(**COMMON, **GROUPED, attention_dropout=0.1))
     model.train()
-    with pytest.raises(StreamRefused, match=r"attention dropout of 0\.1"):
+    with pytest.raises(StreamRefused, match=r"dropout of 0\.1"):
         streamed_output(model, collate([(4, 6, 5)]))
 
 
@@ -282,9 +330,12 @@ def test_prompt_learning_is_recognised(tmp_path, caplog):
 def test_a_row_longer_than_the_sliding_window_is_refused_by_the_attention_and_takes_the_plain_forward(tmp_path):
     config = MistralConfig(**COMMON, **GROUPED, sliding_window=16)
     model = make(config)
-    streamed_output(model, collate([(4, 6, 5)]))
-    with pytest.raises(StreamRefused, match="a sliding window of 16 tokens for rows of 30"):
-        streamed_output(model, collate([(10, 20, 5)]))
+    longest = collate([(8, 9, 5)])  # the last of the 17 tokens predicts nothing
+    torch.testing.assert_close(
+        streamed_output(model, longest).log_probs, plain_output(model, longest).log_probs, atol=1e-4, rtol=0
+    )
+    with pytest.raises(RowsTooLong, match="`sliding_window` is 16 tokens, and a row has 17"):
+        streamed_output(model, collate([(8, 10, 5)]))
     folder = str(tmp_path / "model")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     data = make_pairs(32, max_len=14)

@@ -14,13 +14,10 @@ import warnings
 from types import SimpleNamespace
 
 from ..pair_rows import PreferenceDataError
-from .options import find_faults, make_parser
+from .models import RefusedRun, check_reference, load_models, load_processor
+from .options import find_faults, make_parser, read_shard
 
 logger = logging.getLogger(__name__)
-
-
-class RefusedRun(ValueError):
-    """The options cannot be run as they are; the text says all that is wrong with them."""
 
 
 def main(script_args, training_args, model_args, dataset_args) -> None:
@@ -30,8 +27,6 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         RefusedRun: the options cannot be run.
         PreferenceDataError: the data cannot be trained on.
     """
-    from trl import get_peft_config, get_quantization_config
-
     together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
     if faults := find_faults(SimpleNamespace(**{name: value for part in together for name, value in part.items()})):
         raise RefusedRun(" ".join(faults))
@@ -44,19 +39,18 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         **(training_args.model_init_kwargs or {}),
     }
     processor = load_processor(script_args, training_args, model_args)
+    check_reference(script_args, training_args, model_args, processor)
     with training_args.main_process_first(desc="loading the data"):
         data = load_data(script_args, training_args, dataset_args, processor)
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
     trainer = SamPOTrainer(
-        model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=data["train"],
         eval_dataset=data.get("test"),
         processing_class=processor,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        **load_models(script_args, training_args, model_args),
     )
     if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
@@ -68,6 +62,8 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
 
 def _finish(trainer, script_args) -> None:
     """Save, push if asked, and leave together: a rank that goes early can take the others down."""
+    if _lacks_last_evaluation(trainer):
+        trainer.evaluate()
     folder = trainer.args.output_dir
     trainer.save_model(folder)
     trainer.save_state()
@@ -77,6 +73,13 @@ def _finish(trainer, script_args) -> None:
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def _lacks_last_evaluation(trainer) -> bool:
+    """Whether the model that is saved was not evaluated, where others on the way were."""
+    state = trainer.state
+    evaluated = [entry["step"] for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    return trainer.args.eval_strategy != "no" and state.global_step not in evaluated
 
 
 def _warn_of_lost_updates(training_args, model_args) -> None:
@@ -92,24 +95,6 @@ def _warn_of_lost_updates(training_args, model_args) -> None:
         )
 
 
-def load_processor(script_args, training_args, model_args):
-    """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-    template = script_args.chat_template
-    if template is not None:
-        if os.path.isfile(template):
-            with open(template, encoding="utf-8") as file:
-                template = file.read()
-        processor.chat_template = template
-    return processor
-
-
 def load_data(script_args, training_args, dataset_args, processor) -> dict:
     """`train`, and `test` if there is an evaluation: checked, and with columns `prompt`, `chosen`, `rejected`.
 
@@ -118,6 +103,8 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
         RefusedRun: no data to evaluate on, or messages without a chat template.
     """
     evaluates = training_args.eval_strategy != "no"
+    from ..data import shard_by_prompt
+
     if script_args.dataset_streaming or dataset_args.streaming:
         data = _open_streams(script_args, dataset_args, evaluates)
     else:
@@ -127,6 +114,10 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
             f"`eval_strategy: {training_args.eval_strategy.value}` needs pairs to evaluate on, got none. Set "
             "`eval_fraction` to hold some out, or `dataset_test_split` to a split that the data has."
         )
+    if script_args.prompt_shard is not None:
+        whole, seed = len(data["train"]), _split_seed(script_args, training_args)
+        data["train"] = shard_by_prompt(data["train"], *read_shard(script_args.prompt_shard), seed)
+        logger.info("prompt_shard %s: %s of %s pairs", script_args.prompt_shard, len(data["train"]), whole)
     first = next(iter(data["train"]))
     if isinstance(first.get("chosen"), list) and getattr(processor, "chat_template", None) is None:
         raise RefusedRun(
@@ -152,8 +143,12 @@ def _load_rows(script_args, training_args, dataset_args, processor, evaluates: b
         on_bad_rows=script_args.on_bad_rows,
         length_split=script_args.length_split,
         tokenizer=getattr(processor, "tokenizer", processor),
-        seed=training_args.seed,
+        seed=_split_seed(script_args, training_args),
     )
+
+
+def _split_seed(script_args, training_args) -> int:
+    return training_args.seed if script_args.split_seed is None else script_args.split_seed
 
 
 def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
