@@ -89,13 +89,78 @@ def campaign() -> str:
     return "\n".join(lines)
 
 
+def memory_formula() -> str:
+    """Bytes of each trainable parameter, by engine."""
+    from sampo.memory import ENGINES
+
+    parts = ("weights", "gradients", "master", "adam", "copies")
+    lines = ["| engine | " + " | ".join(parts) + " | reference |", "|---|" + "---|" * (len(parts) + 1)]
+    for name, engine in ENGINES.items():
+        cells = []
+        for part in parts:
+            number = getattr(engine, part)
+            cells.append(f"{number}{' / N' if number and part in engine.spread else ''}" if number else "")
+        reference = 4 + 2 if not engine.spread else 2
+        cells.append(f"{reference}{' / N' if 'reference' in engine.spread else ''}")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+FITS_GB = 72.0  # of an 80 GB GPU, with a tenth to spare
+
+
+def memory() -> str:
+    """Gigabytes per GPU of every model, engine and method."""
+    from sampo.memory import ENGINES, METHODS, QLORA_ENGINES, REFERENCES, SHAPES, gpu_bytes, machine_bytes
+
+    blocks, titles = [], {"full": "All parameters", "lora": "LoRA", "qlora": "QLoRA"}
+    for method in METHODS:
+        lines = [
+            f"**{titles[method]}**",
+            "",
+            f"| engine |{' reference |' if method == 'full' else ''} " + " | ".join(SHAPES) + " |",
+            "|---|" + "---|" * (len(SHAPES) + (method == "full")),
+        ]
+        for engine in QLORA_ENGINES if method == "qlora" else ENGINES:
+            for reference in REFERENCES if method == "full" else REFERENCES[:1]:
+                cells = []
+                for shape in SHAPES.values():
+                    size = sum(gpu_bytes(shape, engine, method, reference=reference).values()) / 1e9
+                    text = f"{size:,.0f}" if size >= 10 else f"{size:.1f}"
+                    cells.append(f"**{text}**" if size <= FITS_GB else text)
+                head = f"| `{engine}` |" + (f" {reference} |" if method == "full" else "")
+                lines.append(f"{head} " + " | ".join(cells) + " |")
+        if method != "qlora":
+            cells = [f"{machine_bytes(shape, method) / 1e9:,.0f}" for shape in SHAPES.values()]
+            live = " live |" if method == "full" else ""
+            lines.append(f"| main memory of `zero3_offload`, all machines |{live} " + " | ".join(cells) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def engines() -> str:
+    """Largest difference of a loss from one process, from the last run of the tests that kept records."""
+    from sampo import results
+
+    last: dict[str, dict[str, results.Record]] = {}
+    for record in results.read(ROOT / "docs" / "engines.jsonl"):
+        last.setdefault(record.config["engine"], {})[record.config["mode"]] = record
+    if not last:
+        return "Not measured yet."
+    first = next(iter(next(iter(last.values())).values()))
+    modes = list(dict.fromkeys(mode for found in last.values() for mode in found))
+    lines = ["| engine | " + " | ".join(modes) + " |", "|---|" + "---|" * len(modes)]
+    for engine, found in last.items():
+        cells = [f"{found[mode].value:.0e}" if mode in found else "" for mode in modes]
+        lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(first.versions.items()))
+    about = f"{first.n} steps, {first.config['processes']} processes on the CPU against one. `{first.command}`; "
+    return "\n".join([about + f"{first.created[:10]}; {versions}.", "", *lines])
+
+
 PARTS = {
-    "methods": methods,
-    "options": options,
-    "lab": lab,
-    "speed": speed,
-    "benchmark": benchmark,
-    "campaign": campaign,
+    **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
+    **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -255,7 +255,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         TypeError: `args` is no `SamPOConfig`.
         PreferenceDataError: the data has missing columns or bad rows; all faults in one message.
         RefCacheError: `precompute_ref_log_probs`, and the cache is damaged or disagrees with the live model.
-        RuntimeError: several processes were launched that do not know of each other.
+        RuntimeError: several processes were launched that do not know of each other, or with FSDP or DeepSpeed and
+            accelerate took another engine.
         FloatingPointError: in training, a loss that is not finite.
         ResumeRefusedError: in training, nothing whole to go on from, or a checkpoint of another run.
         CheckpointNotSavedError: in training, a checkpoint could not be written.
@@ -344,6 +345,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         accelerate's policy for bf16 casts outputs too, and a sum of −150 nats in bf16 has a resolution of 1.
         """
         super().create_accelerator_and_postprocess()
+        _refuse_another_engine(self.accelerator)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if isinstance(getattr(plugin, "mixed_precision_policy", None), MixedPrecisionPolicy):  # FSDP1 has another
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
@@ -901,7 +903,10 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             if "ref" in self.accelerator.unwrap_model(self.model).peft_config:
                 return 'a copy of the adapter as it was passed (adapter "ref")'
             return "the base model, with the adapter disabled"
-        source = self.ref_model.config._name_or_path if hasattr(self.ref_model, "config") else "the policy's path"
+        config = getattr(
+            self.accelerator.unwrap_model(self.ref_model), "config", None
+        )  # DeepSpeed's engine has another
+        source = "the policy's path" if config is None else config._name_or_path
         synced = f", synchronised every {self.args.ref_model_sync_steps} steps" if self.args.sync_ref_model else ""
         return f"a copy of the initial policy, loaded from `{source}`{synced}"
 
@@ -924,6 +929,18 @@ def _refuse_separate_processes(args: SamPOConfig) -> None:
             "launch with `torchrun` or an accelerate config of type MULTI_GPU; on GPUs check that each process sees "
             "its device."
         )
+
+
+def _refuse_another_engine(accelerator) -> None:
+    """On the CPU accelerate turns FSDP into DDP, or into separate runs, without a word."""
+    for engine, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
+        asked = os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+        if asked and accelerator.distributed_type != kind:
+            raise RuntimeError(
+                f"The processes must train with {kind.value}, as the launch asks for, got "
+                f"{accelerator.distributed_type.value} on {accelerator.device.type}. FSDP needs a GPU for each "
+                "process; on the CPU launch with `cpu_zero3`, which shards as well, or with `cpu_ddp`."
+            )
 
 
 def _each_dataset(train_dataset, eval_dataset) -> list:

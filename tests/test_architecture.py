@@ -14,6 +14,7 @@ ARROWS = {
     "weighting": set(),
     "lengths": set(),
     "results": set(),
+    "memory": set(),
     "pair_files": {"pair_rows"},
     "pair_rows": set(),
     "data": {"pair_files", "pair_rows"},

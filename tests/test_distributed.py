@@ -1,42 +1,16 @@
 """Two real processes on CPU (gloo, DistributedDataParallel) against one process with twice the batch."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from processes import ROOT, launch
 from tiny import save_model
-
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = Path(__file__).with_name("distributed_worker.py")
-LIMIT_S = 240
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-def launch(model, out, *, processes, batch, resume=None, check=True, config=None, **options):
-    """Run the worker under torchrun, or `accelerate launch` with a config; returns what each rank wrote."""
-    out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if config is not None:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += [str(WORKER), "--model", model, "--out", str(out), "--batch", str(batch)]
-    command += ["--options", json.dumps(options), *(["--resume", str(resume)] if resume else [])]
-    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False)
-    if not check:
-        return done
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}

@@ -70,6 +70,12 @@ def check(words: list[str]) -> bool:
         for word in words[:script]:
             assert not word.endswith(".yaml") or (ROOT / word).is_file(), words
         check_train(words[script + 1 :])
+    elif words[0] == "sbatch":
+        script = next(word for word in words[1:] if not word.startswith("-"))
+        assert (ROOT / script).is_file(), words
+        check_train(words[words.index(script) + 1 :])
+    elif words[:2] == ["kubectl", "apply"]:
+        assert (ROOT / words[words.index("-f") + 1]).is_file(), words
     elif words[0] == "python":
         if words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words

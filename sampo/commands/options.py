@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from trl.scripts.utils import ScriptArguments, TrlParser
 
 from .launch import OPTIONS as LAUNCH_OPTIONS
+from .launch import deepspeed_config
 
 ITERATE_OPTIONS = ("rounds", "data", "reference")  # of `sampo iterate`, in the YAML file too
 HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
@@ -258,6 +259,8 @@ def make_parser(subparsers=None, prog: str | None = None) -> RecipeParser:
         parser = subparsers.add_parser("train", help="Train on preference pairs", dataclass_types=types)
     else:
         parser = RecipeParser(types, prog=prog or "sampo train")
+    # `zero2` for the path of the file that comes with the package, in YAML as on the command line
+    next(action for action in parser._actions if action.dest == "deepspeed").type = deepspeed_config
     # Bars are for people: in a log each of their updates is a line.
     parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
     return parser

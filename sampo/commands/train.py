@@ -251,6 +251,8 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
 
     # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is leaving behind, anew in each step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
     from ..resuming import Preempted, ResumeRefusedError
@@ -301,6 +303,8 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
     launcher = launch_command(options, rest)
     if launcher is not None:
         parser.refuse_unknown(rest)  # once here rather than once per process
+        # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         sys.stdout.flush()
         os.execv(launcher[0], [*launcher, "-m", module, *more, *rest])
     return rest
