@@ -9,9 +9,10 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     import fsdp_shim  # noqa: F401, before anything of accelerate
 
 import torch
+from datasets import load_from_disk
 from tiny import make_pairs, training_options
 
-from sampo import SamPOConfig, SamPOTrainer
+from sampo import SamPOConfig, SamPOTrainer, ref_logps
 
 
 def main() -> None:
@@ -21,13 +22,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--resume")
+    parser.add_argument("--disk", help="folder of the training data, instead of pairs in memory")
+    parser.add_argument("--fail_on_rank", type=int, help="this rank cannot write its shard of the reference cache")
     args = parser.parse_args()
     torch.set_num_threads(1)
     options = {"per_device_train_batch_size": args.batch, "per_device_eval_batch_size": args.batch, "max_steps": 6}
+    if args.fail_on_rank == int(os.environ.get("RANK", "0")):
+        ref_logps._replace = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
     trainer = SamPOTrainer(
         model=args.model,
         args=SamPOConfig(**training_options(args.out / "run", **options | args.options)),
-        train_dataset=make_pairs(24),
+        train_dataset=load_from_disk(args.disk) if args.disk else make_pairs(24),
         eval_dataset=make_pairs(11, seed=5),  # the last batch is uneven
     )
     subsets = []
@@ -62,6 +67,7 @@ def main() -> None:
         "subsets": sorted(subsets),
         "processes": trainer.accelerator.num_processes,
         "dtypes": sorted(dtypes),
+        "computed": [filled.computed for filled in trainer.ref_caches],
         "kind": type(trainer.model_wrapped).__name__,
         "checksum": sum(
             p.double().abs().sum().item() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()
