@@ -12,12 +12,13 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("NO_SHIM")
     import fsdp_shim  # noqa: F401, before anything of accelerate
 
 import torch
+from datasets import load_from_disk
 from safetensors.torch import save_file
 from tiny import make_pairs, training_options
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from sampo import SamPOConfig, SamPOTrainer
+from sampo import SamPOConfig, SamPOTrainer, ref_logps
 
 
 def main() -> None:
@@ -31,7 +32,20 @@ def main() -> None:
     (args.out / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
 
 
-def train(model, out, *, batch, options, pairs=24, lora=False, save=False, resume=None, fail=None) -> dict:
+def train(
+    model,
+    out,
+    *,
+    batch,
+    options,
+    pairs=24,
+    lora=False,
+    save=False,
+    resume=None,
+    fail=None,
+    disk=None,
+    no_shard_on=None,
+) -> dict:
     """One run.
 
     Args:
@@ -44,12 +58,16 @@ def train(model, out, *, batch, options, pairs=24, lora=False, save=False, resum
         save: save the model at the end, and beside it the weights as they were gathered here, parameter by parameter.
         resume: a checkpoint.
         fail: (rank, step) that raises.
+        disk: folder of the training data, instead of pairs in memory.
+        no_shard_on: a rank that cannot write its shard of the reference cache.
     """
     options = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6} | options
+    if no_shard_on == int(os.environ.get("RANK", "0")):
+        ref_logps._replace = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
     trainer = SamPOTrainer(
         model=model,
         args=SamPOConfig(**training_options(out, **options)),
-        train_dataset=make_pairs(pairs),
+        train_dataset=load_from_disk(disk) if disk else make_pairs(pairs),
         eval_dataset=make_pairs(11, seed=5),  # the last batch is uneven
         peft_config=adapter() if lora else None,
     )
@@ -78,6 +96,7 @@ def train(model, out, *, batch, options, pairs=24, lora=False, save=False, resum
         if trainer.ref_model is not None
         else 0,
         "dtypes": sorted(dtypes),
+        "computed": [filled.computed for filled in trainer.ref_caches],
         "kind": type(trainer.model_wrapped).__name__,
         "checksum": sum(weight.double().abs().sum().item() for weight in weights.values()),
     }

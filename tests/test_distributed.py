@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 from processes import ROOT, launch
-from tiny import save_model
+from tiny import make_pairs, save_model
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +99,32 @@ def test_under_fsdp2_in_bf16_the_log_probs_are_summed_in_float32(model_folder, t
     assert ranks[0]["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_precomputing_on_several_processes_needs_data_on_disk(model_folder, tmp_path):
-    done = launch(
-        model_folder, tmp_path, processes=2, batch=2, check=False, token_weighting="all", precompute_ref_log_probs=True
-    )
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_two_processes_fill_a_reference_cache_together_and_train_as_with_a_live_one(
+    model_folder, one, two, tmp_path, place
+):
+    disk = tmp_path / "data" if place == "disk" else None
+    if disk:
+        make_pairs(24).save_to_disk(disk)
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"), **OURS}
+    runs = [(launch(model_folder, tmp_path / "two", processes=2, batch=2, disk=disk, **cached), two[1][0])]
+    assert [rank["computed"] for rank in runs[0][0]] == [[24, 11]] * 2
+    assert len(list((tmp_path / "cache").glob("*/shard-*.arrow"))) == 4  # one a rank of each data set
+    if not disk:
+        runs.append((launch(model_folder, tmp_path / "again", processes=1, batch=4, **cached), one))
+        assert runs[1][0][0]["computed"] == [0, 0]
+    for ranks, live in runs:
+        assert ranks[0]["losses"] == pytest.approx(live["losses"], abs=5e-6)  # fp32 sums in another order
+        assert ranks[0]["eval"]["eval_loss"] == pytest.approx(live["eval"]["eval_loss"], abs=5e-6)
+
+
+def test_a_rank_that_cannot_write_its_shard_ends_all(model_folder, tmp_path):
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    done = launch(model_folder, tmp_path / "o", processes=2, batch=2, check=False, no_shard_on=1, **cached)
     assert done.returncode != 0
-    assert "must have data sets on disk, got one in memory" in done.stderr
+    assert "No such file or directory: '/no/such/folder/file'" in done.stderr
+    # whichever rank the launcher ends first; neither waits for the other
+    assert "failed on other processes: {1: " in done.stderr or "SIGTERM" in done.stderr
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(model_folder, tmp_path):

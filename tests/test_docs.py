@@ -88,8 +88,10 @@ def check_sampo(words: list[str]) -> None:
     from sampo.cli import COMMANDS
 
     assert words[0] in COMMANDS or words[0].startswith("-"), words
-    if words[0] == "train":
-        check_train(words[1:])
+    if words[0] in ("train", "cache"):
+        from sampo.commands.cache import make_parser
+
+        check_train(words[1:] if words[0] == "train" else make_parser().parse_known_args(words[1:])[1])
     elif words[0] in COMMANDS:
         module = __import__(f"sampo.{COMMANDS[words[0]][0]}", fromlist=["make_parser"])
         module.make_parser().parse_args(words[1:])
