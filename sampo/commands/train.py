@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from ..pair_rows import PreferenceDataError
-from .models import RefusedRun, check_reference, load_models, load_processor
+from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .options import RecipeParser, find_faults, make_parser, read_shard
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,9 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
-    check_reference(script_args, training_args, model_args, processor)
+    check_vocabulary(script_args, training_args, model_args, processor)
     with training_args.main_process_first(desc="loading the data"):
         data = load_data(script_args, training_args, dataset_args, processor)
 
