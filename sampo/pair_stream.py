@@ -179,7 +179,9 @@ def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
     layers = backbone.config.get_text_config().num_hidden_layers
     calls = stream.segments.calls
     if calls != layers:
-        raise StreamRefused(f"{calls} of its {layers} layers called the attention function that was registered")
+        raise StreamRefused(
+            f"{calls} of the model's {layers} layers called the attention function that was registered"
+        )
     return output
 
 
@@ -201,9 +203,9 @@ def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
     if kwargs.get("dropout"):
         asked.append(f"dropout of {kwargs['dropout']}")
     if asked:
-        raise StreamRefused(f"its attention uses {', '.join(asked)}")
+        raise StreamRefused(f"the model's attention uses {', '.join(asked)}")
     window = kwargs.get("sliding_window")
-    if window is not None and stream.segments.longest > window:
+    if window is not None and 0 < window < stream.segments.longest:
         raise RowsTooLong(f"a layer has a sliding window of {window} tokens, and a row has {stream.segments.longest}")
 
 
@@ -214,16 +216,19 @@ def too_long(config, stream: Stream) -> str | None:
     rotary frequencies of all rows when one of them, padding included, is longer than a limit.
     """
     text = config.get_text_config()
-    for name in ("sliding_window", "attention_chunk_size"):
+    for name in ("sliding_window", "attention_chunk_size", "keep_window_size"):
         limit = getattr(text, name, None)
-        if limit is not None and stream.segments.longest > limit:
+        if limit is not None and 0 < limit < stream.segments.longest:  # 0 and -1 are some models' None
             return f"the model's `{name}` is {limit} tokens, and a row has {stream.segments.longest}"
     rope = getattr(text, "rope_parameters", None) or {}
     for each in (
         rope,
         *(value for value in rope.values() if isinstance(value, dict)),
     ):  # one for all layers, or a kind
-        limits = {"longrope": each.get("original_max_position_embeddings"), "dynamic": text.max_position_embeddings}
+        limits = {
+            "longrope": each.get("original_max_position_embeddings"),
+            "dynamic": getattr(text, "max_position_embeddings", None),
+        }
         limit = limits.get(each.get("rope_type", ""))
         if limit is not None and stream.row_length > limit:
             return f"the model's rotary frequencies change beyond {limit} tokens, and a row has {stream.row_length}"
@@ -331,42 +336,34 @@ class PairStreams:
             stream_tokens: tokens of the stream.
 
         Raises:
-            ValueError: `true`, and the ways do not agree, or the stream cannot be computed.
+            ValueError: `true`, and the ways do not agree, or the stream fails.
         """
         expected = plain()
-        reason: str | None = None
-        cause: Exception | None = None
+        mine, failure = expected.new_tensor(-1.0), None
         try:
             mine = (streamed() - expected).abs().mean()
-        except RowsTooLong as refusal:
-            mine, cause = expected.new_tensor(-1.0), refusal
-            plain()  # as many forwards as the other processes
+        except RowsTooLong:
+            plain()  # other processes may have computed a stream: as many forwards as they
         except AssertionError:
             raise  # our own mistake
         except Exception as error:  # the plain forward ran, so it is the stream that the model cannot take
-            mine, cause = expected.new_tensor(math.inf), error
-            reason = (
-                f"of the model: {error}" if isinstance(error, StreamRefused) else f"it failed with {describe(error)}"
-            )
+            mine, failure = expected.new_tensor(math.inf), error
         difference = largest(mine)
-        if difference < 0 and self.mode == "auto":
+        if difference < 0:
             return
         self._compared = True
-        if difference < 0:
-            reason = str(cause)
-        elif reason is None and difference == math.inf:
-            reason = "it failed in another process"
-        elif reason is None and not difference <= tolerance:
-            reason = (
-                f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} a token"
+        if failure is None and difference <= tolerance:
+            logger.info(
+                f"pair_stream: on. The first batch has {stream_tokens:,} tokens instead of {padded_tokens:,}; its "
+                f"log-probs differ from those of the plain forward by {difference:.1g} a token."
             )
-        if reason:
-            self._refuse(reason, cause)
             return
-        logger.info(
-            f"pair_stream: on. The first batch has {stream_tokens:,} tokens instead of {padded_tokens:,}; its "
-            f"log-probs differ from those of the plain forward by {difference:.1g} a token."
-        )
+        reason = f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} a token"
+        if failure is not None:
+            reason = failure.reason if isinstance(failure, StreamRefused) else f"it failed with {describe(failure)}"
+        elif difference == math.inf:
+            reason = "it failed in another process"
+        self._refuse(reason, failure)
 
     def _refuse(self, reason: str, cause: Exception | None = None) -> None:
         if self.on:

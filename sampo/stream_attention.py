@@ -21,7 +21,11 @@ _flex_has_run: set[tuple] = set()  # shapes of heads for which FlexAttention has
 
 
 class StreamRefused(RuntimeError):
-    """The model asks for something that the stream cannot do exactly; the text says what."""
+    """The model asks for something that the stream cannot do exactly; `reason` says what."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"A pair stream must be exact, but {reason}. Set `pair_stream: false`.")
+        self.reason = reason
 
 
 @dataclass

@@ -44,8 +44,27 @@ def load_processor(script_args, training_args, model_args):
     return processor
 
 
-def check_reference(script_args, training_args, model_args, processor) -> None:
-    """Policy and reference must mean the same by a token's number."""
+def check_adapter(model_args) -> None:
+    """Of an adapter as the policy: it needs a base, and stands alone.
+
+    Raises:
+        RefusedRun: it does not.
+    """
+    from ..adapters import base_of
+
+    if _holds_adapter(model_args):
+        try:
+            base_of(model_args.model_name_or_path, model_args.model_revision)
+        except ValueError as fault:
+            raise RefusedRun(str(fault)) from None
+
+
+def check_vocabulary(script_args, training_args, model_args, processor) -> None:
+    """Policy and reference must mean the same by a token's number.
+
+    Raises:
+        RefusedRun: they do not.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     reference = script_args.ref_model_name_or_path

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
 from ..model_checks import faults_of_model_folder
 from ..pair_rows import PreferenceDataError
-from .models import RefusedRun, check_reference, load_models, load_processor
+from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .options import RecipeParser, find_faults, make_parser, read_shard
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,10 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
     }
     if faults := faults_of_model_folder(model_args.model_name_or_path):
         raise RefusedRun(" ".join(faults))
+    check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
     with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
-        check_reference(script_args, training_args, model_args, processor)
+        check_vocabulary(script_args, training_args, model_args, processor)
         data = load_data(script_args, training_args, dataset_args, processor)
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
