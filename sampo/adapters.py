@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 REPORT = "sampo_merge.json"  # what a merge has found, beside the merged weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOAD_IN = ("4bit", "8bit")
 
 # Largest change of a token's log-prob that a merge may make, in nats. In float32 only the order of sums differs; the
 # others round each weight to 8 or 11 bits, as does loading the model in that type (docs/lora.md has measurements).
@@ -45,7 +44,7 @@ class Merge:
         adapter: Folder or hub id of the adapter.
         base: Folder or hub id of the model that it was merged into.
         dtype: Type of the saved weights.
-        load_in: `4bit` or `8bit` if the base was quantised on loading, as when the adapter was trained.
+        quantized: How the base was quantised on loading, as when the adapter was trained; None if it was not.
         tokens: Number of tokens compared.
         adapter_effect_mean: Mean absolute change of a token's log-prob by the adapter, in nats.
         adapter_effect_max: The largest.
@@ -57,7 +56,7 @@ class Merge:
     adapter: str
     base: str
     dtype: str
-    load_in: str | None
+    quantized: str | None
     tokens: int
     adapter_effect_mean: float
     adapter_effect_max: float
@@ -119,7 +118,7 @@ def merge(
     base_revision: str | None = None,
     dtype: str = "auto",
     texts: Sequence[str] = TEXTS,
-    load_in: str | None = None,
+    quantization_config: "BitsAndBytesConfig | None" = None,
 ) -> Merge:
     """Merge an adapter into its base, check the result and save it as an ordinary model folder with its tokenizer.
 
@@ -133,16 +132,15 @@ def merge(
         base_revision: Its revision on the hub, if not the one that the adapter names.
         dtype: Type of the saved weights; `auto` is that of the base.
         texts: The log-probs of their tokens are compared.
-        load_in: `4bit` or `8bit`: the adapter was trained on a base that was quantised on loading, and is merged into
-            these weights, dequantised. Needs bitsandbytes.
+        quantization_config: How the base was quantised on loading when the adapter was trained (QLoRA): the adapter
+            is merged into these weights, dequantised.
 
     Raises:
         ValueError: the adapter cannot be merged, or `out` is in use.
         ArithmeticError: the merged weights say something else than base + adapter; `out` is not written.
     """
-    for name, value, choices in (("dtype", dtype, DTYPES), ("load_in", load_in, (None, *LOAD_IN))):
-        if value not in choices:
-            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"`out` must not exist or be an empty folder, got {out}. Choose another or remove it.")
@@ -154,7 +152,7 @@ def merge(
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
     try:
-        report = _merge_into(aside, adapter, base or named, revision, dtype=dtype, texts=texts, load_in=load_in)
+        report = _merge_into(aside, adapter, base or named, revision, dtype, texts, quantization_config)
         _judge(report)
         (aside / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
         _sync(aside)
@@ -198,18 +196,18 @@ def token_logps(model: "PreTrainedModel | PeftModel", tokenizer: Any, texts: Seq
     return torch.cat(found)
 
 
-def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, *, dtype, texts, load_in) -> Merge:
+def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dtype, texts, quantization) -> Merge:
     """Merge, save in `folder`, load what was saved, compare."""
     processor = _processor(adapter, base, revision)
     tokenizer = getattr(processor, "tokenizer", processor)
-    model = _with_adapter(_load(base, revision, load_in), adapter)
+    model = _with_adapter(_load(base, revision, quantization), adapter)
     with model.disable_adapter():
         plain = token_logps(model, tokenizer, texts)
     adapted = token_logps(model, tokenizer, texts)
-    stays_quantized = load_in is None and bool(getattr(model.config, "quantization_config", None))
-    if load_in is not None:
+    stays_quantized = quantization is None and bool(getattr(model.config, "quantization_config", None))
+    if quantization is not None:
         del model
-        model = _with_adapter(_load(base, revision, load_in).dequantize(), adapter)
+        model = _with_adapter(_load(base, revision, quantization).dequantize(), adapter)
     saved_in = "quantised weights" if stays_quantized else _save(model, folder, dtype, base, revision)
     if stays_quantized:
         model.merge_and_unload().save_pretrained(folder)
@@ -222,14 +220,21 @@ def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, *, 
         adapter=str(adapter),
         base=base,
         dtype=saved_in,
-        load_in=load_in,
+        quantized=None if quantization is None else _named(quantization),
         tokens=len(effect),
         adapter_effect_mean=effect.mean().item(),
         adapter_effect_max=effect.max().item(),
         difference_mean=difference.mean().item(),
         difference_max=difference.max().item(),
-        bound=None if stays_quantized or load_in == "8bit" else BOUNDS[saved_in],
+        # a product with 8-bit weights rounds the activations too: it is not that with the dequantised ones
+        bound=None if stays_quantized or getattr(quantization, "load_in_8bit", False) else BOUNDS[saved_in],
     )
+
+
+def _named(quantization: "BitsAndBytesConfig") -> str:
+    if quantization.load_in_8bit:
+        return "8bit"
+    return f"4bit {quantization.bnb_4bit_quant_type}{' nested' if quantization.bnb_4bit_use_double_quant else ''}"
 
 
 def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str | None) -> str:
@@ -247,15 +252,13 @@ def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str
     return dtype
 
 
-def _load(name: str, revision: str | None = None, load_in: str | None = None) -> "PreTrainedModel":
+def _load(name: str, revision: str | None = None, quantization=None) -> "PreTrainedModel":
     """The model in float32 on the CPU, quantised if asked for."""
-    from transformers import BitsAndBytesConfig
     from trl.trainer.utils import create_model_from_path
 
     options: dict[str, Any] = {"dtype": "float32", "device_map": {"": "cpu"}, "revision": revision or "main"}
-    if load_in is not None:  # as TRL's `get_quantization_config` does it
-        kind: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        options["quantization_config"] = BitsAndBytesConfig(**kind if load_in == "4bit" else {"load_in_8bit": True})
+    if quantization is not None:
+        options["quantization_config"] = quantization
     return create_model_from_path(name, **options).eval()
 
 

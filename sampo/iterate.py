@@ -71,7 +71,7 @@ class Plan:
         seed: of round 1.
         dtype: of the weights in training.
         use_peft: whether a round trains an adapter, which is merged at its end.
-        load_in: `4bit` or `8bit` if it is trained on weights that are quantised on loading.
+        quantization: the options, as words, if it is trained on weights that are quantised on loading.
         recipe: options of the YAML file.
         words: options of the command line, as typed.
         launch: options for the launcher.
@@ -87,7 +87,7 @@ class Plan:
     seed: int
     dtype: str
     use_peft: bool
-    load_in: str | None = None
+    quantization: list[str] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     launch: dict[str, str] = field(default_factory=dict)
@@ -133,8 +133,7 @@ class Plan:
         words = ["sampo", "merge", str(self.round_folder(number)), "--base", self.model_after(number - 1)]
         if number == 1:
             words += ["--base_revision", self.revision]
-        words += ["--out", self.model_after(number), "--dtype", self.dtype]
-        return words if self.load_in is None else [*words, "--load_in", self.load_in]
+        return [*words, "--out", self.model_after(number), "--dtype", self.dtype, *self.quantization]
 
     def commands(self, number: int) -> list[str]:
         """All commands of a round, each as one line for a shell."""
@@ -303,11 +302,15 @@ def _launch(command: list[str], lock: int) -> int:
     """Run `sampo …` in a process of its own, which holds the lock as long as it lives."""
     words = [sys.executable, "-c", _IN_A_ROUND, str(os.getpid()), *command[1:]]
     process = subprocess.Popen(words, pass_fds=[lock])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the terminal has told the process too
-            continue
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it may want to save, and we wait for it
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal has told the process too
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_with_parent(parent: int) -> None:

@@ -78,7 +78,7 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> Plan:
         seed=options.seed,
         dtype=options.dtype,
         use_peft=options.use_peft,
-        load_in="4bit" if options.load_in_4bit else "8bit" if options.load_in_8bit else None,
+        quantization=_quantization_words(options),
         recipe={key: value for key, value in recipe.items() if key not in ITERATE_OPTIONS},
         words=_without_config(words),
         launch=launch,
@@ -116,6 +116,16 @@ def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
     if others := sorted(launch.keys() - set(PER_RUN)):
         faults.append(f"`sampo iterate` runs on one machine, got {others}. Run the commands of the rounds by hand.")
     return faults
+
+
+def _quantization_words(options: Any) -> list[str]:
+    """The options of `sampo merge` that repeat the quantisation of the training."""
+    if options.load_in_8bit:
+        return ["--load_in_8bit"]
+    if not options.load_in_4bit:
+        return []
+    nested = ["--use_bnb_nested_quant"] if options.use_bnb_nested_quant else []
+    return ["--load_in_4bit", "--bnb_4bit_quant_type", options.bnb_4bit_quant_type, *nested]
 
 
 def _without_config(words: list[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """`sampo merge ADAPTER --out FOLDER`: a whole model from an adapter and its base, checked to say the same."""
 
 import argparse
+import importlib.util
 import logging
 from pathlib import Path
 
-from ..adapters import BOUNDS, DTYPES, LOAD_IN, TEXTS
+from ..adapters import BOUNDS, DTYPES, TEXTS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,12 +23,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_revision", help="its revision on the hub")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the saved weights; `auto`: as the base's")
     parser.add_argument("--texts", type=Path, help="file with texts to compare, one a line, in place of our own")
-    parser.add_argument(
-        "--load_in",
-        choices=LOAD_IN,
-        help="the adapter was trained with `load_in_4bit` or `load_in_8bit` (QLoRA): merge into the base as it was "
-        "quantised then, dequantised",
+    quantized = parser.add_argument_group(
+        "after QLoRA", "As in the training: the adapter is merged into the base as it was quantised then, dequantised."
     )
+    kinds = quantized.add_mutually_exclusive_group()
+    kinds.add_argument("--load_in_4bit", action="store_true", help="as in `sampo train`")
+    kinds.add_argument("--load_in_8bit", action="store_true", help="as in `sampo train`")
+    quantized.add_argument("--bnb_4bit_quant_type", default="nf4", choices=["fp4", "nf4"], help="as in `sampo train`")
+    quantized.add_argument("--use_bnb_nested_quant", action="store_true", help="as in `sampo train`")
     return parser
 
 
@@ -52,9 +55,25 @@ def main(args: argparse.Namespace) -> None:
             base_revision=args.base_revision,
             dtype=args.dtype,
             texts=texts,
-            load_in=args.load_in,
+            quantization_config=_quantization(args),
         )
-    except (ValueError, ArithmeticError, OSError) as error:
+    except (ValueError, ArithmeticError, ImportError, OSError) as error:
         raise SystemExit(f"sampo merge: error: {error}") from None
     print(report.in_words())
     print(f"{args.adapter} merged into {report.base}: {args.out}")
+
+
+def _quantization(args: argparse.Namespace):
+    if not (args.load_in_4bit or args.load_in_8bit):
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("Quantised weights need bitsandbytes: `pip install 'sampo-dpo[quantization]'`.")
+    from transformers import BitsAndBytesConfig
+
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+    )
