@@ -19,7 +19,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -31,6 +30,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from .checkpoints import numbered_checkpoints
 
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
@@ -172,12 +173,13 @@ class Round:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def iterate(plan: Plan, say: Callable[[str], None]) -> list[Round]:
+def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], None] | None = None) -> list[Round]:
     """Run all rounds that are not finished.
 
     Args:
         plan: What to do.
         say: Takes each line of what is being done.
+        after: Is called with each round that has finished now.
 
     Raises:
         RefusedIteration: the folder belongs to other rounds, or another process works in it.
@@ -193,6 +195,8 @@ def iterate(plan: Plan, say: Callable[[str], None]) -> list[Round]:
                 continue
             _check_start(plan, rounds, one.number)
             _run_round(plan, rounds, one, say, lock)
+            if after is not None:
+                after(one)
     return rounds
 
 
@@ -207,7 +211,7 @@ def _take_up(plan: Plan) -> list[Round]:
         changes = list(_changes(saved["plan"], json.loads(json.dumps(asdict(plan)))))
         if not changes:
             return rounds
-        if any(one.status == "finished" for one in rounds) or _has_trained(plan, 1):
+        if any(one.status == "finished" for one in rounds) or _has_begun(plan.round_folder(1)):
             raise RefusedIteration(
                 f"{path} must be of the same rounds to go on with them, got changes: {'; '.join(changes)}. Undo them, "
                 "or set another `output_dir`."
@@ -259,7 +263,8 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
     one.versions = _versions()
     folder = plan.round_folder(one.number)
     if not _is_trained(folder):
-        _step(plan, rounds, one, "training", [*plan.train_command(one.number), *_resuming(folder)], say, lock)
+        again = ["--resume", "auto"] if _has_begun(folder) else []
+        _step(plan, rounds, one, "training", [*plan.train_command(one.number), *again], say, lock)
     merge = plan.merge_command(one.number)
     if merge is not None and not Path(one.model).is_dir():  # it is whole or absent
         _step(plan, rounds, one, "merging", merge, say, lock)
@@ -352,25 +357,8 @@ def _is_trained(folder: Path) -> bool:
     return _read_json(folder / "trainer_state.json") is not None
 
 
-def _has_trained(plan: Plan, number: int) -> bool:
-    folder = plan.round_folder(number)
-    return _is_trained(folder) or bool(_checkpoints(folder))
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Whole checkpoints with steps left to do, oldest first; the state is the last file to be written."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        state = _read_json(path / "trainer_state.json") if re.fullmatch(r"checkpoint-\d+", path.name) else None
-        # of a finished training, one more step would be made
-        if state is not None and state["global_step"] < state["max_steps"]:
-            found.append((state["global_step"], path))
-    return sorted(found)
-
-
-def _resuming(folder: Path) -> list[str]:
-    checkpoints = _checkpoints(folder)
-    return ["--resume_from_checkpoint", str(checkpoints[-1][1])] if checkpoints else []
+def _has_begun(folder: Path) -> bool:
+    return _is_trained(folder) or bool(numbered_checkpoints(folder))
 
 
 def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:

@@ -129,10 +129,11 @@ def test_the_reference_is_the_first_adapter_after_a_resume_too(adapter, words, t
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(base, words, tmp_path):
+def test_an_adapter_is_as_it_is_and_without_a_tokenizer_takes_that_of_its_base(base, words, tmp_path, caplog):
     bare = save_adapter(tmp_path / "bare", base, tokenizer=False)
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert train.start(["--model_name_or_path", bare, *words, "--max_steps", "1"]) == 0
+    assert train.start(["--model_name_or_path", bare, *words, "--max_steps", "1", "--lora_r", "7"]) == 0
+    assert "['lora_r'] have no effect on an adapter" in caplog.text
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 

@@ -20,7 +20,7 @@ ARROWS = {
     "data": {"pair_files", "pair_rows"},
     "config": {"weighting"},
     "adapters": set(),
-    "iterate": set(),
+    "iterate": {"checkpoints"},
     "head": set(),
     "pieces": set(),
     "stream_attention": set(),

@@ -22,7 +22,8 @@ from sampo.commands import train
 from sampo.commands.iterate import make_plan
 from sampo.commands.options import make_parser
 from sampo.data import shard_by_prompt, split_by_prompt
-from sampo.iterate import STATE, hash_model
+from sampo.iterate import STATE, Round, hash_model
+from sampo.ref_logps import cache_folders
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_killed_in_the_second_round_it_goes_on_and_ends_with_the_same_weights(tw
     rounds = state_of(folder)["rounds"]
     assert rounds[0] == killed[0]
     assert len(rounds[1]["attempts"]) == 2
-    assert "--resume_from_checkpoint" in rounds[1]["attempts"][1]
+    assert rounds[1]["attempts"][1] == rounds[1]["attempts"][0] + " --resume auto"
     assert_same_weights(weights(folder / "round-2"), weights(two_rounds[1] / "round-2"))
 
 
@@ -269,8 +270,8 @@ def test_the_first_model_stays_the_reference_where_that_is_asked_for(two_rounds,
     words, folder = two_rounds
     options = {"token_weighting": "all", "logging_steps": 1, "max_steps": 1, "per_device_train_batch_size": 32}
     more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    plan = make_plan({"reference": "initial"}, [*words[1:], *more])
-    assert plan.train_command(1) == make_plan({}, [*words[1:], *more]).train_command(1)
+    plan, _ = make_plan({"reference": "initial"}, [*words[1:], *more])
+    assert plan.train_command(1) == make_plan({}, [*words[1:], *more])[0].train_command(1)
     start = plan.model_after(0)
     run_by_hand(shlex.join(plan.train_command(2)), tmp_path / "out")
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
@@ -299,6 +300,33 @@ def margin_of(row, policy, reference, *, beta):
         return sums[0] - sums[1]
 
     return beta * (ratio("chosen") - ratio("rejected"))
+
+
+# --- caches of reference log-probs
+
+
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+def test_a_cache_is_removed_once_no_later_round_can_use_it_and_others_stay(place, tmp_path, monkeypatch, reference):
+    monkeypatch.setenv("SAMPO_CACHE", str(tmp_path))
+    recipe = write_recipe(place, "cached")
+    words = ["--precompute_ref_log_probs", "--max_steps", "1", "--save_strategy", "no"]
+
+    def caches(output_dir, *more):
+        assert cli.main(["train", "--config", recipe, *words, "--output_dir", str(output_dir), *more]) == 0
+        return set(cache_folders(tmp_path / "ref_logps"))
+
+    own = {"rounds": 2, "reference": reference, "remove_old_caches": True}
+    plan, cleans = make_plan(own, ["--config", recipe, *words])
+    ours = caches(plan.round_folder(1))
+    assert len(ours) == 2  # of training and of evaluation
+    others = caches(tmp_path / "other", "--eval_fraction", "0.5") - ours
+    assert len(others) == 2
+    cleans(Round(1))
+    left = set(cache_folders(tmp_path / "ref_logps"))
+    assert left == (others if reference == "previous" else ours | others)
+    cleans(Round(2))
+    assert set(cache_folders(tmp_path / "ref_logps")) == others
+    assert make_plan({**own, "remove_old_caches": False}, ["--config", recipe, *words])[1] is None
 
 
 # --- what is refused before anything runs
@@ -345,7 +373,7 @@ def test_a_round_that_fails_says_so_and_may_be_corrected_before_it_has_trained(p
     assert "`mask_samples` must be a whole number" in said
     assert "Round 1 must end with status 0, got 2 while training" in said
     assert state_of(place / "failed")["rounds"][0]["status"] == "failed"
-    plan = make_plan({"rounds": 1}, ["--config", write_recipe(place, "failed")])
+    plan, _ = make_plan({"rounds": 1}, ["--config", write_recipe(place, "failed")])
     from sampo.iterate import _take_up
 
     assert [one.status for one in _take_up(plan)] == ["waiting"]

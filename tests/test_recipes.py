@@ -129,7 +129,7 @@ def test_a_variant_differs_from_its_twin_in_what_its_name_says(name):
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_the_papers_rounds_are_three_epochs_or_the_thirds_of_one(name):
     recipe, single = read(name), read(name.replace("iterative", "full"))
-    plan = make_plan({}, ["--config", str(RECIPES[name])])
+    plan, _ = make_plan({}, ["--config", str(RECIPES[name])])
     assert (plan.rounds, plan.reference) == (3, "previous")
     epochs = single["num_train_epochs"]
     if name.startswith("pythia"):

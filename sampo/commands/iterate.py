@@ -5,7 +5,9 @@ YAML file too. Each round is a launch of its own; see `sampo.iterate`.
 """
 
 import argparse
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ from .launch import split_options
 from .options import ITERATE_OPTIONS, is_adapter
 from .options import make_parser as make_train_parser
 
+DEFAULTS: dict[str, Any] = {"data": "full", "reference": "previous", "remove_old_caches": False}
 PER_RUN = ("accelerate_config", "num_processes", "gpu_ids", "main_process_port")  # of the launcher's options
-SET_BY_US = ("ref_model_name_or_path", "ref_model_revision", "prompt_shard", "split_seed", "resume_from_checkpoint")
+SET_BY_US = (
+    *("ref_model_name_or_path", "ref_model_revision", "prompt_shard", "split_seed"),
+    *("resume", "resume_from_checkpoint"),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,6 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
         choices=REFERENCES,
         help="`previous` (default): the model that the round starts from. `initial`: the one that round 1 starts from",
     )
+    parser.add_argument(
+        "--remove_old_caches",
+        action="store_true",
+        default=None,
+        help="delete the cache of reference log-probs (`precompute_ref_log_probs`) that a round has made when no "
+        "later round can use it",
+    )
     return parser
 
 
@@ -45,8 +58,8 @@ def run(argv: list[str]) -> int:
     """Run the rounds; returns the exit status."""
     own, rest = make_parser().parse_known_args(argv)
     try:
-        plan = make_plan({name: value for name, value in vars(own).items() if value is not None}, rest)
-        rounds = iterate(plan, _say)
+        plan, cleans = make_plan({name: value for name, value in vars(own).items() if value is not None}, rest)
+        rounds = iterate(plan, _say, after=cleans)
     except (RefusedIteration, RoundFailed) as error:
         print(f"sampo iterate: error: {error}", file=sys.stderr)
         return error.status if isinstance(error, RoundFailed) else 2
@@ -56,8 +69,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def make_plan(own: dict[str, Any], argv: list[str]) -> Plan:
-    """What to do, from our own options and those of `sampo train` and of the launcher.
+def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Round], None] | None]:
+    """What to do, and what to do after each round.
+
+    Args:
+        own: our own options that stand on the command line.
+        argv: all others: those of `sampo train` and of the launcher.
 
     Raises:
         RefusedIteration: something is wrong with them; all of it in one message.
@@ -67,10 +84,11 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> Plan:
     parser = make_train_parser(prog="sampo iterate")
     parser.not_ours = set(ITERATE_OPTIONS)
     recipe, options = parser.read(words)
-    own = {"data": "full", "reference": "previous", **{k: recipe[k] for k in ITERATE_OPTIONS if k in recipe}, **own}
+    own = {**DEFAULTS, **{key: recipe[key] for key in ITERATE_OPTIONS if key in recipe}, **own}
     if faults := _find_faults(own, launch, options):
         raise RefusedIteration(" ".join(faults))
-    return Plan(
+    removes = own.pop("remove_old_caches")
+    plan = Plan(
         **own,
         output_dir=options.output_dir,
         model=options.model_name_or_path,
@@ -84,6 +102,24 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> Plan:
         launch=launch,
         inputs=_hash_inputs(options),
     )
+    if not (removes and options.precompute_ref_log_probs):
+        return plan, None
+    return plan, lambda one: _remove_caches(plan, one, options.ref_cache_dir)
+
+
+def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
+    """Delete the caches that a round has made, and with one reference for all rounds only after the last."""
+    if plan.reference == "initial" and one.number < plan.rounds:
+        return
+    from ..ref_logps import cache_folders, cache_root, read_manifest
+
+    made_by = {str(plan.round_folder(number)) for number in range(1, one.number + 1)}
+    for path in cache_folders(cache_root(folder)):
+        manifest = read_manifest(path / "manifest.json")
+        if manifest is not None and manifest["about"]["output_dir"] in made_by:
+            shutil.rmtree(path)
+            Path(f"{path}.lock").unlink(missing_ok=True)
+            _say(f"deleted the cache of reference log-probs {path}")
 
 
 def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> list[str]:
@@ -92,6 +128,10 @@ def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
         (
             not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1,
             f"`rounds` must be a number of at least 1, got {rounds!r}.",
+        ),
+        (
+            not isinstance(own["remove_old_caches"], bool),
+            f"`remove_old_caches` must be true or false, got {own['remove_old_caches']!r}.",
         ),
         (own["data"] not in DATA, f"`data` must be one of {list(DATA)}, got {own['data']!r}."),
         (

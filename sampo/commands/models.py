@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import fields
 from typing import Any
 
 from .options import is_adapter, same_place, second_adapter
@@ -112,6 +113,7 @@ def load_models(script_args, training_args, model_args) -> dict:
         )
         training_args.model_init_kwargs = None
         logger.info("training goes on with the adapter in %s", policy)
+        _warn_of_adapter_options(model_args)
     else:
         models |= {
             "model": policy,
@@ -129,6 +131,15 @@ def load_models(script_args, training_args, model_args) -> dict:
                 reference, **{**loading, "revision": script_args.ref_model_revision or "main"}
             )
     return models
+
+
+def _warn_of_adapter_options(model_args) -> None:
+    """An adapter that is there already is as it is."""
+    names = [f for f in fields(model_args) if f.name.startswith("lora_") or f.name in ("use_dora", "use_rslora")]
+    default = type(model_args)()
+    without_effect = [f.name for f in names if getattr(model_args, f.name) != getattr(default, f.name)]
+    if without_effect:
+        logger.warning("%s have no effect on an adapter that exists already.", without_effect)
 
 
 def _holds_adapter(model_args) -> bool:

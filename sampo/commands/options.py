@@ -17,7 +17,7 @@ from trl.scripts.utils import ScriptArguments, TrlParser
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 
-ITERATE_OPTIONS = ("rounds", "data", "reference")  # of `sampo iterate`, in the YAML file too
+ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
 HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
 
 
@@ -390,7 +390,10 @@ def _quantization_faults(options: Any) -> list[str]:
         return []
     option = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
     table = [
-        (not options.use_peft, "`use_peft`: quantised weights cannot be trained, only an adapter on them"),
+        (
+            not options.use_peft and not is_adapter(options.model_name_or_path or ""),
+            "`use_peft`: quantised weights cannot be trained, only an adapter on them",
+        ),
         (importlib.util.find_spec("bitsandbytes") is None, "bitsandbytes: `pip install 'sampo-dpo[quantization]'`"),
         (options.use_cpu or not torch.cuda.is_available(), "a CUDA device, and the run has none"),
     ]
