@@ -54,10 +54,9 @@ class Log:
             "device": device_name(),
             **({"purpose": args.purpose} if args.purpose else {}),
         }
-        self.about = {"command": args.command, "seed": args.seed, **results.provenance()}
-        commit = self.about["commit"]
-        comparable = commit and not commit.endswith("-dirty") and not args.fresh
-        self.done = {(r.name, r.key) for r in results.read(self.path) if comparable and r.commit == commit}
+        self.about = {"command": args.command, "seed": args.seed, **results.provenance(), "commit": args.commit}
+        comparable = args.commit and not args.commit.endswith("-dirty") and not args.fresh
+        self.done = {(r.name, r.key) for r in results.read(self.path) if comparable and r.commit == args.commit}
 
     def has(self, name: str, **config) -> bool:
         return (name, results.config_key(self.config | config)) in self.done
@@ -229,7 +228,9 @@ def start(args) -> None:
 
     log = Log(args)
     versions = ", ".join(f"{name} {version}" for name, version in log.about["versions"].items())
-    print(f"{log.config}\n{versions}; commit {log.about['commit']}; {args.repeats} repeats", flush=True)
+    warm = "one pass" if torch.cuda.is_available() else "one pair"
+    print(", ".join(f"{name}: {value}" for name, value in log.config.items()))
+    print(f"{versions}; commit {args.commit}; warm-up: {warm}; {args.repeats} repeat(s)", flush=True)
     peak = get_peak_flops(torch.cuda.get_device_name(), args.dtype) if torch.cuda.is_available() else None
     if peak and not log.has("peak_flops"):
         log.write("peak_flops", peak)
@@ -311,7 +312,8 @@ def main() -> None:
         sys.exit("`--data` needs `--model`, whose tokenizer reads it, got none. Leave it out for random words.")
     if args.data and args.shape != "hh":
         sys.exit(f"`--data` has its own lengths, got `--shape {args.shape}` beside it. Leave one of them out.")
-    args.command, args.purpose = command_of(args), None
+    # the commit is asked for once: somebody may commit documents while this runs
+    args.command, args.commit, args.purpose = command_of(args), results.commit(), None
     if args.tiny:
         vars(args).update(TINY)
     # a fork of a server that has imported everything and computed nothing: quick, and alike for all

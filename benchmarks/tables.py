@@ -76,18 +76,16 @@ class Run:
 
 
 def runs(records: list[Record]) -> list[Run]:
-    """One run per setting, of the commit that measured it last."""
-    found: dict[str, Run] = {}
+    """One run per setting: of the commits that measured it the one with the most sides, and of these the last."""
+    found: dict[str, dict[str | None, Run]] = {}
     for record in records:
         setting = {name: value for name, value in record.config.items() if name not in OF_A_PART}
-        if setting.get("benchmark") != "step_time":
-            continue
-        key = json.dumps(setting, sort_keys=True)
-        if key not in found or found[key].last.commit != record.commit:
-            found.pop(key, None)
-            found[key] = Run(setting, record)
-        found[key].add(record)
-    return list(found.values())
+        if setting.get("benchmark") == "step_time":
+            by_commit = found.setdefault(json.dumps(setting, sort_keys=True), {})
+            by_commit.setdefault(record.commit, Run(setting, record)).add(record)
+    return [
+        max(by_commit.values(), key=lambda run: (len(run.sides), run.last.created)) for by_commit in found.values()
+    ]
 
 
 def times(ratio: tuple[float, float, float] | None) -> str:
@@ -101,13 +99,12 @@ def about(run: Run) -> str:
     """The setting in words, with command, date and versions."""
     s = run.setting
     versions = ", ".join(f"{name} {number}" for name, number in sorted(run.last.versions.items()))
-    repeats = max((len(numbers.get("seconds", ())) for numbers in run.sides.values()), default=0)
     commands = ", ".join(f"`{command}`" for command in run.commands)
     measured = f"{run.last.created[:10]}, commit {(run.last.commit or 'unknown')[:7]}"
     data = s["data"] if s["data"] != "random words" else f"random words, shape {s['shape']}"
     return (
         f"{s['model']}, {s['dtype']}, {s['device']}, {s['threads']} thread(s), batch of {s['batch']} pairs, "
-        f"{s['batches']} batch(es), {data}, max_length {s['max_length']}, {repeats} repeat(s). "
+        f"{s['batches']} batch(es), {data}, max_length {s['max_length']}. "
         f"{commands}; {measured}; {versions}."
     )
 
@@ -116,15 +113,15 @@ def sides_table(run: Run) -> list[str]:
     """All that is known of each side."""
     bases = [base for base in ("TRL", "TRL, compact head") if base in run.timed]
     peak = run.device.get("peak_flops")
-    heads = ["side", "pairs/s (lowest to highest)", *(f"× {base}" for base in bases)]
+    heads = ["side", "repeats", "pairs/s (lowest to highest)", *(f"× {base}" for base in bases)]
     heads += ["peak memory, GiB", "added, GiB", "tokens: backbone", "head", *(["utilisation"] if peak else [])]
     lines = [row(heads), row(["---"] * len(heads))]
     for side, numbers in run.sides.items():
-        cells = [side, "–", *(["–"] * len(bases))]
+        cells = [side, str(len(numbers.get("seconds", ()))), "–", *(["–"] * len(bases))]
         if side in run.timed:
             speeds = run.speeds(side)
-            cells[1] = f"{median(speeds):.3g} ({speeds[0]:.3g} to {speeds[-1]:.3g})"
-            cells[2:] = [times(run.ratio(side, base)) for base in bases]
+            cells[2] = f"{median(speeds):.3g} ({speeds[0]:.3g} to {speeds[-1]:.3g})"
+            cells[3:] = [times(run.ratio(side, base)) for base in bases]
         for name in ("peak_memory_gib", "added_memory_gib"):
             cells.append(f"{numbers[name]:.2f}" if name in numbers else "–")
         for name in ("backbone_tokens", "head_tokens"):
