@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm_activation")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::_addmm_activation")
 LAYOUT = ("index", "gather", "scatter", "cat", "copy", "clone", "fill", "zero", "masked", "slice", "select", "nonzero")
 VOCABULARY_TILE = 32768  # TRL's head works in such pieces
 
@@ -50,7 +50,7 @@ def group_of(name: str, shapes: list, *, inner: set[int], widths: set[int]) -> s
         sizes = {size for shape in shapes for size in shape}
         # of rows x inner by inner x inner, only the number of rows is no size of a weight
         return "LM head" if sizes & widths and len(sizes - inner) > 1 else "linear layers"
-    if any(len(shape) > 1 and shape[-1] in widths for shape in shapes):
+    if any(widths & set(shape if len(shape) == 2 else shape[2:]) for shape in shapes):
         return "LM head"
     if "embedding" in name_only:
         return "embedding"

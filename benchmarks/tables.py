@@ -189,7 +189,7 @@ def sweep_tables(all_runs: list[Run]) -> list[str]:
         sides = list(dict.fromkeys(side for run in found for side in run.timed))
         heads = [name, *(f"{side}, pairs/s" for side in sides), *(f"{side}, × TRL" for side in sides[1:])]
         lines += [f"Varied: {sweep}. {about(found[-1])}", "", row(heads), row(["---"] * len(heads))]
-        for run in sorted(found, key=lambda run: str(run.setting[name])):
+        for run in found:
             speeds = [f"{median(run.speeds(side)):.3g}" if side in run.timed else "–" for side in sides]
             ratios = [times(run.ratio(side, "TRL")) for side in sides[1:]]
             lines.append(row([str(run.setting[name]), *speeds, *ratios]))

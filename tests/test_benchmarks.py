@@ -234,7 +234,10 @@ def test_flops_agree_with_a_count_by_hand(live):
         ("aten::mm", [[16384, 576], [576, 576]], "linear layers"),  # as many rows as a tile of the head is wide
         ("aten::mm", [[100, 576], [576, 32768]], "LM head"),
         ("aten::addmm", [[32768, 576], [32768, 100], [100, 576]], "LM head"),
+        ("aten::addmm_", [[32768, 576], [32768, 100], [100, 576]], "LM head"),
         ("aten::exp", [[100, 16384]], "LM head"),
+        ("aten::_log_softmax", [[16, 100, 49152]], "LM head"),
+        ("aten::copy_", [[32768, 576], [32768, 576]], "LM head"),  # its weight in float32
         ("aten::bmm", [[9, 20, 64], [9, 64, 20]], "attention"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", [[1, 9, 20, 64]], "attention"),
         ("aten::embedding_dense_backward", [[1, 100, 576], [1, 100]], "embedding"),
