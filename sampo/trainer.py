@@ -26,8 +26,6 @@ What we rely on in TRL 1.16, pinned by tests/test_trl_contract.py:
 """
 
 import copy
-import math
-import os
 import textwrap
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -39,18 +37,17 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, is_peft_model
-from datasets import Dataset, IterableDataset
+from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers.trainer_callback import ExportableState, TrainerCallback
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from .cached_reference import CachedReferenceTrainer
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
-from .data import check_preferences
+from .guards import check_data, refuse_another_engine, refuse_separate_processes
 from .head import score_places
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
@@ -58,6 +55,7 @@ from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
 from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .resuming import ResumableTrainer
+from .run_state import RunState
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -75,78 +73,6 @@ _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps
 _TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
 _WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
 _TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")  # what TRL makes of them
-
-
-class RunState(TrainerCallback, ExportableState):
-    """What a run has to remember beside the model: the index of the epoch, and θ of a learned length penalty.
-
-    It is saved in `trainer_state.json` with every checkpoint. transformers restores callbacks only on request
-    (`restore_callback_states_from_checkpoint`), so the state is taken back here.
-
-    Attributes:
-        epoch: index of the running epoch, 0, 1, … `state.epoch` itself is late by an epoch border for streamed data.
-    """
-
-    def __init__(self, length_penalty_lr: float = 0.05):
-        self.epoch = 0
-        self.length_penalty_lr = length_penalty_lr
-        self._begun = False
-        self._gradients: list[float] = []  # of the micro-batches since the last step
-        self._set_theta(0.0)
-
-    @property
-    def theta(self) -> float:
-        """Weight of (T_w − T_l)/scale in the logit."""
-        return self._theta.item()
-
-    def add_gradient(self, gradient: float) -> None:
-        """One micro-batch's dL/dθ, already averaged over processes."""
-        self._gradients.append(gradient)
-
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102, transformers' own interface
-        self.epoch, self._begun = int(state.epoch or 0), False
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("attributes", {})
-        if "adam" in saved:
-            self._set_theta(saved["adam"]["theta"], saved["adam"])
-
-    def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.epoch += self._begun
-        self._begun = True
-
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        if self._gradients:
-            mean = math.fsum(self._gradients) / len(self._gradients)
-            self._theta.grad = torch.tensor(mean, dtype=torch.float64)
-            self._adam.step()
-            self._gradients.clear()
-
-    def state(self) -> dict:
-        """What `trainer_state.json` keeps."""
-        moments = {name: value.item() for name, value in self._adam.state[self._theta].items()}
-        return {
-            "args": {"length_penalty_lr": self.length_penalty_lr},
-            "attributes": {"adam": {"theta": self.theta, **moments}},
-        }
-
-    @property
-    def adam(self) -> dict[str, float]:
-        """θ and its optimiser's moments; transformers sets it when it restores callbacks itself."""
-        return self.state()["attributes"]["adam"]
-
-    @adam.setter
-    def adam(self, saved: dict[str, float]) -> None:
-        self._set_theta(saved["theta"], saved)
-
-    def _set_theta(self, theta: float, moments: dict[str, float] | None = None) -> None:
-        self._theta = torch.nn.Parameter(torch.tensor(theta, dtype=torch.float64))
-        self._adam = torch.optim.Adam([self._theta], lr=self.length_penalty_lr)
-        moments = {name: value for name, value in (moments or {}).items() if name != "theta"}
-        if moments:
-            self._adam.state[self._theta] = {
-                # Adam keeps its step in float32 and the moments in the parameter's type
-                name: torch.tensor(value, dtype=torch.float32 if name == "step" else torch.float64)
-                for name, value in moments.items()
-            }
 
 
 @dataclass
@@ -302,10 +228,10 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
                 f"`args` must be a `SamPOConfig`, got `{type(args).__name__}`. It takes all options of `DPOConfig`: "
                 "change the class, and set `token_weighting='all'` for plain DPO."
             )
-        _refuse_separate_processes(args)
+        refuse_separate_processes(args)
         if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
-        _check_data(train_dataset, eval_dataset)
+        check_data(train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
@@ -345,7 +271,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         accelerate's policy for bf16 casts outputs too, and a sum of −150 nats in bf16 has a resolution of 1.
         """
         super().create_accelerator_and_postprocess()
-        _refuse_another_engine(self.accelerator)
+        refuse_another_engine(self.accelerator)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if isinstance(getattr(plugin, "mixed_precision_policy", None), MixedPrecisionPolicy):  # FSDP1 has another
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
@@ -918,40 +844,6 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             section = f"\n## Method\n\nTrained with sampo. Method: {self._method_in_words()}.\n"
             section += f"Reference: {self._reference_in_words()}. Beta {self.beta}, loss {self.args.loss_type}.\n"
             path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
-
-
-def _refuse_separate_processes(args: SamPOConfig) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and args.world_size == 1:
-        raise RuntimeError(
-            f"All {world} launched processes must train one model together, got a process that sees itself alone: "
-            "each would train on the same rows and overwrite the other's output. On CPU set `use_cpu: true` and "
-            "launch with `torchrun` or an accelerate config of type MULTI_GPU; on GPUs check that each process sees "
-            "its device."
-        )
-
-
-def _refuse_another_engine(accelerator) -> None:
-    """On the CPU accelerate turns FSDP into DDP, or into separate runs, without a word."""
-    for engine, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
-        asked = os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
-        if asked and accelerator.distributed_type != kind:
-            raise RuntimeError(
-                f"The processes must train with {kind.value}, as the launch asks for, got "
-                f"{accelerator.distributed_type.value} on {accelerator.device.type}. FSDP needs a GPU for each "
-                "process; on the CPU launch with `cpu_zero3`, which shards as well, or with `cpu_ddp`."
-            )
-
-
-def _each_dataset(train_dataset, eval_dataset) -> list:
-    return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-
-
-def _check_data(train_dataset, eval_dataset) -> None:
-    """All faults of the rows, before a model is loaded."""
-    for dataset in _each_dataset(train_dataset, eval_dataset):
-        if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
-            check_preferences(dataset)
 
 
 def _end_token_ids(tokenizer, generation_config) -> list[int]:

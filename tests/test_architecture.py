@@ -31,10 +31,12 @@ ARROWS = {
     "checkpoints": set(),
     "run_identity": set(),
     "model_checks": set(),
+    "run_state": set(),
+    "guards": {"config", "data"},
     "resuming": {"checkpoints", "lengths", "run_identity"},
     "trainer": {
         *("weighting", "config", "data", "head", "lengths", "pair_stream", "pieces", "cached_reference", "ref_logps"),
-        *("checkpoints", "model_checks", "resuming"),
+        *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "cli": {"commands"},

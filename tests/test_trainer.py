@@ -16,7 +16,8 @@ from trl import DPOConfig, DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config import LOSS_TYPES
-from sampo.trainer import RunState, _end_token_ids
+from sampo.run_state import RunState
+from sampo.trainer import _end_token_ids
 from sampo.weighting import WEIGHTINGS, draw_keys, token_weights
 
 LN2 = math.log(2)
