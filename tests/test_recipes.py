@@ -36,7 +36,7 @@ ORDER = [
     *("use_dora", "use_rslora", "lora_dropout", "lora_target_modules"),
     *("dataset_name", "dataset_train_split", "dataset_test_split", "on_bad_rows"),
     *("token_weighting", "beta", "rounds", "data", "reference"),
-    *("max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("pair_stream", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps"),
     *("per_device_eval_batch_size", "save_steps", "save_total_limit", "output_dir"),
 ]
