@@ -221,10 +221,8 @@ def too_long(config, stream: Stream) -> str | None:
         if limit is not None and 0 < limit < stream.segments.longest:  # 0 and -1 are some models' None
             return f"the model's `{name}` is {limit} tokens, and a row has {stream.segments.longest}"
     rope = getattr(text, "rope_parameters", None) or {}
-    for each in (
-        rope,
-        *(value for value in rope.values() if isinstance(value, dict)),
-    ):  # one for all layers, or a kind
+    by_type = [value for value in rope.values() if isinstance(value, dict)]  # some have them for each type of layer
+    for each in [rope, *by_type]:
         limits = {
             "longrope": each.get("original_max_position_embeddings"),
             "dynamic": getattr(text, "max_position_embeddings", None),

@@ -31,6 +31,7 @@ from transformers import (
     Qwen3NextConfig,
     RecurrentGemmaConfig,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sampo.pair_stream import NAME, PairStreams, RowsTooLong, lay_out, score, too_long, why_not
 from sampo.stream_attention import StreamRefused
@@ -116,6 +117,31 @@ def test_what_the_model_asks_of_its_attention_is_refused_where_it_is_not_done(co
     stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     with pytest.raises(StreamRefused, match=f"the model's attention uses `{what}`"):
         score(model, model.base_model, stream, batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:])
+
+
+ASKED = {
+    "`softcap`": {"softcap": 30.0},
+    "`s_aux`": {"s_aux": torch.zeros(4)},
+    "`sinks`": {"sinks": torch.zeros(4)},
+    "`position_bias`": {"position_bias": torch.zeros(1, 4, 9, 9)},
+    "`indices`": {"indices": torch.zeros(1, 9, 2)},
+    "`block_indices`": {"block_indices": torch.zeros(1, 9, 2)},
+    "what comes after a token": {"is_causal": False},
+    "dropout of 0.1": {"dropout": 0.1},
+    "a sliding window of 6 tokens, and a row has 7": {"sliding_window": 6},
+}
+
+
+@pytest.mark.parametrize("what", list(ASKED))
+def test_each_wish_of_a_layer_that_is_not_fulfilled_is_refused(what):
+    batch = collate([(4, 4, 3)])
+    stream = lay_out(*(batch[name] for name in ("input_ids", "attention_mask", "completion_mask")))
+    heads = [torch.zeros(1, 4, stream.input_ids.numel(), 8) for _ in range(3)]
+    attention = ALL_ATTENTION_FUNCTIONS[NAME]
+    harmless = {"scaling": 0.5, "is_causal": True, "dropout": 0.0, "sliding_window": 7, "softcap": None, "s_aux": None}
+    attention(None, *heads, None, pair_stream=stream, **harmless)
+    with pytest.raises(StreamRefused, match=what):
+        attention(None, *heads, None, pair_stream=stream, **harmless | ASKED[what])
 
 
 def test_attention_dropout_is_refused():
