@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
@@ -78,6 +79,11 @@ def with_more_tokens(folder: Path) -> None:
 REMOTE_CODE = "from pathlib import Path\nPath('was-here').touch()\nclass Model: pass\nclass Config: pass\n"
 
 
+def with_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Path("was-here")}, folder / "pytorch_model.bin")
+
+
 def with_remote_code(folder: Path) -> None:
     (folder / "code.py").write_text(REMOTE_CODE)
     auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.T", "code.T"]}
@@ -97,6 +103,7 @@ MODELS: dict[str, Callable[[Path], Any]] = {
     "tokenizer with more tokens": with_more_tokens,
     "adds a begin token": with_begin_token,
     "remote code": with_remote_code,
+    "pickled weights": with_pickled_weights,
     "unknown kind": lambda folder: rewritten(
         folder / "config.json", model_type="nobody-knows", architectures=["Nobody"]
     ),
@@ -261,6 +268,13 @@ def last_error(said: str) -> str:
     return said[start:].strip()
 
 
+class Literal(yaml.SafeDumper):
+    """Texts as they are, without quotes."""
+
+
+Literal.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|"))
+
+
 def write_what_is_said() -> None:
     for path in CASES:
         case = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -274,7 +288,7 @@ def write_what_is_said() -> None:
         text = re.sub(r"^says: .*", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         if said.count("sampo train: error: ") != 1:
             continue
-        says = yaml.safe_dump({"says": last_error(said)}, allow_unicode=True, width=110)
+        says = yaml.dump({"says": last_error(said)}, Dumper=Literal, allow_unicode=True, width=10_000)
         path.write_text(text + says, encoding="utf-8")
 
 
