@@ -109,7 +109,8 @@ def faults_of_tokenizer(tokenizer: Any) -> list[str]:
         reason = str(error.message).rstrip(".")
         faults.append(f"The chat template must be valid Jinja, got at line {error.lineno}: {reason}.")
     except SecurityError as error:
-        faults.append(f"The chat template must not reach for Python, got: {error}. Use one from a source you trust.")
+        reason = str(error).rstrip(".")
+        faults.append(f"The chat template must not reach for Python, got: {reason}. Use one from a source you trust.")
     except TemplateError:
         pass  # for other roles or contents; the data will tell
     else:

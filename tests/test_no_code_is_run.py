@@ -69,7 +69,9 @@ def test_pickled_weights(tmp_path, model, marker, name, capsys):
         (model / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
     torch.save({"lm_head.weight": Payload(marker)}, model / name)
     assert train.start(words(tmp_path, model)) == 2
-    assert "got one that would run code when it is loaded" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("sampo train: error: ") == 1
+    assert name == "adapter_model.bin" or "got one that would run code when it is loaded" in said
 
 
 def test_the_code_of_a_model(tmp_path, model, marker, capsys):
