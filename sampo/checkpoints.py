@@ -45,9 +45,8 @@ class Found:
     skipped: dict[Path, str] = field(default_factory=dict)
 
     def skipped_in_words(self) -> str:
-        """One sentence, or nothing."""
-        reasons = [f"{path.name} was skipped: {reason}." for path, reason in self.skipped.items()]
-        return " ".join(reasons)
+        """A sentence for each, with a blank before it."""
+        return "".join(f" {path.name} is skipped: {reason}." for path, reason in self.skipped.items())
 
 
 def step_of(folder: Path) -> int:

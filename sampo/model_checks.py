@@ -11,39 +11,66 @@ from typing import Any
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
 
-def faults_of_model_folder(name: str) -> list[str]:
-    """Of a local folder: its configuration and its weights, by their headers. A hub id has none here."""
+def faults_of_model_folder(name: str, *, trust_remote_code: bool = False) -> list[str]:
+    """Of a local folder: its configuration, its tokenizer, and its weights, by their headers. A hub id has none here.
+
+    Args:
+        name: What the user gave.
+        trust_remote_code: Whether the folder may bring code of its own.
+    """
     folder = Path(name).expanduser()
     if not folder.exists():
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
         return [_model_fault(name, "there is no such folder. Check the spelling.")] if looks_like_path else []
     if not folder.is_dir():
         return [_model_fault(name, "it is a file. Name the folder that holds the model.")]
+    faults = [_model_fault(name, fault) for fault in _faults_of_json(folder)]
     weights = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
     if not weights:
-        return [_model_fault(name, f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again.")]
-    faults = _faults_of_json(name, folder)
+        faults.append(_model_fault(name, f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again."))
     for path in weights:
         if path.suffix == ".safetensors" and (fault := _fault_of_safetensors(path)):
             faults.append(_model_fault(name, f"{path.name} is damaged: {fault}. Fetch or save it again."))
-    return faults
+    if faults or any(path.suffix == ".gguf" for path in weights):
+        return faults
+    return [_model_fault(name, fault) for fault in _faults_of_kind(folder, trust_remote_code)]
 
 
-def _faults_of_json(name: str, folder: Path) -> list[str]:
-    if not any((folder / each).is_file() for each in ("config.json", "adapter_config.json")) and not [
-        *folder.glob("*.gguf")
-    ]:
-        return [_model_fault(name, "it has no config.json. Save model and tokenizer there with `save_pretrained`.")]
+def _faults_of_json(folder: Path) -> list[str]:
     faults = []
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            faults.append(_model_fault(name, f"{path.name} is no valid JSON: {error}. Fetch or save it again."))
+            faults.append(f"{path.name} is no valid JSON: {error}. Fetch or save it again.")
             continue
-        shards = set(content.get("weight_map", {}).values()) if path.name.endswith(".index.json") else set()
+        lists = isinstance(content, dict) and path.name.endswith(".index.json")
+        shards = set(content.get("weight_map", {}).values()) if lists else set()
         if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-            faults.append(_model_fault(name, f"{missing} of {path.name} are missing. Fetch or save them again."))
+            faults.append(f"{missing} of {path.name} are missing. Fetch or save them again.")
+    return faults
+
+
+def _faults_of_kind(folder: Path, trust_remote_code: bool) -> list[str]:
+    """No configuration, a model that brings its own code or that nobody knows, no tokenizer."""
+    from transformers import CONFIG_MAPPING
+
+    if (folder / "adapter_config.json").is_file():
+        return []
+    if not (folder / "config.json").is_file():
+        return ["it has no config.json. Save model and tokenizer there with `save_pretrained`."]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type")
+    faults = []
+    if "auto_map" in config and kind not in CONFIG_MAPPING and not trust_remote_code:
+        faults.append("it brings code of its own. Read that code, and set `trust_remote_code: true` if it may run.")
+    elif kind not in CONFIG_MAPPING and not trust_remote_code:
+        faults.append(
+            f"its `model_type` is {kind!r}, which this version of transformers does not know. Check config.json, or "
+            "use a newer transformers."
+        )
+    if not any([*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("*.model")]):
+        faults.append("it has no tokenizer. Save it there with `tokenizer.save_pretrained`.")
     return faults
 
 
@@ -79,9 +106,11 @@ def faults_of_tokenizer(tokenizer: Any) -> list[str]:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateSyntaxError as error:
-        faults.append(f"The chat template must be valid Jinja, got at line {error.lineno}: {error.message}.")
+        reason = str(error.message).rstrip(".")
+        faults.append(f"The chat template must be valid Jinja, got at line {error.lineno}: {reason}.")
     except SecurityError as error:
-        faults.append(f"The chat template must not reach for Python, got: {error}. Use one from a source you trust.")
+        reason = str(error).rstrip(".")
+        faults.append(f"The chat template must not reach for Python, got: {reason}. Use one from a source you trust.")
     except TemplateError:
         pass  # for other roles or contents; the data will tell
     else:

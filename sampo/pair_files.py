@@ -287,7 +287,7 @@ def _read_json(path: Path) -> list[dict | BrokenLine]:
         raise _unreadable(path, f"is not valid UTF-8 at line {line}; save it as UTF-8") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise _unreadable(path, f"is no complete JSON list ({error.msg} at {place})") from error
+        raise _unreadable(path, f"is no complete JSON list ({error.msg.removesuffix(' at')} at {place})") from error
     if not elements:
         raise _unreadable(path, "has no rows")
     escaped = b"\\u" in content

@@ -12,6 +12,7 @@ tests/test_resume.py:
 import contextlib
 import json
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -98,6 +99,17 @@ class SaveOnSigterm(TrainerCallback):
             control.should_save = control.should_evaluate = control.should_log = False
 
 
+@contextlib.contextmanager
+def _code_refused(checkpoint: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as error:  # torch's own advice is to let the code run
+        raise ResumeRefusedError(
+            f"The files of a checkpoint must hold tensors and plain values, got one in {checkpoint} that would run "
+            "code when it is loaded. Nothing was run. Somebody has changed it: use another checkpoint."
+        ) from error
+
+
 class ResumableTrainer(Trainer):
     """Whole checkpoints, an exact resume, and a checkpoint at SIGTERM. For trainers that log as TRL's do."""
 
@@ -142,7 +154,7 @@ class ResumableTrainer(Trainer):
         self._log_window = None
         if checkpoint is not None:
             self._log_window = json.loads((checkpoint / LOG_WINDOW).read_text(encoding="utf-8"))
-        with self._sigterm.listening(active=self.args.save_strategy != "no"):
+        with self._sigterm.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint):
             result = super().train(str(checkpoint) if checkpoint else None, *rest, **kwargs)
         if self._sigterm.stopped:
             self.accelerator.wait_for_everyone()
@@ -175,7 +187,7 @@ class ResumableTrainer(Trainer):
                 logger.warning(f"{path.name} is skipped: {reason}.")
             if found.path is None and wanted is True:
                 raise ResumeRefusedError(
-                    f"`resume_from_checkpoint: true` needs a whole checkpoint in `output_dir`, got none in {folder}. "
+                    f"`resume_from_checkpoint: true` needs a whole checkpoint in `output_dir`, got none in {folder}."
                     f"{found.skipped_in_words()} To begin in that case, use `resume_from_checkpoint: auto`."
                 )
             if found.path is None:

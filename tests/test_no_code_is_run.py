@@ -18,6 +18,7 @@ from tiny import make_pairs, save_model
 from sampo import load_preferences
 from sampo.checkpoints import read_manifest, write_manifest
 from sampo.commands import train
+from sampo.resuming import ResumeRefusedError
 
 
 class Payload:
@@ -68,7 +69,9 @@ def test_pickled_weights(tmp_path, model, marker, name, capsys):
         (model / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
     torch.save({"lm_head.weight": Payload(marker)}, model / name)
     assert train.start(words(tmp_path, model)) == 2
-    assert capsys.readouterr().err.count("sampo train: error: ") == 1
+    said = capsys.readouterr().err
+    assert said.count("sampo train: error: ") == 1
+    assert name == "adapter_model.bin" or "got one that would run code when it is loaded" in said
 
 
 def test_the_code_of_a_model(tmp_path, model, marker, capsys):
@@ -141,7 +144,7 @@ def test_the_files_of_a_checkpoint(tmp_path, checkpoint, marker, name):
     torch.save({"state": Payload(marker)}, forged / name)
     write_manifest(forged, read_manifest(checkpoint)["run"])
     trainer = make_run(str(checkpoint.parents[1] / "model"), tmp_path / "out", max_steps=2)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ResumeRefusedError, match="that would run code when it is loaded"):
         trainer.train(resume_from_checkpoint=str(forged))
 
 

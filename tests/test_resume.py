@@ -47,20 +47,23 @@ def is_continued_by(before, after, whole):
 
 # --- exactness -------------------------------------------------------------------------------------------------------
 
+# options of a run, and the numbers of micro-batches after which it is interrupted
 KINDS = {
-    "full": {"eval_strategy": "steps", "eval_steps": 3},
-    "LoRA with dropout": {"lora": True},
+    "full": ({"eval_strategy": "steps", "eval_steps": 3}, range(12)),
+    "LoRA with dropout": ({"lora": True}, (1, 4, 5, 8)),
+    "precomputed reference": ({"token_weighting": "expected", "precompute_ref_log_probs": True}, (6,)),
+    "several subsets": ({"mask_samples": 3, "max_steps": 4, "save_total_limit": 1}, (3,)),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_interrupted_in_any_micro_batch_goes_on_to_the_same_bits(model, tmp_path, kind):
     """Weights, theta, data order, subsets, losses and the whole log; 2.5 steps an epoch, so over epoch borders too."""
-    options = KINDS[kind]
+    options, stops = KINDS[kind]
     whole, end = run(model, tmp_path / "whole", **options)
-    assert len(whole) == 13  # of every third step, which ends an epoch, one micro-batch
-    assert len({line["rows"] for line in whole}) == 13
-    for stop_at in range(13):
+    assert len(whole) == (7 if "max_steps" in options else 12)  # each third step ends an epoch with one micro-batch
+    assert len({line["rows"] for line in whole}) == len(whole)
+    for stop_at in stops:
         folder = tmp_path / str(stop_at)
         before, nothing = run(model, folder, stop_at=stop_at, **options)
         assert nothing is None
@@ -523,3 +526,23 @@ def test_two_processes_of_which_one_is_killed_twenty_times_come_to_the_same_bits
         per_device_train_batch_size=2,
     )
     check_campaign(result, 20)
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_launcher_of_two_processes_saves_one_checkpoint_and_the_same_command_goes_on(model, tmp_path):
+    words = command_line(model, tmp_path, "--resume", "auto", "--per_device_train_batch_size", "2")
+    command = [sys.executable, "-m", "sampo.cli", "train", "--accelerate_config", "cpu_ddp", *words, "--max_steps"]
+    with subprocess.Popen([*command, "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "'loss'" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode != 0, said[-3000:]
+    (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
+    assert checkpoints.fault_of(checkpoint) is None
+    step = checkpoints.step_of(checkpoint)
+    done = subprocess.run([*command, str(step + 2)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, step + 3))

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from trl.scripts.utils import ScriptArguments, TrlParser
 
@@ -184,9 +184,9 @@ class RecipeParser(TrlParser):
         del args[index : index + 2]
         try:
             with open(path, encoding="utf-8") as file:
-                text = file.read()
-            config = yaml.safe_load(text)
-            twice = _keys_given_twice(text)
+                config = yaml.safe_load(file)
+                file.seek(0)
+                twice = _keys_given_twice(file)
         except OSError as error:
             self.error(f"`--config` must be a YAML file that can be read, got {path}: {error.strerror}.")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -198,7 +198,7 @@ class RecipeParser(TrlParser):
         return config, path
 
 
-def _keys_given_twice(text: str) -> list[str]:
+def _keys_given_twice(file: IO[str]) -> list[str]:
     """Keys that stand more than once in a mapping, of which YAML's loader would silently take the last."""
     import yaml
 
@@ -213,7 +213,7 @@ def _keys_given_twice(text: str) -> list[str]:
         found = [f"`{key}` in lines {numbers}" for key, numbers in lines.items() if len(numbers) > 1]
         return found + [each for _, value in pairs for each in look(value)]
 
-    return look(yaml.compose(text, Loader=yaml.SafeLoader))
+    return look(yaml.compose(file, Loader=yaml.SafeLoader))
 
 
 def _listed(faults: list[str]) -> str:

@@ -10,6 +10,7 @@ In the shape of TRL's `dpo.py`, with the same options and three differences:
 import contextlib
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,8 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    if faults := faults_of_model_folder(model_args.model_name_or_path):
+    trusts = training_args.trust_remote_code
+    if faults := faults_of_model_folder(model_args.model_name_or_path, trust_remote_code=trusts):
         raise RefusedRun(" ".join(faults))
     check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
@@ -98,6 +100,15 @@ def _faults_in_one_line() -> Iterator[None]:
         yield
     except (RefusedRun, PreferenceDataError):
         raise
+    except pickle.UnpicklingError as error:
+        raise RefusedRun(
+            "The files of a model must hold tensors and nothing else, got one that would run code when it is loaded. "
+            "Nothing was run. Get the model as safetensors, from a source you trust."
+        ) from error
+    except PermissionError as error:
+        raise RefusedRun(
+            f"{error.filename} must be open to the user of this process, got: {error.strerror}. Change who may use it."
+        ) from error
     except (OSError, ValueError) as error:
         raise RefusedRun(str(error)) from error
 
