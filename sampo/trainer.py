@@ -822,7 +822,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _reference_in_words(self) -> str:
         if self.args.precompute_ref_log_probs:
             whose = "the initial policy" if self._reference_is_start else "the `ref_model` that was passed"
-            return f"log-probs of {whose}, one per token, from the cache {self.ref_caches[0].cache.folder}"
+            return f"log-probs of {whose}, one per token, from the cache"  # without its path: this goes to the card
         if not self._reference_is_start:
             return "the `ref_model` that was passed"
         if self.ref_model is None:
