@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("distributed_worker.py")
-LIMIT_S = 240
+LIMIT_S = 400  # a first launch of DeepSpeed builds an extension
 
 
 def launch_runs(model, out, runs, *, processes, config=None, check=True, shim=True):

@@ -57,7 +57,7 @@ def test_the_wheel_holds_code_recipes_configurations_and_licence_and_no_tests(bu
         return {name.removeprefix(folder) for name in names if name.startswith(folder) and name.endswith(suffix)}
 
     for kind in ("recipes", "configs"):
-        ours = {path.relative_to(ROOT / kind).as_posix() for path in (ROOT / kind).rglob("*.*")}
+        ours = {path.relative_to(ROOT / kind).as_posix() for path in (ROOT / kind).rglob("*") if path.is_file()}
         assert inside(f"sampo/_data/{kind}/", (".yaml", ".json")) == ours
         assert ours
     code = {path.relative_to(ROOT / "sampo").as_posix() for path in (ROOT / "sampo").rglob("*.py")}
