@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-# One thread: the models of the tests are tiny, and a second thread makes them slower.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Two processes of one thread: the models of the tests are tiny, and a second thread makes them slower. A file stays in
+# one process, for its tests share what was slow to make.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-all check format format-check clean
