@@ -124,7 +124,7 @@ def log_of(trainer):
 @pytest.mark.parametrize(
     ("options", "stream"),
     [(o, "true") for o in LOSSES] + [(o, stream) for o in RUNS for stream in ("true", "false")],
-    ids=str,
+    ids=lambda value: str({**value, "peft_config": "LoRA"} if "peft_config" in value else value),
 )
 def test_a_run_in_pieces_has_the_log_of_a_run_without(model_folder, tmp_path, options, stream):
     seen = []

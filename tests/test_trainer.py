@@ -432,7 +432,7 @@ def test_prompt_tuning_whose_virtual_tokens_stand_before_the_row(model_folder, t
         {"f_divergence_type": "js_divergence", "loss_type": "ipo"},
         {"gradient_checkpointing": True, "peft_config": LoraConfig(**LORA), "length_penalty": "learned"},
     ],
-    ids=str,
+    ids=",".join,
 )
 @pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
 def test_the_options_of_trl_work_with_subsets(model_folder, tmp_path, options, caplog):
