@@ -1,0 +1,456 @@
+"""Win rates: how often a judge prefers a system to a baseline.
+
+A verdict is one answer of the judge; a comparison is what its verdicts say about one answer of the system and one of
+the baseline, both orders averaged; a score is the mean comparison of one prompt, and the prompt is the unit of every
+interval. Preferences are the system's: 1 a win, 0 a loss, ½ a tie, NaN a failure. A failure is counted and left out,
+never taken for a tie.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from scipy import stats
+
+from .intervals import (
+    FEW,
+    Estimate,
+    bootstrap,
+    codes_of,
+    difference_interval,
+    prompt_means,
+    rate_interval,
+    undefined,
+)
+
+Ids = Sequence[Hashable] | np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """What one judge said about a system and a baseline, one row per verdict.
+
+    Attributes:
+        prompt: `(n,)` id of the prompt.
+        preference: `(n,)` in [0, 1], of the system, whichever answer was shown first; NaN where the judge failed.
+        order: `(n,)` 0 where the system's answer was shown first, 1 where the baseline's was; None for a judge
+            that sees no order (a reward model).
+        sample: `(n,)` which of several samples of the prompt; None where there is one.
+        system_length: `(n,)` length of the system's answer, in the unit named; None if not known.
+        baseline_length: `(n,)` length of the baseline's answer.
+        length_unit: `characters`, `words` or `tokens of NAME`.
+    """
+
+    prompt: Ids
+    preference: np.ndarray
+    order: np.ndarray | None = None
+    sample: Ids | None = None
+    system_length: np.ndarray | None = None
+    baseline_length: np.ndarray | None = None
+    length_unit: str = "characters"
+
+    def __post_init__(self):
+        for name in ("preference", "system_length", "baseline_length"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
+        _check_columns(self, ("preference", "order", "sample", "system_length", "baseline_length"))
+        if self.order is not None:
+            object.__setattr__(self, "order", np.asarray(self.order))
+            if not np.isin(self.order, (0, 1)).all():
+                raise ValueError(f"`order` must be 0 or 1 in every row, got {sorted(set(self.order.tolist()))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """One row per pair of answers, both orders averaged; failures are counted, not kept.
+
+    Attributes:
+        prompt: `(m,)` id of the prompt; several samples of a prompt repeat it.
+        preference: `(m,)` in [0, 1], of the system.
+        system_length: `(m,)` or None.
+        baseline_length: `(m,)` or None.
+        length_unit: what lengths are counted in.
+        failed: pairs of answers without any verdict.
+        half_failed: pairs that lack the verdict of one order, and are left out for it.
+        lost_prompts: prompts of which no comparison is left.
+        orders: which orders were seen: `both`, `system first`, `baseline first` or `none`.
+    """
+
+    prompt: Ids
+    preference: np.ndarray
+    system_length: np.ndarray | None = None
+    baseline_length: np.ndarray | None = None
+    length_unit: str = "characters"
+    failed: int = 0
+    half_failed: int = 0
+    lost_prompts: int = 0
+    orders: str = "none"
+
+    def __post_init__(self):
+        for name in ("preference", "system_length", "baseline_length"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
+        _check_columns(self, ("preference", "system_length", "baseline_length"))
+        if np.isnan(self.preference).any():
+            raise ValueError(
+                f"`preference` of comparisons must be a number in every row, got {int(np.isnan(self.preference).sum())} "
+                "NaN. Use `Verdicts(...)` and `compare_orders`, which count failures."
+            )
+
+    def __len__(self) -> int:
+        return len(self.preference)
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """`(m,)` number of each row's prompt."""
+        return codes_of(self.prompt)[0]
+
+    @cached_property
+    def ids(self) -> list[Hashable]:
+        """Prompts by their number."""
+        return codes_of(self.prompt)[1]
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """`(P,)` mean preference of each prompt."""
+        return prompt_means(self.preference, self.codes) if len(self) else np.empty(0)
+
+    @cached_property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(m,)` lengths of the system's answers and of the baseline's."""
+        if self.system_length is None or self.baseline_length is None:
+            raise ValueError("`system_length` and `baseline_length` must be given for this, got none.")
+        return self.system_length, self.baseline_length
+
+    def where(self, keep: np.ndarray) -> "Comparisons":
+        """The comparisons where `keep`, `(m,)` of bool, holds. Failures belong to no part and are not repeated."""
+        rows = np.flatnonzero(keep)
+
+        def take(column: np.ndarray | None) -> np.ndarray | None:
+            return None if column is None else column[rows]
+
+        return Comparisons(
+            prompt=[self.prompt[i] for i in rows],
+            preference=self.preference[rows],
+            system_length=take(self.system_length),
+            baseline_length=take(self.baseline_length),
+            length_unit=self.length_unit,
+            orders=self.orders,
+        )
+
+
+def _check_columns(table: Verdicts | Comparisons, names: tuple[str, ...]) -> None:
+    for name in names:
+        column = getattr(table, name)
+        if column is not None and len(column) != len(table.prompt):
+            raise ValueError(
+                f"`{name}` must have one row per verdict, got {len(column)} rows for {len(table.prompt)} of `prompt`."
+            )
+    wrong = np.flatnonzero((table.preference < 0) | (table.preference > 1))
+    if len(wrong):
+        raise ValueError(
+            f"`preference` must lie in [0, 1] or be NaN, got {table.preference[wrong[0]]} in row {wrong[0]} "
+            f"({len(wrong)} such rows). AlpacaEval's 1 to 2 become that by taking 1 away."
+        )
+    for name in ("system_length", "baseline_length"):
+        column = getattr(table, name)
+        if column is not None and not (np.isfinite(column) & (column >= 0)).all():
+            row = int(np.flatnonzero(~(np.isfinite(column) & (column >= 0)))[0])
+            raise ValueError(f"`{name}` must be 0 or more in every row, got {column[row]} in row {row}.")
+
+
+def compare_orders(verdicts: Verdicts) -> Comparisons:
+    """Average the orders of each pair of answers.
+
+    Several verdicts in one order are averaged first, so that a repeated request does not weigh twice. Where the
+    verdicts speak of both orders, a pair with a verdict in one order only is left out and counted in `half_failed`:
+    kept, it would bring the judge's bias for a position back in.
+    """
+    table = _by_order(verdicts)
+    has = table.seen[:, table.asked] > 0
+    kept = np.flatnonzero(has.all(axis=1)) if table.asked else np.empty(0, dtype=int)
+    rows = table.first_row[kept]
+    prompts = [table.pairs[i][0] for i in kept]
+    names = {(0,): "system first", (1,): "baseline first", (0, 1): "both"}
+    return Comparisons(
+        prompt=prompts,
+        preference=table.mean[kept][:, table.asked].mean(axis=1) if len(kept) else np.empty(0),
+        system_length=None if verdicts.system_length is None else verdicts.system_length[rows],
+        baseline_length=None if verdicts.baseline_length is None else verdicts.baseline_length[rows],
+        length_unit=verdicts.length_unit,
+        failed=int((~has.any(axis=1)).sum()),
+        half_failed=int((has.any(axis=1) & ~has.all(axis=1)).sum()),
+        lost_prompts=len({pair[0] for pair in table.pairs}) - len(set(prompts)),
+        orders="none" if verdicts.order is None else names.get(tuple(table.asked), "none"),
+    )
+
+
+@dataclass(frozen=True)
+class _ByOrder:
+    """Verdicts by pair of answers and order: `pairs` of (prompt, sample), the others `(pairs, 2)` or `(pairs,)`."""
+
+    pairs: list[tuple[Hashable, Hashable]]
+    seen: np.ndarray
+    mean: np.ndarray
+    first_row: np.ndarray
+    asked: list[int]
+
+
+def _by_order(verdicts: Verdicts) -> _ByOrder:
+    sample = [0] * len(verdicts.prompt) if verdicts.sample is None else _plain(verdicts.sample)
+    codes, pairs = codes_of(list(zip(_plain(verdicts.prompt), sample, strict=True)))
+    first_row = np.full(len(pairs), len(codes))
+    np.minimum.at(first_row, codes, np.arange(len(codes)))
+    for name in ("system_length", "baseline_length"):
+        lengths = getattr(verdicts, name)
+        if lengths is not None and (lengths != lengths[first_row[codes]]).any():
+            row = int(np.flatnonzero(lengths != lengths[first_row[codes]])[0])
+            raise ValueError(
+                f"`{name}` must be the same in all verdicts on one pair of answers, got {lengths[row]} in row {row} "
+                f"and {lengths[first_row[codes[row]]]} before it. Several samples of a prompt need `sample`."
+            )
+    order = np.zeros(len(codes), dtype=int) if verdicts.order is None else verdicts.order.astype(int)
+    known = ~np.isnan(verdicts.preference)
+    seen, total = np.zeros((len(pairs), 2)), np.zeros((len(pairs), 2))
+    np.add.at(seen, (codes[known], order[known]), 1)
+    np.add.at(total, (codes[known], order[known]), verdicts.preference[known])
+    with np.errstate(invalid="ignore"):
+        mean = total / seen
+    return _ByOrder(pairs, seen, mean, first_row, sorted(set(order.tolist())))
+
+
+def _plain(values: Ids) -> list[Hashable]:
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRate:
+    """A win rate with all that has to stand beside it.
+
+    Attributes:
+        rate: mean score over prompts, with its interval.
+        wins: prompts whose score is above ½.
+        ties: prompts whose score is ½.
+        losses: prompts whose score is below ½.
+        comparisons: pairs of answers that count.
+        failed: pairs without any verdict.
+        half_failed: pairs without a verdict in one of the orders.
+        lost_prompts: prompts without any comparison.
+        notes: what a reader has to know, in sentences.
+    """
+
+    rate: Estimate
+    wins: int
+    ties: int
+    losses: int
+    comparisons: int
+    failed: int = 0
+    half_failed: int = 0
+    lost_prompts: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+
+def win_rate(
+    comparisons: Comparisons,
+    *,
+    interval: str = "wilson",
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> WinRate:
+    """Raw win rate over prompts.
+
+    Args:
+        comparisons: of one system and one baseline.
+        interval: `wilson`, at the variance of the prompts' scores, or `bootstrap`, resampling prompts. Both respect
+            that samples of one prompt belong together; the bootstrap is too narrow below 50 prompts and near 0 and 1.
+        confidence: of the interval.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    if interval not in ("wilson", "bootstrap"):
+        raise ValueError(f"`interval` must be `wilson` or `bootstrap`, got {interval!r}.")
+    scores = comparisons.scores
+    rate = rate_interval(scores, confidence)
+    if interval == "bootstrap" and len(scores):
+        low, high, se = bootstrap(
+            lambda counts: counts @ scores / len(scores),
+            len(scores),
+            resamples=resamples,
+            seed=seed,
+            confidence=confidence,
+        )
+        rate = Estimate(rate.value, low, high, se, rate.n)
+    tie = np.abs(scores - 0.5) < 1e-9
+    return WinRate(
+        rate=rate,
+        wins=int((~tie & (scores > 0.5)).sum()),
+        ties=int(tie.sum()),
+        losses=int((~tie & (scores < 0.5)).sum()),
+        comparisons=len(comparisons),
+        failed=comparisons.failed,
+        half_failed=comparisons.half_failed,
+        lost_prompts=comparisons.lost_prompts,
+        notes=_notes(comparisons),
+    )
+
+
+def _notes(comparisons: Comparisons) -> tuple[str, ...]:
+    n, notes = len(comparisons.scores), []
+    if n < FEW:
+        notes.append(f"{n} prompts: below {FEW} the interval is a hint only, and shows differences of thirty points.")
+    if comparisons.orders in ("system first", "baseline first"):
+        notes.append(f"Only one order was judged ({comparisons.orders}): the judge's bias for a position is included.")
+    left_out = comparisons.failed + comparisons.half_failed
+    if left_out:
+        total = left_out + len(comparisons)
+        notes.append(
+            f"{left_out} of {total} pairs of answers are left out because a verdict failed "
+            f"({comparisons.half_failed} of them in one order only)."
+        )
+    return tuple(notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedComparison:
+    """Two systems against one baseline, on the prompts that both have.
+
+    Attributes:
+        difference: mean score of the first minus that of the second, with its paired interval.
+        better: prompts where the first scores higher.
+        worse: prompts where the second scores higher.
+        equal: prompts where both score the same.
+        p_value: exact two-sided sign test on `better` and `worse`; for wins and losses this is McNemar's exact test.
+            None where no prompt differs.
+        unpaired: prompts that only one of them has; they do not count.
+        correlation: of the two scores over prompts, or None.
+    """
+
+    difference: Estimate
+    better: int
+    worse: int
+    equal: int
+    p_value: float | None
+    unpaired: int
+    correlation: float | None
+
+
+def paired(first: Comparisons, second: Comparisons, *, confidence: float = 0.95) -> PairedComparison:
+    """Compare two systems that the same judge compared with the same baseline."""
+    a, b = dict(zip(first.ids, first.scores, strict=True)), dict(zip(second.ids, second.scores, strict=True))
+    both = [prompt for prompt in first.ids if prompt in b]
+    if not both:
+        raise ValueError(
+            f"The two systems must share prompts, got {len(a)} and {len(b)} without one in common. "
+            "Judge both on the same prompt file."
+        )
+    x, y = np.array([a[prompt] for prompt in both]), np.array([b[prompt] for prompt in both])
+    difference = x - y
+    equal = np.abs(difference) < 1e-9
+    better, worse = int((difference[~equal] > 0).sum()), int((difference[~equal] < 0).sum())
+    varied = x.std() > 1e-12 and y.std() > 1e-12
+    return PairedComparison(
+        difference=difference_interval(difference, confidence),
+        better=better,
+        worse=worse,
+        equal=int(equal.sum()),
+        p_value=float(stats.binomtest(better, better + worse).pvalue) if better + worse else None,
+        unpaired=len(a) + len(b) - 2 * len(both),
+        correlation=float(np.corrcoef(x, y)[0, 1]) if varied else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderConsistency:
+    """What the order of the two answers does to the judge.
+
+    Attributes:
+        consistent: share of pairs with the same verdict (win, tie, loss) in both orders.
+        first_shown: mean preference for the answer that is shown first, whosever it is; ½ is no bias.
+        flipped_to_first: pairs in which each order's first answer won.
+        flipped_to_second: pairs in which each order's second answer won.
+        pairs: pairs with verdicts in both orders.
+    """
+
+    consistent: Estimate
+    first_shown: Estimate
+    flipped_to_first: int
+    flipped_to_second: int
+    pairs: int
+
+
+def order_consistency(verdicts: Verdicts, *, confidence: float = 0.95) -> OrderConsistency:
+    """Does the judge say the same when the answers change places?"""
+    if verdicts.order is None:
+        raise ValueError("`order` must be given for the consistency of orders, got None.")
+    table = _by_order(verdicts)
+    kept = np.flatnonzero((table.seen > 0).all(axis=1))
+    if not len(kept):
+        return OrderConsistency(
+            consistent=undefined(0), first_shown=undefined(0), flipped_to_first=0, flipped_to_second=0, pairs=0
+        )
+    mean = table.mean[kept]
+    side = np.sign(np.where(np.abs(mean - 0.5) < 1e-9, 0, mean - 0.5))
+    prompts = codes_of([table.pairs[i][0] for i in kept])[0]
+    of_first = (mean[:, 0] + 1 - mean[:, 1]) / 2
+    return OrderConsistency(
+        consistent=rate_interval(prompt_means((side[:, 0] == side[:, 1]).astype(float), prompts), confidence),
+        first_shown=rate_interval(prompt_means(of_first, prompts), confidence),
+        flipped_to_first=int(((side[:, 0] > 0) & (side[:, 1] < 0)).sum()),
+        flipped_to_second=int(((side[:, 0] < 0) & (side[:, 1] > 0)).sum()),
+        pairs=len(kept),
+    )
+
+
+RATIO_EDGES = (0.5, 0.8, 1.25, 2.0)
+
+
+def by_length_ratio(
+    comparisons: Comparisons, *, edges: Sequence[float] = RATIO_EDGES, confidence: float = 0.95
+) -> list[tuple[float, float, WinRate]]:
+    """Win rate by the ratio of lengths, system over baseline.
+
+    Returns:
+        For each bin its lower edge (included), its upper edge and the win rate of the comparisons inside. An empty
+        answer of the system has ratio 0, one of the baseline ratio ∞; two empty ones have ratio 1.
+    """
+    if list(edges) != sorted(set(edges)) or not all(edge > 0 for edge in edges):
+        raise ValueError(f"`edges` must rise and lie above 0, got {list(edges)}.")
+    ratio = length_ratios(comparisons)
+    bounds = [0.0, *edges, np.inf]
+    bins = np.searchsorted(edges, ratio, side="right")
+    return [
+        (bounds[i], bounds[i + 1], win_rate(comparisons.where(bins == i), confidence=confidence))
+        for i in range(len(bounds) - 1)
+    ]
+
+
+def length_ratios(comparisons: Comparisons) -> np.ndarray:
+    """`(m,)` length of the system's answer over the baseline's; 1 where both are empty."""
+    ours, theirs = comparisons.lengths
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(ours == theirs, 1.0, ours / theirs)
+
+
+def length_matched(comparisons: Comparisons, *, ratio: float = 1.25, confidence: float = 0.95) -> WinRate:
+    """Win rate among answers whose lengths differ by no more than a factor.
+
+    A check of robustness, not a headline: it speaks of those prompts only on which both write about as much.
+    """
+    if ratio < 1:
+        raise ValueError(f"`ratio` must be at least 1, got {ratio}.")
+    ratios = length_ratios(comparisons)
+    return win_rate(comparisons.where((ratios <= ratio) & (ratios >= 1 / ratio)), confidence=confidence)
+
+
+def longer_wins(comparisons: Comparisons) -> Comparisons:
+    """The control that every result needs: what a judge would say that always takes the longer answer."""
+    ours, theirs = comparisons.lengths
+    return Comparisons(
+        prompt=comparisons.prompt,
+        preference=np.where(ours > theirs, 1.0, np.where(ours < theirs, 0.0, 0.5)),
+        system_length=ours,
+        baseline_length=theirs,
+        length_unit=comparisons.length_unit,
+    )
