@@ -1,1 +1,4 @@
-"""Evaluation: how long answers are, how often they win, and how sure that is. numpy and scipy alone for the numbers."""
+"""Evaluation: how long answers are, how often they win, and how sure that is.
+
+The numbers need numpy and scipy alone.
+"""

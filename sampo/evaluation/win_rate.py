@@ -92,10 +92,11 @@ class Comparisons:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
         _check_columns(self, ("preference", "system_length", "baseline_length"))
-        if np.isnan(self.preference).any():
+        missing = int(np.isnan(self.preference).sum())
+        if missing:
             raise ValueError(
-                f"`preference` of comparisons must be a number in every row, got {int(np.isnan(self.preference).sum())} "
-                "NaN. Use `Verdicts(...)` and `compare_orders`, which count failures."
+                f"`preference` of comparisons must be a number in every row, got {missing} NaN. "
+                "Use `Verdicts(...)` and `compare_orders`, which count failures."
             )
 
     def __len__(self) -> int:
