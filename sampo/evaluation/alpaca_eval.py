@@ -69,7 +69,9 @@ class Gamed:
             rows = list(csv.DictReader(file))
         missing = [name for name in COLUMNS if not rows or name not in rows[0]]
         if missing:
-            raise ValueError(f"{gamed} must be AlpacaEval's df_gamed.csv with the columns {COLUMNS}, got no {missing}.")
+            raise ValueError(
+                f"{gamed} must be AlpacaEval's df_gamed.csv with the columns {COLUMNS}, got no {missing}."
+            )
         by_number: dict[int, float] = {}
         for row in rows:
             by_number.setdefault(int(float(row["index"])), float(row["instruction_difficulty"]))
@@ -169,7 +171,9 @@ def _difficulty(
         for row in annotations:
             left = places.get(row["instruction"])
             if not left:
-                raise ValueError(f"`instructions` must hold every instruction, got none of {row['instruction'][:80]!r}.")
+                raise ValueError(
+                    f"`instructions` must hold every instruction, got none of {row['instruction'][:80]!r}."
+                )
             numbers.append(left.pop(0))  # an instruction that comes twice: first to first
     absent = [number for number in numbers if number not in table.difficulty_by_number]
     if absent:
