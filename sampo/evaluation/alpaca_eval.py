@@ -120,17 +120,16 @@ def alpaca_eval(
     """
     if align not in ("prompt", "row"):
         raise ValueError(f"`align` must be `prompt` or `row`, got {align!r}.")
-    if isinstance(annotations, Path):
-        annotations = json.loads(annotations.read_text(encoding="utf-8"))
-    if not annotations:
+    rows = json.loads(annotations.read_text(encoding="utf-8")) if isinstance(annotations, Path) else annotations
+    if not rows:
         raise ValueError("`annotations` must hold at least one row, got none.")
-    preference = np.array([_preference(row, number) for number, row in enumerate(annotations)])
-    lengths = np.array([[len(row["output_1"]), len(row["output_2"])] for row in annotations], dtype=float)
+    preference = np.array([_preference(row, number) for number, row in enumerate(rows)])
+    lengths = np.array([[len(row["output_1"]), len(row["output_2"])] for row in rows], dtype=float)
     known = ~np.isnan(preference)
     slope, controlled = None, None
     if gamed is not None:
         table = Gamed.read(gamed, difficulty)
-        hard = _difficulty(annotations, table, instructions, align)
+        hard = _difficulty(rows, table, instructions, align)
         controlled, slope = _controlled(preference, lengths[:, 0] - lengths[:, 1], hard, table, confidence)
     return AlpacaEval(
         win_rate=_points(rate_interval(preference[known], confidence)),
@@ -216,5 +215,7 @@ def _interval(own, y, design, weight, beta, predicted, rate, confidence) -> Esti
 
 
 def _points(estimate: Estimate) -> Estimate:
-    numbers = (estimate.value, estimate.low, estimate.high, estimate.se)
-    return Estimate(*(None if x is None else 100 * x for x in numbers), n=estimate.n)
+    def times(x: float | None) -> float | None:
+        return None if x is None else 100 * x
+
+    return Estimate(times(estimate.value), times(estimate.low), times(estimate.high), times(estimate.se), estimate.n)
