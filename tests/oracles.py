@@ -159,3 +159,36 @@ def logistic_slope_se(x, y) -> float:
         det = h11 * h00 - h01 * h01
         a, b = a + (h00 * s1 - h01 * s0) / det, b + (h11 * s0 - h01 * s1) / det
     return math.sqrt(h00 / det)
+
+
+def alpaca_eval_fit(rows, labels, weights, groups: int, minimize) -> list[float]:
+    """AlpacaEval 2's estimator from its description: an L1 penalty whose strength five folds choose by log loss.
+
+    `rows` of three features, `labels` in [0, 1], `weights`; row i belongs to fold i modulo 5. scikit-learn's liblinear
+    minimises |b| + C · Σ w · loss, and its grid has ten C from 1e-4 to 1e4. Vectorised with numpy for its speed.
+    """
+    import numpy as np
+
+    x, y, w = np.asarray(rows), np.asarray(labels), np.asarray(weights)
+
+    def fit(c, part):
+        a, t, v = x[part], y[part], w[part]
+
+        def objective(b):  # b = b⁺ − b⁻, both at least 0
+            eta = a @ (b[:3] - b[3:])
+            slope = c * a.T @ (v * (1 / (1 + np.exp(-eta)) - t))
+            loss = b.sum() + c * (v * (np.logaddexp(0, eta) - t * eta)).sum()
+            return loss, np.concatenate([1 + slope, 1 - slope])
+
+        done = minimize(objective, np.full(6, 0.01), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 6, tol=1e-13)
+        return done.x[:3] - done.x[3:]
+
+    def held_out(c):
+        total = 0.0
+        for fold in range(groups):
+            inside = np.arange(len(y)) % groups != fold
+            eta = x[~inside] @ fit(c, inside)
+            total += (w[~inside] * (np.logaddexp(0, eta) - y[~inside] * eta)).sum()
+        return total
+
+    return list(fit(min(np.logspace(-4, 4, 10), key=held_out), np.ones(len(y), dtype=bool)))
