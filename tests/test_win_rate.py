@@ -479,6 +479,7 @@ def test_separable_verdicts_stay_finite_and_are_named():
     numbers = [found.rate.value, found.rate.low, found.rate.high, found.slope.value]
     assert np.isfinite(numbers).all()
     assert found.slope.value > 10
+    assert found.rate.interval == (0.0, 1.0)
     assert "nearly separates" in " ".join(found.notes)
 
 

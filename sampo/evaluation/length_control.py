@@ -30,6 +30,7 @@ from .win_rate import Comparisons, length_ratios
 
 RIDGE = 1e-4  # on the slope and on the weight of the difficulty; in a fit of 100 prompts it moves nothing visible
 FLAT = 1e-10  # on the strength: only labels that are all the same feel it
+SEPARATED = 10.0  # a slope beyond it: lengths tell wins from losses, and nothing is known at equal length
 SIMILAR = 1.1  # lengths within this factor count for both sides of the overlap
 REFUSE_BELOW, WARN_BELOW = 0.05, 0.20  # of the overlap: docs/evaluation.md has the errors on real systems
 
@@ -156,8 +157,9 @@ def length_controlled(
             confidence=confidence,
         )
         rate = Estimate(rate.value, low, high, se, rate.n)
-    if abs(fit.beta[0, 0]) > 10:
-        notes.append("Length nearly separates wins from losses: the slope is held by the ridge alone.")
+    if abs(fit.beta[0, 0]) > SEPARATED:
+        rate = Estimate(rate.value, 0.0, 1.0, None, rate.n)
+        notes.append("Length nearly separates wins from losses: at equal length these data say nothing.")
     if data.prompts < FEW:
         notes.append(f"{data.prompts} prompts: below {FEW} a fit of lengths is not to be relied on.")
     return LengthControlled(
@@ -321,7 +323,7 @@ def _sandwich(data: _Data, fit: _Fit, confidence: float) -> tuple[Estimate, Esti
     correction = n / max(n - k, 1)
     t = stats.t.ppf((1 + confidence) / 2, max(n - k, 1))
     se_rate, se_slope = (np.sqrt(correction * (v**2).sum()) / n for v in (of_rate, influence[:, 0]))
-    centre, half = logit(rate), t * se_rate / (rate * (1 - rate))
+    centre, half = logit(rate), t * se_rate / max(rate * (1 - rate), 1e-12)
     return (
         Estimate(rate, float(expit(centre - half)), float(expit(centre + half)), float(se_rate), n),
         Estimate(float(beta[0]), float(beta[0] - t * se_slope), float(beta[0] + t * se_slope), float(se_slope), n),
