@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -732,6 +736,7 @@ def test_a_summary_has_every_number_with_its_interval_and_a_record_of_each():
         "system": "ours",
         "baseline": "sft",
         "judge": "rule",
+        "length_unit": "characters",
     }
     assert "AlpacaEval" not in " ".join([found.sentence(), *found.notes, *row])
 
@@ -751,6 +756,14 @@ def test_the_sentence_says_when_nothing_was_shown_and_why_there_is_no_control():
     assert "longer in 100.0%" in " ".join(found.notes)
     assert "does not show" not in found.sentence()
     assert "always taking the longer answer would give 100.0 %" in found.sentence()
+
+
+def test_the_guide_prints_the_sentence_that_it_quotes(tmp_path):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    code = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
+    quoted = " ".join(line.removeprefix(">").strip() for line in page.splitlines() if line.startswith(">"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert quoted in done.stdout.splitlines()
 
 
 def test_all_pairs_of_seeds_give_other_verdicts():

@@ -125,7 +125,7 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Estimate:
     if n == 1:
         return Estimate(mean, None, None, None, 1)
     sd = float(np.std(values, ddof=1))
-    se = sd / np.sqrt(n)
+    se = sd / float(np.sqrt(n))
     if sd <= 1e-12 * abs(mean):
         return Estimate(mean, mean, mean, 0.0, n)
     quantile = float(stats.t.ppf((1 + confidence) / 2, n - 1))
@@ -134,7 +134,7 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Estimate:
     def back(w: float) -> float:  # inverse of g(t) = t + skew t²/3 + skew² t³/27 + skew/6
         return w if abs(skew) < 1e-6 else float(3 / skew * (np.cbrt(1 + skew * (w - skew / 6)) - 1))
 
-    return Estimate(mean, mean - se * back(quantile), mean - se * back(-quantile), float(se), n)
+    return Estimate(mean, mean - se * back(quantile), mean - se * back(-quantile), se, n)
 
 
 def quantile_interval(values: np.ndarray, codes: np.ndarray, quantile: float, *, confidence: float = 0.95) -> Estimate:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..results import Record, provenance
-from .intervals import Estimate
+from .intervals import Estimate, mean_interval, prompt_means
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
 from .verbosity import Verbosity
 from .win_rate import (
@@ -40,6 +40,8 @@ class Summary:
         slope: the judge's slope on log2 of the ratio of lengths, or None.
         longer_wins: what a judge would say that always takes the longer answer, or None.
         orders: consistency of the two orders, or None.
+        lengths: mean length of the system's answers and of the baseline's, of those compared, or None.
+        length_unit: of the lengths.
         confidence: of all intervals.
     """
 
@@ -54,6 +56,8 @@ class Summary:
     slope: Estimate | None = None
     longer_wins: WinRate | None = None
     orders: OrderConsistency | None = None
+    lengths: tuple[Estimate, Estimate] | None = None
+    length_unit: str = "characters"
     confidence: float = 0.95
 
     @property
@@ -67,6 +71,8 @@ class Summary:
     def estimates(self) -> dict[str, Estimate]:
         """Every number by its name."""
         found = {"win_rate": self.raw.rate}
+        if self.lengths:
+            found |= {"length/system": self.lengths[0], "length/baseline": self.lengths[1]}
         if self.controlled:
             found |= {"win_rate/equal_length": self.controlled.rate, "length/slope_in_model": self.controlled.slope}
         if self.matched:
@@ -83,7 +89,12 @@ class Summary:
 
     def row(self) -> dict[str, Any]:
         """One flat row for CSV or JSON."""
-        row: dict[str, Any] = {"system": self.system, "baseline": self.baseline, "judge": self.judge}
+        row: dict[str, Any] = {
+            "system": self.system,
+            "baseline": self.baseline,
+            "judge": self.judge,
+            "length_unit": self.length_unit,
+        }
         row |= {name: getattr(self.raw, name) for name in ("wins", "ties", "losses", "failed", "half_failed")}
         row["prompts"] = self.raw.rate.n
         for name, estimate in self.estimates().items():
@@ -99,6 +110,9 @@ class Summary:
         )
         lost = rate.failed + rate.half_failed
         text += f"; {lost} failed verdicts left out)" if lost else ")"
+        if self.lengths:
+            ours, theirs = (_count(length) for length in self.lengths)
+            text += f"; with {ours} {self.length_unit} per answer against {theirs}"
         if self.controlled:
             text += f"; at equal length {_pct(self.controlled.rate)}"
         if self.longer_wins:
@@ -107,7 +121,7 @@ class Summary:
         bounds = rate.rate.interval
         if bounds and bounds[0] <= 0.5 <= bounds[1]:
             text += " The interval holds 50 %: this does not show which of the two is better."
-        return text + f" Intervals are {self.confidence:.0%}, over prompts."
+        return text + f" Intervals are {100 * self.confidence:g} %, over prompts."
 
 
 def summarise(
@@ -125,6 +139,10 @@ def summarise(
     if verdicts.order is not None and comparisons.orders == "both":
         parts["orders"] = order_consistency(verdicts, confidence=confidence)
     if comparisons.system_length is not None and comparisons.baseline_length is not None and len(comparisons):
+        parts["lengths"] = tuple(
+            mean_interval(prompt_means(column, comparisons.codes), confidence) for column in comparisons.lengths
+        )
+        parts["length_unit"] = comparisons.length_unit
         parts["bins"] = tuple(by_length_ratio(comparisons, confidence=confidence))
         parts["slope"] = length_slope(comparisons, confidence=confidence)
         parts["longer_wins"] = win_rate(longer_wins(comparisons), confidence=confidence)
@@ -149,6 +167,10 @@ def _pct(estimate: Estimate, *, bounds: bool = True) -> str:
     return text
 
 
+def _count(estimate: Estimate) -> str:
+    return "–" if estimate.value is None else f"{estimate.value:,.0f}"
+
+
 def _orders(summary: Summary) -> str:
     if summary.orders:
         return f"both orders, consistent in {_pct(summary.orders.consistent, bounds=False)}"
@@ -169,7 +191,12 @@ def records(
     where = provenance()
     if isinstance(found, Summary):
         estimates = found.estimates()
-        names = {"system": found.system, "baseline": found.baseline, "judge": found.judge}
+        names = {
+            "system": found.system,
+            "baseline": found.baseline,
+            "judge": found.judge,
+            "length_unit": found.length_unit,
+        }
         counts = {name: getattr(found.raw, name) for name in ("ties", "failed", "half_failed", "lost_prompts")}
         rows = [(name, estimate) for name, estimate in estimates.items()]
         rows += [
