@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -154,6 +155,29 @@ def test_samples_without_their_number_are_refused():
     verdicts = Verdicts(prompt=["a", "a"], preference=[1, 0], system_length=[10, 20], baseline_length=[5, 5])
     with pytest.raises(ValueError, match="need `sample`"):
         compare_orders(verdicts)
+
+
+def judgement(prompt, order, preference, **over):
+    row = {"prompt_id": prompt, "sample": 0, "order": order, "preference": preference, "judge": "rule"}
+    for side, length in (("system", 10), ("baseline", 20)):
+        row |= {f"{side}_chars": length, f"{side}_words": length / 5, f"{side}_tokens": None}
+    return SimpleNamespace(**row | over)
+
+
+def test_judgements_become_verdicts_of_the_system():
+    rows = [judgement("a", "ba", 0.25), judgement("a", "ab", 1.0), judgement("b", "ab", None)]
+    found = Verdicts.of(rows)
+    assert found.order.tolist() == [1, 0, 0]
+    assert found.preference.tolist() == pytest.approx([0.25, 1.0, np.nan], nan_ok=True)
+    assert (found.system_length[0], found.baseline_length[0]) == (10, 20)
+    assert Verdicts.of(rows, length_unit="words").system_length[0] == 2
+    assert compare_orders(found).scores.tolist() == [0.625]
+    with pytest.raises(ValueError, match="got none in 3 of 3"):
+        Verdicts.of(rows, length_unit="tokens")
+    with pytest.raises(ValueError, match="of one judge"):
+        Verdicts.of([*rows, judgement("c", "ab", 1.0, judge="another")])
+    with pytest.raises(ValueError, match="`length_unit` must be one of"):
+        Verdicts.of(rows, length_unit="bytes")
 
 
 def test_comparisons_hold_no_failures():

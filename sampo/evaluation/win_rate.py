@@ -6,9 +6,10 @@ interval. Preferences are the system's: 1 a win, 0 a loss, ½ a tie, NaN a failu
 never taken for a tie.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -49,6 +50,32 @@ class Verdicts:
     system_length: np.ndarray | None = None
     baseline_length: np.ndarray | None = None
     length_unit: str = "characters"
+
+    @classmethod
+    def of(cls, judgements: Iterable[Any], *, length_unit: str = "characters") -> "Verdicts":
+        """From the rows of a file of judgements.
+
+        Args:
+            judgements: of one judge; each has `prompt_id`, `sample`, `order` (`ab`: the system's answer was shown
+                first, `ba`), `preference` (of the system, or None), `judge`, and `system_chars`, `baseline_chars`,
+                `system_words` and so on.
+            length_unit: `characters`, `words` or `tokens`.
+        """
+        rows = list(judgements)
+        judges = sorted({row.judge for row in rows})
+        if len(judges) > 1:
+            raise ValueError(f"Judgements must be of one judge, got {judges}. Make one summary of each.")
+        if length_unit not in LENGTHS:
+            raise ValueError(f"`length_unit` must be one of {sorted(LENGTHS)}, got {length_unit!r}.")
+        return cls(
+            prompt=[row.prompt_id for row in rows],
+            sample=[row.sample for row in rows],
+            order=np.array([("ab", "ba").index(row.order) for row in rows], dtype=int),
+            preference=np.array([np.nan if row.preference is None else row.preference for row in rows]),
+            system_length=_column(rows, f"system_{LENGTHS[length_unit]}"),
+            baseline_length=_column(rows, f"baseline_{LENGTHS[length_unit]}"),
+            length_unit=length_unit,
+        )
 
     def __post_init__(self):
         for name in ("preference", "system_length", "baseline_length"):
@@ -139,6 +166,19 @@ class Comparisons:
             length_unit=self.length_unit,
             orders=self.orders,
         )
+
+
+LENGTHS = {"characters": "chars", "words": "words", "tokens": "tokens"}  # unit -> end of a column's name
+
+
+def _column(rows: list[Any], name: str) -> np.ndarray:
+    values = [getattr(row, name) for row in rows]
+    if None in values:
+        raise ValueError(
+            f"`{name}` must be known in every row, got none in {values.count(None)} of {len(values)}. "
+            "Use `length_unit` `characters` or `words`."
+        )
+    return np.array(values, dtype=float)
 
 
 def _check_columns(table: Verdicts | Comparisons, names: tuple[str, ...]) -> None:
