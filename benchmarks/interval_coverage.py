@@ -19,7 +19,8 @@ from scipy.special import expit
 from sampo import results
 from sampo.evaluation.intervals import difference_interval, mean_interval, quantile_interval, rate_interval, wilson
 from sampo.evaluation.length_control import ExtrapolationWarning, length_controlled
-from sampo.evaluation.win_rate import Comparisons, win_rate
+from sampo.evaluation.verdicts import Comparisons
+from sampo.evaluation.win_rate import win_rate
 
 SIZES = (10, 20, 50, 100, 400)
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)

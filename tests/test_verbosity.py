@@ -267,7 +267,8 @@ def metrics(tmp_path, monkeypatch):
 
 def test_the_adapters_give_the_numbers_of_the_functions(metrics):
     from sampo.evaluation.length_control import length_controlled
-    from sampo.evaluation.win_rate import Comparisons, win_rate
+    from sampo.evaluation.verdicts import Comparisons
+    from sampo.evaluation.win_rate import win_rate
 
     rng = np.random.default_rng(0)
     ours, theirs = rng.integers(50, 300, 60).astype(float), rng.integers(50, 300, 60).astype(float)

@@ -17,26 +17,18 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from sampo.evaluation import intervals, length_control, win_rate
+from sampo.evaluation.difficulty import difficulty_from
 from sampo.evaluation.length_control import (
     ExtrapolationError,
     ExtrapolationWarning,
-    difficulty_from,
     length_controlled,
     length_slope,
-    newton,
     overlap,
 )
+from sampo.evaluation.logistic import newton
 from sampo.evaluation.summary import records, summarise
-from sampo.evaluation.win_rate import (
-    Comparisons,
-    Verdicts,
-    by_length_ratio,
-    compare_orders,
-    length_matched,
-    longer_wins,
-    order_consistency,
-    paired,
-)
+from sampo.evaluation.verdicts import Comparisons, Verdicts, compare_orders, order_consistency
+from sampo.evaluation.win_rate import by_length_ratio, length_matched, longer_wins, paired
 
 OUTCOMES = {  # name -> (true mean, sampler): what judges produce, from coins to soft probabilities
     "coins 0.5": (0.5, lambda rng, size: (rng.random(size) < 0.5) * 1.0),
@@ -594,7 +586,7 @@ def test_sandwich_and_bootstrap_agree_on_clustered_samples():
 def test_a_bootstrap_refit_is_the_fit_of_the_drawn_rows():
     rng = np.random.default_rng(2)
     c = biased_comparisons(rng, 60)
-    data = length_control._Data.of(c, None)
+    data = length_control.FitData.of(c, None)
     counts = rng.multinomial(60, np.full(60, 1 / 60), size=4)
     found = data.fit(counts.astype(float)).rate
     for row, rate in zip(counts, found, strict=True):

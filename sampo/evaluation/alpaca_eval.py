@@ -24,7 +24,7 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from .intervals import Estimate, rate_interval
-from .length_control import newton
+from .logistic import newton
 
 RIDGE = 1e-4
 GAMED_WEIGHT = 0.2 / 2  # two gamed baselines share the weight 0.2

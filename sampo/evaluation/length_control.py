@@ -18,21 +18,22 @@ So the number has no place beside AlpacaEval's, and is never called by its name.
 """
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import stats
 from scipy.special import expit, logit
 
-from .intervals import FEW, Estimate, bootstrap, codes_of, prompt_weights, rate_interval, undefined
-from .win_rate import Comparisons, length_ratios
+from .intervals import FEW, Estimate, bootstrap, prompt_weights, rate_interval, undefined
+from .logistic import curvature_of, newton, sum_by_prompt
+from .verdicts import Comparisons, length_ratios
 
 RIDGE = 1e-4  # on the slope and on the weight of the difficulty; in a fit of 100 prompts it moves nothing visible
 FLAT = 1e-10  # on the strength: only labels that are all the same feel it
 SEPARATED = 10.0  # a slope beyond it: lengths tell wins from losses, and nothing is known at equal length
 SIMILAR = 1.1  # lengths within this factor count for both sides of the overlap
-REFUSE_BELOW, WARN_BELOW = 0.05, 0.20  # of the overlap: docs/evaluation.md has the errors on real systems
+REFUSE_BELOW, WARN_BELOW = 0.05, 0.20  # of the overlap: docs/evaluation.md has the errors by simulation
 
 
 class ExtrapolationError(ValueError):
@@ -136,7 +137,7 @@ def length_controlled(
     lengths = overlap(comparisons)
     notes = _check_overlap(comparisons, lengths, allow_extrapolation)
     hard = None if difficulty is None else _difficulty_column(comparisons, difficulty)
-    data = _Data.of(comparisons, hard)
+    data = FitData.of(comparisons, hard)
     raw = float(comparisons.scores.mean())
     if raw in (0.0, 1.0):
         rate = rate_interval(comparisons.scores, confidence)
@@ -223,7 +224,7 @@ class _Fit:
 
 
 @dataclass(frozen=True)
-class _Data:
+class FitData:
     """One row per comparison: `y`, `difference`, `codes` and `weight` `(n,)`, `extra` `(n,)` or None."""
 
     y: np.ndarray
@@ -234,7 +235,8 @@ class _Data:
     prompts: int
 
     @classmethod
-    def of(cls, comparisons: Comparisons, extra: np.ndarray | None) -> "_Data":
+    def of(cls, comparisons: Comparisons, extra: np.ndarray | None) -> "FitData":
+        """Rows of comparisons, with the difficulty of each as `extra`."""
         ours, theirs = comparisons.lengths
         codes = comparisons.codes
         return cls(comparisons.preference, ours - theirs, codes, prompt_weights(codes), extra, len(comparisons.scores))
@@ -258,68 +260,26 @@ class _Data:
         if self.extra is not None:
             columns.append(np.broadcast_to(self.extra, length.shape))
         design = np.stack(columns, axis=2)  # (R, n, k)
-        beta = newton(design, self.y, w, _ridge(design.shape[2]))
+        beta = newton(design, self.y, w, ridge_of(design.shape[2]))
         level = design.copy()
         level[:, :, 0] = 0.0
         rate = (w * expit(np.einsum("rnk,rk->rn", level, beta))).sum(axis=1) / w.sum(axis=1)
         return _Fit(beta, scale, rate, design)
 
 
-def newton(design: np.ndarray, y: np.ndarray, weight: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """Logistic regressions with soft labels, several at once.
-
-    Args:
-        design: `(R, n, k)`.
-        y: `(n,)` in [0, 1].
-        weight: `(R, n)`, 0 or more.
-        ridge: `(k,)` above 0; half of it times the square of a coefficient is added to the negative log-likelihood,
-            so that labels which are all 0, all 1 or separated have finite coefficients too.
-
-    Returns:
-        `(R, k)` coefficients.
-    """
-    beta = np.zeros((design.shape[0], design.shape[2]))
-
-    def objective(b: np.ndarray) -> np.ndarray:
-        eta = np.einsum("rnk,rk->rn", design, b)
-        return (weight * (np.logaddexp(0, eta) - y * eta)).sum(axis=1) + (ridge * b**2).sum(axis=1) / 2
-
-    value = objective(beta)
-    for _ in range(200):
-        p = expit(np.einsum("rnk,rk->rn", design, beta))
-        gradient = np.einsum("rnk,rn->rk", design, weight * (p - y)) + ridge * beta
-        step = np.linalg.solve(_curvature(design, weight * p * (1 - p), ridge), gradient[:, :, None])[:, :, 0]
-        step *= np.minimum(1.0, 8 / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
-        for _ in range(40):  # halve what would climb
-            new_value = objective(beta - step)
-            climbs = new_value > value + 1e-12 * (1 + np.abs(value))
-            if not climbs.any():
-                break
-            step[climbs] /= 2
-        beta, value = beta - step, new_value
-        if np.abs(step).max() < 1e-11:
-            break
-    return beta
-
-
-def _curvature(design: np.ndarray, weight: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """Second derivative of the objective: `(R, n, k)` and `(R, n)` -> `(R, k, k)`."""
-    return np.swapaxes(design * weight[:, :, None], 1, 2) @ design + np.diag(ridge)
-
-
-def _sandwich(data: _Data, fit: _Fit, confidence: float) -> tuple[Estimate, Estimate]:
+def _sandwich(data: FitData, fit: _Fit, confidence: float) -> tuple[Estimate, Estimate]:
     """Intervals of the rate (on the logit scale) and of the slope from the influence of each prompt; s as known."""
     x, beta, rate = fit.design[0], fit.beta[0], float(fit.rate[0])
     k, n = x.shape[1], data.prompts
     p = expit(x @ beta)
-    curvature = _curvature(fit.design, (data.weight * p * (1 - p))[None], _ridge(k))[0]
-    scores = _by_prompt(x * (data.weight * (data.y - p))[:, None], data.codes)  # (P, k)
+    curvature = curvature_of(fit.design, (data.weight * p * (1 - p))[None], ridge_of(k))[0]
+    scores = sum_by_prompt(x * (data.weight * (data.y - p))[:, None], data.codes)  # (P, k)
     influence = n * np.linalg.solve(curvature, scores.T).T
     level = x.copy()
     level[:, 0] = 0.0
     q = expit(level @ beta)
     gradient = (level * (data.weight * q * (1 - q))[:, None]).sum(axis=0) / n
-    of_rate = influence @ gradient + _by_prompt((data.weight * (q - rate))[:, None], data.codes)[:, 0]
+    of_rate = influence @ gradient + sum_by_prompt((data.weight * (q - rate))[:, None], data.codes)[:, 0]
     correction = n / max(n - k, 1)
     t = stats.t.ppf((1 + confidence) / 2, max(n - k, 1))
     se_rate, se_slope = (np.sqrt(correction * (v**2).sum()) / n for v in (of_rate, influence[:, 0]))
@@ -330,14 +290,8 @@ def _sandwich(data: _Data, fit: _Fit, confidence: float) -> tuple[Estimate, Esti
     )
 
 
-def _by_prompt(rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Sums over the rows of each prompt: `(n, k)` -> `(P, k)`."""
-    out = np.zeros((int(codes.max()) + 1, rows.shape[1]))
-    np.add.at(out, codes, rows)
-    return out
-
-
-def _ridge(k: int) -> np.ndarray:
+def ridge_of(k: int) -> np.ndarray:
+    """Of the slope, the strength and the weight of the difficulty, as far as there are `k`."""
     return np.array([RIDGE, FLAT, RIDGE])[:k]
 
 
@@ -356,62 +310,6 @@ def length_slope(comparisons: Comparisons, *, confidence: float = 0.95) -> Estim
         return undefined(n)
     weight = prompt_weights(part.codes)
     design = np.stack([doublings, np.ones(len(part))], axis=1)[None]
-    beta = newton(design, part.preference, weight[None], _ridge(2))
-    data = _Data(part.preference, doublings, part.codes, weight, None, n)
+    beta = newton(design, part.preference, weight[None], ridge_of(2))
+    data = FitData(part.preference, doublings, part.codes, weight, None, n)
     return _sandwich(data, _Fit(beta, np.ones(1), np.full(1, 0.5), design), confidence)[1]
-
-
-def difficulty_from(others: Sequence[Comparisons], *, prior_sd: float = 1.5) -> dict[Hashable, float]:
-    """How prompts differ in what they are to systems other than the one that is to be controlled.
-
-    Fits logit P(system m wins on prompt i) = strength_m + slope_m · tanh(Δ / s_m) + difficulty_i to the other systems
-    at once, against the same baseline and by the same judge, difficulty being normal around 0. Leave the system under
-    control out: with its own verdicts inside, the difficulty would explain them.
-
-    Args:
-        others: comparisons of the other systems, with lengths.
-        prior_sd: standard deviation of the difficulty, in logits.
-
-    Returns:
-        Difficulty by prompt (higher: the baseline is easier to beat), of every prompt that one of them has.
-    """
-    if not others:
-        raise ValueError("`others` must hold at least one other system, got none.")
-    y, codes, design, weight, ids = _joint_rows(others)
-    prompts, k = len(ids), design.shape[1]
-    beta, hard = np.zeros(k), np.zeros(prompts)
-    ridge = np.full(k, RIDGE)
-    for _ in range(100):
-        p = expit(design @ beta + hard[codes])
-        curve = weight * p * (1 - p)
-        residual = weight * (y - p)
-        g_beta = design.T @ residual - ridge * beta
-        g_hard = np.bincount(codes, weights=residual, minlength=prompts) - hard / prior_sd**2
-        d = np.bincount(codes, weights=curve, minlength=prompts) + prior_sd**-2
-        cross = _by_prompt(design * curve[:, None], codes)  # (P, k)
-        schur = design.T @ (design * curve[:, None]) + np.diag(ridge) - cross.T @ (cross / d[:, None])
-        step = np.linalg.solve(schur, g_beta - cross.T @ (g_hard / d))
-        step_hard = (g_hard - cross @ step) / d
-        size = max(1.0, np.abs(step).max() / 4, np.abs(step_hard).max() / 4)
-        beta, hard = beta + step / size, hard + step_hard / size
-        if max(np.abs(step).max(), np.abs(step_hard).max()) < 1e-10:
-            break
-    return dict(zip(ids, hard.tolist(), strict=True))
-
-
-def _joint_rows(others: Sequence[Comparisons]):
-    """Rows of all systems under each other, with two columns of the design per system."""
-    ids = codes_of([prompt for other in others for prompt in other.ids])[1]
-    number = {prompt: i for i, prompt in enumerate(ids)}
-    y, codes, weight, blocks = [], [], [], []
-    for place, other in enumerate(others):
-        data = _Data.of(other, None)
-        scale = float(data.scale(np.ones((1, data.prompts)))[0])
-        block = np.zeros((len(other), 2 * len(others)))
-        block[:, 2 * place] = np.tanh(data.difference / scale) if scale > 0 else 0.0
-        block[:, 2 * place + 1] = 1.0
-        blocks.append(block)
-        y.append(data.y)
-        weight.append(data.weight)
-        codes.append(np.array([number[prompt] for prompt in other.ids])[other.codes])
-    return np.concatenate(y), np.concatenate(codes), np.concatenate(blocks), np.concatenate(weight), ids

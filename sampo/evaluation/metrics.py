@@ -16,7 +16,8 @@ import numpy as np
 from .intervals import Estimate
 from .length_control import length_controlled
 from .verbosity import System, verbosity
-from .win_rate import Verdicts, compare_orders, win_rate
+from .verdicts import Verdicts, compare_orders
+from .win_rate import win_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,17 +9,8 @@ from ..results import Record, provenance
 from .intervals import Estimate, mean_interval, prompt_means
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
 from .verbosity import Verbosity
-from .win_rate import (
-    OrderConsistency,
-    Verdicts,
-    WinRate,
-    by_length_ratio,
-    compare_orders,
-    length_matched,
-    longer_wins,
-    order_consistency,
-    win_rate,
-)
+from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
+from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win_rate
 
 MATCHED_MIN = 30  # comparisons below which a length-matched win rate is not shown
 
