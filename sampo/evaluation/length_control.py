@@ -140,13 +140,7 @@ def length_controlled(
     data = FitData.of(comparisons, hard)
     raw = float(comparisons.scores.mean())
     if raw in (0.0, 1.0):
-        rate = rate_interval(comparisons.scores, confidence)
-        slope = undefined(rate.n)
-        notes.append("One side won every comparison: there is nothing for lengths to explain.")
-        scale = float(data.scale(np.ones((1, data.prompts)))[0])
-        return LengthControlled(
-            rate=rate, raw=raw, slope=slope, scale=scale, difficulty_weight=None, overlap=lengths, notes=tuple(notes)
-        )
+        return _one_sided(comparisons, data, lengths, notes, confidence)
     fit = data.fit(np.ones((1, data.prompts)))
     rate, slope = _sandwich(data, fit, confidence)
     if interval == "bootstrap":
@@ -171,6 +165,21 @@ def length_controlled(
         difficulty_weight=None if hard is None else float(fit.beta[0, 2]),
         overlap=lengths,
         notes=tuple(notes),
+    )
+
+
+def _one_sided(
+    comparisons: Comparisons, data: "FitData", lengths: Overlap, notes: list[str], confidence: float
+) -> LengthControlled:
+    rate = rate_interval(comparisons.scores, confidence)
+    return LengthControlled(
+        rate=rate,
+        raw=float(comparisons.scores.mean()),
+        slope=undefined(rate.n),
+        scale=float(data.scale(np.ones((1, data.prompts)))[0]),
+        difficulty_weight=None,
+        overlap=lengths,
+        notes=(*notes, "One side won every comparison: there is nothing for lengths to explain."),
     )
 
 
