@@ -1,5 +1,6 @@
 """Win rates: closed forms, slow loops and simulation on random verdicts."""
 
+import io
 import itertools
 import math
 import re
@@ -13,6 +14,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy import optimize, stats
 from scipy.special import expit
 
@@ -26,7 +28,7 @@ from sampo.evaluation.length_control import (
     overlap,
 )
 from sampo.evaluation.logistic import newton
-from sampo.evaluation.summary import records, summarise
+from sampo.evaluation.summary import records, summarise, summary_table
 from sampo.evaluation.verdicts import Comparisons, Verdicts, compare_orders, order_consistency
 from sampo.evaluation.win_rate import by_length_ratio, length_matched, longer_wins, paired
 
@@ -755,6 +757,19 @@ def test_a_summary_has_every_number_with_its_interval_and_a_record_of_each():
         "length_unit": "characters",
     }
     assert "AlpacaEval" not in " ".join([found.sentence(), *found.notes, *row])
+
+
+def test_several_systems_fit_on_one_screen():
+    rng = np.random.default_rng(0)
+    found = [summarise(random_verdicts(rng, prompts=60), system=name, baseline="sft") for name in ("dpo", "sampo")]
+    console = Console(width=120, file=io.StringIO())
+    console.print(summary_table([*found, summarise(Verdicts(prompt=["a"], preference=[np.nan]), system="none")]))
+    text = console.file.getvalue()
+    for one in found:
+        line = next(line for line in text.splitlines() if line.split()[:1] == [one.system])
+        assert f"{100 * one.raw.rate.value:.1f}" in line
+        assert f"{100 * one.controlled.rate.value:.1f}" in line
+        assert line.split()[-1] == str(one.raw.failed + one.raw.half_failed)
 
 
 def test_the_sentence_says_when_nothing_was_shown_and_why_there_is_no_control():

@@ -1,9 +1,9 @@
 """All that verdicts say about a system and a baseline, as rows, records and one sentence that can be defended."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..results import Record, provenance
 from .intervals import Estimate, mean_interval, prompt_means
@@ -11,6 +11,9 @@ from .length_control import ExtrapolationError, ExtrapolationWarning, LengthCont
 from .verbosity import Verbosity
 from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
 from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win_rate
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 MATCHED_MIN = 30  # comparisons below which a length-matched win rate is not shown
 
@@ -147,6 +150,43 @@ def summarise(
             parts["refused"] = str(error)
     raw = win_rate(comparisons, confidence=confidence)
     return Summary(system=system, baseline=baseline, judge=judge, raw=raw, confidence=confidence, **parts)
+
+
+def summary_table(found: Sequence[Summary]) -> "Table":
+    """What fits on a screen, one line per system; `Summary.row` has everything."""
+    from rich import box
+    from rich.table import Table
+
+    sides = sorted({f"{one.baseline} by {one.judge}" for one in found})
+    table = Table(title=f"Win rates against {'; '.join(sides)}", box=box.SIMPLE_HEAD, title_justify="left")
+    units = sorted({one.length_unit for one in found if one.lengths})
+    heads = ("prompts", "win rate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
+    table.add_column("system")
+    for head in (*heads, "longer one\nwins, %", "orders\nagree, %", "ties", "failed"):
+        table.add_column(head, justify="right")
+    for one in found:
+        lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
+        table.add_row(
+            one.system,
+            f"{one.raw.rate.n:,}",
+            _cell(one.raw.rate),
+            _cell(one.controlled.rate) if one.controlled else "refused" if one.refused else "–",
+            *lengths,
+            _cell(one.longer_wins.rate, bounds=False) if one.longer_wins else "–",
+            _cell(one.orders.consistent, bounds=False) if one.orders else "–",
+            f"{one.raw.ties:,}",
+            f"{one.raw.failed + one.raw.half_failed:,}",
+        )
+    return table
+
+
+def _cell(estimate: Estimate, *, bounds: bool = True) -> str:
+    if estimate.value is None:
+        return "–"
+    text = f"{100 * estimate.value:.1f}"
+    if bounds and estimate.interval:
+        text += f"\n{100 * estimate.interval[0]:.1f}–{100 * estimate.interval[1]:.1f}"
+    return text
 
 
 def _pct(estimate: Estimate, *, bounds: bool = True) -> str:
