@@ -164,10 +164,13 @@ def logistic_slope_se(x, y) -> float:
 def alpaca_eval_fit(rows, labels, weights, groups: int, minimize) -> list[float]:
     """AlpacaEval 2's estimator from its description: an L1 penalty whose strength five folds choose by log loss.
 
-    `rows` of three features, `labels` in [0, 1], `weights`; row i belongs to fold i modulo 5. scikit-learn's liblinear
-    minimises |b| + C · Σ w · loss, and its grid has ten C from 1e-4 to 1e4. Vectorised with numpy for its speed.
+    `rows` of three features, `labels` in [0, 1], `weights`; scikit-learn deals rows out to folds from the last one.
+    Its liblinear minimises |b| + C · Σ w · loss, and its grid has ten C from 1e-4 to 1e4. With numpy for its speed.
     """
     import numpy as np
+
+    order = np.argsort(np.full(len(labels), 2))[::-1]
+    folds = np.array([list(order).index(i) % groups for i in range(len(labels))])
 
     x, y, w = np.asarray(rows), np.asarray(labels), np.asarray(weights)
 
@@ -186,7 +189,7 @@ def alpaca_eval_fit(rows, labels, weights, groups: int, minimize) -> list[float]
     def held_out(c):
         total = 0.0
         for fold in range(groups):
-            inside = np.arange(len(y)) % groups != fold
+            inside = folds != fold
             eta = x[~inside] @ fit(c, inside)
             total += (w[~inside] * (np.logaddexp(0, eta) - y[~inside] * eta)).sum()
         return total

@@ -11,7 +11,7 @@ import pytest
 from scipy import optimize, stats
 from scipy.special import expit
 
-from sampo.evaluation.alpaca_eval import alpaca_eval
+from sampo.evaluation.alpaca_eval import Gamed, _controlled, alpaca_eval
 
 N = 300  # instructions of the made-up set
 
@@ -115,8 +115,8 @@ def test_both_numbers_are_those_of_the_published_formula(seed, kind, align, file
     own, features, labels, weights = table(rows, files, align)
     b = oracles.alpaca_eval_fit(features, labels, weights, 5, optimize.minimize)
     expected = 100 * np.mean([expit(b[1] * row[1] + b[2]) for row in own])
-    assert found.length_controlled.value == pytest.approx(expected, abs=0.15)
-    assert found.slope == pytest.approx(b[0], abs=0.05)
+    assert found.length_controlled.value == pytest.approx(expected, abs=0.02)
+    assert found.slope == pytest.approx(b[0], abs=0.005)
 
 
 def test_row_numbers_and_instructions_differ_where_rows_are_missing(files):
@@ -124,7 +124,7 @@ def test_row_numbers_and_instructions_differ_where_rows_are_missing(files):
     instructions = [f"instruction {i}" for i in range(N)]
     by_prompt = alpaca_eval(rows, gamed=files / "df_gamed.csv", instructions=instructions)
     by_row = alpaca_eval(rows, gamed=files / "df_gamed.csv", align="row")
-    assert abs(by_prompt.length_controlled.value - by_row.length_controlled.value) > 0.5
+    assert abs(by_prompt.length_controlled.value - by_row.length_controlled.value) > 0.05
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     again = alpaca_eval(shuffled, gamed=files / "df_gamed.csv", instructions=instructions)
     assert again.length_controlled.value == pytest.approx(by_prompt.length_controlled.value, abs=1e-7)
@@ -132,15 +132,16 @@ def test_row_numbers_and_instructions_differ_where_rows_are_missing(files):
 
 def test_the_interval_holds_the_uncertainty_that_a_bootstrap_of_the_models_rows_finds(files):
     rows = annotations(9, files)
-    instructions = [f"instruction {i}" for i in range(N)]
+    y = np.array([row["preference"] - 1 for row in rows])
+    difference = np.array([float(len(row["output_1"]) - len(row["output_2"])) for row in rows])
+    gamed = Gamed.read(files / "df_gamed.csv")
+    hard = np.array([gamed.difficulty_by_number[i] for i in range(N)])
     found = alpaca_eval(rows, gamed=files / "df_gamed.csv", align="row").length_controlled
     rng = np.random.default_rng(0)
     values = []
-    for _ in range(150):
-        drawn = [rows[i] for i in rng.integers(0, N, N)]
-        again = alpaca_eval(drawn, gamed=files / "df_gamed.csv", instructions=instructions * 12)
-        values.append(again.length_controlled.value)
-    assert found.se == pytest.approx(np.std(values, ddof=1), rel=0.2)
+    for drawn in rng.integers(0, N, (60, N)):
+        values.append(100 * _controlled(y[drawn], difference[drawn], hard[drawn], gamed, 0.95)[0].value)
+    assert found.se == pytest.approx(np.std(values, ddof=1), rel=0.25)
 
 
 def test_without_the_files_there_is_the_raw_rate_alone(files, tmp_path):

@@ -303,7 +303,7 @@ def test_the_adapters_take_batches_combine_and_pickle(metrics):
         lengths=rng.integers(1, 99, 50),
         baseline_lengths=rng.integers(1, 99, 50),
     )
-    assert {"raw_win_rate", "at_equal_length_win_rate_at_equal_length"} <= set(found)
+    assert {"raw_win_rate", "at_equal_length_win_rate", "win_rate_at_equal_length"} <= set(found)
 
 
 def test_without_the_package_the_adapters_say_what_to_install(metrics, monkeypatch):

@@ -289,7 +289,7 @@ def test_the_interval_of_a_mean_length_covers_more_than_students_t(skew):
     ours = np.mean([one.low <= mean <= one.high for one in found])
     students = np.mean([low <= mean <= high for low, high in plain])
     assert ours >= 0.925
-    assert ours >= students - 0.002
+    assert ours >= students - 0.006  # one standard error of the simulation
 
 
 def test_the_interval_of_a_symmetric_mean_is_students():

@@ -151,7 +151,7 @@ def quantile_interval(values: np.ndarray, codes: np.ndarray, quantile: float, *,
     cumulative = np.cumsum(weight) / weight.sum()
 
     def at(level: float) -> float:
-        return float(ranked[min(np.searchsorted(cumulative, level - 1e-9), len(ranked) - 1)])
+        return float(ranked[min(int(np.searchsorted(cumulative, level - 1e-9)), len(ranked) - 1)])
 
     value = at(quantile)
     size = effective_coins(prompt_means((values <= value).astype(float), codes))

@@ -75,9 +75,9 @@ def _classes() -> dict[str, type]:
             "`sampo.evaluation.metrics` needs the package `evaluate`. Run `pip install 'sampo-dpo[metrics]'`."
         ) from error
 
-    def info(description: str, **columns: str) -> "evaluate.MetricInfo":
+    def info(description: str | None, **columns: str) -> "evaluate.MetricInfo":
         return evaluate.MetricInfo(
-            description=description,
+            description=description or "",
             citation="",
             inputs_description="One row per verdict or answer; see docs/evaluation.md.",
             features=Features({name: Value(kind) for name, kind in columns.items()}),
@@ -137,7 +137,11 @@ def _classes() -> dict[str, type]:
             found = verbosity(system, confidence=confidence)
             return {name: value for name, value in found.row().items() if value is not None and name != "notes"}
 
-    classes = {"LengthControlledWinRate": LengthControlledWinRate, "Verbosity": Verbosity, "WinRate": WinRate}
+    classes: dict[str, type] = {
+        "LengthControlledWinRate": LengthControlledWinRate,
+        "Verbosity": Verbosity,
+        "WinRate": WinRate,
+    }
     for made in classes.values():
         made.__module__ = __name__
     return classes

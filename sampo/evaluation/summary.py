@@ -220,6 +220,7 @@ def records(
         command: that gives these numbers again.
     """
     where = provenance()
+    names: dict[str, str | None]
     if isinstance(found, Summary):
         estimates = found.estimates()
         names = {
