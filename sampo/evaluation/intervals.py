@@ -138,10 +138,11 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Estimate:
 
 
 def quantile_interval(values: np.ndarray, codes: np.ndarray, quantile: float, *, confidence: float = 0.95) -> Estimate:
-    """Quantile of all values, each prompt weighing the same, with Woodruff's interval (1952).
+    """Quantile of all values, each prompt weighing the same, with the exact interval between two ranks.
 
-    The share of values at or below the estimate gets an interval over prompts, and its bounds are read back as
-    quantiles. A bound that the data are too few for (the 90th percentile of 10 values has no upper one) is None.
+    How many values lie below the true quantile is binomial, which gives the two ranks; samples of one prompt count for
+    as many values as they are worth. A bound that the values are too few for is None: the 90th percentile of 30 values
+    has no upper one.
     """
     n = int(codes.max()) + 1 if len(codes) else 0
     if n == 0:
@@ -154,12 +155,10 @@ def quantile_interval(values: np.ndarray, codes: np.ndarray, quantile: float, *,
         return float(ranked[min(int(np.searchsorted(cumulative, level - 1e-9)), len(ranked) - 1)])
 
     value = at(quantile)
-    size = effective_coins(prompt_means((values <= value).astype(float), codes))
-    low, high = wilson(quantile, size, confidence)
-    # the smallest and the largest value are bounds only where they miss no more often than allowed
-    tail = (1 - confidence) / 2
-    has_low, has_high = (1 - quantile) ** size <= tail, quantile**size <= tail
-    return Estimate(value, at(low) if has_low else None, at(high) if has_high else None, None, n)
+    size = round(effective_coins(prompt_means((values <= value).astype(float), codes)))
+    low = int(stats.binom.ppf((1 - confidence) / 2, size, quantile))
+    high = int(stats.binom.ppf((1 + confidence) / 2, size, quantile)) + 1
+    return Estimate(value, at(low / size) if low else None, at(high / size) if high <= size else None, None, n)
 
 
 def bootstrap(
