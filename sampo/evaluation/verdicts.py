@@ -149,7 +149,7 @@ class Comparisons:
             return None if column is None else column[rows]
 
         return Comparisons(
-            prompt=[self.prompt[i] for i in rows],
+            prompt=[self.prompt[i] for i in rows.tolist()],
             preference=self.preference[rows],
             system_length=take(self.system_length),
             baseline_length=take(self.baseline_length),
@@ -230,7 +230,8 @@ class _ByOrder:
 
 def _by_order(verdicts: Verdicts) -> _ByOrder:
     sample = [0] * len(verdicts.prompt) if verdicts.sample is None else _plain(verdicts.sample)
-    codes, pairs = codes_of(list(zip(_plain(verdicts.prompt), sample, strict=True)))
+    keys = list(zip(_plain(verdicts.prompt), sample, strict=True))
+    codes, pairs = codes_of(keys)[0], list(dict.fromkeys(keys))
     first_row = np.full(len(pairs), len(codes))
     np.minimum.at(first_row, codes, np.arange(len(codes)))
     for name in ("system_length", "baseline_length"):
