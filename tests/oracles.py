@@ -147,8 +147,8 @@ def joint_difficulty(systems, prior_sd: float, ridge: float, minimize) -> list[f
     return minimize(loss, [0.0] * (prompts + 2 * len(systems)), tol=1e-10).x[:prompts]
 
 
-def logistic_slope_se(x, y) -> float:
-    """Standard error of the slope of a logistic regression from the information matrix, by textbook Newton steps."""
+def logistic_slope(x, y) -> tuple[float, float]:
+    """Slope of a logistic regression and its standard error from the information matrix, by textbook Newton steps."""
     a = b = 0.0
     for _ in range(30):
         s0 = s1 = h00 = h01 = h11 = 0.0
@@ -158,7 +158,7 @@ def logistic_slope_se(x, y) -> float:
             h11, h01, h00 = h11 + p * (1 - p) * xi * xi, h01 + p * (1 - p) * xi, h00 + p * (1 - p)
         det = h11 * h00 - h01 * h01
         a, b = a + (h00 * s1 - h01 * s0) / det, b + (h11 * s0 - h01 * s1) / det
-    return math.sqrt(h00 / det)
+    return a, math.sqrt(h00 / det)
 
 
 def alpaca_eval_fit(rows, labels, weights, groups: int, minimize) -> list[float]:
