@@ -61,6 +61,26 @@ def benchmark() -> str:
     return results_tables(_measured())
 
 
+def coverage() -> str:
+    """How often the intervals of an evaluation hold the truth."""
+    from interval_coverage import coverage_table
+
+    return coverage_table(_simulated())
+
+
+def overlap() -> str:
+    """How far control of length errs where lengths hardly overlap."""
+    from interval_coverage import overlap_table
+
+    return overlap_table(_simulated())
+
+
+def _simulated() -> list:
+    from sampo import results
+
+    return results.read(ROOT / "docs" / "evaluation" / "records.jsonl")
+
+
 def _measured() -> list:
     from sampo import results
 
@@ -161,6 +181,7 @@ def engines() -> str:
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
+    **{"coverage": coverage, "overlap": overlap},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 

@@ -39,6 +39,7 @@ ARROWS = {
         *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
+    "evaluation": {"evaluation", "results"},
     "cli": {"commands"},
 }
 

@@ -1,0 +1,250 @@
+"""How often the 95 % intervals of an evaluation hold the truth, and how far control of length errs without overlap.
+
+    python benchmarks/interval_coverage.py --out docs/evaluation/records.jsonl
+
+simulates judges and systems whose truth is known and writes one record per cell; `python docs/build.py` makes the
+tables of docs/evaluation.md from them. `--repeats 50` takes seconds and means nothing.
+"""
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit
+
+from sampo import results
+from sampo.evaluation.intervals import difference_interval, mean_interval, quantile_interval, rate_interval, wilson
+from sampo.evaluation.length_control import ExtrapolationWarning, length_controlled
+from sampo.evaluation.verdicts import Comparisons
+from sampo.evaluation.win_rate import win_rate
+
+SIZES = (10, 20, 50, 100, 400)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+Interval = tuple[float | None, float | None]
+
+
+def scores(probabilities: tuple[float, float, float]) -> Callable:
+    """Scores of wins, ties and losses: the interval, and the plain Wilson interval for as many coins."""
+    truth = probabilities[0] + probabilities[1] / 2
+
+    def draw(rng: np.random.Generator, n: int) -> tuple[float, Interval, Interval]:
+        values = rng.choice([1.0, 0.5, 0.0], size=n, p=probabilities)
+        found = rate_interval(values)
+        return truth, (found.low, found.high), wilson(float(values.mean()), n)
+
+    return draw
+
+
+def soft(a: float, b: float) -> Callable:
+    """A judge's probabilities, beta distributed."""
+
+    def draw(rng, n):
+        values = rng.beta(a, b, n)
+        found = rate_interval(values)
+        return a / (a + b), (found.low, found.high), wilson(float(values.mean()), n)
+
+    return draw
+
+
+def samples(rng, n):
+    """Four samples per prompt, prompts differ: the interval, and the one that takes samples for prompts."""
+    p = np.repeat(expit(rng.normal(0, 1.5, n)), 4)
+    c = Comparisons(prompt=np.repeat(np.arange(n), 4), preference=(rng.random(4 * n) < p) * 1.0)
+    found, naive = win_rate(c).rate, rate_interval(c.preference)
+    return 0.5, (found.low, found.high), (naive.low, naive.high)
+
+
+def paired(rng, n):
+    """Two systems that differ on a quarter of the prompts, the first better on two thirds of these."""
+    values = rng.choice([1.0, 0.0, -1.0], size=n, p=[1 / 6, 3 / 4, 1 / 12])
+    found = difference_interval(values)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(n)
+    return 1 / 12, (found.low, found.high), (values.mean() - half, values.mean() + half)
+
+
+def lengths(kind: str) -> Callable:
+    """Lengths with the skewness of real answers (log-normal, 0.7): the interval, and Student's for the mean."""
+
+    def draw(rng, n):
+        values = np.exp(rng.normal(5, 0.7, n))
+        if kind == "mean":
+            found, half = mean_interval(values), 1.96 * values.std(ddof=1) / math.sqrt(n)
+            return math.exp(5 + 0.245), (found.low, found.high), (values.mean() - half, values.mean() + half)
+        level = {"median": 0.5, "p90": 0.9}[kind]
+        found = quantile_interval(values, np.arange(n), level)
+        truth = math.exp(5 + 0.7 * {"median": 0.0, "p90": 1.2815515655446004}[kind])
+        low = -math.inf if found.low is None else found.low
+        return truth, (low, math.inf if found.high is None else found.high), None
+
+    return draw
+
+
+def controlled(strength: float, shift: float) -> Callable:
+    """A judge with a slope of 1 on tanh(Δ / s): the interval at equal length, and that of the raw rate."""
+
+    def draw(rng, n):
+        difference = np.round(300 * rng.normal(shift, 1, n))
+        preference = (rng.random(n) < expit(np.tanh(difference / 300) + strength)) * 1.0
+        theirs = np.full(n, 3000.0)
+        c = Comparisons(
+            prompt=range(n), preference=preference, system_length=theirs + difference, baseline_length=theirs
+        )
+        found, raw = length_controlled(c, allow_extrapolation=True).rate, rate_interval(preference)
+        return float(expit(strength)), (found.low, found.high), (raw.low, raw.high)
+
+    return draw
+
+
+# row of the table -> world, and what the last column compares with
+WORLDS = {
+    "win rate 50 %, no ties": (scores((0.5, 0.0, 0.5)), "plain Wilson"),
+    "win rate 20 %, no ties": (scores((0.2, 0.0, 0.8)), "plain Wilson"),
+    "win rate 45 %, half ties": (scores((0.2, 0.5, 0.3)), "plain Wilson"),
+    "win rate 17 %, a fifth ties": (scores((0.07, 0.2, 0.73)), "plain Wilson"),
+    "win rate 40 %, a judge's probabilities": (soft(0.8, 1.2), "plain Wilson"),
+    "win rate 50 %, four samples per prompt": (samples, "samples taken for prompts"),
+    "paired difference of 8 points": (paired, "±1.96 standard errors"),
+    "win rate at equal length, even lengths": (controlled(0.3, 0.0), "raw rate"),
+    "win rate at equal length, 79 % longer": (controlled(0.3, 0.8), "raw rate"),
+    "win rate at equal length, weak system": (controlled(-1.5, 0.3), "raw rate"),
+    "mean length": (lengths("mean"), "±1.96 standard errors"),
+    "median length": (lengths("median"), None),
+    "90th percentile of length": (lengths("p90"), None),
+}
+
+
+def cover(draw: Callable, n: int, repeats: int, seed: int) -> tuple[float, float | None]:
+    """Share of intervals that hold the truth, ours and the one to compare with."""
+    rng = np.random.default_rng(seed)
+    ours, other = [], []
+    for _ in range(repeats):
+        truth, interval, compared = draw(rng, n)
+        ours.append(interval[0] <= truth <= interval[1])
+        if compared is not None:
+            other.append(compared[0] <= truth <= compared[1])
+    return float(np.mean(ours)), float(np.mean(other)) if other else None
+
+
+SHAPES = {  # what the judge's logit really does with log2 of the ratio of lengths; the model knows only tanh
+    "proportional to the log ratio": lambda x: 0.8 * x,
+    "a step: longer or not": lambda x: 0.8 * np.sign(x),
+    "only much longer helps": lambda x: 1.5 * np.maximum(x - 0.5, 0.0),
+}
+
+
+def error_of_control(share: float, shape: Callable, repeats: int, seed: int, n: int = 400) -> tuple[float, float]:
+    """Mean error of the rate at equal length, in score, and the root mean square error."""
+    rng = np.random.default_rng(seed)
+    errors = []
+    for _ in range(repeats):
+        doublings = rng.normal(float(_quantile(share)) * 0.7, 0.7, n)
+        preference = (rng.random(n) < expit(shape(doublings) - 0.4)) * 1.0
+        theirs = np.exp(rng.normal(7, 0.5, n))
+        c = Comparisons(
+            prompt=range(n), preference=preference, system_length=theirs * 2**doublings, baseline_length=theirs
+        )
+        truth = expit(shape(np.zeros(1))[0] - 0.4)
+        errors.append(length_controlled(c, allow_extrapolation=True).rate.value - truth)
+    return float(np.mean(errors)), float(np.sqrt(np.mean(np.square(errors))))
+
+
+def _quantile(share: float) -> float:
+    from scipy import stats
+
+    return stats.norm.ppf(share)
+
+
+def measure(repeats: int, seed: int, command: str) -> Iterator[results.Record]:
+    """One record per cell."""
+    where = results.provenance()
+    for place, (world, (draw, compared)) in enumerate(WORLDS.items()):
+        for n in SIZES:
+            ours, other = cover(draw, n, repeats, seed + 1000 * place + n)
+            for name, value in (("coverage", ours), ("coverage/compared", other)):
+                if value is not None:
+                    yield results.Record(
+                        name=name,
+                        value=value,
+                        n=repeats,
+                        interval=wilson(value, repeats),
+                        config={"world": world, "prompts": n, "compared": compared},
+                        seed=seed,
+                        command=command,
+                        **where,
+                    )
+    for place, (shape, curve) in enumerate(SHAPES.items()):
+        for share in SHARES:
+            bias, rms = error_of_control(share, curve, max(repeats // 10, 5), seed + 100_000 + 100 * place)
+            for name, value in (("control/bias", bias), ("control/rms_error", rms)):
+                yield results.Record(
+                    name=name,
+                    value=value,
+                    n=max(repeats // 10, 5),
+                    config={"shape": shape, "share_longer": share, "prompts": 400},
+                    seed=seed,
+                    command=command,
+                    **where,
+                )
+
+
+def _newest(records: list[results.Record], name: str) -> dict[str, results.Record]:
+    return {record.key: record for record in records if record.name == name}
+
+
+def coverage_table(records: list[results.Record]) -> str:
+    """Rows: worlds; columns: prompts, and what another interval does at 100 of them."""
+    ours, other = _newest(records, "coverage"), _newest(records, "coverage/compared")
+    lines = [
+        f"| 95 % interval of | {' | '.join(f'n = {n}' for n in SIZES)} | instead, n = 100 |",
+        "|---" * (len(SIZES) + 2) + "|",
+    ]
+    for world, (_, compared) in WORLDS.items():
+        cells = []
+        for n in SIZES:
+            key = results.config_key({"world": world, "prompts": n, "compared": compared})
+            cells.append(f"{100 * ours[key].value:.1f}")
+        key = results.config_key({"world": world, "prompts": 100, "compared": compared})
+        last = f"{100 * other[key].value:.1f} ({compared})" if key in other else "–"
+        lines.append(f"| {world} | {' | '.join(cells)} | {last} |")
+    some = next(iter(ours.values()))
+    return "\n".join([*lines, "", f"Per cent of {some.n:,} simulated evaluations per cell; `{some.command}`."])
+
+
+def overlap_table(records: list[results.Record]) -> str:
+    """Rows: what the judge really does with length; columns: share of longer answers."""
+    bias, rms = _newest(records, "control/bias"), _newest(records, "control/rms_error")
+    lines = [
+        f"| the judge's logit | {' | '.join(f'{share:.0%} longer' for share in SHARES)} |",
+        "|---" * (len(SHARES) + 1) + "|",
+    ]
+    for shape in SHAPES:
+        cells = []
+        for share in SHARES:
+            key = results.config_key({"shape": shape, "share_longer": share, "prompts": 400})
+            cells.append(f"{100 * bias[key].value:+.1f} ({100 * rms[key].value:.1f})")
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    some = next(iter(bias.values()))
+    tail = f"Points of bias (root mean square error) over {some.n:,} simulated evaluations of 400 prompts."
+    return "\n".join([*lines, "", tail])
+
+
+def main() -> None:
+    """Simulate, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", ExtrapolationWarning)
+    command = f"python benchmarks/interval_coverage.py --repeats {options.repeats} --seed {options.seed}"
+    found = list(measure(options.repeats, options.seed, command))
+    results.append(options.out, found)
+    sys.stdout.write(f"{coverage_table(found)}\n\n{overlap_table(found)}\n")
+
+
+if __name__ == "__main__":
+    main()
