@@ -26,6 +26,7 @@ ARROWS = {
     "pair_stream": {"head", "stream_attention"},
     "trainer": {"weighting", "config", "data", "head", "lengths", "pair_stream", "pieces"},
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
+    "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results"},
     "cli": {"commands"},
 }
 
