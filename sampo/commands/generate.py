@@ -101,7 +101,7 @@ def _export(answers: Path, path: Path) -> None:
 
 def _backend(args: argparse.Namespace) -> tuple[Any, Any]:
     """(backend, endpoint if it is one)."""
-    from ..evaluation import generate
+    from ..evaluation import backends
     from ..evaluation.models import Texts, fingerprint, load_causal, load_tokenizer
 
     kind = args.backend or ("endpoint" if args.url else "transformers")
@@ -109,7 +109,7 @@ def _backend(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"`url` goes with `backend` endpoint and with no other, got `backend` {kind}.")
     if kind == "endpoint":
         endpoint = endpoints.build(args, args.model)
-        return generate.EndpointBackend(endpoint, args.options), endpoint
+        return backends.EndpointBackend(endpoint, args.options), endpoint
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -119,12 +119,12 @@ def _backend(args: argparse.Namespace) -> tuple[Any, Any]:
     if kind == "vllm":
         weights = fingerprint(args.model, None)
         about = {"adapter": args.adapter, "weights": weights, "dtype": args.dtype, "stop_tokens": args.stop_tokens}
-        return generate.VLLMBackend(args.model, texts, **about), None
+        return backends.VLLMBackend(args.model, texts, **about), None
     from ..evaluation.models import default_device
 
     loaded = load_causal(args.model, device=args.device or default_device(), dtype=args.dtype, **source)
     name = args.model if args.adapter is None else args.adapter
-    backend = generate.TransformersBackend(
+    backend = backends.TransformersBackend(
         name, loaded, texts, batch_size=args.batch_size, stop_tokens=args.stop_tokens
     )
     return backend, None

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import judges, templates
+from ..evaluation import human_judge, judges, rule_judges, templates
+from ..evaluation.journal import write_whole
 from . import endpoints
 
 INCOMPLETE, STOPPED = 3, 4  # exit codes: some judgements failed; the run was given up and can be gone on with
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         pairs = _pairs(args)
         if args.annotation_sheet:
-            judges.write_sheet(args.annotation_sheet, pairs, args.seed)
+            human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)
             print(f"{args.annotation_sheet}: {len(pairs)} pairs; fill in `preferred` with A, B or tie.")
             return
         judge = JUDGES[args.judge](args)
@@ -147,11 +148,11 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "endpoint": _endpoint,
     "reward": _reward,
     "implicit": _implicit,
-    "longer": lambda args: judges.longer_judge(),
-    "exact": lambda args: judges.exact_judge(),
-    "contains": lambda args: judges.contains_judge(),
-    "lab": lambda args: judges.lab_judge(args.lab_seed),
-    "human": lambda args: judges.HumanJudge(_needs(args, "annotations")),
+    "longer": lambda args: rule_judges.longer_judge(),
+    "exact": lambda args: rule_judges.exact_judge(),
+    "contains": lambda args: rule_judges.contains_judge(),
+    "lab": lambda args: rule_judges.lab_judge(args.lab_seed),
+    "human": lambda args: human_judge.HumanJudge(_needs(args, "annotations")),
 }
 
 
@@ -187,7 +188,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair]) -> in
         "stopped": endpoint.why_stopped if endpoint is not None else None,
     }
     path = args.out.with_suffix(".summary.json")
-    judges.write_whole(path, json.dumps(summary, indent=2) + "\n")
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
     _show(summary, control, rows)
     print(f"Written: {args.out}, {path}")
     if summary["stopped"]:

@@ -131,7 +131,8 @@ def read_answers(path: str | Path) -> list[Answer]:
         raise FileNotFoundError(f"`{path}` must be a file of answers, and is not there. Check the spelling.")
     start = path.read_bytes()[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
     rows = _read_list(path) if start.startswith(b"[") else read_rows(path)
-    answers, seen = [], {}
+    answers: list[Answer] = []
+    seen: dict[tuple[str, int], int] = {}
     for number, row in enumerate(rows, 1):
         try:
             answer = _answer_of(row)

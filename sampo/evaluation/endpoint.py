@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ HEADERS = frozenset(
         "authorization",
     }
 )
-T, R = TypeVar("T"), TypeVar("R")
 
 
 class Unanswered(Exception):
@@ -256,7 +255,7 @@ class Endpoint:
         if gone:
             self.stop(failure.detail)
 
-    def for_each(self, items: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[int, R]]:
+    def for_each(self, items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
         """(number of the item, result) as they come, several at a time.
 
         When the caller stops early, no request is begun any more, and those under way are waited for.

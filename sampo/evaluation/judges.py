@@ -1,25 +1,22 @@
 """Judges: (prompt, answer A, answer B) → preference for A in [0, 1], or a failure with its reason.
 
-Here are the protocol, the joining of two files of answers, both orders, the controls, and the judges that follow a
-rule. `endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies.
+Here are the protocol, the joining of two files of answers, both orders, and the controls. The judges themselves:
+`endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies, `rule_judges` and
+`human_judge` say what they are.
 
 A failure is never a tie: it has no preference, and is counted.
 """
 
-import csv
 import hashlib
-import io
-import logging
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from .answers import Answer, prompt_text
+from .answers import Answer
 from .journal import read_rows, write_whole
-
-logger = logging.getLogger(__name__)
 
 ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
 Progress = Callable[[int, int], None]  # (done, of)
@@ -148,7 +145,7 @@ def match(system: Sequence[Answer], baseline: Sequence[Answer]) -> Matching:
 
 
 def draw(pairs: Sequence[Pair], n: int | None, seed: int = 0) -> list[Pair]:
-    """The pairs of `n` prompts, drawn by a hash: a larger `n` adds prompts, so replies kept for the smaller one serve."""
+    """The pairs of `n` prompts, drawn by a hash: a larger `n` adds some, and kept replies still serve."""
     if n is None:
         return list(pairs)
 
@@ -187,8 +184,6 @@ def _judgement(judge: str, pair: Pair, order: str, verdict: Verdict) -> Judgemen
 
 def write_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:
     """One row per prompt, sample and order; the file is whole or absent."""
-    import json
-
     write_whole(Path(path), "".join(json.dumps(asdict(row)) + "\n" for row in judgements))
 
 
@@ -264,167 +259,3 @@ def controls(
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-# --- judges that follow a rule -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RuleJudge:
-    """Compares a score of the two answers: the higher one is preferred, equal ones tie, None is a failure.
-
-    `score(prompt, answer, reference)` returns a number or None; `failure` names what None means.
-    """
-
-    name: str
-    score: Callable[[Any, str, str | None], float | None]
-    failure: str = "no_score"
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
-        """A verdict for each comparison."""
-        verdicts = []
-        for done, shown in enumerate(comparisons, 1):
-            a, b = (self.score(shown.prompt, text, shown.reference) for text in (shown.answer_a, shown.answer_b))
-            if a is None or b is None:
-                verdicts.append(Verdict(None, self.failure, f"prompt {shown.prompt_id}"))
-            else:
-                verdicts.append(Verdict(0.5 + 0.5 * ((a > b) - (a < b))))
-            if progress:
-                progress(done, len(comparisons))
-        return verdicts
-
-
-def longer_judge() -> RuleJudge:
-    """The answer with more characters."""
-    return RuleJudge("longer", lambda prompt, answer, reference: len(answer), about={"unit": "characters"})
-
-
-def exact_judge() -> RuleJudge:
-    """The answer that equals the reference, apart from blanks around both and case."""
-
-    def score(prompt: Any, answer: str, reference: str | None) -> float | None:
-        return None if reference is None else float(answer.strip().casefold() == reference.strip().casefold())
-
-    return RuleJudge("exact", score, "no_reference")
-
-
-def contains_judge() -> RuleJudge:
-    """The answer that holds the reference as whole words, in any case."""
-
-    def score(prompt: Any, answer: str, reference: str | None) -> float | None:
-        if reference is None or not reference.strip():
-            return None
-        return float(_has_words(answer.casefold(), reference.strip().casefold()))
-
-    return RuleJudge("contains", score, "no_reference")
-
-
-def _has_words(text: str, words: str) -> bool:
-    """`4` is not in `42`."""
-    start = text.find(words)
-    while start >= 0:
-        before, after = text[start - 1 : start], text[start + len(words) : start + len(words) + 1]
-        inside = (before.isalnum() and words[0].isalnum()) or (after.isalnum() and words[-1].isalnum())
-        if not inside:
-            return True
-        start = text.find(words, start + 1)
-    return False
-
-
-def lab_judge(seed: int) -> RuleJudge:
-    """The true quality in the lab's world of that seed; what is not written in its words has none."""
-    from ..lab.world import ATTRIBUTE, ENTITY, FILLER, NIL, SEP, VALUE, WORDS, Question, World
-
-    world, numbers = World(seed), {word: number for number, word in enumerate(WORDS)}
-
-    def score(prompt: Any, answer: str, reference: str | None) -> float | None:
-        asked = [numbers.get(word) for word in prompt_text(prompt).split()]
-        said = [numbers.get(word) for word in answer.split()]
-        entities = [word - ENTITY for word in asked if word is not None and ENTITY <= word < VALUE]
-        attributes = [word - ATTRIBUTE for word in asked if word is not None and ATTRIBUTE <= word < ENTITY]
-        if None in asked or None in said or len(entities) != 1 or not attributes or SEP not in asked:
-            return None
-        assert FILLER > VALUE > ENTITY > ATTRIBUTE > NIL
-        question = Question(entities[0], tuple(attributes))
-        return float(world.quality(question, [word for word in said if word is not None]))
-
-    return RuleJudge("lab", score, "not_of_the_lab", {"world_seed": seed})
-
-
-# --- people --------------------------------------------------------------------------------------------------------
-
-SHEET = ("prompt_id", "prompt", "answer_a", "answer_b", "preferred")
-PREFERRED = {"a": 1.0, "b": 0.0, "tie": 0.5}
-
-
-class HumanJudge:
-    """Annotations from a CSV with `answer_a`, `answer_b`, `preferred` and `prompt` or `prompt_id`.
-
-    They belong to the texts and not to a row number: changed answers have no annotation. Several annotations of one pair
-    are averaged. Where only one order was shown to people, it serves for both.
-
-    Raises:
-        ValueError: columns are missing, or a `preferred` is neither A, B, tie, empty nor a number from 0 to 1.
-    """
-
-    name = "human"
-
-    def __init__(self, path: str | Path):
-        self.about = {"annotations": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}
-        self._given: dict[tuple[str, str, str], list[float]] = {}
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            missing = {"answer_a", "answer_b", "preferred"} - set(rows.fieldnames or ())
-            if missing or not {"prompt", "prompt_id"} & set(rows.fieldnames or ()):
-                raise ValueError(
-                    f"{path} must have the columns `answer_a`, `answer_b`, `preferred` and `prompt` or `prompt_id`, "
-                    f"got {rows.fieldnames}."
-                )
-            for row in rows:
-                self._add(row, f"{path}, line {rows.line_num}")
-
-    def _add(self, row: Mapping[str, str], place: str) -> None:
-        from .answers import prompt_id
-
-        said = (row["preferred"] or "").strip().lower()
-        if not said:
-            return
-        try:
-            value = PREFERRED[said] if said in PREFERRED else float(said)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= 1:
-            raise ValueError(
-                f"{place}: `preferred` must be A, B, tie, empty or from 0 to 1, got {row['preferred']!r}."
-            )
-        key = row.get("prompt_id") or prompt_id(row["prompt"])
-        self._given.setdefault((key, _lines(row["answer_a"]), _lines(row["answer_b"])), []).append(value)
-
-    def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
-        """A verdict for each comparison."""
-        return [self._verdict(shown) for shown in comparisons]
-
-    def _verdict(self, shown: Comparison) -> Verdict:
-        texts = _lines(shown.answer_a), _lines(shown.answer_b)
-        for key, forward in ((texts, True), (texts[::-1], False)):
-            if given := self._given.get((shown.prompt_id, *key)):
-                mean = sum(given) / len(given)
-                return Verdict(mean if forward else 1 - mean)
-        return Verdict(None, "not_annotated", f"prompt {shown.prompt_id}")
-
-
-def _lines(text: str) -> str:
-    return text.replace("\r\n", "\n").strip()  # table programs change the ends of lines
-
-
-def write_sheet(path: str | Path, pairs: Sequence[Pair], seed: int = 0) -> None:
-    """A CSV for people to fill in `preferred` (A, B or tie); which side the system is on is drawn for each pair."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(SHEET)
-    for pair in pairs:
-        first = hashlib.sha256(f"{seed} sheet {pair.system.key}".encode()).digest()[0] % 2
-        shown = pair.comparison(ORDERS[first])
-        table.writerow([shown.prompt_id, prompt_text(shown.prompt), shown.answer_a, shown.answer_b, ""])
-    write_whole(Path(path), text.getvalue())

@@ -53,7 +53,7 @@ def load_causal(
     base, base_revision = name, revision
     if adapter is None and has_adapter(name, revision):
         adapter, (base, base_revision) = name, base_of(name, revision)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         base, revision=base_revision or "main", dtype=dtype, trust_remote_code=trust_remote_code
     )
     weights = fingerprint(base, model)
@@ -163,7 +163,7 @@ class Texts:
         return asked, whole[len(asked) :]
 
     def _templated(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        found = self.tokenizer.apply_chat_template(
+        found: Any = self.tokenizer.apply_chat_template(
             messages, chat_template=self._template, tokenize=True, return_dict=True, **options
         )
         return list(found["input_ids"])

@@ -66,7 +66,8 @@ def load_prompts(
     table = pick_split(tables, split, label)
     questions: dict[str, Question] = {}
     bad: Counter[str] = Counter()
-    first_bad, total = [], 0
+    first_bad: list[int] = []
+    total = 0
     for total, found in enumerate(_questions(table, label), 1):
         if isinstance(found, str):
             bad[found] += 1

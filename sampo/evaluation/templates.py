@@ -1,8 +1,8 @@
 """What a judge is asked, as versioned data in `prompts/*.yaml`, and how its verdict is read.
 
-The texts to be judged are data: they stand between marks that nobody can foresee, and they are filled in once, so that
-nothing in them is filled in again. A verdict counts in one place only: in a written reply, its last line, which must be
-the prefix and a verdict and nothing else; with log-probabilities, the one token of the reply.
+The texts to be judged are data: they stand between marks that nobody can foresee, and they are filled in once, so
+that nothing in them is filled in again. A verdict counts in one place only: in a written reply, its last line, which
+must be the prefix and a verdict and nothing else; with log-probabilities, the one token of the reply.
 """
 
 import hashlib
@@ -52,11 +52,9 @@ class JudgePrompt:
     max_tokens: int = 1
 
     def __post_init__(self):
-        missing = [name for name in FIELDS if f"${name}" not in self.user]
+        missing = [f"${name}" for name in FIELDS if f"${name}" not in self.user]
         if missing:
-            raise ValueError(
-                f"`user` of the judge's prompt must hold {[f'${n}' for n in FIELDS]}, got none of {missing}."
-            )
+            raise ValueError(f"`user` of the judge's prompt must hold all texts and the mark, got no {missing}.")
         if self.reply not in REPLIES:
             raise ValueError(f"`reply` of the judge's prompt must be one of {list(REPLIES)}, got {self.reply!r}.")
         if self.reply == "text" and not self.prefix.strip():
