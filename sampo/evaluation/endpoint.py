@@ -33,6 +33,7 @@ HEADERS = frozenset(
         "user-agent",
         "authorization",
     }
+    | {"x-stainless-raw-response"}  # by this the client remembers that the reply is to be left as it is
 )
 
 
