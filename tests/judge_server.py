@@ -69,6 +69,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait 40 ms
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def main(args: argparse.Namespace) -> None:
         sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
         questions = load_prompts(args.prompts, split=args.split, on_bad_rows=args.on_bad_rows)
         backend, endpoint = _backend(args)
-        with progress("answers") as advance:
+        with ExitStack() as stack:
+            advance = stack.enter_context(progress("answers"))
+            stack.callback(getattr(endpoint, "close", lambda: None))
             report = generate(
                 questions, backend, sampling, args.out, on_long_prompts=args.on_long_prompts, progress=advance
             )

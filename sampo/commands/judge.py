@@ -5,6 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def main(args: argparse.Namespace) -> None:
             print(f"{args.annotation_sheet}: {len(pairs)} pairs; fill in `preferred` with A, B or tie.")
             return
         judge = JUDGES[args.judge](args)
-        code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs)
+        with ExitStack() as stack:
+            stack.callback(getattr(judge, "close", lambda: None))
+            code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo judge: error: {error}") from None
     if code:

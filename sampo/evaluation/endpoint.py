@@ -129,6 +129,12 @@ class Endpoint:
             ) from None
         if (self._key or proxy) and urlsplit(self.url).scheme == "http" and not _is_local(self.url):
             logger.warning("%s is not encrypted: all on the way can read the key and the texts", self.url)
+        for library in (
+            "httpcore",
+            "httpcore2",
+        ):  # at DEBUG they print the headers of replies, with whatever is in them
+            if (theirs := logging.getLogger(library)).level == logging.NOTSET:
+                theirs.setLevel(logging.INFO)
         transport = openai.DefaultHttpxClient(
             trust_env=False,
             follow_redirects=False,
@@ -164,6 +170,10 @@ class Endpoint:
         with self._lock:
             self._why_stopped = self._why_stopped or why
         self._stop.set()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
 
     def redact(self, text: str) -> str:
         """The text without the key, should a server have sent it back."""

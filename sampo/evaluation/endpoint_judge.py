@@ -89,8 +89,9 @@ class EndpointJudge:
         }
 
     def close(self) -> None:
-        """Give the cache to others."""
+        """Give the cache to others, and close the connections."""
         self._journal.close()
+        self.endpoint.close()
 
     def key(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Hash of the whole request: URL, model, all options, template, prompt, both answers, their order."""
@@ -115,7 +116,10 @@ class EndpointJudge:
             requests.setdefault(key, (messages, prompt_id))
         wanted = [(key, *request) for key, request in requests.items() if self._wanted(key)]
         failures: dict[str, Unanswered] = {}
-        for done, (number, failure) in enumerate(self.endpoint.for_each(wanted, self._fetch), 1):
+        for done, (number, (replies, failure)) in enumerate(self.endpoint.for_each(wanted, self._fetch), 1):
+            for tokens_in, tokens_out in map(usage_of, replies):
+                self.tokens_in += tokens_in
+                self.tokens_out += tokens_out
             if failure is not None:
                 failures[wanted[number][0]] = failure
             if progress:
@@ -135,14 +139,15 @@ class EndpointJudge:
         replies = self._replies.get(key, [])
         return len(replies) < self.attempts and all(self._read(reply).failure for reply in replies)
 
-    def _fetch(self, request: tuple[str, list[dict[str, str]], str]) -> Unanswered | None:
-        """Ask until a reply can be read or the attempts are spent; None when there is a reply."""
+    def _fetch(self, request: tuple[str, list[dict[str, str]], str]) -> tuple[list[str], Unanswered | None]:
+        """Ask until a reply can be read or the attempts are spent: the new replies, and what kept others from coming."""
         key, messages, prompt_id = request
+        replies: list[str] = []
         while self._wanted(key):
             try:
                 reply = self.endpoint.ask(messages, self.options)
             except Unanswered as failure:
-                return failure
+                return replies, failure
             self._journal.append(
                 {
                     "key": key,
@@ -154,10 +159,8 @@ class EndpointJudge:
                 }
             )
             self._replies.setdefault(key, []).append(reply)
-            tokens_in, tokens_out = usage_of(reply)
-            self.tokens_in += tokens_in
-            self.tokens_out += tokens_out
-        return None
+            replies.append(reply)
+        return replies, None
 
     def _read(self, reply: str) -> Verdict:
         choice, fault = read_reply(reply)

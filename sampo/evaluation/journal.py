@@ -4,6 +4,7 @@ Each row is on the disk (fsync) before `append` returns. What an interrupted wri
 file is opened again; a whole line that only lacks its newline is kept.
 """
 
+import io
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._file = self.path.open("ab+")
+        self._file = self.path.open("ab+", buffering=0)  # else what failed to be written is tried again
         try:
             _lock_file(self._file.fileno(), self.path)
             self._file.seek(0)
@@ -57,11 +58,10 @@ class Journal:
         content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii")
         aside = self.path.with_name(f".{self.path.name}.part")
         with self._lock:
-            file = aside.open("wb+")
+            aside.unlink(missing_ok=True)
+            file = aside.open("ab+", buffering=0)
             _lock_file(file.fileno(), aside)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            _write_all(file, content)
             os.replace(aside, self.path)
             _sync_folder(self.path.parent)
             self._file.close()
@@ -69,9 +69,7 @@ class Journal:
 
     def _write(self, content: bytes) -> None:
         try:
-            self._file.write(content)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            _write_all(self._file, content)
         except OSError:
             self._file.truncate(self._end)  # a full disk must not leave half a line for the next one to be glued to
             raise
@@ -132,6 +130,13 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _write_all(file: io.FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())
 
 
 def _lock_file(descriptor: int, path: Path) -> None:

@@ -77,12 +77,13 @@ class Pair:
 
     def comparison(self, order: str) -> Comparison:
         """What is shown in that order."""
+        reference = self.system.extra.get("reference", self.baseline.extra.get("reference"))
         shown = Comparison(
             prompt=self.system.prompt,
             prompt_id=self.system.prompt_id,
             answer_a=self.system.answer,
             answer_b=self.baseline.answer,
-            reference=self.system.extra.get("reference", self.baseline.extra.get("reference")),
+            reference=None if reference is None else str(reference),
         )
         return shown if order == "ab" else shown.swapped
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pair_files import BrokenLine, Table, open_source, pick_split
-from ..pair_rows import READERS, layout_of
+from ..pair_rows import READERS, layout_of, without_nulls
 from .answers import Prompt, prompt_id
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,8 @@ def _questions(table: Table, label: str) -> Iterator[Question | str]:
         try:
             prompt = read(*cells[: len(wanted)])
             prompt_id(prompt)
+            if not isinstance(prompt, str):  # Arrow fills the keys that a message lacks with nulls
+                prompt = [without_nulls(message) for message in prompt]
         except _Bad as fault:
             yield str(fault)
             continue
