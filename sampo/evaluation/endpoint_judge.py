@@ -140,7 +140,7 @@ class EndpointJudge:
         return len(replies) < self.attempts and all(self._read(reply).failure for reply in replies)
 
     def _fetch(self, request: tuple[str, list[dict[str, str]], str]) -> tuple[list[str], Unanswered | None]:
-        """Ask until a reply can be read or the attempts are spent: the new replies, and what kept others from coming."""
+        """Ask until a reply can be read or the attempts are spent; the new replies, and why there are no more."""
         key, messages, prompt_id = request
         replies: list[str] = []
         while self._wanted(key):
