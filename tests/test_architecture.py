@@ -39,7 +39,7 @@ ARROWS = {
         *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
-    "evaluation": {"evaluation", "results"},
+    "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results"},
     "cli": {"commands"},
 }
 

@@ -1,4 +1,4 @@
-"""Evaluation: how long answers are, how often they win, and how sure that is.
+"""Evaluation: answers of models, what judges say about them, how long they are, how often they win, how sure that is.
 
-The numbers need numpy and scipy alone.
+The statistics need numpy and scipy alone.
 """

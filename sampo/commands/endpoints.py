@@ -1,0 +1,62 @@
+"""The options of commands that ask an OpenAI-compatible server."""
+
+import argparse
+import json
+from typing import Any
+
+from ..evaluation.endpoint import Endpoint, key_from_environment
+
+UNUSED_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """A group of options; a key is never one of them."""
+    group = parser.add_argument_group("OpenAI-compatible server")
+    group.add_argument(
+        "--url", help="such as https://api.openai.com/v1 or http://localhost:8000/v1; no other is asked"
+    )
+    group.add_argument(
+        "--api_key_env",
+        metavar="VARIABLE",
+        help="environment variable that holds the key; OPENAI_API_KEY for OpenAI's own URL, none for others",
+    )
+    group.add_argument("--concurrency", type=int, default=8, help="requests at a time (8)")
+    group.add_argument("--max_requests", type=int, help="make at most so many, further attempts included")
+    group.add_argument("--retries", type=int, default=5, help="further attempts at a request that failed (5)")
+    group.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one request (120)")
+    group.add_argument("--proxy", metavar="URL", help="a proxy; those in the environment are not used")
+    group.add_argument(
+        "--options",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help='further fields of a request: \'{"reasoning_effort": "low"}\'; null takes a field out',
+    )
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
+
+
+def build(args: argparse.Namespace, model: str) -> Endpoint:
+    """The endpoint that the options describe."""
+    if not args.url:
+        raise ValueError(
+            "`url` must say whom to ask, such as http://localhost:8000/v1; it is not read from anywhere else."
+        )
+    return Endpoint(
+        args.url,
+        model,
+        api_key=key_from_environment(args.url, args.api_key_env),
+        timeout=args.timeout,
+        retries=args.retries,
+        max_requests=args.max_requests,
+        concurrency=args.concurrency,
+        proxy=args.proxy,
+    )

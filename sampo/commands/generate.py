@@ -1,0 +1,133 @@
+"""`sampo generate MODEL --prompts FILE --out FILE`: one answer to each prompt, a JSON record each."""
+
+import argparse
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.generate import Sampling
+from ..evaluation.models import FORMATS
+from ..evaluation.prompt_files import ON_BAD_ROWS
+from . import endpoints
+
+BACKENDS = ("transformers", "vllm", "endpoint")
+INCOMPLETE, STOPPED = 3, 4  # exit codes: some answers are missing; the run was given up and can be gone on with
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog="sampo generate",
+        allow_abbrev=False,
+        description="Answer prompts with a model. Answers are written as they come, and those that are there are not "
+        f"made again. Exit code {INCOMPLETE}: some answers are missing; {STOPPED}: given up, run it again to go on.",
+    )
+    parser.add_argument(
+        "model", help="folder or hub id of a model or an adapter; with `--url` the name of the model there"
+    )
+    parser.add_argument(
+        "--prompts", required=True, help="JSONL, AlpacaEval's JSON, HH transcripts, Parquet, or a hub id"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="JSONL file of answers")
+    parser.add_argument("--split", help="of the prompts, such as `test[:100]`")
+    parser.add_argument("--on_bad_rows", default="error", choices=ON_BAD_ROWS, help="rows without a prompt")
+    parser.add_argument("--on_long_prompts", default="error", choices=ON_BAD_ROWS, help="that leave no room to answer")
+    parser.add_argument("--alpaca_eval", type=Path, metavar="FILE", help="write AlpacaEval's `model_outputs` too")
+    drawing = parser.add_argument_group("sampling")
+    defaults = Sampling()
+    for name, text in (
+        ("max_tokens", "cut an answer after so many tokens"),
+        ("temperature", "0 takes the likeliest token each time"),
+        ("top_p", "draw from the likeliest tokens that have this probability together"),
+        ("top_k", "draw from so many of the likeliest tokens; 0: from all"),
+        ("seed", "of the draws"),
+        ("samples", "answers per prompt"),
+    ):
+        value = getattr(defaults, name)
+        drawing.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} ({value})")
+    local = parser.add_argument_group("model")
+    local.add_argument("--backend", choices=BACKENDS, help="`endpoint` with `--url`, else `transformers`")
+    local.add_argument("--adapter", help="folder or hub id of an adapter for the model")
+    local.add_argument("--revision", help="of the model on the hub")
+    local.add_argument("--format", default="auto", choices=FORMATS, help="`auto`: the chat template if there is one")
+    local.add_argument("--chat_template", type=Path, help="file with a template in place of the tokenizer's")
+    local.add_argument(
+        "--stop_tokens", nargs="+", default=[], metavar="TOKEN", help="further tokens that end an answer"
+    )
+    local.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
+    local.add_argument("--device", help="the first accelerator, else the CPU")
+    local.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    local.add_argument("--trust_remote_code", action="store_true")
+    endpoints.add_options(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Generate and say what was written."""
+    from ..evaluation.generate import generate
+    from ..evaluation.prompt_files import load_prompts
+    from .progress import progress
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("sampo").setLevel(logging.INFO)
+    try:
+        sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+        questions = load_prompts(args.prompts, split=args.split, on_bad_rows=args.on_bad_rows)
+        backend, endpoint = _backend(args)
+        with ExitStack() as stack:
+            advance = stack.enter_context(progress("answers"))
+            stack.callback(getattr(endpoint, "close", lambda: None))
+            report = generate(
+                questions, backend, sampling, args.out, on_long_prompts=args.on_long_prompts, progress=advance
+            )
+        if args.alpaca_eval:
+            _export(args.out, args.alpaca_eval)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"sampo generate: error: {error}") from None
+    mean = f", {report.tokens / report.counted:.1f} tokens on average" if report.counted else ""
+    print(f"{args.out}: {report.answers} answers, {report.reused} of them there before{mean}; {report.cut} cut off")
+    for reason, count in report.failures.items():
+        print(f"{count} answers are missing: {reason} (the first: {report.details[reason]})")
+    if endpoint is not None and endpoint.why_stopped:
+        print(f"Given up: {endpoint.why_stopped}. Run the same command again to go on.")
+        raise SystemExit(STOPPED)
+    if report.failures:
+        raise SystemExit(INCOMPLETE)
+
+
+def _export(answers: Path, path: Path) -> None:
+    from ..evaluation.answers import read_answers, write_alpaca_eval
+
+    write_alpaca_eval(path, read_answers(answers))
+
+
+def _backend(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(backend, endpoint if it is one)."""
+    from ..evaluation import backends
+    from ..evaluation.models import Texts, fingerprint, load_causal, load_tokenizer
+
+    kind = args.backend or ("endpoint" if args.url else "transformers")
+    if (kind == "endpoint") != bool(args.url):
+        raise ValueError(f"`url` goes with `backend` endpoint and with no other, got `backend` {kind}.")
+    if kind == "endpoint":
+        endpoint = endpoints.build(args, args.model)
+        return backends.EndpointBackend(endpoint, args.options), endpoint
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    template = args.chat_template.read_text(encoding="utf-8") if args.chat_template else None
+    source = {"adapter": args.adapter, "revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    texts = Texts(load_tokenizer(args.model, **source), args.format, template)
+    if kind == "vllm":
+        weights = fingerprint(args.model, None)
+        about = {"adapter": args.adapter, "weights": weights, "dtype": args.dtype, "stop_tokens": args.stop_tokens}
+        return backends.VLLMBackend(args.model, texts, **about), None
+    from ..evaluation.models import default_device
+
+    loaded = load_causal(args.model, device=args.device or default_device(), dtype=args.dtype, **source)
+    name = args.model if args.adapter is None else args.adapter
+    backend = backends.TransformersBackend(
+        name, loaded, texts, batch_size=args.batch_size, stop_tokens=args.stop_tokens
+    )
+    return backend, None

@@ -1,0 +1,337 @@
+"""Requests to one OpenAI-compatible server, and to no other: counted, capped, retried a bounded number of times.
+
+The `openai` client does the talking, but takes nothing from the environment: no `OPENAI_BASE_URL`, no proxy, no
+organisation, no headers. Redirects are not followed. The reply is handed over as the bytes that came, so that it can
+be kept before anything tries to read it.
+"""
+
+import email.utils
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+from urllib.parse import urlsplit
+
+logger = logging.getLogger(__name__)
+
+OPENAI_URL = "https://api.openai.com/v1"
+OPENAI_KEY = "OPENAI_API_KEY"
+MAX_WAIT = 120.0  # seconds between two attempts; a server that asks for more is taken to be gone
+HEADERS = frozenset(
+    {
+        "host",
+        "accept",
+        "accept-encoding",
+        "connection",
+        "content-type",
+        "content-length",
+        "user-agent",
+        "authorization",
+    }
+    | {"x-stainless-raw-response"}  # by this the client remembers that the reply is to be left as it is
+)
+
+
+class Unanswered(Exception):
+    """A request that brought no reply.
+
+    Attributes:
+        reason: One word for the count: `timeout`, `connection`, `rate_limited`, `server_error`, `rejected`,
+            `not_asked`.
+        detail: What happened, for people; without the key.
+        fatal: No other request will fare better.
+    """
+
+    def __init__(self, reason: str, detail: str, *, fatal: bool = False, wait: float | None = None):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.fatal, self.wait = reason, detail, fatal, wait
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed later."""
+        return not self.fatal and self.reason in ("timeout", "connection", "rate_limited", "server_error")
+
+
+def key_from_environment(url: str, name: str | None) -> str | None:
+    """The key for an endpoint, from the variable `name`; without a name, OpenAI's key for OpenAI's own URL only.
+
+    Raises:
+        ValueError: there is no such variable, or OpenAI's URL is asked without a key.
+    """
+    if name is None:
+        if urlsplit(url).hostname != urlsplit(OPENAI_URL).hostname:
+            return None  # a key is not sent where it does not belong
+        name = OPENAI_KEY
+    if not os.environ.get(name, "").strip():
+        raise ValueError(f"`api_key_env` must name a variable that holds the key, got {name}, which is empty.")
+    return os.environ[name].strip()
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible URL.
+
+    Args:
+        url: Up to and including `/v1`.
+        model: Name of the model there.
+        api_key: Sent in a header, and never logged or written; see [`key_from_environment`].
+        timeout: Seconds for one request.
+        retries: Further attempts after a time-out, a lost connection, 408, 409, 429 or 5xx.
+        max_requests: Cap on requests in all, attempts included; None for no cap.
+        concurrency: Requests at a time.
+        give_up_after: Requests in a row that fail with all their attempts before the rest is not asked any more.
+        proxy: URL of a proxy; those in the environment are not used.
+        backoff: Seconds before the first further attempt, doubled each time, unless the server says `Retry-After`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        retries: int = 5,
+        max_requests: int | None = None,
+        concurrency: int = 8,
+        give_up_after: int = 5,
+        proxy: str | None = None,
+        backoff: float = 1.0,
+    ):
+        self.url, self.model = _checked_url(url), model
+        for name, value in (
+            ("retries", retries),
+            ("max_requests", max_requests or 0),
+            ("concurrency", concurrency - 1),
+        ):
+            if value < 0:
+                raise ValueError(f"`{name}` must be {1 if name == 'concurrency' else 0} or more, got less.")
+        self.retries, self.max_requests, self.concurrency = retries, max_requests, concurrency
+        self.give_up_after, self.backoff = give_up_after, backoff
+        self.requests = 0
+        self._key = api_key
+        self._client = self._connect(timeout, proxy)
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._why_stopped: str | None = None
+        self._failed_in_a_row, self._succeeded = 0, False
+        self._random = random.Random(0)  # spreads further attempts; no result depends on it
+
+    def _connect(self, timeout: float, proxy: str | None):
+        try:
+            import openai
+        except ImportError:
+            raise ImportError(
+                'An endpoint needs the package `openai`, which is not installed: pip install "sampo-dpo[judge]".'
+            ) from None
+        if (self._key or proxy) and urlsplit(self.url).scheme == "http" and not _is_local(self.url):
+            logger.warning("%s is not encrypted: all on the way can read the key and the texts", self.url)
+        for library in (
+            "httpcore",
+            "httpcore2",
+        ):  # at DEBUG they print the headers of replies, with whatever is in them
+            if (theirs := logging.getLogger(library)).level == logging.NOTSET:
+                theirs.setLevel(logging.INFO)
+        transport = openai.DefaultHttpxClient(
+            trust_env=False,
+            follow_redirects=False,
+            timeout=timeout,
+            proxy=proxy,
+            event_hooks={"request": [self._only_ours]},
+        )
+        return openai.OpenAI(
+            base_url=self.url,
+            api_key=self._key or "none",
+            organization="",
+            project="",
+            max_retries=0,  # ours are counted, and stop at the cap
+            timeout=timeout,
+            http_client=transport,
+        )
+
+    def _only_ours(self, request: Any) -> None:
+        """Nothing that the client has picked up elsewhere leaves the machine."""
+        if not str(request.url).startswith(f"{self.url}/"):
+            raise RuntimeError(f"requests must go to {self.url}, and one was to go to {request.url.host}")
+        for name in [name for name in request.headers if name.lower() not in HEADERS]:
+            del request.headers[name]
+        request.headers["authorization"] = f"Bearer {self._key or 'none'}"
+
+    @property
+    def why_stopped(self) -> str | None:
+        """Why no more requests are made; None as long as they are."""
+        return self._why_stopped
+
+    def stop(self, why: str) -> None:
+        """Make no more requests; the first reason is kept."""
+        with self._lock:
+            self._why_stopped = self._why_stopped or why
+        self._stop.set()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def redact(self, text: str) -> str:
+        """The text without the key, should a server have sent it back."""
+        return text.replace(self._key, "[key]") if self._key else text
+
+    def ask(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        """One chat completion; the body of the reply as it came.
+
+        Bytes that are no UTF-8 come as lone surrogates (`surrogateescape`).
+
+        Args:
+            messages: The conversation.
+            options: All other fields of the request.
+
+        Raises:
+            Unanswered: there is no reply, after all attempts.
+        """
+        for attempt in range(self.retries + 1):
+            self._admit()
+            try:
+                content = self._send(messages, options)
+            except Unanswered as failure:
+                if failure.passing and attempt < self.retries and self._pause(failure, attempt):
+                    continue
+                self._count_failure(failure)
+                raise
+            with self._lock:
+                self._failed_in_a_row, self._succeeded = 0, True
+            return self.redact(content.decode("utf-8", "surrogateescape"))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _admit(self) -> None:
+        """Count a request, or refuse to make it."""
+        with self._lock:
+            if self.max_requests is not None and self.requests >= self.max_requests:
+                self._why_stopped = self._why_stopped or f"`max_requests` of {self.max_requests} are made"
+                self._stop.set()
+            if self._why_stopped is None:
+                self.requests += 1
+                return
+        raise Unanswered("not_asked", self._why_stopped)
+
+    def _send(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bytes:
+        import openai
+
+        try:
+            raw = self._client.chat.completions.with_raw_response.create(
+                model=self.model, messages=list(messages), extra_body=dict(options)
+            )
+            return raw.content
+        except openai.APITimeoutError:
+            raise Unanswered("timeout", f"no reply from {self.url} in time") from None
+        except openai.APIConnectionError as error:
+            cause = self.redact(f"{type(error.__cause__).__name__}: {error.__cause__}")
+            raise Unanswered("connection", f"{self.url}: {cause}") from None
+        except openai.APIStatusError as error:
+            raise self._of_status(error) from None
+
+    def _of_status(self, error: Any) -> Unanswered:
+        status = error.status_code
+        said = self.redact(" ".join(error.response.text.split()))[:300]
+        text = f"{self.url} answers {status} for model `{self.model}`: {said or 'nothing more'}"
+        if 300 <= status < 400:
+            where = self.redact(error.response.headers.get("location", "nowhere"))
+            return Unanswered("rejected", f"{text}. It redirects to {where}, which is not asked", fatal=True)
+        if status in (401, 403, 404, 405):
+            return Unanswered("rejected", text, fatal=True)
+        if status == 429:
+            spent = "insufficient_quota" in said
+            return Unanswered("rate_limited", text, fatal=spent, wait=_retry_after(error.response.headers))
+        if status in (408, 409) or status >= 500:
+            return Unanswered("server_error", text, wait=_retry_after(error.response.headers))
+        return Unanswered("rejected", text)
+
+    def _pause(self, failure: Unanswered, attempt: int) -> bool:
+        """Wait before the next attempt; False if it is not worth it."""
+        if failure.wait is not None and failure.wait > MAX_WAIT:
+            return False
+        grown = min(self.backoff * 2**attempt, MAX_WAIT) * (0.75 + 0.5 * self._random.random())
+        seconds = grown if failure.wait is None else max(failure.wait, 0.0)
+        logger.info("%s; attempt %d of %d in %.1f s", failure.detail, attempt + 2, self.retries + 1, seconds)
+        return not self._stop.wait(seconds)
+
+    def _count_failure(self, failure: Unanswered) -> None:
+        with self._lock:
+            if failure.reason == "rejected" and self._succeeded and not failure.fatal:
+                return  # that one request is at fault
+            self._failed_in_a_row += 1
+            gone = failure.fatal or self._failed_in_a_row >= self.give_up_after
+        if gone:
+            self.stop(failure.detail)
+
+    def for_each(self, items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
+        """(number of the item, result) as they come, several at a time.
+
+        When the caller stops early, no request is begun any more, and those under way are waited for.
+        """
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            numbers = {pool.submit(work, item): number for number, item in enumerate(items)}
+            try:
+                for future in as_completed(numbers):
+                    yield numbers[future], future.result()
+            except BaseException:
+                self.stop("interrupted")
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def read_reply(body: str) -> tuple[dict[str, Any] | None, str]:
+    """(first choice of a chat completion, "") or (None, what is wrong with the body)."""
+    try:
+        text = body.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return None, "not_utf8"
+    try:
+        choice = json.loads(text)["choices"][0]
+        choice["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        return None, "broken_reply"
+    return choice, ""
+
+
+def usage_of(body: str) -> tuple[int, int]:
+    """Tokens read and written, as the reply says; zeros where it says nothing."""
+    try:
+        usage = json.loads(body).get("usage") or {}
+        return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    except (ValueError, TypeError, AttributeError):
+        return 0, 0
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+        or "@" in parts.netloc
+    ):
+        raise ValueError(
+            "`url` must look like https://host/v1 or http://localhost:8000/v1, without user, password and query, got "
+            f"{parts.scheme}://{parts.hostname or ''}{parts.path}. A key goes in a variable that `api_key_env` names."
+        )
+    return url.rstrip("/")
+
+
+def _is_local(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait."""
+    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return float(headers[name]) / per_second
+        except (KeyError, ValueError):
+            continue
+    date = email.utils.parsedate_tz(headers.get("retry-after"))
+    return None if date is None else email.utils.mktime_tz(date) - time.time()

@@ -1,0 +1,173 @@
+"""Models and tokenizers for evaluation: load one, with or without an adapter, and say which weights it had.
+
+`Texts` is the one place that turns prompts and answers into tokens, for generating and for scoring alike.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapters import base_of
+from .answers import Prompt, prompt_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMATS = ("auto", "chat", "raw")
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
+PIECES, PIECE_BYTES = 64, 1 << 16  # of each file of weights go into a fingerprint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal model; `base` is what its adapter sits on, None where there is no adapter."""
+
+    model: "PreTrainedModel"
+    weights: str | None
+    base: str | None
+
+
+def default_device() -> str:
+    """The first accelerator, else the CPU."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
+
+
+def load_causal(
+    name: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """A causal language model from a folder or the hub; `name` may itself be an adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, base_revision = name, revision
+    if adapter is None and has_adapter(name, revision):
+        adapter, (base, base_revision) = name, base_of(name, revision)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, revision=base_revision or "main", dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    weights = fingerprint(base, model)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, revision=revision if adapter == name else None)
+        weights = f"{weights}+{fingerprint(adapter, None)}"
+    return Loaded(model.to(device).eval(), weights, None if adapter is None else base)
+
+
+def has_adapter(name: str, revision: str | None = None) -> bool:
+    """Whether a folder or hub id is an adapter."""
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(name, revision=revision) is not None
+
+
+def load_tokenizer(
+    name: str, *, adapter: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer that lies with the adapter, else with the model, else with the adapter's base."""
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
+        return AutoTokenizer.from_pretrained(adapter, **options)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
+        name, revision = base_of(name, revision)
+    return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
+
+
+def fingerprint(name: str, model: Any) -> str | None:
+    """Which weights these are: the commit on the hub, or a hash of pieces of the files of a local folder.
+
+    The pieces are spread over each file: training changes some of them, and reading all would take minutes. The number
+    guards against mistakes, not against malice.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return getattr(getattr(model, "config", None), "_commit_hash", None)
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for piece in range(PIECES):
+                file.seek(max(size - PIECE_BYTES, 0) * piece // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+class Texts:
+    """Prompts and answers as token ids.
+
+    Args:
+        tokenizer: The model's.
+        prompt_format: `chat`: the chat template, a string being a message of the user; `raw`: a string as it is;
+            `auto`: `chat` if there is a template.
+        chat_template: In place of the tokenizer's own.
+
+    Raises:
+        ValueError: `chat` without a template.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", prompt_format: str = "auto", chat_template: str | None = None
+    ):
+        if prompt_format not in FORMATS:
+            raise ValueError(f"`format` must be one of {list(FORMATS)}, got {prompt_format!r}.")
+        self.tokenizer = tokenizer
+        self._template = chat_template or (tokenizer.get_chat_template() if tokenizer.chat_template else None)
+        self.chat = self._template is not None if prompt_format == "auto" else prompt_format == "chat"
+        if self.chat and self._template is None:
+            raise ValueError(
+                "`format: chat` must have a chat template, and the tokenizer has none. Give one with `chat_template`, "
+                "or set `format` to `raw`."
+            )
+
+    @property
+    def template_hash(self) -> str | None:
+        """Of the chat template; None where none is used."""
+        return hashlib.sha256((self._template or "").encode()).hexdigest()[:16] if self.chat else None
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """The prompt, up to where the answer begins."""
+        if self.chat:
+            return self._templated(_messages(prompt), add_generation_prompt=True)
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"A conversation needs a chat template, got none for {prompt_text(prompt)[:60]!r}. Give one with "
+                "`chat_template`, or prompts that are strings."
+            )
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def row(self, prompt: Prompt, answer: str) -> tuple[list[int], list[int]]:
+        """(prompt, answer with its end token), as the model would have read and written them."""
+        asked = self.prompt(prompt)
+        if not self.chat:
+            said = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            end = self.tokenizer.eos_token_id
+            return asked, said if end is None else [*said, end]
+        whole = self._templated([*_messages(prompt), {"role": "assistant", "content": answer}])
+        if whole[: len(asked)] != asked:
+            raise ValueError(
+                "The chat template must begin a finished conversation as it begins an open one, and does not. Give "
+                "another with `chat_template`."
+            )
+        return asked, whole[len(asked) :]
+
+    def _templated(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        found: Any = self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=True, return_dict=True, **options
+        )
+        return list(found["input_ids"])
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
