@@ -305,8 +305,8 @@ def test_the_first_model_stays_the_reference_where_that_is_asked_for(two_rounds,
 
     rows, _ = rows_of(shlex.join(plan.train_command(2)))
     margins = [margin_of(json.loads(row), folder / "round-1", start, beta=0.1) for row in rows]
-    assert len(margins) == 32
-    assert log[0]["rewards/margins"] == pytest.approx(sum(margins) / 32, abs=1e-5)
+    assert 20 < len(margins) <= 32  # one batch
+    assert log[0]["rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=1e-5)
     assert abs(log[0]["rewards/margins"]) > 1e-3
 
 
