@@ -126,8 +126,8 @@ def weights_hash(models: list[Any]) -> str:
             if ".default" in name:
                 continue
             digest.update(f"{name} {list(getattr(tensor, 'ds_shape', tensor.shape))}".encode())
-            flat = tensor.detach().reshape(-1)
-            if flat.device.type != "meta" and not hasattr(flat, "full_tensor") and flat.numel():
+            if tensor.device.type != "meta" and not hasattr(tensor, "full_tensor") and tensor.numel():
+                flat = tensor.detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
                 digest.update(sample.to(torch.float64).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
