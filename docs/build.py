@@ -1,7 +1,6 @@
 """Writes the generated parts of the documents: `python docs/build.py`, or `--check` to fail where they differ."""
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import MISSING
@@ -49,32 +48,23 @@ def lab() -> str:
 
 
 def speed() -> str:
-    """Pairs per second of each variant, from the last run of benchmarks/pair_stream.py for each setting."""
+    """README's few lines of the benchmark of a training step, from the records of its last run."""
+    from tables import readme_table
+
+    return readme_table(_measured())
+
+
+def benchmark() -> str:
+    """All tables of the benchmark of a training step."""
+    from tables import results_tables
+
+    return results_tables(_measured())
+
+
+def _measured() -> list:
     from sampo import results
 
-    found: dict[str, dict[str, dict[str, results.Record]]] = {}  # setting -> variant -> name of the number
-    for record in results.read(ROOT / "benchmarks" / "records.jsonl"):
-        setting = {name: value for name, value in record.config.items() if name != "variant"}
-        variants = found.setdefault(json.dumps(setting, sort_keys=True), {})
-        variants.setdefault(record.config["variant"], {})[record.name] = record
-    blocks = []
-    for setting, variants in found.items():
-        about, first = json.loads(setting), next(iter(variants.values()))["pairs_per_second"]
-        versions = ", ".join(f"{name} {number}" for name, number in sorted(first.versions.items()))
-        lines = [
-            f"{about['model']}, {about['dtype']}, {about['device']}, {about['threads']} thread(s), {about['batches']} "
-            f"batches of {about['batch']} pairs of the HH-RLHF harmless test set, max_length {about['max_length']}, "
-            f"median of {first.n} repeats (lowest to highest). `{first.command}`; {first.created[:10]}; {versions}.",
-            "",
-            "| forward and backward pass | pairs per second | against TRL |",
-            "|---|---|---|",
-        ]
-        base = variants["TRL DPOTrainer"]["pairs_per_second"].value
-        for variant, numbers in variants.items():
-            middle, low, high = (numbers[f"pairs_per_second{which}"].value for which in ("", "_lowest", "_highest"))
-            lines.append(f"| {variant} | {middle:.2f} ({low:.2f} to {high:.2f}) | {middle / base:.1f} × |")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    return results.read(ROOT / "benchmarks" / "records.jsonl")
 
 
 def campaign() -> str:
@@ -99,7 +89,79 @@ def campaign() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"methods": methods, "options": options, "lab": lab, "speed": speed, "campaign": campaign}
+def memory_formula() -> str:
+    """Bytes of each trainable parameter, by engine."""
+    from sampo.memory import ENGINES
+
+    parts = ("weights", "gradients", "master", "adam", "copies")
+    lines = ["| engine | " + " | ".join(parts) + " | reference |", "|---|" + "---|" * (len(parts) + 1)]
+    for name, engine in ENGINES.items():
+        cells = []
+        for part in parts:
+            number = getattr(engine, part)
+            cells.append(f"{number}{' / N' if number and part in engine.spread else ''}" if number else "")
+        reference = 4 + 2 if not engine.spread else 2
+        cells.append(f"{reference}{' / N' if 'reference' in engine.spread else ''}")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+FITS_GB = 72.0  # of an 80 GB GPU, with a tenth to spare
+
+
+def memory() -> str:
+    """Gigabytes per GPU of every model, engine and method."""
+    from sampo.memory import ENGINES, METHODS, QLORA_ENGINES, REFERENCES, SHAPES, gpu_bytes, machine_bytes
+
+    blocks, titles = [], {"full": "All parameters", "lora": "LoRA", "qlora": "QLoRA"}
+    for method in METHODS:
+        lines = [
+            f"**{titles[method]}**",
+            "",
+            f"| engine |{' reference |' if method == 'full' else ''} " + " | ".join(SHAPES) + " |",
+            "|---|" + "---|" * (len(SHAPES) + (method == "full")),
+        ]
+        for engine in QLORA_ENGINES if method == "qlora" else ENGINES:
+            for reference in REFERENCES if method == "full" else REFERENCES[:1]:
+                cells = []
+                for shape in SHAPES.values():
+                    size = sum(gpu_bytes(shape, engine, method, reference=reference).values()) / 1e9
+                    text = f"{size:,.0f}" if size >= 10 else f"{size:.1f}"
+                    cells.append(f"**{text}**" if size <= FITS_GB else text)
+                head = f"| `{engine}` |" + (f" {reference} |" if method == "full" else "")
+                lines.append(f"{head} " + " | ".join(cells) + " |")
+        if method != "qlora":
+            cells = [f"{machine_bytes(shape, method) / 1e9:,.0f}" for shape in SHAPES.values()]
+            live = " live |" if method == "full" else ""
+            lines.append(f"| main memory of `zero3_offload`, all machines |{live} " + " | ".join(cells) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def engines() -> str:
+    """Largest difference of a loss from one process, from the last run of the tests that kept records."""
+    from sampo import results
+
+    last: dict[str, dict[str, results.Record]] = {}
+    for record in results.read(ROOT / "docs" / "engines.jsonl"):
+        last.setdefault(record.config["engine"], {})[record.config["mode"]] = record
+    if not last:
+        return "Not measured yet."
+    first = next(iter(next(iter(last.values())).values()))
+    modes = list(dict.fromkeys(mode for found in last.values() for mode in found))
+    lines = ["| engine | " + " | ".join(modes) + " |", "|---|" + "---|" * len(modes)]
+    for engine, found in last.items():
+        cells = [f"{found[mode].value:.0e}" if mode in found else "" for mode in modes]
+        lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(first.versions.items()))
+    about = f"{first.n} steps, {first.config['processes']} processes on the CPU against one. `{first.command}`; "
+    return "\n".join([about + f"{first.created[:10]}; {versions}.", "", *lines])
+
+
+PARTS = {
+    **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
+    **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
+}
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
@@ -108,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, no part of the package
     stale = []
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")

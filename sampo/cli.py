@@ -7,6 +7,9 @@ from importlib import import_module
 # command -> (module, what it does)
 COMMANDS = {
     "train": ("commands.train", "train on preference pairs, from a YAML file and options, on one process or many"),
+    "iterate": ("commands.iterate", "Iterative SamPO: several rounds of training, each from the model of the last"),
+    "merge": ("commands.merge", "merge an adapter into its base model, and check that it says the same"),
+    "cache": ("commands.cache", "compute the reference log-probs of a training run ahead; list and delete them"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
@@ -30,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sampo: the command must be one of {list(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
         return 2
     module = import_module(f".{COMMANDS[name][0]}", __package__)
-    if name == "train":  # its options are TRL's, and it may have to start several processes
+    if hasattr(module, "run"):  # its options are TRL's, and it may have to start several processes
         return module.run(rest)
     module.main(module.make_parser().parse_args(rest))
     return 0

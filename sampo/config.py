@@ -15,11 +15,13 @@ from .weighting import WEIGHTINGS, Weighting
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
 PAIR_STREAMS = ("auto", "true", "false")
+REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 
 # TRL 1.16's losses by what they do with the two scores. A contract test compares the union with TRL's own list.
 MARGIN_LOSSES = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # a function of β·(S_w − S_l) alone
 COUNT_LOSSES = frozenset({"ipo", "sigmoid_norm"})  # divide each score by its number of counted tokens
 SIDE_LOSSES = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired"})
+BATCH_LOSSES = frozenset({"aot", "aot_unpaired"})  # among them, those that compare the pairs of a batch
 LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
 
 
@@ -112,6 +114,44 @@ class SamPOConfig(DPOConfig):
             "choices": list(PAIR_STREAMS),
         },
     )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut each batch at pair borders so that no forward pass takes more tokens than this (those of the "
+            "pair stream, else padded ones), and back-propagate each piece before the next: the same loss and "
+            "gradients with the memory of one piece. A longer pair is a piece of its own."
+        },
+    )
+    log_token_statistics: bool = field(
+        default=True,
+        metadata={
+            "help": "Log TRL's `entropy`, `logits/*` and `mean_token_accuracy`, which the LM head computes for the "
+            "scored tokens. Without them the head has less to do."
+        },
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the per-token reference log-probs that `precompute_ref_log_probs` keeps. Default: "
+            "`ref_logps` in the folder that the environment variable SAMPO_CACHE names, or in ~/.cache/sampo, so that "
+            "another run with the same reference, data and truncation finds them."
+        },
+    )
+    ref_cache_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type in which they are stored. `float16` halves the size and rounds each by up to 2^-11 of "
+            "itself, `bfloat16` by up to 2^-8.",
+            "choices": list(REF_CACHE_DTYPES),
+        },
+    )
+    ref_cache_check: int = field(
+        default=8,
+        metadata={
+            "help": "Number of rows of a cache that an earlier run has filled which are compared with the live "
+            "reference at the start, where there is one; a difference is an error. 0 compares none."
+        },
+    )
     log_length_pressure: bool = field(
         default=False,
         metadata={
@@ -159,9 +199,21 @@ class SamPOConfig(DPOConfig):
         expect(self.sampled_sides in SAMPLED_SIDES, "sampled_sides", f"one of {list(SAMPLED_SIDES)}")
         expect(self.mask_sharing in MASK_SHARINGS, "mask_sharing", f"one of {list(MASK_SHARINGS)}")
         expect(self.pair_stream in PAIR_STREAMS, "pair_stream", f"one of {list(PAIR_STREAMS)}")
+        expect(self.ref_cache_dtype in REF_CACHE_DTYPES, "ref_cache_dtype", f"one of {list(REF_CACHE_DTYPES)}")
+        expect(
+            isinstance(self.ref_cache_check, int) and self.ref_cache_check >= 0,
+            "ref_cache_check",
+            "a whole number of at least 0",
+        )
         expect(
             isinstance(self.mask_samples, int) and self.mask_samples >= 1,
             "mask_samples",
+            "a whole number of at least 1",
+        )
+        expect(
+            self.max_tokens_per_forward is None
+            or (isinstance(self.max_tokens_per_forward, int) and self.max_tokens_per_forward >= 1),
+            "max_tokens_per_forward",
             "a whole number of at least 1",
         )
         expect(is_number(self.decay_gamma) and 0 < self.decay_gamma <= 1, "decay_gamma", "in (0, 1]")
@@ -232,13 +284,6 @@ class SamPOConfig(DPOConfig):
                 f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`. Unset "
                 "it, or use `all`.",
             ),
-            (
-                self.precompute_ref_log_probs and (not method.by_sum or self.keep_end_token),
-                "`precompute_ref_log_probs` stores one sum per response, and "
-                f"`token_weighting: {name}`{' with `keep_end_token`' if self.keep_end_token else ''} needs the "
-                f"reference log-probabilities of single tokens. Unset it, or use one of {methods('by_sum')} without "
-                "`keep_end_token`.",
-            ),
         ]
 
     def _loss_rows(self, method: Weighting) -> list[tuple[bool, str]]:
@@ -262,9 +307,15 @@ class SamPOConfig(DPOConfig):
                 f"`use_weighting` (WPO) has no meaning for the fractional weights of `token_weighting: {name}`.",
             ),
             (
-                name != "all" and self.use_weighting and "sft" in losses,
-                "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` only, "
-                "because `sft` sees all chosen tokens and the WPO weights only the counted ones.",
+                (name != "all" or self.max_tokens_per_forward is not None) and self.use_weighting and "sft" in losses,
+                "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` without "
+                "`max_tokens_per_forward` only, because `sft` sees all chosen tokens and the WPO weights only the "
+                "counted ones.",
+            ),
+            (
+                self.max_tokens_per_forward is not None and bool(losses & BATCH_LOSSES),
+                f"`max_tokens_per_forward` needs losses that are means over the pairs, got "
+                f"{sorted(losses & BATCH_LOSSES)}, which sort the rows of a batch.",
             ),
             (
                 self.has_length_penalty and bool(not_of_margin),

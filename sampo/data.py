@@ -170,16 +170,28 @@ def split_by_prompt(dataset: "Dataset", eval_fraction: float, seed: int = 42) ->
     """
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"`eval_fraction` must lie in [0, 1), got {eval_fraction}.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"A split by prompt needs a `prompt` column, got {dataset.column_names}. Load the data with "
-            "`load_preferences`, which finds the prompt that both sides share."
-        )
     sides: tuple[list[int], list[int]] = ([], [])
-    prompts = (batch["prompt"] for batch in dataset.with_format(None).select_columns(["prompt"]).iter(batch_size=1000))
-    for row, prompt in enumerate(itertools.chain.from_iterable(prompts)):
-        sides[_prompt_hash(prompt, seed) < eval_fraction].append(row)
+    for row, number in enumerate(_prompt_hashes(dataset, str(seed))):
+        sides[number < eval_fraction].append(row)
     return dataset.select(sides[0]), dataset.select(sides[1])
+
+
+def shard_by_prompt(dataset: "Dataset", shard: int, shards: int, seed: int = 42) -> "Dataset":
+    """The pairs of shard 1, 2, … `shards`: all pairs of a prompt in one, and each pair in exactly one.
+
+    The shard is a hash of the prompt and the seed, another one than that of `split_by_prompt`, so that the shards of
+    what is left after a split are of about equal size too.
+    """
+    if not 1 <= shard <= shards:
+        raise ValueError(f"`shard` must lie in 1 … {shards}, got {shard}.")
+    numbers = _prompt_hashes(dataset, f"shard {seed}")
+    rows = [row for row, number in enumerate(numbers) if int(number * shards) == shard - 1]
+    if not rows:
+        raise ValueError(
+            f"Each of {shards} shards must have at least one pair, got none of {_number(len(dataset))} for shard "
+            f"{shard}. Take fewer shards."
+        )
+    return dataset.select(rows)
 
 
 def select_by_length(dataset: "Dataset", which: str, *, tokenizer: Any = None, seed: int = 42) -> "Dataset":
@@ -399,11 +411,22 @@ def _one_of(option: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"`{option}` must be one of {list(choices)}, got {value!r}.{guess(str(value), choices)}")
 
 
-def _prompt_hash(prompt: Any, seed: int) -> float:
+def _prompt_hashes(dataset: "Dataset", key: str) -> Iterator[float]:
+    """`_prompt_hash` of each row."""
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"A split by prompt needs a `prompt` column, got {dataset.column_names}. Load the data with "
+            "`load_preferences`, which finds the prompt that both sides share."
+        )
+    for batch in dataset.with_format(None).select_columns(["prompt"]).iter(batch_size=1000):
+        yield from (_prompt_hash(prompt, key) for prompt in batch["prompt"])
+
+
+def _prompt_hash(prompt: Any, key: str) -> float:
     """A number in [0, 1) for a prompt. Nulls are left out: Arrow adds them to messages that lack a key."""
     if isinstance(prompt, list):
         prompt = json.dumps([without_nulls(message) for message in prompt], sort_keys=True)
-    digest = hashlib.blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{key}\n{prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

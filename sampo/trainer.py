@@ -17,39 +17,45 @@ What we rely on in TRL 1.16, pinned by tests/test_trl_contract.py:
    set to "ref" as needed, and returns the sums.
 4. `self.loss_types`, `self.loss_weights`, `self.beta`, `self.ld_alpha`, `self.aux_loss_enabled`, `self._tokenizer` and
    `self._total_train_tokens` mean what they say; `self._metrics[mode][name]` is a list to which each call of
-   `_compute_loss` appends and which `log` averages.
-5. A model to which TRL has given its fused LM head takes `shift_labels`, and puts the head on `last_hidden_state` of
-   what its `base_model` returns (the pair stream).
+   `_compute_loss` appends and which `log` averages; `_compute_loss` talks to other processes through
+   `self.accelerator.gather` and `gather_for_metrics` alone.
+5. A model to which TRL has given its fused LM head (`add_fused_lm_head(model, outputs=…)`, which can be given again)
+   takes `shift_labels`, and puts the head on `last_hidden_state` of what its `base_model` returns.
 6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
    `rejected_ids`; the collator cuts prompt + completion to `max_length`.
 """
 
 import copy
-import math
-import os
 import textwrap
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers.trainer_callback import ExportableState, TrainerCallback
 from trl import DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
+from .cached_reference import CachedReferenceTrainer
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
-from .data import check_preferences
+from .guards import check_data, refuse_another_engine, refuse_separate_processes
+from .head import score_places
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
+from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
+from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .resuming import ResumableTrainer
+from .run_state import RunState
 from .weighting import (
     WEIGHTINGS,
     draw_keys,
@@ -63,79 +69,10 @@ from .weighting import (
 logger = get_logger(__name__)
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
-_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-
-
-class RunState(TrainerCallback, ExportableState):
-    """What a run has to remember beside the model: the index of the epoch, and θ of a learned length penalty.
-
-    It is saved in `trainer_state.json` with every checkpoint. transformers restores callbacks only on request
-    (`restore_callback_states_from_checkpoint`), so the state is taken back here.
-
-    Attributes:
-        epoch: index of the running epoch, 0, 1, … `state.epoch` itself is late by an epoch border for streamed data.
-    """
-
-    def __init__(self, length_penalty_lr: float = 0.05):
-        self.epoch = 0
-        self.length_penalty_lr = length_penalty_lr
-        self._begun = False
-        self._gradients: list[float] = []  # of the micro-batches since the last step
-        self._set_theta(0.0)
-
-    @property
-    def theta(self) -> float:
-        """Weight of (T_w − T_l)/scale in the logit."""
-        return self._theta.item()
-
-    def add_gradient(self, gradient: float) -> None:
-        """One micro-batch's dL/dθ, already averaged over processes."""
-        self._gradients.append(gradient)
-
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102, transformers' own interface
-        self.epoch, self._begun = int(state.epoch or 0), False
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("attributes", {})
-        if "adam" in saved:
-            self._set_theta(saved["adam"]["theta"], saved["adam"])
-
-    def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.epoch += self._begun
-        self._begun = True
-
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        if self._gradients:
-            mean = math.fsum(self._gradients) / len(self._gradients)
-            self._theta.grad = torch.tensor(mean, dtype=torch.float64)
-            self._adam.step()
-            self._gradients.clear()
-
-    def state(self) -> dict:
-        """What `trainer_state.json` keeps."""
-        moments = {name: value.item() for name, value in self._adam.state[self._theta].items()}
-        return {
-            "args": {"length_penalty_lr": self.length_penalty_lr},
-            "attributes": {"adam": {"theta": self.theta, **moments}},
-        }
-
-    @property
-    def adam(self) -> dict[str, float]:
-        """θ and its optimiser's moments; transformers sets it when it restores callbacks itself."""
-        return self.state()["attributes"]["adam"]
-
-    @adam.setter
-    def adam(self, saved: dict[str, float]) -> None:
-        self._set_theta(saved["theta"], saved)
-
-    def _set_theta(self, theta: float, moments: dict[str, float] | None = None) -> None:
-        self._theta = torch.nn.Parameter(torch.tensor(theta, dtype=torch.float64))
-        self._adam = torch.optim.Adam([self._theta], lr=self.length_penalty_lr)
-        moments = {name: value for name, value in (moments or {}).items() if name != "theta"}
-        if moments:
-            self._adam.state[self._theta] = {
-                # Adam keeps its step in float32 and the moments in the parameter's type
-                name: torch.tensor(value, dtype=torch.float32 if name == "step" else torch.float64)
-                for name, value in moments.items()
-            }
+_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS)
+_TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
+_WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
+_TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")  # what TRL makes of them
 
 
 @dataclass
@@ -147,12 +84,18 @@ class _Pairs:
         mask: `(2B, N)` bool, completion tokens.
         end: `(2B, N)` bool, the end token of each completion.
         epoch: key of the draws.
+        known: weights of policy and reference for each draw, `(2B, N)` each; None if they depend on log-ratios.
+        places: `(2B, N)` bool, the tokens that go through the LM head of the policy.
+        ref_places: and of the reference.
     """
 
     inputs: dict[str, Any]
     mask: Tensor
     end: Tensor
     epoch: int
+    known: list[tuple[Tensor, Tensor]] | None
+    places: Tensor
+    ref_places: Tensor
 
     @property
     def lengths(self) -> Tensor:
@@ -160,7 +103,8 @@ class _Pairs:
 
     @cached_property
     def stream(self) -> Stream:
-        return lay_out(self.inputs["input_ids"], self.inputs["attention_mask"], self.inputs["completion_mask"])
+        ids, real, completion = (self.inputs[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+        return lay_out(ids, real, completion, needed=self.places | self.ref_places)
 
 
 @dataclass
@@ -178,10 +122,47 @@ class _Draw:
     scores: Tensor
 
 
-class SamPOTrainer(ResumableTrainer, DPOTrainer):
+@dataclass
+class _Scored:
+    """What policy and reference say of a batch.
+
+    Attributes:
+        output: TRL's output of the policy.
+        logps: `(2B, N)` log π, zero where not scored.
+        ref_logps: `(2B, N)` log π_ref of the scored tokens at least.
+        ref_sums: `(2B,)` TRL's sums of log π_ref, if the reference is live.
+        draws: what the weighting makes of them.
+        pressure: `(B,)` length pressure, if it is logged.
+    """
+
+    output: Any
+    logps: Tensor
+    ref_logps: Tensor
+    ref_sums: Tensor | None
+    draws: list[_Draw]
+    pressure: Tensor | None = None
+
+
+@dataclass
+class _Piece:
+    """The part of a batch that is on its way through the models.
+
+    Attributes:
+        share: its part in the mean over the pairs of the batch.
+        chosen_tokens: of the whole batch, for `sft`.
+        seen: what came out, without gradient: rows of `(2n, …)` or `(n, …)` by name.
+    """
+
+    share: float
+    chosen_tokens: int
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     """Drop-in subclass of TRL's `DPOTrainer` that chooses which completion tokens count.
 
-    Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`]. Source: SamPO, arXiv 2406.10957, Eq. 10.
+    Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`], and `ref_model` may be a path. Source: SamPO,
+    arXiv 2406.10957, Eq. 10.
 
     Example:
     ```python
@@ -199,7 +180,9 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
     Raises:
         TypeError: `args` is no `SamPOConfig`.
         PreferenceDataError: the data has missing columns or bad rows; all faults in one message.
-        RuntimeError: several processes were launched that do not know of each other.
+        RefCacheError: `precompute_ref_log_probs`, and the cache is damaged or disagrees with the live model.
+        RuntimeError: several processes were launched that do not know of each other, or with FSDP or DeepSpeed and
+            accelerate took another engine.
         FloatingPointError: in training, a loss that is not finite.
         ResumeRefusedError: in training, nothing whole to go on from, or a checkpoint of another run.
         CheckpointNotSavedError: in training, a checkpoint could not be written.
@@ -245,11 +228,10 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
                 f"`args` must be a `SamPOConfig`, got `{type(args).__name__}`. It takes all options of `DPOConfig`: "
                 "change the class, and set `token_weighting='all'` for plain DPO."
             )
-        _refuse_separate_processes(args)
+        refuse_separate_processes(args)
         if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
-        _check_data(train_dataset, eval_dataset)
-        _refuse_precomputing_in_memory(args, train_dataset, eval_dataset)
+        check_data(train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
@@ -258,9 +240,9 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         self._weighting = WEIGHTINGS[args.token_weighting]
         if args.token_weighting == "all":
             self._name, self._paper = DPOTrainer._name, DPOTrainer._paper
-        # TRL would give `sft` the counted tokens only, but it is defined on all of them: we add that term ourselves.
+        # TRL would give `sft` the counted tokens of a piece, but it is the mean of all: we add that term ourselves.
         self._sft_weight = 0.0
-        if args.token_weighting != "all" and "sft" in self.loss_types:
+        if (args.token_weighting != "all" or args.max_tokens_per_forward) and "sft" in self.loss_types:
             terms = list(zip(self.loss_types, self.loss_weights, strict=True))
             self._sft_weight = sum(weight for name, weight in terms if name == "sft")
             self.loss_types = [name for name, _ in terms if name != "sft"]
@@ -269,6 +251,10 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         self._length_scale = self._find_length_scale()
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
+        self._piece: _Piece | None = None
+        self._refuse_pieces_of_other_data()
+        if not args.log_token_statistics:
+            self._switch_off_token_statistics()
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
         self._streams = PairStreams(
             args.pair_stream,
@@ -285,6 +271,7 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         accelerate's policy for bf16 casts outputs too, and a sum of −150 nats in bf16 has a resolution of 1.
         """
         super().create_accelerator_and_postprocess()
+        refuse_another_engine(self.accelerator)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if isinstance(getattr(plugin, "mixed_precision_policy", None), MixedPrecisionPolicy):  # FSDP1 has another
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
@@ -294,38 +281,52 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
         pairs = self._see_pairs(inputs, mode)
-        known = None if self._weighting.needs_log_ratios else [self._weigh(pairs, k) for k in range(self._n_draws)]
-        scored = self._tokens_to_score(pairs, known, mode)
+        scored = self._score(model, pairs, mode)
+        if self._piece is not None and mode == "train":
+            return self._piece_loss(model, pairs, scored)
+        return self._whole_loss(model, pairs, scored, mode, return_outputs)
 
+    def _score(self, model, pairs: _Pairs, mode: str) -> _Scored:
         if self._streams.to_be_compared:
             self._compare_streams(model, pairs)
-        output = self._forward(model, pairs, scored)
+        output = self._forward(model, pairs, pairs.places, aux_loss=True)
         logps = output.log_probs[:, -pairs.mask.size(1) :]  # (2B, N); prompt learning puts positions in front
-        ref_logps, ref_sums = self._score_reference(
-            pairs, scored if known is None else self._ref_scored(known, scored)
-        )
-        if known is None:
-            known = [self._weigh(pairs, 0, log_ratios=logps.detach() - ref_logps)]
-        draws = [self._make_draw(w, v, logps.detach(), ref_logps, ref_sums, pairs) for w, v in known]
+        ref_logps, ref_sums = self._score_reference(pairs)
+        draws = self._make_draws(pairs, logps.detach(), ref_logps, ref_sums)
+        pressure = None
+        if self.args.log_length_pressure:
+            pressure = self._pressure(model, pairs, torch.stack([draw.weights for draw in draws]).mean(dim=0))
+        return _Scored(output, logps, ref_logps, ref_sums, draws, pressure)
 
+    def _whole_loss(self, model, pairs: _Pairs, scored: _Scored, mode: str, return_outputs: bool = False):
+        """Loss and metrics of a batch, of which all log-probs are at hand."""
         shift = self._penalty_shift(pairs)  # (B,) or None
+        loss, result = self._objective(model, pairs, scored, shift, mode, return_outputs=return_outputs)
+        self._learn_penalty(loss, shift, pairs)
+        self._record_lengths(pairs, scored, mode)
+        self._check_finite(loss, pairs, scored.draws, mode)
+        if mode == "train":
+            self._check_first_loss(loss, scored.draws)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _objective(self, model, pairs: _Pairs, scored: _Scored, shift, mode: str, *, return_outputs=False):
+        """TRL's loss, averaged over the draws, with `sft` where it is ours to add; and TRL's result for one draw."""
         losses: list[Any] = []
-        for i, draw in enumerate(draws):
-            result = self._trl_loss(model, pairs, output, logps, draw, shift, return_outputs and i == 0, mode)
+        for i, draw in enumerate(scored.draws):
+            result = self._trl_loss(model, pairs, scored, draw, shift, return_outputs and i == 0, mode)
             losses.append(result[0] if isinstance(result, tuple) else result)
             if i == 0:
                 first_result, n_tokens = result, self._total_train_tokens
         self._total_train_tokens = n_tokens  # TRL counts the tokens of a batch at each call
         self._metrics[mode]["num_tokens"] = [n_tokens]
-        loss = sum(losses) / len(losses)
+        loss = sum(losses) / len(losses) * (1.0 if self._piece is None else self._piece.share)
         if self._sft_weight:
             n_pairs = pairs.mask.size(0) // 2
-            loss = loss - self._sft_weight * logps[:n_pairs][pairs.mask[:n_pairs]].mean()
-
-        self._learn_penalty(loss, shift, pairs)
-        self._record_lengths(model, pairs, draws, logps, ref_logps, ref_sums, mode)
-        self._check_loss(loss, pairs, draws, mode)
-        return (loss, first_result[1]) if return_outputs else loss
+            logps = scored.logps[:n_pairs][pairs.mask[:n_pairs]]
+            loss = loss - self._sft_weight * logps.sum() / (
+                logps.numel() if self._piece is None else self._piece.chosen_tokens
+            )
+        return loss, first_result
 
     @property
     def _n_draws(self) -> int:
@@ -335,7 +336,12 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         mask = inputs["completion_mask"][:, 1:].bool()
         end_ids = torch.tensor(self._end_token_ids, device=mask.device)
         end = last_end_tokens(inputs["input_ids"], mask, end_ids)
-        return _Pairs(inputs, mask, end, self._run_state.epoch if mode == "train" else EVAL_EPOCH)
+        epoch = self._run_state.epoch if mode == "train" else EVAL_EPOCH
+        pairs = _Pairs(inputs, mask, end, epoch, known=None, places=mask, ref_places=mask)
+        if not self._weighting.needs_log_ratios:
+            pairs.known = [self._weigh(pairs, k) for k in range(self._n_draws)]
+            self._choose_places(pairs, pairs.known, mode)
+        return pairs
 
     def _weigh(self, pairs: _Pairs, draw: int, log_ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights of the policy's and of the reference's log-probs, each `(2B, N)`; the same tensor if shared."""
@@ -359,41 +365,49 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         policy = weights(draw)
         return policy, weights(self._n_draws + draw) if self.args.mask_sharing == "independent" else policy
 
-    def _tokens_to_score(self, pairs: _Pairs, known: list[tuple[Tensor, Tensor]] | None, mode: str) -> Tensor:
-        """`(2B, N)` bool: in training the counted tokens alone go through the LM head where they are known before."""
-        if mode == "eval" or known is None or len(known) > 1 or self._sft_weight:
-            return pairs.mask
-        return pairs.mask if self.args.token_weighting == "all" else known[0][0] > 0
+    def _choose_places(self, pairs: _Pairs, known: list[tuple[Tensor, Tensor]], mode: str) -> None:
+        """In training the counted tokens alone go through the LM head, if they are known before."""
+        if mode == "eval" or len(known) > 1 or self._sft_weight or self.args.token_weighting == "all":
+            return
+        pairs.places = known[0][0] > 0
+        independent = self.args.mask_sharing == "independent"
+        pairs.ref_places = pairs.places | (known[0][1] > 0) if independent else pairs.places
 
-    def _ref_scored(self, known: list[tuple[Tensor, Tensor]], scored: Tensor) -> Tensor:
-        """`(2B, N)` bool: the policy's tokens, unless the reference has drawn its own."""
-        if self.args.mask_sharing == "independent" and len(known) == 1:
-            return scored | (known[0][1] > 0)
-        return scored
-
-    def _forward(self, model, pairs: _Pairs, scored: Tensor, targets: Tensor | None = None):
-        """TRL's per-token output of the scored tokens, `(2B, N)` bool; or of `targets` `(2B, N)` in their places."""
+    def _forward(self, model, pairs: _Pairs, places: Tensor, targets: Tensor | None = None, *, aux_loss: bool = False):
+        """TRL's per-token output of the tokens at `places`, `(2B, N)` bool; or of `targets` `(2B, N)` there."""
         targets = pairs.inputs["input_ids"][:, 1:] if targets is None else targets
         if self._streams.take(pairs):
-            return score(model, self._backbone(model), pairs.stream, scored, targets)
-        return self._plain_forward(model, pairs, scored, targets)
+            return score(model, self._backbone(model), pairs.stream, places, targets)
+        return self._plain_forward(model, pairs, places, targets, aux_loss=aux_loss)
 
-    def _plain_forward(self, model, pairs: _Pairs, scored: Tensor, targets: Tensor):
-        places = self._widen(pairs.inputs, scored).bool()
-        labels = torch.cat((targets[:, :1], targets), dim=1).masked_fill(~places, -100)  # (2B, L)
-        return model(**self._model_kwargs(pairs.inputs), labels=labels, fused_lm_head=True)
+    def _plain_forward(self, model, pairs: _Pairs, places: Tensor, targets: Tensor, *, aux_loss: bool = False):
+        kwargs = self._model_kwargs(pairs.inputs)
+        if not aux_loss:
+            kwargs.pop("output_router_logits", None)
+        if self._prompt_learning or self._is_vision_dataset:  # their rows are not those of the batch
+            labels = torch.cat((targets[:, :1], targets), dim=1)
+            labels = labels.masked_fill(~self._widen(pairs.inputs, places).bool(), -100)  # (2B, L)
+            return model(**kwargs, labels=labels, fused_lm_head=True)
+        rows, columns = places.nonzero(as_tuple=True)
+        at = (rows, columns)
+        return score_places(model, self._backbone(model), at, at, targets, **kwargs)
+
+    @property
+    def _prompt_learning(self) -> bool:
+        model = self.accelerator.unwrap_model(self.model)
+        return is_peft_model(model) and model.active_peft_config.is_prompt_learning
 
     @torch.no_grad()
     def _compare_streams(self, model, pairs: _Pairs) -> None:
         """The first batch both ways, by policy and reference, before the stream is trusted."""
-        targets, mask = pairs.inputs["input_ids"][:, 1:], pairs.mask
-        models = [model] if self.ref_model is None else [model, self.ref_model]
+        targets, places = pairs.inputs["input_ids"][:, 1:], pairs.places
+        models = [model] if self.ref_model in (None, model) else [model, self.ref_model]
         reduced = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
         self._streams.compare(
             lambda: torch.cat(
-                [score(m, self._backbone(m), pairs.stream, mask, targets).log_probs[mask] for m in models]
+                [score(m, self._backbone(m), pairs.stream, places, targets).log_probs[places] for m in models]
             ),
-            lambda: torch.cat([self._plain_forward(m, pairs, mask, targets).log_probs[mask] for m in models]),
+            lambda: torch.cat([self._plain_forward(m, pairs, places, targets).log_probs[places] for m in models]),
             tolerance=0.1 if reduced else 1e-4,  # rounding is some hundredths in bf16, 1e-6 in float32
             largest=lambda difference: self.accelerator.gather(difference[None]).max().item(),
             padded_tokens=pairs.inputs["input_ids"].numel(),
@@ -421,40 +435,61 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
             first = torch.zeros_like(first)
         return torch.cat((first, mask.to(first.dtype)), dim=1)
 
-    def _score_reference(self, pairs: _Pairs, scored: Tensor) -> tuple[Tensor | None, Tensor]:
-        """`(2B, N)` log π_ref of the scored tokens, or None if only sums were precomputed; and TRL's `(2B,)` sums."""
-        if self.precompute_ref_logps:
-            return None, torch.cat((pairs.inputs["ref_chosen_logps"], pairs.inputs["ref_rejected_logps"]))
-        reference = self.model if self.ref_model is None else self.ref_model
+    def _score_reference(self, pairs: _Pairs, reference=None) -> tuple[Tensor, Tensor | None]:
+        """`(2B, N)` log π_ref, of the scored tokens at least; and, of a live reference, TRL's `(2B,)` sums."""
+        if CACHED_REF_LOGPS in pairs.inputs:
+            return pairs.inputs[CACHED_REF_LOGPS], None
+        reference = reference or self.ref_model or self.model
         seen = []
 
         def reference_seen(**kwargs):
-            output = self._forward(reference, pairs, scored) if self._streams.on else reference(**kwargs)
+            output = self._forward(reference, pairs, pairs.ref_places)
             seen.append(output.log_probs)
             return output
 
         # TRL's own function, for it knows which adapter is the reference; we take the tokens on their way to its sum
-        batch = {**pairs.inputs, "completion_mask": self._widen(pairs.inputs, scored)}
+        batch = {**pairs.inputs, "completion_mask": self._widen(pairs.inputs, pairs.ref_places)}
         sums = self.compute_ref_log_probs(reference_seen, batch)
         return seen[0][:, -pairs.mask.size(1) :], torch.cat(sums)
 
+    def _reference_logps(self, reference, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"][:, 1:].bool()
+        # nothing is drawn: all completion tokens are scored
+        pairs = _Pairs(inputs, mask, end=mask, epoch=EVAL_EPOCH, known=None, places=mask, ref_places=mask)
+        if not hasattr(self, "_streams"):  # TRL fills the cache within its `__init__`; the run gets its own below
+            self._streams = PairStreams(self.args.pair_stream, [self.accelerator.unwrap_model(reference)])
+        if self._streams.to_be_compared:
+            with self.accelerator.autocast():
+                self._compare_streams(reference, pairs)
+        return self._score_reference(pairs, reference)[0]
+
+    def _make_draws(self, pairs: _Pairs, logps: Tensor, ref_logps: Tensor, ref_sums: Tensor | None) -> list[_Draw]:
+        known = pairs.known
+        if known is None:
+            known = [self._weigh(pairs, 0, log_ratios=logps - ref_logps)]
+        return [self._make_draw(w, v, logps, ref_logps, ref_sums, pairs) for w, v in known]
+
     def _make_draw(self, weights, ref_weights, logps, ref_logps, ref_sums, pairs: _Pairs) -> _Draw:
-        if self.args.token_weighting == "all":
-            if self.ld_alpha is not None:  # TRL weighs by itself; for our metrics we do the same
-                prefix = token_weights("prefix", pairs.mask)
-                weights = prefix + self.ld_alpha * (weights - prefix)
-        elif ref_logps is None:  # sums suffice where the weight is one number a row
-            ref_sums = ref_sums * weights.amax(dim=1)
-        else:
+        if self.args.token_weighting != "all":
             ref_sums = sequence_logps(ref_logps, ref_weights)
+        elif self.ld_alpha is None:
+            ref_sums = sequence_logps(ref_logps, weights) if ref_sums is None else ref_sums
+        else:  # TRL weighs by itself; for our metrics, and for a cached reference, we do the same in the same order
+            prefix = token_weights("prefix", pairs.mask)
+            tail = weights - prefix
+            if ref_sums is None:
+                ref_sums = sequence_logps(ref_logps, prefix) + self.ld_alpha * sequence_logps(ref_logps, tail)
+            weights = prefix + self.ld_alpha * tail
         return _Draw(weights, ref_sums, sequence_logps(logps, weights) - ref_sums)
 
-    def _trl_loss(self, model, pairs: _Pairs, output, logps, draw: _Draw, shift, return_outputs: bool, mode: str):
+    def _trl_loss(self, model, pairs: _Pairs, scored: _Scored, draw: _Draw, shift, return_outputs: bool, mode: str):
         """TRL's loss and metrics of the weighted log-probs, as if they were a model's."""
-        weighted = output
+        weighted = copy.copy(scored.output)
         if self.args.token_weighting != "all":
-            weighted = copy.copy(output)
-            weighted.log_probs = draw.weights * logps  # TRL takes the sum over a row
+            weighted.log_probs = draw.weights * scored.logps  # TRL takes the sum over a row
+        if not self.args.log_token_statistics:
+            for name in _TOKEN_STATISTICS:
+                setattr(weighted, name, torch.zeros_like(pairs.mask))
         expected = self._model_kwargs(pairs.inputs).keys() | {"labels", "fused_lm_head"}
 
         def scored_policy(**kwargs):
@@ -469,7 +504,7 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
 
         ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
         batch = {
-            **pairs.inputs,
+            **{name: value for name, value in pairs.inputs.items() if name != CACHED_REF_LOGPS},
             "completion_mask": self._widen(pairs.inputs, draw.weights > 0)
             if self.args.token_weighting != "all"
             else pairs.inputs["completion_mask"],
@@ -478,6 +513,9 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         }
         with self._reference_sums_given():
             result = super()._compute_loss(scored_policy, batch, return_outputs)
+        if not self.args.log_token_statistics:
+            for name in _TOKEN_METRICS:
+                self._metrics[mode].pop(name, None)
         if shift is not None:
             self._log_rewards_without_penalty(draw, mode)
         return result
@@ -489,6 +527,100 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
             yield
         finally:
             self.precompute_ref_logps = before
+
+    # --- a batch in pieces ---------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in transformers; with `max_tokens_per_forward` a batch is back-propagated piece after piece."""
+        groups = self._cut(inputs)
+        if len(groups) == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        n_pairs = inputs["input_ids"].size(0) // 2
+        chosen_tokens = int(inputs["completion_mask"][:n_pairs, 1:].sum())
+        state, sync = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        total: Any = 0.0
+        done = []
+        for i, group in enumerate(groups):
+            last = i == len(groups) - 1
+            self._piece = _Piece(len(group) / n_pairs, chosen_tokens)
+            state._set_sync_gradients(sync and last)  # gradients of processes and DeepSpeed's step wait for the last
+            try:
+                with nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                    total += super().training_step(model, take_pairs(inputs, group), num_items_in_batch)
+                done.append((group, self._piece.seen))
+            finally:
+                self._piece = None
+                state._set_sync_gradients(sync)
+        pairs = self._see_pairs(inputs, "train")
+        with self.compute_loss_context_manager():
+            self._whole_loss(model, pairs, self._join(pairs, done), "train")
+        return total
+
+    def _cut(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """The pairs of each forward: as many groups on every process, for each waits for the others in a forward."""
+        if self.args.max_tokens_per_forward is None:
+            return [[]]
+        streamed, longest = pair_tokens(inputs)
+        limit, padded = self.args.max_tokens_per_forward, not self._streams.on
+        groups = group_pairs(streamed, longest, limit, padded=padded)
+        most = self.accelerator.gather(torch.tensor([len(groups), -len(longest)], device=self.args.device))
+        most, fewest_pairs = most.view(-1, 2).amax(dim=0).tolist()
+        if most > -fewest_pairs:
+            raise RuntimeError(
+                f"`max_tokens_per_forward` needs as many forwards on every process, got a batch that has to be cut "
+                f"into {most} pieces on one process and has {-fewest_pairs} pairs on another. Raise it, or set "
+                "`dataloader_drop_last: true`."
+            )
+        return group_pairs(streamed, longest, limit, padded=padded, at_least=most)
+
+    def _piece_loss(self, model, pairs: _Pairs, scored: _Scored) -> Tensor:
+        """What the pairs of a piece add to the loss of their batch."""
+        with self._unrecorded():
+            loss, _ = self._objective(model, pairs, scored, self._penalty_shift(pairs), "train")
+        self._check_finite(loss, pairs, scored.draws, "train")
+        assert self._piece is not None
+        of_policy = {name: getattr(scored.output, name) for name in ("log_probs", *_TOKEN_STATISTICS, _WPO_STATISTIC)}
+        of_all = {**of_policy, "ref_logps": scored.ref_logps, "ref_sums": scored.ref_sums, "pressure": scored.pressure}
+        self._piece.seen = {name: value.detach() for name, value in of_all.items() if value is not None}
+        return loss
+
+    @contextmanager
+    def _unrecorded(self):
+        """TRL's loss without its metrics, and without their gathers: other processes have pieces of other sizes."""
+        metrics, n_tokens = self._metrics, self._total_train_tokens
+        self._metrics = {mode: defaultdict(list) for mode in metrics}
+        for name in ("gather", "gather_for_metrics"):
+            setattr(self.accelerator, name, lambda values, *args, **kwargs: values)
+        try:
+            yield
+        finally:
+            for name in ("gather", "gather_for_metrics"):
+                delattr(self.accelerator, name)
+            self._metrics, self._total_train_tokens = metrics, n_tokens
+
+    def _join(self, pairs: _Pairs, done: list[tuple[list[int], dict[str, Tensor]]]) -> _Scored:
+        """The pieces as one batch again."""
+        rows, n_places = pairs.mask.shape
+        whole = {}
+        for name, part in done[0][1].items():
+            n_rows = rows if name != "pressure" else rows // 2
+            whole[name] = part.new_zeros((n_rows, n_places) if part.dim() == 2 else (n_rows,))
+            for group, seen in done:
+                put_pairs(whole[name], group, seen[name], n_pairs=rows // 2)
+        logps, ref_logps, ref_sums = whole["log_probs"], whole["ref_logps"], whole.get("ref_sums")
+        draws = self._make_draws(pairs, logps, ref_logps, ref_sums)
+        return _Scored(SimpleNamespace(**whole), logps, ref_logps, ref_sums, draws, whole.get("pressure"))
+
+    def _refuse_pieces_of_other_data(self) -> None:
+        what = {
+            "a mixture of experts with an auxiliary loss, which is one of the whole batch": self.aux_loss_enabled,
+            "vision data, which are laid out by their processor": self._is_vision_dataset,
+            "a prompt-learning adapter, whose rows are longer than those of the batch": self._prompt_learning,
+        }
+        wrong = [text for text, is_so in what.items() if is_so]
+        if self.args.max_tokens_per_forward and wrong:
+            raise ValueError(f"`max_tokens_per_forward` must cut batches at pair borders, got {wrong[0]}. Unset it.")
 
     # --- the length penalty --------------------------------------------------------------------------------------
 
@@ -546,7 +678,8 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
 
     # --- metrics and guards --------------------------------------------------------------------------------------
 
-    def _record_lengths(self, model, pairs: _Pairs, draws: list[_Draw], logps, ref_logps, ref_sums, mode: str) -> None:
+    def _record_lengths(self, pairs: _Pairs, scored: _Scored, mode: str) -> None:
+        draws = scored.draws
         chosen, rejected = pairs.lengths.chunk(2)
         counted = torch.stack([(draw.weights > 0).sum(dim=1).float() for draw in draws]).mean(dim=0)  # (2B,)
         margin = self._margin(torch.stack([draw.scores for draw in draws]).mean(dim=0))
@@ -557,10 +690,9 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
             "margin": margin,
         }
         if mode == "eval":  # all tokens were scored
-            plain = logps.detach().sum(dim=1) - (ref_sums if ref_logps is None else ref_logps.sum(dim=1))
-            columns["dpo_margin"] = self._margin(plain)
-        if self.args.log_length_pressure:
-            columns["pressure"] = self._pressure(model, pairs, torch.stack([d.weights for d in draws]).mean(dim=0))
+            columns["dpo_margin"] = self._margin((scored.logps.detach() - scored.ref_logps).sum(dim=1))
+        if scored.pressure is not None:
+            columns["pressure"] = scored.pressure
         rows = torch.stack([column.float() for column in columns.values()], dim=1)  # (B, columns)
         rows = self.accelerator.gather_for_metrics(rows)
         self._length_sums[mode].add(dict(zip(columns, rows.cpu().double().numpy().T, strict=True)))
@@ -579,7 +711,7 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
         end_probs = output.log_probs[:, -pairs.mask.size(1) :].exp()
         return length_pressure(weights, pairs.mask & (targets == end_id), end_probs)
 
-    def _check_loss(self, loss: Tensor, pairs: _Pairs, draws: list[_Draw], mode: str) -> None:
+    def _check_finite(self, loss: Tensor, pairs: _Pairs, draws: list[_Draw], mode: str) -> None:
         if not torch.isfinite(loss):
             bad = ~torch.isfinite(torch.stack([draw.scores for draw in draws]).sum(dim=0))
             rows = fingerprints(pairs.inputs["input_ids"], pairs.inputs["attention_mask"])
@@ -589,7 +721,9 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
                 f"with the fingerprints {names}. Look at these rows (`sampo.weighting.fingerprints`), lower "
                 "`learning_rate`, or use bf16 or fp32 instead of fp16."
             )
-        if mode == "eval" or self._first_loss_checked:
+
+    def _check_first_loss(self, loss: Tensor, draws: list[_Draw]) -> None:
+        if self._first_loss_checked:
             return
         self._first_loss_checked = True
         if self._start_implies_zero_scores():
@@ -643,6 +777,10 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
             logger.info(f"{dataset_name} data: streamed, so dropped and truncated pairs are not counted.")
         return prepared
 
+    def _switch_off_token_statistics(self) -> None:
+        outputs = ("log_probs", _WPO_STATISTIC) if self.use_weighting else ("log_probs",)
+        add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, outputs=outputs)
+
     def _refuse_wrong_tokens(self) -> None:
         """What would end in an index error on the device, or in a run on nothing."""
         models = [each for each in (self.model, self.ref_model) if each is not None]
@@ -684,14 +822,17 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
     def _reference_in_words(self) -> str:
         if self.args.precompute_ref_log_probs:
             whose = "the initial policy" if self._reference_is_start else "the `ref_model` that was passed"
-            return f"sums of log-probs precomputed from {whose}"
+            return f"log-probs of {whose}, one per token, from the cache"  # without its path: this goes to the card
         if not self._reference_is_start:
             return "the `ref_model` that was passed"
         if self.ref_model is None:
             if "ref" in self.accelerator.unwrap_model(self.model).peft_config:
                 return 'a copy of the adapter as it was passed (adapter "ref")'
             return "the base model, with the adapter disabled"
-        source = self.ref_model.config._name_or_path if hasattr(self.ref_model, "config") else "the policy's path"
+        config = getattr(
+            self.accelerator.unwrap_model(self.ref_model), "config", None
+        )  # DeepSpeed's engine has another
+        source = "the policy's path" if config is None else config._name_or_path
         synced = f", synchronised every {self.args.ref_model_sync_steps} steps" if self.args.sync_ref_model else ""
         return f"a copy of the initial policy, loaded from `{source}`{synced}"
 
@@ -703,39 +844,6 @@ class SamPOTrainer(ResumableTrainer, DPOTrainer):
             section = f"\n## Method\n\nTrained with sampo. Method: {self._method_in_words()}.\n"
             section += f"Reference: {self._reference_in_words()}. Beta {self.beta}, loss {self.args.loss_type}.\n"
             path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
-
-
-def _refuse_separate_processes(args: SamPOConfig) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and args.world_size == 1:
-        raise RuntimeError(
-            f"All {world} launched processes must train one model together, got a process that sees itself alone: "
-            "each would train on the same rows and overwrite the other's output. On CPU set `use_cpu: true` and "
-            "launch with `torchrun` or an accelerate config of type MULTI_GPU; on GPUs check that each process sees "
-            "its device."
-        )
-
-
-def _each_dataset(train_dataset, eval_dataset) -> list:
-    return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-
-
-def _refuse_precomputing_in_memory(args: SamPOConfig, train_dataset, eval_dataset) -> None:
-    """TRL's first process writes the sums to a cache folder of its own, where no other process finds them."""
-    in_memory = any(isinstance(d, Dataset) and not d.cache_files for d in _each_dataset(train_dataset, eval_dataset))
-    if args.precompute_ref_log_probs and args.world_size > 1 and in_memory:
-        raise ValueError(
-            "`precompute_ref_log_probs` on several processes must have data sets on disk, got one in memory. Save it "
-            "with `dataset.save_to_disk(folder)` and load it with `datasets.load_from_disk(folder)`, or unset the "
-            "option."
-        )
-
-
-def _check_data(train_dataset, eval_dataset) -> None:
-    """All faults of the rows, before a model is loaded."""
-    for dataset in _each_dataset(train_dataset, eval_dataset):
-        if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
-            check_preferences(dataset)
 
 
 def _end_token_ids(tokenizer, generation_config) -> list[int]:

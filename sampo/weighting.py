@@ -123,7 +123,6 @@ class Weighting:
         thins: the weights keep T_m tokens of the longer side, so `sampled_sides` has a meaning.
         random: the weights look at `keys`.
         can_keep_end: `keep_end_token` has a meaning.
-        by_sum: the weight is the same for all tokens of a row, so sums over the response suffice.
         needs_log_ratios: the weights look at `log_ratios`.
     """
 
@@ -135,12 +134,11 @@ class Weighting:
     thins: bool = False
     random: bool = False
     can_keep_end: bool = False
-    by_sum: bool = False
     needs_log_ratios: bool = False
 
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "all": Weighting(_all, "DPO", "1", "arXiv 2305.18290", subset=True, by_sum=True),
+    "all": Weighting(_all, "DPO", "1", "arXiv 2305.18290", subset=True),
     "sampo": Weighting(
         _sampo,
         "SamPO",
@@ -158,12 +156,9 @@ WEIGHTINGS: dict[str, Weighting] = {
         "derived from arXiv 2406.10957, Eq. 10",
         thins=True,
         can_keep_end=True,
-        by_sum=True,
     ),
-    "mean_rescaled": Weighting(
-        _mean_rescaled, "DPO-SANorm", "(T_w + T_l) / (2T)", "arXiv 2406.10957, Eq. 9", by_sum=True
-    ),
-    "mean": Weighting(_mean, "length-normalised DPO", "1 / T", "arXiv 2405.14734, App. I", by_sum=True),
+    "mean_rescaled": Weighting(_mean_rescaled, "DPO-SANorm", "(T_w + T_l) / (2T)", "arXiv 2406.10957, Eq. 9"),
+    "mean": Weighting(_mean, "length-normalised DPO", "1 / T", "arXiv 2405.14734, App. I"),
     "prefix": Weighting(_prefix, "POET", "1 on the first T_m tokens", "arXiv 2506.09457", subset=True, thins=True),
     "top_k": Weighting(
         _top_k,

@@ -1,10 +1,17 @@
 """Shared by all tests. Helper modules (`tiny`, `oracles`, …) lie beside them and are imported by name."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+if "SAMPO_CACHE" not in os.environ:  # no test may touch the user's
+    os.environ["SAMPO_CACHE"] = tempfile.mkdtemp(prefix="sampo-tests-")
+    atexit.register(shutil.rmtree, os.environ["SAMPO_CACHE"], ignore_errors=True)
 
 import torch
 

@@ -73,6 +73,8 @@ REFUSED = [
     ({"length_penalty": math.inf}, "`length_penalty` must be a finite number"),
     ({"length_penalty_scale": -1.0}, "`length_penalty_scale` must be a positive number"),
     ({"length_penalty_lr": 0.0}, "`length_penalty_lr` must be positive"),
+    ({"ref_cache_dtype": "float64"}, "`ref_cache_dtype` must be one of .* got 'float64'"),
+    ({"ref_cache_check": -1}, "`ref_cache_check` must be a whole number of at least 0, got -1"),
     ({"beta": 0.0}, "`beta` must be positive and finite, got 0.0"),
     ({"loss_type": ["sigmoid", "sigmoyd"]}, r"`loss_type` must be among .* got \['sigmoyd'\]"),
     ({"token_weighting": "mean", "sampled_sides": "rejected"}, "`sampled_sides: rejected` needs a method that thins"),
@@ -80,7 +82,7 @@ REFUSED = [
     ({"token_weighting": "expected", "mask_sharing": "independent"}, "`mask_sharing: independent` needs random"),
     ({"token_weighting": "top_k", "mask_samples": 2}, "`mask_samples: 2` needs random"),
     ({"token_weighting": "decay", "use_weighting": True}, r"`use_weighting` \(WPO\) has no meaning"),
-    ({"use_weighting": True, "loss_type": ["sigmoid", "sft"]}, "is defined for `token_weighting: all` only"),
+    ({"use_weighting": True, "loss_type": ["sigmoid", "sft"]}, "is defined for `token_weighting: all` without"),
     ({"ld_alpha": 0.5}, "`ld_alpha` is itself a token weighting"),
     ({"length_penalty": 0.1, "f_divergence_type": "forward_kl"}, "needs `f_divergence_type: reverse_kl`"),
     ({"length_penalty": 0.1, "use_weighting": True}, "no source that defines it"),
@@ -96,16 +98,9 @@ def test_what_has_no_meaning_is_refused_by_name(tmp_path, options, message):
 
 @pytest.mark.parametrize("name", list(WEIGHTINGS))
 @pytest.mark.parametrize("keep_end", [False, True])
-def test_precomputed_sums_serve_the_methods_that_need_sums_and_no_other(tmp_path, name, keep_end):
-    method = WEIGHTINGS[name]
-    if keep_end and not method.can_keep_end:
-        keep_end = False
-    options = {"token_weighting": name, "precompute_ref_log_probs": True, "keep_end_token": keep_end}
-    if method.by_sum and not keep_end:
-        config(tmp_path, **options)
-    else:
-        with pytest.raises(ValueError, match="stores one sum per response"):
-            config(tmp_path, **options)
+def test_a_precomputed_reference_serves_every_method(tmp_path, name, keep_end):
+    keep_end = keep_end and WEIGHTINGS[name].can_keep_end
+    assert config(tmp_path, token_weighting=name, precompute_ref_log_probs=True, keep_end_token=keep_end)
 
 
 def test_all_faults_come_in_one_error(tmp_path):

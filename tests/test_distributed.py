@@ -1,42 +1,16 @@
 """Two real processes on CPU (gloo, DistributedDataParallel) against one process with twice the batch."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from tiny import save_model
-
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = Path(__file__).with_name("distributed_worker.py")
-LIMIT_S = 240
+from processes import ROOT, launch
+from tiny import make_pairs, save_model
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-def launch(model, out, *, processes, batch, resume=None, check=True, config=None, **options):
-    """Run the worker under torchrun, or `accelerate launch` with a config; returns what each rank wrote."""
-    out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if config is not None:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += [str(WORKER), "--model", model, "--out", str(out), "--batch", str(batch)]
-    command += ["--options", json.dumps(options), *(["--resume", str(resume)] if resume else [])]
-    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False)
-    if not check:
-        return done
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
@@ -102,6 +76,14 @@ def test_two_processes_with_the_pair_stream_train_as_one_without(model_folder, o
     assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-5)
 
 
+def test_two_processes_in_pieces_train_as_one_without(model_folder, one, tmp_path):
+    ranks = launch(model_folder, tmp_path, processes=2, batch=2, pair_stream="true", max_tokens_per_forward=20, **OURS)
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=2e-5)  # rounding of the other layout
+    assert ranks[0]["checksum"] == ranks[1]["checksum"]
+    assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-5)
+    assert [e["length/chosen"] for e in one["log"][:6]] == [e["length/chosen"] for e in ranks[0]["log"][:6]]
+
+
 def test_under_fsdp2_in_bf16_the_log_probs_are_summed_in_float32(model_folder, tmp_path):
     shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     shipped["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] = False  # needs a device
@@ -117,12 +99,32 @@ def test_under_fsdp2_in_bf16_the_log_probs_are_summed_in_float32(model_folder, t
     assert ranks[0]["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_precomputing_on_several_processes_needs_data_on_disk(model_folder, tmp_path):
-    done = launch(
-        model_folder, tmp_path, processes=2, batch=2, check=False, token_weighting="all", precompute_ref_log_probs=True
-    )
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_two_processes_fill_a_reference_cache_together_and_train_as_with_a_live_one(
+    model_folder, one, two, tmp_path, place
+):
+    disk = tmp_path / "data" if place == "disk" else None
+    if disk:
+        make_pairs(24).save_to_disk(disk)
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"), **OURS}
+    runs = [(launch(model_folder, tmp_path / "two", processes=2, batch=2, disk=disk, **cached), two[1][0])]
+    assert [rank["computed"] for rank in runs[0][0]] == [[24, 11]] * 2
+    assert len(list((tmp_path / "cache").glob("*/shard-*.arrow"))) == 4  # one a rank of each data set
+    if not disk:
+        runs.append((launch(model_folder, tmp_path / "again", processes=1, batch=4, **cached), one))
+        assert runs[1][0][0]["computed"] == [0, 0]
+    for ranks, live in runs:
+        assert ranks[0]["losses"] == pytest.approx(live["losses"], abs=5e-6)  # fp32 sums in another order
+        assert ranks[0]["eval"]["eval_loss"] == pytest.approx(live["eval"]["eval_loss"], abs=5e-6)
+
+
+def test_a_rank_that_cannot_write_its_shard_ends_all(model_folder, tmp_path):
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    done = launch(model_folder, tmp_path / "o", processes=2, batch=2, check=False, no_shard_on=1, **cached)
     assert done.returncode != 0
-    assert "must have data sets on disk, got one in memory" in done.stderr
+    assert "No such file or directory: '/no/such/folder/file'" in done.stderr
+    # whichever rank the launcher ends first; neither waits for the other
+    assert "failed on other processes: {1: " in done.stderr or "SIGTERM" in done.stderr
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(model_folder, tmp_path):

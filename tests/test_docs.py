@@ -70,6 +70,12 @@ def check(words: list[str]) -> bool:
         for word in words[:script]:
             assert not word.endswith(".yaml") or (ROOT / word).is_file(), words
         check_train(words[script + 1 :])
+    elif words[0] == "sbatch":
+        script = next(word for word in words[1:] if not word.startswith("-"))
+        assert (ROOT / script).is_file(), words
+        check_train(words[words.index(script) + 1 :])
+    elif words[:2] == ["kubectl", "apply"]:
+        assert (ROOT / words[words.index("-f") + 1]).is_file(), words
     elif words[0] == "python":
         if words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words
@@ -80,18 +86,23 @@ def check(words: list[str]) -> bool:
 
 def check_sampo(words: list[str]) -> None:
     from sampo.cli import COMMANDS
+    from sampo.commands import iterate
 
     assert words[0] in COMMANDS or words[0].startswith("-"), words
-    if words[0] == "train":
-        check_train(words[1:])
+    if words[0] in ("train", "cache"):
+        from sampo.commands.cache import make_parser
+
+        check_train(words[1:] if words[0] == "train" else make_parser().parse_known_args(words[1:])[1])
+    elif words[0] == "iterate":
+        check_train(iterate.make_parser().parse_known_args(words[1:])[1], iterate=True)
     elif words[0] in COMMANDS:
         module = __import__(f"sampo.{COMMANDS[words[0]][0]}", fromlist=["make_parser"])
         module.make_parser().parse_args(words[1:])
 
 
-def check_train(words: list[str]) -> None:
+def check_train(words: list[str], iterate: bool = False) -> None:
     from sampo.commands.launch import accelerate_config, split_options
-    from sampo.commands.options import make_parser
+    from sampo.commands.options import ITERATE_OPTIONS, make_parser
 
     launch, rest = split_options(words)
     if "accelerate_config" in launch and "/" not in launch["accelerate_config"]:
@@ -105,7 +116,9 @@ def check_train(words: list[str]) -> None:
             rest = [str(ROOT / word) if word == config else word for word in rest]
         else:
             rest = [word for word in rest if word not in ("--config", config)]  # the reader's own file
-    make_parser().refuse_unknown(rest)
+    parser = make_parser()
+    parser.not_ours = set(ITERATE_OPTIONS) if iterate else set()
+    parser.refuse_unknown(rest)
 
 
 def test_the_generated_parts_are_what_the_code_says():

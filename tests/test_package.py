@@ -57,8 +57,8 @@ def test_the_wheel_holds_code_recipes_configurations_and_licence_and_no_tests(bu
         return {name.removeprefix(folder) for name in names if name.startswith(folder) and name.endswith(suffix)}
 
     for kind in ("recipes", "configs"):
-        ours = {path.relative_to(ROOT / kind).as_posix() for path in (ROOT / kind).rglob("*.yaml")}
-        assert inside(f"sampo/_data/{kind}/") == ours
+        ours = {path.relative_to(ROOT / kind).as_posix() for path in (ROOT / kind).rglob("*") if path.is_file()}
+        assert inside(f"sampo/_data/{kind}/", (".yaml", ".json")) == ours
         assert ours
     code = {path.relative_to(ROOT / "sampo").as_posix() for path in (ROOT / "sampo").rglob("*.py")}
     assert inside("sampo/", ".py") == code
@@ -69,7 +69,7 @@ def test_the_wheel_holds_code_recipes_configurations_and_licence_and_no_tests(bu
 def test_the_source_archive_can_be_tested(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"Makefile", "constraints.txt", "tests/test_package.py", "scripts/train_sampo.py", "README.md"} <= names
+    assert {"Makefile", "constraints.txt", "tests/test_package.py", "scripts/launch.slurm", "README.md"} <= names
 
 
 def test_the_commands_work_from_an_empty_folder(installed, tmp_path):

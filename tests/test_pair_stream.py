@@ -2,49 +2,40 @@
 
 import copy
 import logging
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig
-from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
+from peft import LoraConfig
+from streams import (
+    COMMON,
+    GROUPED,
+    check_gradients,
+    collate,
+    gradients,
+    losses,
+    make,
+    make_trainer,
+    plain_output,
+    streamed_output,
+)
+from tiny import make_pairs, save_model
 from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
-    MambaConfig,
     MistralConfig,
-    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head
 
-from sampo import SamPOConfig, SamPOTrainer
-from sampo.pair_stream import StreamRefused, install, lay_out, remove, score, why_not
+from sampo.pair_stream import install, lay_out, remove
 
-COMMON = {
-    "vocab_size": 69,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-GROUPED = {"num_key_value_heads": 2}
 EXACT = {
     "llama": LlamaConfig(**COMMON, **GROUPED),
     "qwen2": Qwen2Config(**COMMON, **GROUPED),
@@ -53,57 +44,20 @@ EXACT = {
     "phi3": Phi3Config(**COMMON),
     "gpt_neox": GPTNeoXConfig(**COMMON),
     "gemma3": Gemma3TextConfig(**COMMON, **GROUPED, head_dim=8, sliding_window=64),
-    "gpt2": GPT2Config(
-        vocab_size=69, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+    "gpt2": GPT2Config(  # a table of positions shorter than the stream
+        **COMMON | {"hidden_size": 32, "initializer_range": 0.2},
+        n_positions=32,
+        attn_pdrop=0,
+        embd_pdrop=0,
+        resid_pdrop=0,
     ),
     "opt": OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, init_std=0.2),
 }
-OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
-
-
-def make(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).float()
-    add_fused_lm_head(model, outputs=OUTPUTS)
-    return model
 
 
 @pytest.fixture(scope="module")
 def models():
     return {name: make(config) for name, config in EXACT.items()}
-
-
-def collate(shapes, seed=0, max_length=None, mode="keep_start"):
-    """A collated batch of pairs with the given numbers of prompt, chosen and rejected tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(n):
-        return torch.randint(4, 60, (n,), generator=generator).tolist()
-
-    rows = [{"prompt_ids": tokens(p), "chosen_ids": tokens(c), "rejected_ids": tokens(r)} for p, c, r in shapes]
-    return DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)(rows)
-
-
-def plain_output(model, batch):
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    masks = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    return model(**masks, labels=labels, use_cache=False, fused_lm_head=True)
-
-
-def streamed_output(model, batch, scored=None):
-    stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-    scored = batch["completion_mask"][:, 1:].bool() if scored is None else scored
-    install(model)
-    try:
-        return score(model, model.base_model, stream, scored, batch["input_ids"][:, 1:])
-    finally:
-        remove(model)
-
-
-def gradients(model, output):
-    model.zero_grad()
-    output.log_probs.pow(2).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 sizes = st.integers(1, 14)
@@ -120,11 +74,7 @@ def test_log_probs_statistics_and_gradients_are_those_of_the_padded_forward(mode
     scored = batch["completion_mask"][:, 1:].bool()
     for field in ("entropy", "mean_logits"):  # TRL leaves them at unscored places on some devices
         torch.testing.assert_close(getattr(streamed, field)[scored], getattr(plain, field)[scored], atol=1e-4, rtol=0)
-    theirs, ours = gradients(model, plain), gradients(model, streamed)
-    assert theirs.keys() == ours.keys()
-    norm = math.sqrt(sum(g.pow(2).sum().item() for g in theirs.values()))
-    off = math.sqrt(sum((theirs[n] - ours[n]).pow(2).sum().item() for n in theirs))
-    assert off <= 1e-4 * norm
+    check_gradients(gradients(model, streamed), gradients(model, plain))
 
 
 ODD = {
@@ -199,101 +149,48 @@ def test_the_model_without_a_stream_is_what_it_was(models):
     assert model.config._attn_implementation == "sdpa"
 
 
-# --- what it cannot do -----------------------------------------------------------------------------------------------
-
-REFUSED = {
-    "bloom": (BloomConfig(vocab_size=69, hidden_size=32, n_layer=2, n_head=4), "attention implementation is `eager`"),
-    "mamba": (MambaConfig(vocab_size=69, hidden_size=32, num_hidden_layers=2, state_size=4), "`eager`, not `sdpa`"),
-    "gemma2": (Gemma2Config(**COMMON, **GROUPED, head_dim=8), "`eager`, not `sdpa`"),
-    "mixture of experts": (MixtralConfig(**COMMON, **GROUPED, output_router_logits=True), "mixture of experts"),
-    "falcon": (FalconConfig(vocab_size=69, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "0 of its 2"),
-}
+def draw_needed(batch, seed):
+    """Random completion tokens: each row has a share of its own, so that some need all and some nothing."""
+    completion = batch["completion_mask"][:, 1:].bool()
+    draw = torch.rand((2, *completion.shape), generator=torch.Generator().manual_seed(seed))
+    return completion & (draw[0] < draw[1, :, :1] ** 3)
 
 
-def make_trainer(model, tmp_path, *, pair_stream, data=None, **options):
-    kwargs = {name: options.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in options}
-    return SamPOTrainer(
-        model=model,
-        args=SamPOConfig(**training_options(tmp_path, pair_stream=pair_stream, **options)),
-        train_dataset=make_pairs(32) if data is None else data,
-        processing_class=make_tokenizer(),
-        **kwargs,
-    )
+@given(shapes=pairs_of_any_shape, seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_what_comes_after_the_last_needed_token_can_be_left_out(models, shapes, seed):
+    model, batch = models["llama"], collate(shapes, seed)
+    needed = draw_needed(batch, seed)
+    plain, streamed = plain_output(model, batch), streamed_output(model, batch, needed, needed)
+    torch.testing.assert_close(streamed.log_probs, plain.log_probs * needed, atol=1e-4, rtol=0)
+    check_gradients(gradients(model, streamed), gradients(model, plain, weights=needed))
 
 
-def losses(trainer):
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+@given(shapes=pairs_of_any_shape, seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_the_stream_has_only_the_tokens_that_the_needed_ones_depend_on(shapes, seed):
+    batch = collate(shapes, seed)
+    needed = draw_needed(batch, seed)
+    expected = longest = 0
+    for pair, (n_prompt, _, _) in enumerate(shapes):
+        branches = []
+        for row in (pair, pair + len(shapes)):
+            columns = [column for column, wanted in enumerate(needed[row].tolist()) if wanted]
+            if columns:
+                branches.append(columns[-1] + 1 - (n_prompt - 1))
+                longest = max(longest, columns[-1] + 1)
+        expected += (n_prompt - 1 if branches else 0) + sum(branches)
+    stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], needed)
+    assert stream.input_ids.numel() == max(expected, 1)
+    assert stream.segments.longest == max(longest, 1)
 
 
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_what_the_stream_cannot_do_is_recognised(tmp_path, caplog, name):
-    config, reason = REFUSED[name]
-    torch.manual_seed(0)
-    folder = str(tmp_path / "model")
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    auto = make_trainer(folder, tmp_path / "auto", pair_stream="auto")
-    auto_losses = losses(auto)
-    assert "auto takes the plain forward, because" in caplog.text
-    assert reason in caplog.text
-    assert auto_losses == losses(make_trainer(folder, tmp_path / "plain", pair_stream="false"))
-    with pytest.raises(ValueError, match=r"`pair_stream: true` must be exact for this model"):
-        losses(make_trainer(folder, tmp_path / "true", pair_stream="true"))
-
-
-def test_attention_dropout_is_refused(models):
-    model = make(LlamaConfig(**COMMON, **GROUPED, attention_dropout=0.1))
-    model.train()
-    with pytest.raises(StreamRefused, match=r"attention dropout of 0\.1"):
-        streamed_output(model, collate([(4, 6, 5)]))
-
-
-@pytest.mark.parametrize("mode", ["auto", "true"])
-@pytest.mark.parametrize("which", ["both", "reference"])
-def test_a_model_that_mixes_neighbours_outside_of_attention_is_found_out_by_the_first_batch(
-    tmp_path, caplog, mode, which
-):
-    """As short convolutions and token shifts do: every layer calls the attention function, and the stream is wrong."""
-    trainer = make_trainer(save_model(tmp_path / "m"), tmp_path, pair_stream=mode)
-
-    def token_shift(module, args, embedded):
-        return embedded + 0.5 * torch.nn.functional.pad(embedded, (0, 0, 1, -1))
-
-    for model in (trainer.model, trainer.ref_model) if which == "both" else (trainer.ref_model,):
-        model.model.embed_tokens.register_forward_hook(token_shift)
-    if mode == "true":
-        with pytest.raises(ValueError, match="the log-probs of the first batch differ from"):
-            trainer.train()
-        return
-    first = losses(trainer)[0]
-    assert "auto takes the plain forward, because the log-probs of the first batch differ from" in caplog.text
-    if which == "both":
-        assert first == pytest.approx(math.log(2), abs=1e-7)
-    assert trainer.model.config._attn_implementation == "sdpa"
-
-
-def test_prompt_learning_is_recognised(tmp_path, caplog):
-    folder = save_model(tmp_path / "m")
-    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    make_trainer(folder, tmp_path, pair_stream="auto", peft_config=peft)
-    assert "prompt learning puts virtual tokens" in caplog.text
-
-
-def test_a_row_longer_than_the_sliding_window_is_refused_by_the_attention_and_takes_the_plain_forward(tmp_path):
-    config = MistralConfig(**COMMON, **GROUPED, sliding_window=16)
-    model = make(config)
-    streamed_output(model, collate([(4, 6, 5)]))
-    with pytest.raises(StreamRefused, match="a sliding window of 16 tokens for rows of 30"):
-        streamed_output(model, collate([(10, 20, 5)]))
-    folder = str(tmp_path / "model")
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    data = make_pairs(32, max_len=14)
-    runs = [losses(make_trainer(folder, tmp_path, pair_stream=mode, data=data)) for mode in ("auto", "false")]
-    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
-
-
-def test_why_not_names_nothing_for_a_plain_model():
-    assert why_not(make_model()) is None
+def test_scoring_a_token_that_was_left_out_is_our_own_mistake(models):
+    batch = collate([(4, 6, 5), (3, 4, 7)])
+    needed = batch["completion_mask"][:, 1:].bool()
+    needed[0, 7:] = False
+    with pytest.raises(AssertionError, match=r"^2 of the tokens to be scored are not in the stream"):
+        streamed_output(models["llama"], batch, needed=needed)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -7,12 +7,20 @@ import pytest
 import yaml
 from tiny import make_tokenizer
 
-from sampo.commands.options import HELD_OUT, make_parser
+from sampo.commands.iterate import make_plan
+from sampo.commands.options import HELD_OUT, ITERATE_OPTIONS, make_parser
 from sampo.commands.recipes import find_recipe, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = recipes()
 PARSER = make_parser()  # for its defaults; a parser that reads a file changes them
+
+
+def kind_of(name):
+    """`full` of `model/sampo_full`."""
+    return name.split("/")[1].split("_")[1]
+
+
 MODELS = {
     "llama-3-8b-instruct",
     "pythia-2.8b-hh",
@@ -24,13 +32,23 @@ MODELS = {
 }
 # One order of keys for all recipes: model, data, method, optimisation, evaluation and output.
 ORDER = [
-    *("model_name_or_path", "dtype", "chat_template", "use_peft", "lora_r", "lora_alpha", "lora_dropout"),
-    *("lora_target_modules", "dataset_name", "dataset_train_split", "dataset_test_split", "on_bad_rows"),
-    *("token_weighting", "beta", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("model_name_or_path", "dtype", "chat_template", "use_peft", "load_in_4bit", "lora_r", "lora_alpha"),
+    *("use_dora", "use_rslora", "lora_dropout", "lora_target_modules"),
+    *("dataset_name", "dataset_train_split", "dataset_test_split", "on_bad_rows"),
+    *("token_weighting", "beta", "rounds", "data", "reference"),
+    *("pair_stream", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps"),
     *("per_device_eval_batch_size", "save_steps", "save_total_limit", "output_dir"),
 ]
-TWINS = {"sampo": "dpo", "dpo": "sampo"}
+# Variants are compared with another recipe of the method: kind -> (that one, keys that differ beside `output_dir`).
+VARIANTS = {
+    "dora": ("lora", {"use_dora"}),
+    "rslora": ("lora", {"use_rslora"}),
+    "qlora": ("lora", {"load_in_4bit"}),
+    "iterative": ("full", {"rounds", "data", "reference"}),
+}
+ITERATIVE = [name for name in RECIPES if name.endswith("iterative")]
+SINGLE = [name for name in RECIPES if kind_of(name) not in VARIANTS]
 NEEDS_NO_REMARK = {"model_name_or_path", "dataset_train_split", "dataset_test_split", "output_dir"}
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -41,8 +59,14 @@ def read(name):
 
 
 def parse(name, *more):
-    """Script, training, model and mixture arguments; the CPU because bf16 is refused where there is no GPU."""
-    return make_parser().parse_args_and_config(["--config", str(RECIPES[name]), "--use_cpu", "true", *more])
+    """Script, training, model and mixture arguments; on the CPU, where bf16 and quantised weights would be refused."""
+    parser = make_parser()
+    parser.not_ours = set(ITERATE_OPTIONS)
+    words = ["--config", str(RECIPES[name]), "--use_cpu", "true", "--load_in_4bit", "false", *more]
+    if name not in ITERATIVE:
+        return parser.parse_args_and_config(words)
+    parser.read(words)  # which gives the file's values to the parser
+    return parser.parse_args_into_dataclasses(words[2:])
 
 
 def header(name):
@@ -52,9 +76,11 @@ def header(name):
 
 def test_each_model_has_full_and_lora_for_sampo_and_dpo():
     kinds = ("dpo_full", "dpo_lora", "sampo_full", "sampo_lora")
-    assert list(RECIPES) == sorted(f"{model}/{kind}" for model in MODELS for kind in kinds)
-    assert len(RECIPES) == 28
-    assert len(list((ROOT / "recipes").rglob("*.y*ml"))) == 28
+    assert sorted(f"{model}/{kind}" for model in MODELS for kind in kinds) == SINGLE
+    assert len(SINGLE) == 28
+    assert len(ITERATIVE) == 4
+    assert len(RECIPES) == 28 + 4 + 3
+    assert len(list((ROOT / "recipes").rglob("*.y*ml"))) == len(RECIPES)
 
 
 @every_recipe
@@ -62,9 +88,10 @@ def test_a_recipe_parses_and_means_what_its_name_says(name):
     script, training, model, mixture = parse(name)
     method, kind = name.split("/")[1].split("_")
     assert training.token_weighting == {"sampo": "sampo", "dpo": "all"}[method]
-    assert model.use_peft == (kind == "lora")
+    assert model.use_peft == kind.endswith(("lora", "dora"))
     assert not mixture.datasets
-    written = read(name)
+    written = {key: value for key, value in read(name).items() if key not in ITERATE_OPTIONS}
+    assert written.pop("load_in_4bit", False) == (kind == "qlora")
     together = {**vars(script), **vars(model), **vars(training)}
     for key in ("learning_rate", "warmup_steps", "eval_steps", "save_steps"):
         assert together[key] == float(written.pop(key)), key
@@ -80,11 +107,35 @@ def test_no_recipe_trains_on_held_out_data(name):
     assert recipe["dataset_test_split"].split("[")[0] != recipe["dataset_train_split"].split("[")[0]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "/sampo" in name])
+@pytest.mark.parametrize("name", [name for name in SINGLE if "/sampo" in name])
 def test_the_dpo_twin_differs_in_method_and_place_alone(name):
     ours, twin = read(name), read(name.replace("/sampo", "/dpo"))
     assert list(ours) == list(twin)
     assert {key for key in ours if ours[key] != twin[key]} == {"token_weighting", "output_dir"}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SINGLE])
+def test_a_variant_differs_from_its_twin_in_what_its_name_says(name):
+    kind = kind_of(name)
+    twin, keys = VARIANTS[kind]
+    ours, theirs = read(name), read(name.replace(kind, twin))
+    differ = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert differ - {"num_train_epochs"} == keys | {"output_dir"}
+    stated = " ".join("\n".join(header(name)).split("# Deviations")[0].split("# Twin:")[1].replace("#", " ").split())
+    assert stated.startswith(f"{RECIPES[name].name.replace(kind, twin)} ")
+    assert set(re.findall(r"`(\w+)`", stated)) == differ
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_the_papers_rounds_are_three_epochs_or_the_thirds_of_one(name):
+    recipe, single = read(name), read(name.replace("iterative", "full"))
+    plan, _ = make_plan({}, ["--config", str(RECIPES[name])])
+    assert (plan.rounds, plan.reference) == (3, "previous")
+    epochs = single["num_train_epochs"]
+    if name.startswith("pythia"):
+        assert (plan.data, epochs, recipe["num_train_epochs"]) == ("shards", 1, 1)
+    else:
+        assert (plan.data, epochs, recipe["num_train_epochs"] * plan.rounds) == ("full", 3, 3)
 
 
 @every_recipe
@@ -93,6 +144,8 @@ def test_the_keys_stand_in_the_one_order(name):
 
 
 def is_default(key, value):
+    if key in ITERATE_OPTIONS:
+        return False
     default = PARSER.get_default(key)
     default = getattr(default, "value", default)
     numbers = isinstance(default, int | float) and not isinstance(default, bool)
@@ -111,16 +164,15 @@ def test_a_value_that_is_not_the_default_has_a_remark(name):
 @every_recipe
 def test_the_header_gives_command_cost_and_twin(name):
     text = "\n".join(header(name))
-    file = f"recipes/{name}.yaml"
-    assert f"# Command:    sampo train --config {file}" in text
-    assert f"scripts/train_sampo.py --config {file}" in text
+    file, command = f"recipes/{name}.yaml", "iterate" if name in ITERATIVE else "train"
+    assert f"# Command:    sampo {command} --config {file}" in text
     assert "not measured" in text
-    twin = (
-        RECIPES[name].name.replace("sampo", "dpo") if "/sampo" in name else RECIPES[name].name.replace("dpo", "sampo")
-    )
-    assert f"# Twin:       {twin}" in text
-    config = re.search(r"--config_file (\S+)", text)[1]
-    assert (ROOT / config).is_file()
+    if name not in ITERATIVE:
+        assert f"scripts/train_sampo.py --config {file}" in text
+        assert (ROOT / re.search(r"--config_file (\S+)", text)[1]).is_file()
+    if name in SINGLE:
+        here, there = ("sampo", "dpo") if "/sampo" in name else ("dpo", "sampo")
+        assert f"# Twin:       {RECIPES[name].name.replace(here, there)}" in text
     assert len(max(RECIPES[name].read_text().splitlines(), key=len)) <= 119
 
 

@@ -27,6 +27,17 @@ def trainer(folder, tmp_path):
 
 
 @pytest.fixture
+def model_and_data(tmp_path):
+    options = {"precompute_ref_log_probs": True, "per_device_eval_batch_size": 2, "max_length": 16}
+    return {
+        "model": save_model(tmp_path / "model"),
+        "args": DPOConfig(**training_options(tmp_path, **options)),
+        "train_dataset": make_pairs(8),
+        "eval_dataset": {"a": make_pairs(3, seed=1), "b": make_pairs(5, seed=2)},
+    }
+
+
+@pytest.fixture
 def batch(trainer):
     return trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
 
@@ -56,6 +67,8 @@ def test_the_signatures_are_those_we_override_and_call():
     assert names(DPOTrainer._compute_loss) == ["self", "model", "inputs", "return_outputs"]
     assert names(DPOTrainer.compute_ref_log_probs) == ["self", "model", "inputs"]
     assert names(DPOTrainer._prepare_dataset) == ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert names(DPOTrainer._precompute_ref_logps) == ["self", "dataset", "name", "batch_size"]
+    assert names(DPOTrainer._set_signature_columns_if_needed) == ["self"]
     assert names(DPOTrainer.log) == ["self", "logs", "start_time"]
 
 
@@ -122,6 +135,25 @@ def test_per_token_log_probs_have_one_column_less_than_the_input_and_are_zero_wi
     )
     assert output.log_probs.shape == (8, batch["input_ids"].size(1) - 1)
     assert torch.equal(output.log_probs != 0, batch["completion_mask"][:, 1:].bool())
+
+
+def test_all_precomputing_goes_through_one_method_when_the_models_are_ready(model_and_data):
+    """Once for each data set in `__init__`, with the prepared ids, and for a new one in `evaluate`."""
+    seen = []
+
+    class Watched(DPOTrainer):
+        def _precompute_ref_logps(self, dataset, name, batch_size):
+            ready = self.ref_model is None and self.accelerator is not None and not self.model.training
+            seen.append((name, len(dataset), batch_size, ready, {"prompt_ids", "chosen_ids"} <= set(dataset[0])))
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    trainer = Watched(**model_and_data)
+    assert seen == [("train", 8, 4, True, True), ("a", 3, 2, True, True), ("b", 5, 2, True, True)]
+    trainer.evaluate(make_pairs(4, seed=3))
+    assert seen[3:] == [("eval", 4, 2, True, True)]
+    assert trainer._precompute_engine is None
+    trainer._set_signature_columns_if_needed()
+    assert "prompt_ids" in trainer._signature_columns
 
 
 def test_the_losses_are_those_that_our_table_knows(trainer, batch):

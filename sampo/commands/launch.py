@@ -52,7 +52,9 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if config.get("use_cpu") and not {"--use_cpu", "--use-cpu"} & set(rest):
         rest.append("--use_cpu")  # accelerate's launcher of several processes does not tell them
+    _refuse_fsdp_without_devices(config, rest)
     machines = int(options.get("num_machines") or config.get("num_machines") or 1)
+    _refuse_lone_machine(machines, config, options)
     if machines == 1 and not config.get("main_process_port"):
         options.setdefault("main_process_port", "0")  # a free one, so that two runs on one machine do not meet
     for name, value in options.items():
@@ -64,16 +66,59 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
 
 def accelerate_config(name: str) -> Path:
     """Path of an accelerate configuration: a file, or a name of those in `configs/accelerate`."""
+    try:
+        return _named(name, "accelerate", ".yaml")
+    except ValueError as error:
+        raise SystemExit(f"sampo train: `--accelerate_config` {error}") from None
+
+
+def deepspeed_config(name: str) -> str:
+    """Path of a DeepSpeed configuration: a file, or a name of those in `configs/deepspeed`."""
+    try:
+        return str(_named(name, "deepspeed", ".json"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _named(name: str, kind: str, suffix: str) -> Path:
     if os.path.isfile(name):
         return Path(name)
-    known = {path.stem: path for path in sorted((packaged("configs") / "accelerate").glob("*.yaml"))}
+    known = {path.stem: path for path in sorted((packaged("configs") / kind).glob(f"*{suffix}"))}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise SystemExit(
-            f"sampo train: `--accelerate_config` must be a file or one of {list(known)}, got {name!r}.{hint}"
-        )
+        raise ValueError(f"must be a file or one of {list(known)}, got {name!r}.{hint}")
     return known[name]
+
+
+def _refuse_fsdp_without_devices(config: dict, rest: list[str]) -> None:
+    """On the CPU accelerate makes DDP of FSDP without a word; the trainer refuses too, but each process by itself."""
+    import torch
+
+    if config.get("distributed_type") == "FSDP" and (_asks_for_cpu(rest) or not torch.accelerator.is_available()):
+        raise SystemExit(
+            "sampo train: FSDP must have a GPU for each process, got a run on the CPU, where accelerate would train "
+            "with DDP instead. Use `--accelerate_config cpu_zero3`, which shards on the CPU too, or `cpu_ddp`."
+        )
+
+
+def _asks_for_cpu(rest: list[str]) -> bool:
+    for i, word in enumerate(rest):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__use_cpu":
+            value = value or next(iter(rest[i + 1 : i + 2]), "")
+            return value.lower() not in ("false", "no", "f", "n", "0")
+    return False
+
+
+def _refuse_lone_machine(machines: int, config: dict, options: dict[str, str]) -> None:
+    """Without these each machine would take itself for the first, and wait for others."""
+    missing = [f"`--{name}`" for name in ("main_process_ip", "machine_rank") if name not in options]
+    if machines > 1 and missing and not config.get("main_process_ip"):  # the user's own file may say both
+        raise SystemExit(
+            f"sampo train: a run on {machines} machines needs {' and '.join(missing)}. Start the same command on "
+            "each, with the address of machine 0 and the machine's own number."
+        )
 
 
 def _would_launch() -> bool:

@@ -6,6 +6,7 @@ an error with the nearest name, in the YAML file as on the command line; TRL's s
 
 import difflib
 import importlib.util
+import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,9 @@ from typing import IO, Any, NoReturn
 from trl.scripts.utils import ScriptArguments, TrlParser
 
 from .launch import OPTIONS as LAUNCH_OPTIONS
+from .launch import deepspeed_config
 
+ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
 HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
 
 
@@ -27,6 +30,10 @@ class SamPOScriptArguments(ScriptArguments):
         on_bad_rows: `error` or `drop`.
         length_split: `long`, `short`, `equal` or `balanced`.
         chat_template: Jinja text, or the path of a file with it.
+        ref_model_name_or_path: The reference, if it is not what training starts from.
+        ref_model_revision: Its revision.
+        prompt_shard: `2/3` for the second of three shards of the training prompts.
+        split_seed: Seed of all that divides the data.
         resume: `auto`, a word for `resume_from_checkpoint: auto`.
     """
 
@@ -60,6 +67,27 @@ class SamPOScriptArguments(ScriptArguments):
             "place of its own."
         },
     )
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reference model, with the vocabulary of the policy. Default: what training starts from, which is "
+            "the model of `model_name_or_path`; if that is an adapter, a frozen copy of it."
+        },
+    )
+    ref_model_revision: str | None = field(
+        default=None, metadata={"help": "Revision of `ref_model_name_or_path` on the hub."}
+    )
+    prompt_shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on a part of the prompts: `2/3` is the second of three shards, drawn by a hash of prompt "
+            "and `split_seed`. Pairs of one prompt are in one shard, and each pair is in exactly one."
+        },
+    )
+    split_seed: int | None = field(
+        default=None,
+        metadata={"help": "Seed of `eval_fraction`, `length_split` and `prompt_shard`. Default: `seed`."},
+    )
     resume: str | None = field(
         default=None,
         metadata={
@@ -75,6 +103,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.not_ours: set[str] = set()  # options in the YAML file that the command reads by itself
 
     def error(self, message: str) -> NoReturn:
         """One line in place of four hundred options."""
@@ -112,7 +141,7 @@ class RecipeParser(TrlParser):
         faults = [
             f"`{key}` in {path} is no option.{_nearest(key, choices)}"
             for key in config
-            if key not in {*choices, "env"}
+            if key not in {*choices, *self.not_ours, "env"}
         ]
         faults += [
             f"`{key}` in {path} must be one of {choices[key]}, got {value!r}."
@@ -122,6 +151,20 @@ class RecipeParser(TrlParser):
         faults += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
         if faults:
             self.error(_listed(faults))
+
+    def read(self, args: list[str]) -> tuple[dict[str, Any], Any]:
+        """The YAML file's options, and an attribute for each option of all; for a caller who trains elsewhere.
+
+        Stops where something is wrong. The dataclasses, which may claim a device, are not built.
+        """
+        self.refuse_unknown(args)
+        args = _separate_config(args)
+        config, _ = self._read_config(args)
+        self.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
+        namespace, _ = self.parse_known_args(args)
+        if faults := find_faults(namespace):
+            self.error(_listed(faults))
+        return config, namespace
 
     def _unknown_words(self, args: list[str]) -> list[str]:
         rest = self.parse_known_args(args)[1]
@@ -186,8 +229,23 @@ def _nearest(name: str, known) -> str:
     plain = name.lstrip("-").replace("-", "_")
     if plain in LAUNCH_OPTIONS:
         return f" It is for the launcher: `sampo train --{plain} ...` on the command line."
+    if plain in ITERATE_OPTIONS:
+        return " It is for `sampo iterate`."
     near = difflib.get_close_matches(plain, known, n=1)
     return f" Did you mean `{'--' if name.startswith('-') else ''}{near[0]}`?" if near else ""
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """`2/3` as numbers.
+
+    Raises:
+        ValueError: the text is no such thing.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    shard, shards = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= shard <= shards:
+        raise ValueError(f"`prompt_shard` must be a shard and their number, as `2/3`, got {text!r}.")
+    return shard, shards
 
 
 def make_parser(subparsers=None, prog: str | None = None) -> RecipeParser:
@@ -201,6 +259,8 @@ def make_parser(subparsers=None, prog: str | None = None) -> RecipeParser:
         parser = subparsers.add_parser("train", help="Train on preference pairs", dataclass_types=types)
     else:
         parser = RecipeParser(types, prog=prog or "sampo train")
+    # `zero2` for the path of the file that comes with the package, in YAML as on the command line
+    next(action for action in parser._actions if action.dest == "deepspeed").type = deepspeed_config
     # Bars are for people: in a log each of their updates is a line.
     parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
     return parser
@@ -245,9 +305,68 @@ def find_faults(options: Any) -> list[str]:
     ]
     return [
         *(message for wrong, message in table if wrong),
+        *_shard_faults(options),
+        *_model_faults(options),
         *_streaming_faults(options),
         *_quantization_faults(options),
     ]
+
+
+def _shard_faults(options: Any) -> list[str]:
+    try:
+        read_shard(options.prompt_shard or "1/1")
+    except ValueError as fault:
+        return [str(fault)]
+    return []
+
+
+def _model_faults(options: Any) -> list[str]:
+    """What is known of a local folder without reading weights."""
+    policy, reference = options.model_name_or_path or "", options.ref_model_name_or_path
+    table = [
+        (
+            is_adapter(policy) and options.use_peft,
+            second_adapter(policy),
+        ),
+        (
+            is_adapter(policy) and _has_weights(policy),
+            f"`model_name_or_path` must hold a model or an adapter, got {policy} with both. Move the adapter "
+            "(`adapter_*`) or the model (`config.json`, weights) to a folder of its own.",
+        ),
+        (
+            reference and is_adapter(reference) and not same_place(reference, policy),
+            f"`ref_model_name_or_path` must be a whole model, got the adapter in {reference}. `sampo merge` it first.",
+        ),
+        (
+            options.ref_model_revision and not reference,
+            "`ref_model_revision` needs `ref_model_name_or_path`, got none.",
+        ),
+    ]
+    return [message for wrong, message in table if wrong]
+
+
+def second_adapter(policy: str) -> str:
+    """Why `use_peft` is refused on an adapter."""
+    return (
+        f"`use_peft` would put a second adapter beside the one in {policy}, and with both switched off the reference "
+        "would be the base model without either. Without `use_peft` the adapter is trained on, and a frozen copy of "
+        "it is the reference; for a new adapter, `sampo merge` the first one and start from that."
+    )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds a PEFT adapter."""
+    return os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two names mean one model."""
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+
+
+def _has_weights(folder: str) -> bool:
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def _streaming_faults(options: Any) -> list[str]:
@@ -256,6 +375,7 @@ def _streaming_faults(options: Any) -> list[str]:
     table = {
         "eval_fraction": options.eval_fraction != 0,
         "length_split": options.length_split is not None,
+        "prompt_shard": options.prompt_shard is not None,
         "on_bad_rows: drop": options.on_bad_rows == "drop",
     }
     return [
@@ -270,7 +390,10 @@ def _quantization_faults(options: Any) -> list[str]:
         return []
     option = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
     table = [
-        (not options.use_peft, "`use_peft`: quantised weights cannot be trained, only an adapter on them"),
+        (
+            not options.use_peft and not is_adapter(options.model_name_or_path or ""),
+            "`use_peft`: quantised weights cannot be trained, only an adapter on them",
+        ),
         (importlib.util.find_spec("bitsandbytes") is None, "bitsandbytes: `pip install 'sampo-dpo[quantization]'`"),
         (options.use_cpu or not torch.cuda.is_available(), "a CUDA device, and the run has none"),
     ]

@@ -13,19 +13,16 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
-from ..model_checks import faults_of_model_folder, faults_of_tokenizer
+from ..model_checks import faults_of_model_folder
 from ..pair_rows import PreferenceDataError
-from .options import find_faults, make_parser
+from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
+from .options import RecipeParser, find_faults, make_parser, read_shard
 
 logger = logging.getLogger(__name__)
-
-
-class RefusedRun(ValueError):
-    """The options cannot be run as they are; the text says all that is wrong with them."""
 
 
 def main(script_args, training_args, model_args, dataset_args) -> None:
@@ -34,17 +31,35 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
     Raises:
         RefusedRun: the options cannot be run.
         PreferenceDataError: the data cannot be trained on.
+        RefCacheError: the reference cache cannot be used.
         ResumeRefusedError: there is no whole checkpoint to go on from, or it is of another run.
         CheckpointNotSavedError: a checkpoint could not be written.
         Preempted: SIGTERM came, and a checkpoint was saved.
     """
-    from trl import get_peft_config, get_quantization_config
+    resume = _resume(script_args.resume or training_args.resume_from_checkpoint)
+    _refuse_output_folder(training_args, resume)
+    trainer = make_trainer(script_args, training_args, model_args, dataset_args)
+    if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
+        ]
+    trainer.train(resume_from_checkpoint=resume)
+    _finish(trainer, script_args)
 
+
+def make_trainer(script_args, training_args, model_args, dataset_args, kind: type | None = None):
+    """The trainer of a run, ready to train; raises what `main` raises.
+
+    Args:
+        script_args: how the data is read.
+        training_args: a `SamPOConfig`.
+        model_args: TRL's `ModelConfig`.
+        dataset_args: TRL's `DatasetMixtureConfig`.
+        kind: a subclass of `SamPOTrainer` to make.
+    """
     together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
     if faults := find_faults(SimpleNamespace(**{name: value for part in together for name, value in part.items()})):
         raise RefusedRun(" ".join(faults))
-    resume = _resume(script_args.resume or training_args.resume_from_checkpoint)
-    _refuse_output_folder(training_args, resume)
     _warn_of_lost_updates(training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -56,28 +71,22 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
     trusts = training_args.trust_remote_code
     if faults := faults_of_model_folder(model_args.model_name_or_path, trust_remote_code=trusts):
         raise RefusedRun(" ".join(faults))
+    check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
     with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
+        check_vocabulary(script_args, training_args, model_args, processor)
         data = load_data(script_args, training_args, dataset_args, processor)
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
     with _faults_in_one_line():
-        trainer = SamPOTrainer(
-            model=model_args.model_name_or_path,
+        return (kind or SamPOTrainer)(
             args=training_args,
             train_dataset=data["train"],
             eval_dataset=data.get("test"),
             processing_class=processor,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
+            **load_models(script_args, training_args, model_args),
         )
-    if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
-        ]
-    trainer.train(resume_from_checkpoint=resume)
-    _finish(trainer, script_args)
 
 
 @contextlib.contextmanager
@@ -119,6 +128,8 @@ def _refuse_output_folder(training_args, resume: str | bool | None) -> None:
 
 def _finish(trainer, script_args) -> None:
     """Save, push if asked, and leave together: a rank that goes early can take the others down."""
+    if _lacks_last_evaluation(trainer):
+        trainer.evaluate()
     folder = trainer.args.output_dir
     trainer.save_model(folder)
     trainer.save_state()
@@ -128,6 +139,13 @@ def _finish(trainer, script_args) -> None:
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def _lacks_last_evaluation(trainer) -> bool:
+    """Whether the model that is saved was not evaluated, where others on the way were."""
+    state = trainer.state
+    evaluated = [entry["step"] for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    return trainer.args.eval_strategy != "no" and state.global_step not in evaluated
 
 
 def _warn_of_lost_updates(training_args, model_args) -> None:
@@ -143,35 +161,6 @@ def _warn_of_lost_updates(training_args, model_args) -> None:
         )
 
 
-def load_processor(script_args, training_args, model_args):
-    """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for.
-
-    Raises:
-        RefusedRun: it does not load, has no end token, or a chat template that cannot be used.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            trust_remote_code=training_args.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise RefusedRun(
-            f"The tokenizer of `model_name_or_path` {model_args.model_name_or_path!r} must load, got: {error}"
-        ) from error
-    template = script_args.chat_template
-    if template is not None:
-        if os.path.isfile(template):
-            with open(template, encoding="utf-8") as file:
-                template = file.read()
-        processor.chat_template = template
-    if faults := faults_of_tokenizer(getattr(processor, "tokenizer", processor)):
-        raise RefusedRun(" ".join(faults))
-    return processor
-
-
 def load_data(script_args, training_args, dataset_args, processor) -> dict:
     """`train`, and `test` if there is an evaluation: checked, and with columns `prompt`, `chosen`, `rejected`.
 
@@ -180,6 +169,8 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
         RefusedRun: no data to evaluate on, or messages without a chat template.
     """
     evaluates = training_args.eval_strategy != "no"
+    from ..data import shard_by_prompt
+
     if script_args.dataset_streaming or dataset_args.streaming:
         data = _open_streams(script_args, dataset_args, evaluates)
     else:
@@ -189,6 +180,10 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
             f"`eval_strategy: {training_args.eval_strategy.value}` needs pairs to evaluate on, got none. Set "
             "`eval_fraction` to hold some out, or `dataset_test_split` to a split that the data has."
         )
+    if script_args.prompt_shard is not None:
+        whole, seed = len(data["train"]), _split_seed(script_args, training_args)
+        data["train"] = shard_by_prompt(data["train"], *read_shard(script_args.prompt_shard), seed)
+        logger.info("prompt_shard %s: %s of %s pairs", script_args.prompt_shard, len(data["train"]), whole)
     first = next(iter(data["train"]))
     if isinstance(first.get("chosen"), list) and getattr(processor, "chat_template", None) is None:
         raise RefusedRun(
@@ -214,8 +209,12 @@ def _load_rows(script_args, training_args, dataset_args, processor, evaluates: b
         on_bad_rows=script_args.on_bad_rows,
         length_split=script_args.length_split,
         tokenizer=getattr(processor, "tokenizer", processor),
-        seed=training_args.seed,
+        seed=_split_seed(script_args, training_args),
     )
+
+
+def _split_seed(script_args, training_args) -> int:
+    return training_args.seed if script_args.split_seed is None else script_args.split_seed
 
 
 def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
@@ -255,16 +254,24 @@ def start(argv: list[str] | None = None) -> int:
         The exit status: 0 done, 1 a checkpoint could not be written, 2 refused before the first step, 143 stopped by
         SIGTERM with a checkpoint saved.
     """
+    return start_with(make_parser(), main, argv)
+
+
+def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] | None) -> int:
+    """Parse the options and do the work; what is refused is said in one line."""
+    from ..ref_logps import RefCacheError
+
     # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
-    parser = make_parser()
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is leaving behind, anew in each step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
     from ..resuming import Preempted, ResumeRefusedError
 
     try:
-        main(*parsed)
-    except (RefusedRun, PreferenceDataError, ResumeRefusedError) as error:
+        work(*parsed)
+    except (RefusedRun, PreferenceDataError, RefCacheError, ResumeRefusedError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except CheckpointNotSavedError as error:
@@ -289,15 +296,30 @@ def _set_up_logs(training_args) -> None:
 
 def run(argv: list[str]) -> int:
     """`sampo train`: in this process, or through `accelerate launch` where several are wanted."""
+    rest = launch_or_stay(argv, make_parser(), __name__)
+    return start(rest)
+
+
+def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Sequence[str] = ()) -> list[str]:
+    """Become the launcher of a module, or, where this process can do the work, return the options of the training.
+
+    Args:
+        argv: options of the launcher and of the training.
+        parser: knows those of the training.
+        module: that each process runs.
+        more: options of the module itself.
+    """
     from .launch import launch_command, split_options
 
     options, rest = split_options(argv)
     launcher = launch_command(options, rest)
     if launcher is not None:
-        make_parser().refuse_unknown(rest)  # once here rather than once per process
+        parser.refuse_unknown(rest)  # once here rather than once per process
+        # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         sys.stdout.flush()
-        os.execv(launcher[0], [*launcher, "-m", __name__, *rest])
-    return start(rest)
+        os.execv(launcher[0], [*launcher, "-m", module, *more, *rest])
+    return rest
 
 
 if __name__ == "__main__":

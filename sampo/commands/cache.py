@@ -1,0 +1,119 @@
+"""`sampo cache`: the reference log-probs of a training run, ahead of it; and what lies in the cache.
+
+- `sampo cache --config FILE`, with the options of `sampo train`: computes what is missing. A `sampo train` with the
+  same options and `precompute_ref_log_probs: true` then computes none.
+- `--rebuild`: deletes what there is for these options first.
+- `--ls`: what lies in the cache. `--rm NAME …`: deletes by the names that `--ls` prints, or `all`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .options import RecipeParser
+from .options import make_parser as make_train_parser
+from .train import launch_or_stay, make_trainer, start_with
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's own options; all others are those of `sampo train`."""
+    parser = argparse.ArgumentParser(
+        prog="sampo cache",
+        description="Compute the per-token reference log-probs of a training run ahead of it. Takes all options of "
+        "`sampo train`, and these:",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rebuild", action="store_true", help="delete what there is for these options first")
+    parser.add_argument("--ls", action="store_true", help="list what lies in the cache, and do nothing else")
+    parser.add_argument("--rm", nargs="+", metavar="NAME", help="delete caches by their names in --ls, or `all`")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """`sampo cache`: in this process, or through `accelerate launch` where several are wanted."""
+    own, rest = make_parser().parse_known_args(argv)
+    if own.ls or own.rm:
+        folder = argparse.ArgumentParser(prog="sampo cache", allow_abbrev=False)
+        folder.add_argument("--ref_cache_dir", "--ref-cache-dir")
+        root = folder.parse_args(rest).ref_cache_dir
+        return _remove(root, own.rm) if own.rm else _list(root)
+    more = ["--rebuild"] if own.rebuild else []
+    return start([*more, *launch_or_stay(rest, _train_parser(), __name__, more)])
+
+
+def start(argv: list[str] | None = None) -> int:
+    """Fill the cache in this process, one of several if a launcher says so; returns the exit status."""
+    own, rest = make_parser().parse_known_args(argv)
+    return start_with(_train_parser(), lambda *options: fill(*options, rebuild=own.rebuild), rest)
+
+
+def fill(script_args, training_args, model_args, dataset_args, *, rebuild: bool = False) -> None:
+    """Make the trainer, which fills the cache, and say what it has done. Raises what `sampo train` does."""
+    from ..trainer import SamPOTrainer
+
+    class Filler(SamPOTrainer):
+        _rebuild_ref_cache = rebuild
+
+    training_args.precompute_ref_log_probs = True
+    trainer = make_trainer(script_args, training_args, model_args, dataset_args, kind=Filler)
+    if trainer.is_world_process_zero():
+        for name, cache, computed, seconds in trainer.ref_caches:
+            n_bytes, tokens = cache.size()
+            print(
+                f"{name}: {cache.n_rows:,} pairs, {tokens:,} tokens, {n_bytes / 1e6:.1f} MB in {cache.folder}; "
+                f"{computed:,} pairs computed now, in {seconds:.1f} s."
+            )
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def _train_parser() -> RecipeParser:
+    return make_train_parser(prog="sampo cache")
+
+
+def _list(folder: str | None) -> int:
+    from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest
+
+    root = cache_root(folder)
+    caches = cache_folders(root)
+    print(f"{len(caches)} caches in {root}")
+    for path in caches:
+        try:
+            manifest = read_manifest(path / "manifest.json")
+        except RefCacheError as error:
+            print(f"{path.name}  not readable: {error}")
+            continue
+        if manifest is None:
+            print(f"{path.name}  without a manifest")
+            continue
+        shards, about = manifest["shards"].values(), manifest["about"]
+        wanted = -(-manifest["rows"] // manifest["rows_per_shard"])
+        print(
+            f"{path.name}  {manifest['created'][:16]}  {manifest['rows']:>9,} pairs  "
+            f"{sum(shard['bytes'] for shard in shards) / 1e6:>8.1f} MB  "
+            f"{'complete' if len(shards) == wanted else f'{len(shards)} of {wanted} shards'}  "
+            f"{about['data']} of {about['output_dir']}, {manifest['key']['storage_dtype']}, {about['model']}"
+        )
+    return 0
+
+
+def _remove(folder: str | None, names: list[str]) -> int:
+    import shutil
+
+    from ..ref_logps import cache_folders, cache_root
+
+    caches = {path.name: path for path in cache_folders(cache_root(folder))}
+    chosen = list(caches) if names == ["all"] else names
+    unknown = [name for name in chosen if name not in caches]
+    if unknown:
+        print(f"sampo cache: `--rm` must name caches of `sampo cache --ls`, got {unknown}.", file=sys.stderr)
+        return 2
+    for name in chosen:
+        shutil.rmtree(caches[name])
+        Path(f"{caches[name]}.lock").unlink(missing_ok=True)
+        print(f"deleted {caches[name]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(start())

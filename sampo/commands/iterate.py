@@ -1,0 +1,223 @@
+"""`sampo iterate`: Iterative SamPO, several rounds of `sampo train`, each from the model of the round before.
+
+All options of `sampo train` are taken, from the YAML file and the command line, and three more, which may stand in the
+YAML file too. Each round is a launch of its own; see `sampo.iterate`.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..iterate import (
+    DATA,
+    OF_THE_MACHINE,
+    REFERENCES,
+    Plan,
+    RefusedIteration,
+    Round,
+    RoundFailed,
+    hash_files,
+    hash_model,
+    iterate,
+)
+from .launch import split_options
+from .options import ITERATE_OPTIONS, is_adapter
+from .options import make_parser as make_train_parser
+
+DEFAULTS: dict[str, Any] = {"data": "full", "reference": "previous", "remove_old_caches": False}
+ON_ONE_MACHINE = {"accelerate_config", "num_processes", *OF_THE_MACHINE}  # of the launcher's options
+SET_BY_US = (
+    *("ref_model_name_or_path", "ref_model_revision", "prompt_shard", "split_seed"),
+    *("resume", "resume_from_checkpoint"),
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Parser of the options that `sampo train` does not have."""
+    parser = argparse.ArgumentParser(
+        prog="sampo iterate",
+        allow_abbrev=False,
+        description="Several rounds of `sampo train`, each from the model of the round before. All options of `sampo "
+        "train` are taken too. What is finished is not run again; what was interrupted goes on.",
+    )
+    parser.add_argument("--rounds", type=int, help="number of rounds")
+    parser.add_argument(
+        "--data",
+        choices=DATA,
+        help="`full` (default): each round sees all training pairs. `shards`: each round sees another part of the "
+        "prompts, and all of them together see each pair once an epoch",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=REFERENCES,
+        help="`previous` (default): the model that the round starts from. `initial`: the one that round 1 starts from",
+    )
+    parser.add_argument(
+        "--remove_old_caches",
+        action="store_true",
+        default=None,
+        help="delete the cache of reference log-probs (`precompute_ref_log_probs`) that a round has made when no "
+        "later round can use it",
+    )
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Run the rounds; returns the exit status."""
+    own, rest = make_parser().parse_known_args(argv)
+    try:
+        plan, cleans = make_plan({name: value for name, value in vars(own).items() if value is not None}, rest)
+        rounds = iterate(plan, _say, after=cleans)
+    except (RefusedIteration, RoundFailed) as error:
+        print(f"sampo iterate: error: {error}", file=sys.stderr)
+        return error.status if isinstance(error, RoundFailed) else 2
+    for one in rounds:
+        _say(_summary(one))
+    _say(f"The model after {plan.rounds} rounds: {plan.model_after(plan.rounds)}")
+    return 0
+
+
+def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Round], None] | None]:
+    """What to do, and what to do after each round.
+
+    Args:
+        own: our own options that stand on the command line.
+        argv: all others: those of `sampo train` and of the launcher.
+
+    Raises:
+        RefusedIteration: something is wrong with them; all of it in one message.
+        SystemExit: unknown options, or faults that `sampo train` finds.
+    """
+    launch, words = split_options(argv)
+    parser = make_train_parser(prog="sampo iterate")
+    parser.not_ours = set(ITERATE_OPTIONS)
+    recipe, options = parser.read(words)
+    own = {**DEFAULTS, **{key: recipe[key] for key in ITERATE_OPTIONS if key in recipe}, **own}
+    if faults := _find_faults(own, launch, options):
+        raise RefusedIteration(" ".join(faults))
+    removes = own.pop("remove_old_caches")
+    plan = Plan(
+        **own,
+        output_dir=options.output_dir,
+        model=options.model_name_or_path,
+        revision=options.model_revision,
+        seed=options.seed,
+        dtype=options.dtype,
+        use_peft=options.use_peft,
+        quantization=_quantization_words(options),
+        recipe={key: value for key, value in recipe.items() if key not in ITERATE_OPTIONS},
+        words=_without_config(words),
+        launch=launch,
+        inputs=_hash_inputs(options),
+    )
+    if not (removes and options.precompute_ref_log_probs):
+        return plan, None
+    return plan, lambda one: _remove_caches(plan, one, options.ref_cache_dir)
+
+
+def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
+    """Delete the caches that a round has made, and with one reference for all rounds only after the last."""
+    if plan.reference == "initial" and one.number < plan.rounds:
+        return
+    from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest
+
+    made_by = {str(plan.round_folder(number)) for number in range(1, one.number + 1)}
+    for path in cache_folders(cache_root(folder)):
+        try:
+            manifest = read_manifest(path / "manifest.json")
+        except RefCacheError as error:
+            _say(f"left alone: {error}")
+            continue
+        if manifest is not None and manifest["about"]["output_dir"] in made_by:
+            shutil.rmtree(path)
+            Path(f"{path}.lock").unlink(missing_ok=True)
+            _say(f"deleted the cache of reference log-probs {path}")
+
+
+def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> list[str]:
+    rounds = own.get("rounds")
+    table = [
+        (
+            not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1,
+            f"`rounds` must be a number of at least 1, got {rounds!r}.",
+        ),
+        (
+            not isinstance(own["remove_old_caches"], bool),
+            f"`remove_old_caches` must be true or false, got {own['remove_old_caches']!r}.",
+        ),
+        (own["data"] not in DATA, f"`data` must be one of {list(DATA)}, got {own['data']!r}."),
+        (
+            own["reference"] not in REFERENCES,
+            f"`reference` must be one of {list(REFERENCES)}, got {own['reference']!r}.",
+        ),
+        (
+            is_adapter(options.model_name_or_path),
+            f"`model_name_or_path` must be a whole model, got the adapter in {options.model_name_or_path}. `sampo "
+            "merge` it first.",
+        ),
+        (
+            options.hub_token is not None,
+            "`hub_token` would be written into the state file. Set the environment variable HF_TOKEN in its place.",
+        ),
+        (
+            own["data"] == "shards" and (options.dataset_streaming or options.streaming),
+            "`data: shards` needs all rows, got a stream. Load the data whole.",
+        ),
+        *(
+            (getattr(options, name) is not None, f"`{name}` is set by each round, and cannot be given.")
+            for name in SET_BY_US
+        ),
+    ]
+    faults = [message for wrong, message in table if wrong]
+    if others := sorted(launch.keys() - ON_ONE_MACHINE):
+        faults.append(f"`sampo iterate` runs on one machine, got {others}. Run the commands of the rounds by hand.")
+    return faults
+
+
+def _quantization_words(options: Any) -> list[str]:
+    """The options of `sampo merge` that repeat the quantisation of the training."""
+    if options.load_in_8bit:
+        return ["--load_in_8bit"]
+    if not options.load_in_4bit:
+        return []
+    nested = ["--use_bnb_nested_quant"] if options.use_bnb_nested_quant else []
+    return ["--load_in_4bit", "--bnb_4bit_quant_type", options.bnb_4bit_quant_type, *nested]
+
+
+def _without_config(words: list[str]) -> list[str]:
+    """The words but `--config FILE`, in whose place a copy of the recipe is read."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--config" and not word.startswith("--config="):
+            kept.append(word)
+        skip = word == "--config"
+    return kept
+
+
+def _hash_inputs(options: Any) -> dict[str, str]:
+    """What the first model and the data are, where they lie on this machine."""
+    found = {"model": hash_model(options.model_name_or_path)}
+    data = Path(options.dataset_name or "")
+    if options.dataset_name and data.is_file():
+        found["data"] = hash_files([data])
+    elif options.dataset_name and data.is_dir():
+        found["data"] = hash_files(path for path in data.rglob("*") if path.is_file())
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def _summary(one: Round) -> str:
+    """One line of what a round has come to."""
+    words = [f"round {one.number}: {one.metrics['steps']} steps"]
+    for name, title in (("last", "training"), ("eval", "evaluation")):
+        entry, prefix = one.metrics.get(name), "eval_" if name == "eval" else ""
+        if entry is not None:
+            loss, margin = entry.get(f"{prefix}loss"), entry.get(f"{prefix}rewards/margins")
+            words.append(f"{title} loss {loss:.4f}" + (f", margin {margin:.4f}" if margin is not None else ""))
+    return "; ".join(words)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,162 @@
+"""What per-token reference log-probs depend on: a key with one field for each thing, and the hashes that fill it.
+
+Left out on purpose:
+
+- the tokenizer, the chat template and the text: all that they do to a log-prob, they do through the token ids;
+- what changes rounding alone: the batch, the padding, `pair_stream`, the device, the number of processes.
+
+What no hash can see (another version of a library, code patched into a model) is what `ref_cache_check` is for.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+SCHEMA = 1
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+# of a model's config: what says where it came from or what else it can do, and nothing about its log-probs
+_NOT_ABOUT_VALUES = (
+    *("architectures", "attn_implementation", "dtype", "id2label", "label2id", "pad_token_id", "torch_dtype"),
+    *("transformers_version", "use_cache"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefKey:
+    """What the numbers of one cache depend on.
+
+    Attributes:
+        weights: hash of the reference's parameters as it is used: with PEFT those of the base model, and of the "ref"
+            adapter if there is one. Or the hash of its files, where it was given as a folder.
+        config: hash of its config, and of the "ref" adapter's.
+        compute_dtype: type of the parameters, and of the arithmetic where autocast changes it.
+        attention: attention implementation.
+        data: hash of the token ids of all rows in their order.
+        max_length: tokens of prompt and response together, or None.
+        truncation_mode: which end is cut.
+        storage_dtype: type of the numbers on disk.
+        schema: version of this list and of the files.
+    """
+
+    weights: str
+    config: str
+    compute_dtype: str
+    attention: str
+    data: str
+    max_length: int | None
+    truncation_mode: str
+    storage_dtype: str
+    schema: int = SCHEMA
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, as the manifest keeps them."""
+        return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """Name of the cache: 24 hex digits over all fields."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:24]
+
+
+def data_hash(dataset: Dataset) -> str:
+    """Hash of the token ids of all rows in their order; of nothing else, and not of `datasets`' random fingerprint.
+
+    Args:
+        dataset: with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+    """
+    total = hashlib.sha256()
+    for batch in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        for name in ID_COLUMNS:
+            ids = batch.column(name).combine_chunks()
+            for numbers in (pc.list_value_length(ids), ids.flatten()):
+                total.update(numbers.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return total.hexdigest()
+
+
+def files_hash(folder: str | Path) -> str | None:
+    """Hash of a model's files in a local folder, without loading it; None where that is not all the model is.
+
+    A folder with an adapter speaks of a base model elsewhere, and one without safetensors may hold anything.
+    """
+    folder = Path(folder)
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not weights or not (folder / "config.json").is_file() or (folder / "adapter_config.json").exists():
+        return None
+    total = hashlib.sha256()
+    for path in [folder / "config.json", *weights]:
+        with path.open("rb") as file:
+            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"files:{total.hexdigest()}"
+
+
+def weights_hash(model) -> str:
+    """Hash of the parameters with which a model is the reference.
+
+    Under ZeRO-3 and FSDP2 each process holds a part of each parameter: then all processes must call this.
+
+    Args:
+        model: not wrapped. A PEFT model stands for its base, with its "ref" adapter if it has one.
+    """
+    total = hashlib.sha256()
+    for name, tensor in _reference_tensors(model):
+        with _whole(tensor) as whole:
+            total.update(f"{name} {whole.dtype} {list(whole.shape)}\n".encode())
+            total.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"tensors:{total.hexdigest()}"
+
+
+def config_hash(model) -> str:
+    """Hash of a model's config, and of its "ref" adapter's, without what has no influence on log-probs."""
+    parts = [_plain(model.config.to_dict())]
+    if is_peft_model(model) and "ref" in model.peft_config:
+        adapter = model.peft_config["ref"].to_dict()
+        parts.append({k: v for k, v in adapter.items() if k not in ("base_model_name_or_path", "inference_mode")})
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_stable).encode()).hexdigest()
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {str(k): v for k, v in config.items() if k not in _NOT_ABOUT_VALUES and not str(k).startswith("_")}
+    return {k: _plain(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def _stable(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set) else str(value)
+
+
+def _reference_tensors(model) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers by name, sorted; names are those of the base model without adapters."""
+    adapters = set(model.peft_config) if is_peft_model(model) else set()
+    base = model.get_base_model() if adapters else model
+    saved = set(base.state_dict()) if any(True for _ in base.buffers()) else set()
+    tensors = dict(base.named_parameters()) | {n: b for n, b in base.named_buffers() if n in saved}
+    found = {}
+    for name, tensor in tensors.items():
+        if not adapters & set(name.split(".")):
+            found[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+    if "ref" in adapters:
+        found |= {f"ref/{name}": p for name, p in model.named_parameters() if "ref" in name.split(".")}
+    yield from sorted(found.items())
+
+
+@contextmanager
+def _whole(tensor: Tensor) -> Iterator[Tensor]:
+    """A parameter with all its elements, of which this process may hold a part; all processes must enter."""
+    if hasattr(tensor, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor
+    else:
+        yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,335 @@
+"""Per-token reference log-probs on disk: shards of rows, a manifest, and how a batch gets its numbers.
+
+TRL's cache holds one sum per response, from which no subset of tokens can be taken; ours holds one number per
+completion token that survives truncation. A cache is a folder, named by its key (`sampo.ref_key`):
+
+    <ref_cache_dir>/<digest>/manifest.json        the key, and file, size and SHA-256 of each finished shard
+                             shard-00000.arrow    Arrow stream, one row per pair, memory-mapped when it is read
+                             …
+
+Only what the manifest names is trusted. A shard is written aside, synced and renamed, then the manifest likewise: a
+build that is killed at any point goes on with the shards that are missing. A shard whose bytes are not those that the
+manifest names is refused, never read.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from .ref_key import SCHEMA, RefKey
+
+CHOSEN, REJECTED = "ref_chosen_token_logps", "ref_rejected_token_logps"  # columns of a data set
+BATCH = "ref_logps"  # what the collator makes of them: `(2B, L − 1)`
+
+ROWS_PER_SHARD = 512  # what a killed build loses at most, per process
+
+# name -> (type on disk, largest relative rounding error). Arrow knows no bfloat16: its bits are kept as int16.
+STORAGE: dict[str, tuple[pa.DataType, float]] = {
+    "float32": (pa.float32(), 0.0),
+    "float16": (pa.float16(), 2**-11),
+    "bfloat16": (pa.int16(), 2**-8),
+}
+_FOLDER = re.compile(r"[0-9a-f]{24}")
+
+
+class RefCacheError(ValueError):
+    """A cache cannot be used as it lies there; the text says why and what to do."""
+
+
+class Shard(NamedTuple):
+    """Rows start:stop of the data set."""
+
+    number: int
+    start: int
+    stop: int
+
+
+def cache_root(folder: str | None) -> Path:
+    """Where the caches lie: the folder that was asked for, or `ref_logps` in $SAMPO_CACHE or in ~/.cache/sampo."""
+    if folder is not None:
+        return Path(folder).expanduser()
+    home = os.environ.get("SAMPO_CACHE")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "sampo") / "ref_logps"
+
+
+class RefCache:
+    """One cache. Of several processes the first one calls what changes the manifest, each writes its own shards.
+
+    Attributes:
+        folder: where it lies.
+        key: what its numbers depend on.
+        n_rows: rows of the data set.
+    """
+
+    def __init__(self, root: Path, key: RefKey, n_rows: int):
+        self.folder, self.key, self.n_rows = root / key.digest, key, n_rows
+        self._lock = FileLock(root / f"{key.digest}.lock", timeout=10)
+
+    @property
+    def manifest_path(self) -> Path:
+        """The file that says what is trusted."""
+        return self.folder / "manifest.json"
+
+    def missing(self) -> list[Shard] | None:
+        """Shards that are still to be computed, after the others were verified; None if nothing was begun.
+
+        A shard that the manifest names and that is gone counts as missing.
+
+        Raises:
+            RefCacheError: the manifest cannot be read or is another cache's; a shard's bytes are not those it names.
+        """
+        manifest = self._read_manifest()
+        if manifest is None:
+            return None
+        return [shard for shard in self._shards(manifest) if not self._verify(shard, manifest)]
+
+    def begin(self, about: dict[str, Any], processes: int = 1) -> list[Shard]:
+        """Lay down the manifest if there is none; returns the shards to compute.
+
+        Args:
+            about: for people who look into the manifest.
+            processes: that share the work; a small data set is cut into so many shards.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob(".*.tmp"):  # of a build that was killed
+            left_over.unlink()
+        if self._read_manifest() is None:
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            size = min(ROWS_PER_SHARD, max(1, -(-self.n_rows // processes)))
+            content = {"schema": SCHEMA, "key": self.key.as_dict(), "rows": self.n_rows, "rows_per_shard": size}
+            self._write_manifest({**content, "created": created, "about": about, "shards": {}})
+        return self.missing() or []
+
+    def write(self, shard: Shard, chosen: list[Tensor], rejected: list[Tensor]) -> dict[str, Any]:
+        """Write one shard; returns what `record` needs to name it in the manifest.
+
+        Args:
+            shard: which.
+            chosen: of each row `(T_w,)` nats, float32 on the CPU.
+            rejected: of each row `(T_l,)`.
+
+        Raises:
+            RefCacheError: a number is not finite, or does not fit into the type on disk.
+        """
+        kind = self.key.storage_dtype
+        table = pa.table({CHOSEN: _column(chosen, kind, shard), REJECTED: _column(rejected, kind, shard)})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        content = sink.getvalue()
+        _replace(self._path(shard), content)
+        digest = hashlib.sha256(content).hexdigest()
+        tokens = sum(map(len, chosen)) + sum(map(len, rejected))
+        return {"index": shard.number, "sha256": digest, "bytes": len(content), "tokens": tokens}
+
+    def record(self, written: list[dict[str, Any]]) -> None:
+        """Name finished shards in the manifest."""
+        manifest = self._read_manifest()
+        if manifest is None:
+            raise RefCacheError(f"{self.manifest_path} must stay while the cache is filled, got none. Start again.")
+        for entry in written:
+            manifest["shards"][str(entry["index"])] = {k: v for k, v in entry.items() if k != "index"}
+        self._write_manifest(manifest)
+
+    def attach(self, dataset: Dataset) -> Dataset:
+        """The data set with the columns `CHOSEN` and `REJECTED`, memory-mapped from the shards.
+
+        Raises:
+            RefCacheError: a shard is missing.
+        """
+        if not self.n_rows:
+            return dataset
+        manifest = self._read_manifest()
+        shards = self._shards(manifest) if manifest else []
+        gone = [self._path(shard) for shard in shards if not self._path(shard).exists()]
+        if manifest is None or gone:
+            raise RefCacheError(
+                f"All processes must see the cache {self.folder}, got one that does not. Set `ref_cache_dir` to a "
+                "folder that all machines share."
+            )
+        logps = concatenate_datasets([Dataset.from_file(str(self._path(shard))) for shard in shards])
+        dataset = without_ref_logps(dataset)
+        if dataset._indices is not None:  # else `datasets` would copy the shards with it
+            dataset = dataset.flatten_indices()
+        return concatenate_datasets([dataset, logps], axis=1)
+
+    def size(self) -> tuple[int, int]:
+        """(bytes, tokens) of all shards."""
+        shards = (self._read_manifest() or {"shards": {}})["shards"].values()
+        return sum(shard["bytes"] for shard in shards), sum(shard["tokens"] for shard in shards)
+
+    def remove(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def lock(self) -> bool:
+        """Try for ten seconds to be the only run that fills this cache; the system releases it if we die."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Let others fill it."""
+        self._lock.release()
+
+    def _path(self, shard: Shard) -> Path:
+        return self.folder / f"shard-{shard.number:05d}.arrow"
+
+    def _shards(self, manifest: dict[str, Any]) -> list[Shard]:
+        size = manifest["rows_per_shard"]
+        starts = range(0, self.n_rows, size)
+        return [Shard(i, start, min(start + size, self.n_rows)) for i, start in enumerate(starts)]
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        manifest = read_manifest(self.manifest_path)
+        if manifest is not None and (manifest["key"] != self.key.as_dict() or manifest["rows"] != self.n_rows):
+            differing = [k for k, v in self.key.as_dict().items() if manifest["key"].get(k) != v] or ["rows"]
+            raise RefCacheError(
+                f"{self.manifest_path} must be that of this run, got one of another cache (`{'`, `'.join(differing)}` "
+                f"differ). {_cure(self.folder)}"
+            )
+        return manifest
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        _replace(self.manifest_path, json.dumps(manifest, indent=1).encode())
+
+    def _verify(self, shard: Shard, manifest: dict[str, Any]) -> bool:
+        """Whether the shard is there and whole."""
+        entry, path = manifest["shards"].get(str(shard.number)), self._path(shard)
+        if entry is None or not path.exists():
+            return False
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry["sha256"]:
+            raise RefCacheError(
+                f"{path} must have the SHA-256 {entry['sha256'][:16]}… that its manifest names, got {found[:16]}… "
+                f"({path.stat().st_size:,} bytes instead of {entry['bytes']:,}): it was damaged, or is another "
+                f"cache's. {_cure(path)}"
+            )
+        return True
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest at this place; None if there is none.
+
+    Raises:
+        RefCacheError: it is no manifest, or one of another schema.
+    """
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RefCacheError(f"{path} must be JSON, got {error}. {_cure(path.parent)}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise RefCacheError(f"{path} must be a manifest of schema {SCHEMA}, got {schema}. {_cure(path.parent)}")
+    return manifest
+
+
+def cache_folders(root: Path) -> list[Path]:
+    """Folders of all caches below a root, by name."""
+    return sorted(path for path in root.glob("*") if path.is_dir() and _FOLDER.fullmatch(path.name))
+
+
+def without_ref_logps(dataset: Dataset) -> Dataset:
+    """The data set without columns of an earlier cache."""
+    return dataset.remove_columns([name for name in (CHOSEN, REJECTED) if name in dataset.column_names])
+
+
+def _cure(path: Path) -> str:
+    return f"Delete {path}, and what is missing is computed again, or run `sampo cache --rebuild`."
+
+
+def _column(rows: list[Tensor], kind: str, shard: Shard) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    values = torch.cat(rows) if rows else torch.zeros(0)
+    stored = values if kind == "float32" else values.to(getattr(torch, kind))
+    wrong = (~torch.isfinite(stored)).nonzero()
+    if len(wrong):
+        row = int(np.searchsorted(offsets, wrong[0].item(), side="right")) - 1
+        raise RefCacheError(
+            f"Reference log-probs must be finite in {kind}, got {values[wrong[0]].item()} in row {shard.start + row}. "
+            "Look at that row, compute in bf16 or fp32 instead of fp16, or set `ref_cache_dtype: float32`."
+        )
+    if kind == "bfloat16":
+        stored = stored.view(torch.int16)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(stored.numpy(), type=STORAGE[kind][0]))
+
+
+def decode(values: list, kind: str) -> Tensor:
+    """Numbers of a row as the data set gives them, as float32 nats."""
+    if kind == "bfloat16":
+        return torch.tensor(values, dtype=torch.int16).view(torch.bfloat16).float()
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@dataclass
+class RefCollator:
+    """The trainer's collator, and `ref_logps` beside what it makes of a batch.
+
+    Example, rows of two and of one completion token after prompts of two and three:
+
+        completion_mask  0 0 1 1     ref_logps  0 a b
+                         0 0 0 1                0 0 c
+
+    Attributes:
+        collate: what makes `(2B, L)` tensors of examples, chosen rows first.
+        kind: type of the numbers on disk, a key of `STORAGE`.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    kind: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate; examples without reference columns pass as they are.
+
+        Raises:
+            RefCacheError: a row has another number of completion tokens than the cache.
+        """
+        if CHOSEN not in examples[0]:
+            return self.collate(examples)
+        batch = self.collate([{k: v for k, v in e.items() if k not in (CHOSEN, REJECTED)} for e in examples])
+        rows = [decode(e[name], self.kind) for name in (CHOSEN, REJECTED) for e in examples]
+        mask = batch["completion_mask"][:, 1:].bool()  # (2B, L − 1)
+        counts, cached = mask.sum(dim=1).tolist(), [len(row) for row in rows]
+        if counts != cached:
+            raise RefCacheError(
+                f"A batch must have as many completion tokens as the cache, got {counts} and {cached}. The data "
+                "collator cuts rows otherwise than `max_length` and `truncation_mode` say; use TRL's, or unset "
+                "`precompute_ref_log_probs`."
+            )
+        batch[BATCH] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(rows))
+        return batch
+
+
+def _replace(path: Path, content) -> None:
+    """Write a file so that it is either there, whole, or not."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
