@@ -51,7 +51,8 @@ def is_continued_by(before, after, whole):
 KINDS = {
     "full": ({"eval_strategy": "steps", "eval_steps": 3}, range(12)),
     "LoRA with dropout": ({"lora": True}, (1, 4, 5, 8)),
-    "precomputed reference": ({"token_weighting": "expected", "precompute_ref_log_probs": True}, (6,)),
+    "cached reference": ({"precompute_ref_log_probs": True}, (6,)),
+    "pair stream in pieces": ({"pair_stream": "true", "max_tokens_per_forward": 60}, (9,)),
     "several subsets": ({"mask_samples": 3, "max_steps": 4, "save_total_limit": 1}, (3,)),
 }
 
@@ -61,7 +62,8 @@ def test_a_run_interrupted_in_any_micro_batch_goes_on_to_the_same_bits(model, tm
     """Weights, theta, data order, subsets, losses and the whole log; 2.5 steps an epoch, so over epoch borders too."""
     options, stops = KINDS[kind]
     whole, end = run(model, tmp_path / "whole", **options)
-    assert len(whole) == (7 if "max_steps" in options else 12)  # each third step ends an epoch with one micro-batch
+    if kind in ("full", "LoRA with dropout"):
+        assert len(whole) == 12  # each third step ends an epoch with one micro-batch
     assert len({line["rows"] for line in whole}) == len(whole)
     for stop_at in stops:
         folder = tmp_path / str(stop_at)
