@@ -64,7 +64,7 @@ def test_a_run_interrupted_in_any_micro_batch_goes_on_to_the_same_bits(model, tm
     whole, end = run(model, tmp_path / "whole", **options)
     if kind in ("full", "LoRA with dropout"):
         assert len(whole) == 12  # each third step ends an epoch with one micro-batch
-    assert len({line["rows"] for line in whole}) == len(whole)
+        assert len({line["rows"] for line in whole}) == 12  # no batch comes twice
     for stop_at in stops:
         folder = tmp_path / str(stop_at)
         before, nothing = run(model, folder, stop_at=stop_at, **options)
