@@ -201,13 +201,10 @@ def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dty
     processor = _processor(adapter, base, revision)
     tokenizer = getattr(processor, "tokenizer", processor)
     model = _with_adapter(_load(base, revision, quantization), adapter)
+    stays_quantized = quantization is None and bool(getattr(model.config, "quantization_config", None))
     with model.disable_adapter():
         plain = token_logps(model, tokenizer, texts)
     adapted = token_logps(model, tokenizer, texts)
-    stays_quantized = quantization is None and bool(getattr(model.config, "quantization_config", None))
-    if quantization is not None:
-        del model
-        model = _with_adapter(_load(base, revision, quantization).dequantize(), adapter)
     saved_in = "quantised weights" if stays_quantized else _save(model, folder, dtype, base, revision)
     if stays_quantized:
         model.merge_and_unload().save_pretrained(folder)
@@ -226,8 +223,7 @@ def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dty
         adapter_effect_max=effect.max().item(),
         difference_mean=difference.mean().item(),
         difference_max=difference.max().item(),
-        # a product with 8-bit weights rounds the activations too: it is not that with the dequantised ones
-        bound=None if stays_quantized or getattr(quantization, "load_in_8bit", False) else BOUNDS[saved_in],
+        bound=None if stays_quantized else BOUNDS[saved_in],
     )
 
 
@@ -253,13 +249,14 @@ def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str
 
 
 def _load(name: str, revision: str | None = None, quantization=None) -> "PreTrainedModel":
-    """The model in float32 on the CPU, quantised if asked for."""
+    """The model in float32 on the CPU; if asked for with the weights that quantising leaves of it."""
     from trl.trainer.utils import create_model_from_path
 
     options: dict[str, Any] = {"dtype": "float32", "device_map": {"": "cpu"}, "revision": revision or "main"}
-    if quantization is not None:
-        options["quantization_config"] = quantization
-    return create_model_from_path(name, **options).eval()
+    if quantization is None:
+        return create_model_from_path(name, **options).eval()
+    # the products with quantised weights round on their own, by device and kernel
+    return create_model_from_path(name, quantization_config=quantization, **options).dequantize().eval()
 
 
 def _with_adapter(model: "PreTrainedModel", adapter: str) -> "PeftModel":

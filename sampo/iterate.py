@@ -36,8 +36,10 @@ from .checkpoints import numbered_checkpoints
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
 LOCK = ".iterate.lock"
+PATIENCE = 30.0  # seconds in which a round may end whose `sampo iterate` was killed
 DATA = ("full", "shards")
 REFERENCES = ("previous", "initial")
+OF_THE_MACHINE = ("gpu_ids", "main_process_port")  # launcher's options that change nothing in the weights
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 PACKAGES = ("sampo-dpo", "trl", "transformers", "torch", "peft", "datasets", "accelerate")
 
@@ -154,7 +156,7 @@ class Round:
         model: the whole model at its end.
         model_sha256: of that model's weights.
         started: time of the first attempt, UTC.
-        seconds: spent, over all attempts.
+        seconds: spent, over all attempts that were not killed together with us.
         attempts: the command line of each launch, those that went on from a checkpoint among them.
         metrics: `first` and `last` line of the training log, last `eval`, `merge`, and the number of `steps`.
         versions: of the packages that matter.
@@ -240,7 +242,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Itera
             yield from _changes(was or {}, now or {}, f"{name}: ")
         elif was != now and begin == "inputs: ":
             yield f"{name} has other content than before"
-        elif was != now:
+        elif was != now and not (begin == "launch: " and name in OF_THE_MACHINE):
             yield f"{begin}`{name}` was {was!r} and is {now!r}"
 
 
@@ -333,17 +335,18 @@ def _alone_in(folder: Path) -> Iterator[int]:
     """Holds the lock of the folder; its descriptor is for the processes that are started."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        for _ in range(60):
+        until = time.monotonic() + PATIENCE
+        while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:  # a round whose `sampo iterate` was killed may still be ending
-                time.sleep(0.5)
-        else:
-            raise RefusedIteration(
-                f"Only one `sampo iterate` can work in {folder}, got another, or a round that it has started. Wait "
-                "for it, or end it."
-            )
+                if time.monotonic() > until:
+                    raise RefusedIteration(
+                        f"Only one `sampo iterate` can work in {folder}, got another, or a round that it has started. "
+                        "Wait for it, or end it."
+                    ) from None
+                time.sleep(0.2)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -15,7 +15,8 @@ UNCOMPARED = {
     "names, places, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
     "report_to push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     "logging": "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
-    "log_level_replica disable_tqdm include_num_input_tokens_seen log_length_pressure debug skip_memory_metrics",
+    "log_level_replica disable_tqdm include_num_input_tokens_seen log_length_pressure log_token_statistics debug "
+    "skip_memory_metrics",
     "saving and resuming": "save_only_model save_strategy save_steps save_on_each_node save_total_limit "
     "enable_jit_checkpoint resume_from_checkpoint restore_callback_states_from_checkpoint do_train do_eval do_predict",
     "evaluation": "eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start "
@@ -23,7 +24,7 @@ UNCOMPARED = {
     "load_best_model_at_end metric_for_best_model greater_is_better",
     "how data travel": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc precompute_ref_batch_size "
-    "ddp_timeout local_rank torch_empty_cache_steps",
+    "ddp_timeout local_rank torch_empty_cache_steps ref_cache_dir ref_cache_check",
     "the length of the run, which has a rule of its own": "max_steps num_train_epochs",
     "compared as model, data or pairs per step": "model_init_kwargs trust_remote_code pad_token use_cache "
     "per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size",
@@ -31,7 +32,8 @@ UNCOMPARED = {
 # Options that change results by rounding alone, if at all.
 ROUNDED = {
     "memory": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
-    "gradient_checkpointing_kwargs activation_offloading precompute_ref_log_probs bf16_full_eval fp16_full_eval",
+    "gradient_checkpointing_kwargs activation_offloading max_tokens_per_forward ref_cache_dtype bf16_full_eval "
+    "fp16_full_eval",
     "kernels": "use_cpu torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
     "tf32 full_determinism",
     "layout": "pair_stream pad_to_multiple_of padding_free",
@@ -58,6 +60,8 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     must |= {
         "the training data": data_hash(trainer.train_dataset),
         "the weights of model and reference": weights_hash([model, getattr(trainer, "ref_model", None)]),
+        # a cache may have been filled by a reference that is not loaded now
+        "the precomputed reference": _values_of(getattr(trainer, "_ref_identity", None)),
         "the end tokens": getattr(trainer, "_end_token_ids", None),
         "the pairs per step": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
@@ -73,6 +77,11 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
         "`gradient_accumulation_steps`": args.gradient_accumulation_steps,
     }
     return {"must": _as_json(must), "rounding": _as_json(rounding)}
+
+
+def _values_of(reference: dict[str, str] | None) -> dict[str, str] | None:
+    """Of the cache's key, what is about the reference and no rounding."""
+    return None if reference is None else {name: reference[name] for name in ("weights", "config")}
 
 
 def _described(what: str, config: Any) -> dict[str, Any]:
@@ -126,8 +135,8 @@ def weights_hash(models: list[Any]) -> str:
             if ".default" in name:
                 continue
             digest.update(f"{name} {list(getattr(tensor, 'ds_shape', tensor.shape))}".encode())
-            flat = tensor.detach().reshape(-1)
-            if flat.device.type != "meta" and not hasattr(flat, "full_tensor") and flat.numel():
+            if tensor.device.type != "meta" and not hasattr(tensor, "full_tensor") and tensor.numel():
+                flat = tensor.detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
                 digest.update(sample.to(torch.float64).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

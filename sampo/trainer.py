@@ -784,7 +784,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _refuse_wrong_tokens(self) -> None:
         """What would end in an index error on the device, or in a run on nothing."""
         models = [each for each in (self.model, self.ref_model) if each is not None]
-        sizes = [getattr(each.config.get_text_config(), "vocab_size", None) for each in models]
+        configs = [self.accelerator.unwrap_model(each).config for each in models]  # DeepSpeed's engine has its own
+        sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in configs]
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         known = {
             name: dataset

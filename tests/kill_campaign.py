@@ -7,6 +7,7 @@ test_resume.py runs a short one, and longer ones when slow tests are asked for.
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import socket
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from multiprocessing import forkserver
 from pathlib import Path
 
 from sampo.checkpoints import MANIFEST, STAGING, numbered_checkpoints
@@ -56,8 +58,8 @@ class Runs:
     def __init__(self, model: str, folder: Path, processes: int, options: dict):
         self.model, self.folder, self.processes, self.options = model, folder, processes, options
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["resume_worker"])
         self.launches = 0
+        _start_server()
 
     def start(self) -> list:
         """Start all processes of a launch."""
@@ -94,6 +96,21 @@ class Runs:
 
     def outcome(self) -> dict:
         return json.loads((self.folder / "outcome.0").read_text())
+
+
+def _start_server() -> None:
+    """The process that imports everything once and is forked for each launch."""
+    before = os.environ.get("PYTHONPATH")
+    # up to Python 3.12 the server knows no `sys.path` but this
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        forkserver.set_forkserver_preload(["resume_worker"])
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def run_campaign(model: str, folder: Path, *, kills: int, seed: int, processes: int = 1, **options) -> Campaign:

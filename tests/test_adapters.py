@@ -268,6 +268,7 @@ def test_token_logps_are_those_of_each_token_given_those_before():
     assert found[:2].tolist() == pytest.approx(logps, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns of the very thing
 def test_a_merge_that_changes_what_the_model_says_is_refused_and_leaves_nothing(tmp_path):
     """An adapter on embeddings that are tied to the head: merged, it speaks in the head too."""
     tied = save_model(tmp_path / "tied", tie_word_embeddings=True)

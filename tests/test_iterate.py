@@ -1,5 +1,6 @@
 """Rounds really launched, with a tiny model: what they give is compared with the same commands run by hand."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -15,9 +16,9 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_pairs, save_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sampo import cli
+from sampo import cli, iterate
 from sampo.commands import train
 from sampo.commands.iterate import make_plan
 from sampo.commands.options import make_parser
@@ -60,10 +61,18 @@ def write_recipe(place, name, **more):
 
 @pytest.fixture(scope="module")
 def two_rounds(place):
-    """Two rounds on all data, evaluated: the words and the folder."""
-    words = ["iterate", "--config", write_recipe(place, "two", rounds=2)]
+    """Two rounds on all data, killed in the second and taken up again: the words and the folder."""
+    words, folder = ["iterate", "--config", write_recipe(place, "two", rounds=2)], place / "two"
+    process = subprocess.Popen([sys.executable, "-m", "sampo.cli", *words], stdout=subprocess.DEVNULL)
+    while not (folder / "round-2" / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (place / "killed.json").write_text((folder / STATE).read_text())
+    assert not (folder / "round-2" / "trainer_state.json").exists()
     assert cli.main(words) == 0
-    return words, place / "two"
+    return words, folder
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +104,8 @@ def run_by_hand(command, output_dir, *more):
 
 def rows_of(command):
     """The rows that a stored command trains on."""
-    script, training, _, mixture = make_parser().parse_args_and_config(shlex.split(command)[2:])
-    rows = train.load_data(script, training, mixture, None)
+    script, training, model, mixture = make_parser().parse_args_and_config(shlex.split(command)[2:])
+    rows = train.load_data(script, training, mixture, AutoTokenizer.from_pretrained(model.model_name_or_path))
     return [json.dumps(row, sort_keys=True) for row in rows["train"]], rows["test"]
 
 
@@ -104,6 +113,7 @@ def rows_of(command):
 
 
 def test_the_stored_commands_run_by_hand_give_the_same_weights(two_rounds, tmp_path):
+    """Those of the second round too, though it was killed and went on from a checkpoint."""
     first, second = (one["commands"] for one in state_of(two_rounds[1])["rounds"])
     assert (len(first), len(second)) == (1, 1)
     run_by_hand(first[0], tmp_path / "1")
@@ -133,7 +143,7 @@ def test_the_state_tells_what_each_round_was(two_rounds):
         assert one["model_sha256"] == hash_model(one["model"]) != ""
         assert one["metrics"]["steps"] == one["metrics"]["eval"]["step"] == 12  # though 12 is no multiple of 5
         assert one["metrics"]["eval"]["eval_loss"] > 0
-        assert one["attempts"] == one["commands"]
+        assert one["attempts"][0] == one["commands"][0]
         assert one["seconds"] > 1
         assert one["versions"]["trl"].startswith("1.16")
         assert f"--seed {7 + number - 1} --split_seed 7" in one["commands"][0]
@@ -154,7 +164,7 @@ def test_what_is_finished_is_not_run_again(two_rounds, capfd):
     printed = capfd.readouterr().out
     assert "round 2 of 2 is finished" in printed
     assert "training:" not in printed
-    assert all(len(one["attempts"]) == 1 for one in state_of(two_rounds[1])["rounds"])
+    assert [len(one["attempts"]) for one in state_of(two_rounds[1])["rounds"]] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -189,23 +199,39 @@ def test_another_recipe_or_other_data_are_refused_too(two_rounds, place, capsys)
     assert state_of(two_rounds[1]) == before
 
 
-def test_killed_in_the_second_round_it_goes_on_and_ends_with_the_same_weights(two_rounds, place):
-    words = [sys.executable, "-m", "sampo.cli", "iterate", "--config", write_recipe(place, "killed", rounds=2)]
-    folder = place / "killed"
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "round-2" / "checkpoint-4" / "trainer_state.json").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    killed = state_of(folder)["rounds"]
+def test_killed_in_the_second_round_it_goes_on_there(two_rounds, place):
+    killed, rounds = json.loads((place / "killed.json").read_text())["rounds"], state_of(two_rounds[1])["rounds"]
     assert [one["status"] for one in killed] == ["finished", "training"]
-    assert subprocess.run(words, check=False, timeout=300).returncode == 0
-    rounds = state_of(folder)["rounds"]
     assert rounds[0] == killed[0]
-    assert len(rounds[1]["attempts"]) == 2
-    assert rounds[1]["attempts"][1] == rounds[1]["attempts"][0] + " --resume auto"
-    assert_same_weights(weights(folder / "round-2"), weights(two_rounds[1] / "round-2"))
+    command = rounds[1]["commands"][0]
+    assert rounds[1]["attempts"] == [command, f"{command} --resume auto"]
+
+
+def test_a_round_is_not_started_from_a_model_that_has_changed(two_rounds, place, capsys):
+    """As if round 2 had not ended, with one number of the model of round 1 another."""
+    words, folder = two_rounds
+    state, model = (folder / STATE).read_text(), folder / "round-1" / "model.safetensors"
+    content = model.read_bytes()
+    try:
+        (folder / STATE).write_text((place / "killed.json").read_text())
+        model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert cli.main(words) == 2
+        model.unlink()
+        assert cli.main(words) == 2
+    finally:
+        (folder / STATE).write_text(state)
+        model.write_bytes(content)
+    said = capsys.readouterr().err
+    assert "must be as round 1 left it, got other weights" in said
+    assert "must be as round 1 left it, got no weights" in said
+
+
+def test_two_do_not_work_in_one_folder(two_rounds, capsys, monkeypatch):
+    monkeypatch.setattr(iterate, "PATIENCE", 0.1)
+    with open(two_rounds[1] / iterate.LOCK) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert cli.main(two_rounds[0]) == 2
+    assert "Only one `sampo iterate` can work in" in capsys.readouterr().err
 
 
 # --- adapters and shards
@@ -229,6 +255,7 @@ def test_an_adapter_is_merged_into_what_its_round_started_from(lora_rounds, plac
         assert one["metrics"]["first"]["rewards/margins"] == 0
         assert one["commands"][1].startswith(f"sampo merge {adapter} --base {start}")
         assert hash_model(one["model"]) == one["model_sha256"]
+        assert one["attempts"] == one["commands"]
 
 
 def test_shards_share_no_prompt_and_leave_no_pair_out(lora_rounds, two_rounds):
@@ -278,15 +305,13 @@ def test_the_first_model_stays_the_reference_where_that_is_asked_for(two_rounds,
 
     rows, _ = rows_of(shlex.join(plan.train_command(2)))
     margins = [margin_of(json.loads(row), folder / "round-1", start, beta=0.1) for row in rows]
-    assert len(margins) == 32
-    assert log[0]["rewards/margins"] == pytest.approx(sum(margins) / 32, abs=1e-5)
+    assert 20 < len(margins) <= 32  # one batch
+    assert log[0]["rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=1e-5)
     assert abs(log[0]["rewards/margins"]) > 1e-3
 
 
 def margin_of(row, policy, reference, *, beta):
     """β·(log-ratio of chosen − of rejected), one row at a time and without padding."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(reference)
 
     def ratio(side):
@@ -340,6 +365,7 @@ def test_a_cache_is_removed_once_no_later_round_can_use_it_and_others_stay(place
         (["--rounds", "2", "--prompt_shard", "1/2"], "`prompt_shard` is set by each round"),
         (["--rounds", "2", "--resume_from_checkpoint", "true"], "`resume_from_checkpoint` is set by each round"),
         (["--rounds", "2", "--num_machines", "2"], "runs on one machine, got ['num_machines']"),
+        (["--rounds", "2", "--hub_token", "secret"], "Set the environment variable HF_TOKEN"),
         (["--rounds", "2", "--bata", "0.3"], "Did you mean `--beta`?"),
         (["--rounds", "2", "--eval_fraction", "1.5"], "`eval_fraction` must lie in [0, 1)"),
     ],
@@ -366,6 +392,7 @@ def test_rounds_without_a_state_file_are_left_alone(place, capsys):
     assert "no rounds without a state file" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a launch for itself
 def test_a_round_that_fails_says_so_and_may_be_corrected_before_it_has_trained(place, capfd):
     recipe = write_recipe(place, "failed", mask_samples=0)
     assert cli.main(["iterate", "--config", recipe, "--rounds", "1"]) == 2

@@ -62,13 +62,16 @@ def test_the_payloads_run_code_where_they_are_let(tmp_path):
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
 def test_pickled_weights(tmp_path, model, marker, name, capsys):
+    folder = model
     if name == "pytorch_model.bin":
         (model / "model.safetensors").unlink()
     else:
+        folder = tmp_path / "adapter"
+        folder.mkdir()
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
-        (model / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
-    torch.save({"lm_head.weight": Payload(marker)}, model / name)
-    assert train.start(words(tmp_path, model)) == 2
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
+    torch.save({"lm_head.weight": Payload(marker)}, folder / name)
+    assert train.start(words(tmp_path, folder)) == 2
     said = capsys.readouterr().err
     assert said.count("sampo train: error: ") == 1
     assert name == "adapter_model.bin" or "got one that would run code when it is loaded" in said

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import torch
 from kill_campaign import run_campaign
 from resume_worker import Interrupted, make_run, outcome
 from tiny import make_model, make_pairs, save_model
+from transformers import TrainerCallback
 
 from sampo import checkpoints
-from sampo.checkpoints import MANIFEST, STAGING, find_whole_checkpoint
+from sampo.checkpoints import MANIFEST, STAGING, CheckpointNotSavedError, find_whole_checkpoint
 from sampo.commands import train
 from sampo.resuming import Preempted, ResumeRefusedError
 from sampo.run_identity import FREE, ROUNDING, data_hash, weights_hash
@@ -49,29 +51,38 @@ def is_continued_by(before, after, whole):
 
 # options of a run, and the numbers of micro-batches after which it is interrupted
 KINDS = {
-    "full": ({"eval_strategy": "steps", "eval_steps": 3}, range(12)),
-    "LoRA with dropout": ({"lora": True}, (1, 4, 5, 8)),
-    "precomputed reference": ({"token_weighting": "expected", "precompute_ref_log_probs": True}, (6,)),
+    "full": ({"eval_strategy": "steps", "eval_steps": 3}, (0, 1, 3, 4, 7, 11)),
+    "LoRA with dropout": ({"lora": True}, (4, 5)),
+    "cached reference": ({"precompute_ref_log_probs": True}, (6,)),
+    "pair stream in pieces": ({"pair_stream": "true", "max_tokens_per_forward": 60}, (9,)),
     "several subsets": ({"mask_samples": 3, "max_steps": 4, "save_total_limit": 1}, (3,)),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_interrupted_in_any_micro_batch_goes_on_to_the_same_bits(model, tmp_path, kind):
+def compare_interrupted(model, folder, options, stops):
     """Weights, theta, data order, subsets, losses and the whole log; 2.5 steps an epoch, so over epoch borders too."""
-    options, stops = KINDS[kind]
-    whole, end = run(model, tmp_path / "whole", **options)
-    assert len(whole) == (7 if "max_steps" in options else 12)  # each third step ends an epoch with one micro-batch
-    assert len({line["rows"] for line in whole}) == len(whole)
+    whole, end = run(model, folder / "whole", **options)
     for stop_at in stops:
-        folder = tmp_path / str(stop_at)
-        before, nothing = run(model, folder, stop_at=stop_at, **options)
+        before, nothing = run(model, folder / str(stop_at), stop_at=stop_at, **options)
         assert nothing is None
-        after, resumed_end = run(model, folder, resume="auto", **options)
+        after, resumed_end = run(model, folder / str(stop_at), resume="auto", **options)
         assert len(before) == stop_at
         assert is_continued_by(before, after, whole), stop_at
         assert resumed_end == end, stop_at
-        shutil.rmtree(folder)
+        shutil.rmtree(folder / str(stop_at))
+    return whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_interrupted_in_a_micro_batch_goes_on_to_the_same_bits(model, tmp_path, kind):
+    compare_interrupted(model, tmp_path, *KINDS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "LoRA with dropout"])
+def test_a_run_interrupted_in_any_micro_batch_goes_on_to_the_same_bits(model, tmp_path, kind):
+    whole = compare_interrupted(model, tmp_path, KINDS[kind][0], range(12))
+    assert len({line["rows"] for line in whole}) == len(whole) == 12  # each third step ends an epoch with one
 
 
 def test_a_checkpoint_within_a_line_of_the_log_keeps_what_was_measured(model, tmp_path):
@@ -79,8 +90,7 @@ def test_a_checkpoint_within_a_line_of_the_log_keeps_what_was_measured(model, tm
     options = {"logging_steps": 3}
     _, end = run(model, tmp_path / "whole", **options)
     assert [line["step"] for line in end["log"]] == [3, 6]
-    for step in (1, 2, 4, 5):
-        (tmp_path / str(step)).mkdir()
+    for step in (2, 4):
         _, resumed = run(model, tmp_path / str(step), resume=str(tmp_path / "whole" / f"checkpoint-{step}"), **options)
         assert resumed["log"] == end["log"]
     assert end["log"][1]["num_tokens"] > end["log"][0]["num_tokens"] > 0
@@ -249,56 +259,56 @@ def test_the_best_checkpoint_is_found_under_its_name(model, tmp_path):
 
 
 FULL_DISK = """
-import sys
-from pathlib import Path
+import os, shutil, subprocess, sys
 sys.path.insert(0, {tests!r})
-import resume_worker, resource, shutil
-from sampo.checkpoints import CheckpointNotSavedError
-from transformers import TrainerCallback
-import torch
-torch.set_num_threads(1)
-trainer = resume_worker.make_run({model!r}, Path({folder!r}), save_total_limit=1)
-class Fill(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            {fill}
-trainer.add_callback(Fill())
-try:
-    trainer.train()
-except CheckpointNotSavedError as error:
-    print("one error:", error)
+import test_resume
+test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}))
 """
 
 
-@pytest.mark.parametrize("how", ["a small disk", "a limit of the size of files"])
-def test_a_disk_that_is_full_keeps_the_former_checkpoint_and_ends_with_one_clear_error(model, tmp_path, how):
-    """The limit makes the system refuse in the middle of a file; the small disk, where one can be mounted, too."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    fill = "resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))"
-    command = [sys.executable, "-c"]
-    if how == "a small disk":
-        if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
-            pytest.skip("this system lets nobody mount a file system")
-        ballast = str(folder / "ballast")
-        fill = f"open({ballast!r}, 'wb').write(bytes(shutil.disk_usage({str(folder)!r}).free - 150_000))"
-        command = [
-            *("unshare", "-Urm", "sh", "-c"),
-            f"mount -t tmpfs -o size=4m tmpfs {folder} || exit 9; "
-            f'{sys.executable} -c "$0" && rm {folder}/ballast && cp -r {folder}/run {tmp_path}/run',
-        ]
-    code = FULL_DISK.format(tests=str(Path(__file__).parent), model=model, folder=str(folder / "run"), fill=fill)
-    done = subprocess.run([*command, code], capture_output=True, text=True, check=False, timeout=300)
-    if done.returncode == 9:
-        pytest.skip("this system lets nobody mount a file system")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("one error: checkpoint-3 must be written whole, got ") == 1, done.stdout
-    assert "checkpoint-2 in " in done.stdout
-    assert "stay as they are. Make room, and go on with `resume_from_checkpoint: true`." in done.stdout
-    left = tmp_path / "run" if how == "a small disk" else folder / "run"
+def run_until_full(model, folder, fill):
+    """Saves the checkpoints 1 and 2, of which the last stays, and fails at 3."""
+
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                fill()
+
+    trainer = make_run(model, Path(folder) / "run", save_total_limit=1)
+    trainer.add_callback(Fill())
+    with pytest.raises(CheckpointNotSavedError) as failed:
+        trainer.train()
+    said = str(failed.value)
+    assert said.startswith("checkpoint-3 must be written whole, got ")
+    assert f"checkpoint-2 in {folder}/run stay as they are. Make room, and go on with `resume_from_check" in said
+    left = Path(folder) / "run"
     assert [path.name for path in checkpoints.numbered_checkpoints(left)] == ["checkpoint-2"]
     assert not (left / STAGING).exists()
     assert find_whole_checkpoint(left).path == left / "checkpoint-2"
+
+
+def fill_disk(folder):
+    """Leave less room than a checkpoint takes."""
+    (Path(folder) / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - 150_000))
+
+
+def test_a_file_that_cannot_grow_ends_in_one_error_and_the_former_checkpoint_stays(model, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        run_until_full(model, tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, before[1])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_in_one_error_and_the_former_checkpoint_stays(model, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    code = FULL_DISK.format(tests=str(Path(__file__).parent), model=model, folder=str(folder))
+    mount = f'mount -t tmpfs -o size=4m tmpfs {folder} || exit 9; exec {sys.executable} -c "$0"'
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount, code], capture_output=True, text=True, timeout=300)
+    if done.returncode == 9 or "unshare" in done.stderr:
+        pytest.skip("this system lets nobody mount a file system")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- the same run ----------------------------------------------------------------------------------------------------
@@ -502,9 +512,9 @@ def check_campaign(result, kills):
     assert result.kills_in_save > 0
 
 
-def test_a_run_killed_three_times_at_random_moments_comes_to_the_same_bits(model, tmp_path):
-    result = run_campaign(model, tmp_path, kills=3, seed=3, max_steps=40, save_total_limit=2)
-    check_campaign(result, 3)
+def test_a_run_killed_twice_at_random_moments_comes_to_the_same_bits(model, tmp_path):
+    result = run_campaign(model, tmp_path, kills=2, seed=3, max_steps=25, save_total_limit=2)
+    check_campaign(result, 2)
 
 
 @pytest.mark.slow

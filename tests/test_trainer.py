@@ -357,7 +357,7 @@ def test_independent_subsets_start_with_the_spread_of_the_formula(model_folder, 
         part = rows[i : i + 20]
         trainer.model.train()
         trainer.compute_loss(trainer.model, trainer.data_collator(part))
-    sums = trainer._length_sums["train"]._columns
+    sums = trainer._length_sums["train"].columns
     for pair in rows:
         own, rival, n_prompt = len(pair["chosen_ids"]), len(pair["rejected_ids"]), len(pair["prompt_ids"])
         logps = torch.tensor(token_logps(trainer.ref_model, pair["prompt_ids"] + pair["chosen_ids"])[n_prompt - 1 :])
@@ -546,7 +546,7 @@ def test_the_pressure_in_the_log_is_the_derivative_of_the_margin(tmp_path):
         for shift in (-0.05, 0.0, 0.05):
             policy.lm_head.bias[end_id] = shift
             trainer.compute_loss(trainer.model, batch)
-            metrics = trainer._length_sums["eval"]._columns
+            metrics = trainer._length_sums["eval"].columns
             margins[shift] = metrics["margin"] / metrics["n"]
             pressure = metrics["pressure"] / metrics["n"]
             if shift == 0.0:

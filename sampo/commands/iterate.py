@@ -11,13 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..iterate import DATA, REFERENCES, Plan, RefusedIteration, Round, RoundFailed, hash_files, hash_model, iterate
+from ..iterate import (
+    DATA,
+    OF_THE_MACHINE,
+    REFERENCES,
+    Plan,
+    RefusedIteration,
+    Round,
+    RoundFailed,
+    hash_files,
+    hash_model,
+    iterate,
+)
 from .launch import split_options
 from .options import ITERATE_OPTIONS, is_adapter
 from .options import make_parser as make_train_parser
 
 DEFAULTS: dict[str, Any] = {"data": "full", "reference": "previous", "remove_old_caches": False}
-PER_RUN = ("accelerate_config", "num_processes", "gpu_ids", "main_process_port")  # of the launcher's options
+ON_ONE_MACHINE = {"accelerate_config", "num_processes", *OF_THE_MACHINE}  # of the launcher's options
 SET_BY_US = (
     *("ref_model_name_or_path", "ref_model_revision", "prompt_shard", "split_seed"),
     *("resume", "resume_from_checkpoint"),
@@ -111,11 +122,15 @@ def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
     """Delete the caches that a round has made, and with one reference for all rounds only after the last."""
     if plan.reference == "initial" and one.number < plan.rounds:
         return
-    from ..ref_logps import cache_folders, cache_root, read_manifest
+    from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest
 
     made_by = {str(plan.round_folder(number)) for number in range(1, one.number + 1)}
     for path in cache_folders(cache_root(folder)):
-        manifest = read_manifest(path / "manifest.json")
+        try:
+            manifest = read_manifest(path / "manifest.json")
+        except RefCacheError as error:
+            _say(f"left alone: {error}")
+            continue
         if manifest is not None and manifest["about"]["output_dir"] in made_by:
             shutil.rmtree(path)
             Path(f"{path}.lock").unlink(missing_ok=True)
@@ -144,6 +159,10 @@ def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
             "merge` it first.",
         ),
         (
+            options.hub_token is not None,
+            "`hub_token` would be written into the state file. Set the environment variable HF_TOKEN in its place.",
+        ),
+        (
             own["data"] == "shards" and (options.dataset_streaming or options.streaming),
             "`data: shards` needs all rows, got a stream. Load the data whole.",
         ),
@@ -153,7 +172,7 @@ def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
         ),
     ]
     faults = [message for wrong, message in table if wrong]
-    if others := sorted(launch.keys() - set(PER_RUN)):
+    if others := sorted(launch.keys() - ON_ONE_MACHINE):
         faults.append(f"`sampo iterate` runs on one machine, got {others}. Run the commands of the rounds by hand.")
     return faults
 

@@ -81,7 +81,7 @@ def check_vocabulary(script_args, training_args, model_args, processor) -> None:
     begin = f"`ref_model_name_or_path` must have the vocabulary of `model_name_or_path`, got {reference} "
     if ours != theirs:
         differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        first = f"{differ[0]!r} is {ours.get(differ[0], 'none')} there and {theirs.get(differ[0], 'none')} here"
+        first = f"{differ[0]!r} is {theirs.get(differ[0], 'none')} there and {ours.get(differ[0], 'none')} here"
         raise RefusedRun(
             f"{begin}with {len(theirs):,} tokens against {len(ours):,}; {len(differ):,} differ, the first: {first}."
         )

@@ -128,8 +128,6 @@ def _refuse_output_folder(training_args, resume: str | bool | None) -> None:
 
 def _finish(trainer, script_args) -> None:
     """Save, push if asked, and leave together: a rank that goes early can take the others down."""
-    if _lacks_last_evaluation(trainer):
-        trainer.evaluate()
     folder = trainer.args.output_dir
     trainer.save_model(folder)
     trainer.save_state()
@@ -139,13 +137,6 @@ def _finish(trainer, script_args) -> None:
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     trainer.accelerator.wait_for_everyone()
     trainer.end()
-
-
-def _lacks_last_evaluation(trainer) -> bool:
-    """Whether the model that is saved was not evaluated, where others on the way were."""
-    state = trainer.state
-    evaluated = [entry["step"] for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
-    return trainer.args.eval_strategy != "no" and state.global_step not in evaluated
 
 
 def _warn_of_lost_updates(training_args, model_args) -> None:
