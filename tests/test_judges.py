@@ -172,7 +172,7 @@ def test_a_probability_is_the_verdict_where_the_template_says_so(tmp_path):
 
     def rule(request, number):
         assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (1, True, 20)
-        p = rng.dirichlet([4, 1, 4, 1, 0.5])
+        p = rng.dirichlet([1, 0.5, 1, 1, 1.5])
         asked.append((shown(request)["a"], p))
         top = [
             {"token": word, "logprob": float(np.log(q))}
@@ -191,6 +191,7 @@ def test_a_probability_is_the_verdict_where_the_template_says_so(tmp_path):
         else:
             expected = (p[0] + p[1]) / (p[0] + p[1] + p[2])
             assert row.preference == pytest.approx(expected if row.order == "ab" else 1 - expected, abs=1e-12)
+    assert len({row.failure for row in rows}) == 2  # both kinds came up
 
 
 def test_a_reply_without_the_log_probabilities_is_a_failure(tmp_path):
