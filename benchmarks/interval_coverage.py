@@ -158,10 +158,12 @@ def _quantile(share: float) -> float:
     return stats.norm.ppf(share)
 
 
-def measure(repeats: int, seed: int, command: str) -> Iterator[results.Record]:
-    """One record per cell."""
+def measure(repeats: int, seed: int, command: str, only: str = "") -> Iterator[results.Record]:
+    """One record per cell, of the rows whose name holds `only`."""
     where = results.provenance()
     for place, (world, (draw, compared)) in enumerate(WORLDS.items()):
+        if only not in world:
+            continue
         for n in SIZES:
             ours, other = cover(draw, n, repeats, seed + 1000 * place + n)
             for name, value in (("coverage", ours), ("coverage/compared", other)):
@@ -177,6 +179,8 @@ def measure(repeats: int, seed: int, command: str) -> Iterator[results.Record]:
                         **where,
                     )
     for place, (shape, curve) in enumerate(SHAPES.items()):
+        if only not in shape:
+            continue
         for share in SHARES:
             bias, rms = error_of_control(share, curve, max(repeats // 10, 5), seed + 100_000 + 100 * place)
             for name, value in (("control/bias", bias), ("control/rms_error", rms)):
@@ -210,8 +214,10 @@ def coverage_table(records: list[results.Record]) -> str:
         key = results.config_key({"world": world, "prompts": 100, "compared": compared})
         last = f"{100 * other[key].value:.1f} ({compared})" if key in other else "–"
         lines.append(f"| {world} | {' | '.join(cells)} | {last} |")
-    some = next(iter(ours.values()))
-    return "\n".join([*lines, "", f"Per cent of {some.n:,} simulated evaluations per cell; `{some.command}`."])
+    repeats = sorted({record.n for record in ours.values()})
+    commands = " and ".join(f"`{command}`" for command in sorted({record.command for record in ours.values()}))
+    counts = " or ".join(f"{n:,}" for n in repeats)
+    return "\n".join([*lines, "", f"Per cent of {counts} simulated evaluations per cell; {commands}."])
 
 
 def overlap_table(records: list[results.Record]) -> str:
@@ -238,11 +244,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="rows whose name holds this; the others keep their records")
     options = parser.parse_args()
     warnings.simplefilter("ignore", ExtrapolationWarning)
     command = f"python benchmarks/interval_coverage.py --repeats {options.repeats} --seed {options.seed}"
-    found = list(measure(options.repeats, options.seed, command))
-    results.append(options.out, found)
+    command += f" --only '{options.only}'" if options.only else ""
+    results.append(options.out, measure(options.repeats, options.seed, command, options.only))
+    found = results.read(options.out)
     sys.stdout.write(f"{coverage_table(found)}\n\n{overlap_table(found)}\n")
 
 
