@@ -62,6 +62,8 @@ def train(
         no_shard_on: a rank that cannot write its shard of the reference cache.
     """
     options = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6} | options
+    if options.get("precompute_ref_log_probs"):
+        options = {"ref_cache_dir": str(out / "references")} | options  # no other run's
     if no_shard_on == int(os.environ.get("RANK", "0")):
         ref_logps._replace = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
     trainer = SamPOTrainer(

@@ -260,10 +260,16 @@ def test_tables_state_medians_and_ratios_within_repeats(tmp_path):
     log.write("peak_flops", 1e12)
     later = step_time.Log(tiny_args(**{**vars(args), "commit": "def"}))
     later.write("seconds", 1.0, side="TRL", repeat=0)  # fewer sides: the tables keep what has more
+    most = step_time.Log(tiny_args(**{**vars(args), "commit": "fed"}))
+    for i in range(4):  # of one target only: that one is taken from here
+        most.write("seconds", 1.5, side="DPO, stream", repeat=i)
+        most.write("seconds", 1.0, side="SamPO, stream", repeat=i)
     records = results.read(args.out)
     run = tables.main_run(tables.runs(records))
     assert run.ratio("SamPO, stream", "TRL") == (10.0, 5.0, 20.0)
-    table = "\n".join(tables.targets_table(run))
-    assert "| ≥ 8.00 × | 10.00 × (5.00 to 20.00) | yes |" in table
-    assert "| ≤ 0.50 × | 0.75 × | no |" in table
+    table = "\n".join(tables.targets_table(run, records))
+    assert "| ≥ 8.00 × | 10.00 × (5.00 to 20.00) | 3, abc | yes |" in table
+    assert "| ≥ 0.99 × | 1.50 × (1.50 to 1.50) | 4, fed | yes |" in table
+    assert "| ≥ 12.00 × | not measured | – | – |" in table
+    assert "| ≤ 0.50 × | 0.75 × | 1, abc | no |" in table
     assert "| sampo, live reference | 1 | 10.0 × | 3.00 |" in tables.readme_table(records)

@@ -34,9 +34,11 @@ MODES = {
     "lora": {"options": {"learning_rate": 1e-2}, "lora": True, "save": True},
     "stream": {"options": {"pair_stream": "true", "gradient_checkpointing": True, **OURS}},
     "accumulated": {"options": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}},
+    "cached": {"options": {"precompute_ref_log_probs": True, **OURS}},
     "log_ratios": {"options": {"token_weighting": "top_k"}, "slow": True},
     "subsets": {"options": {"mask_samples": 3, "keep_end_token": True}, "slow": True},
     "lora_stream": {"options": {"learning_rate": 1e-2, "pair_stream": "true"}, "lora": True, "slow": True},
+    "lora_cached": {"options": {"learning_rate": 1e-2, "precompute_ref_log_probs": True}, "lora": True, "slow": True},
 }
 # 22 pairs in batches of 4: transformers fills the last batch up with the first pairs, so its loss has no equal.
 UNEVEN = {"uneven": {"options": {"max_steps": -1, "num_train_epochs": 1}, "pairs": 22}}
@@ -150,6 +152,8 @@ def test_two_processes_train_as_one(launched, engine, mode):
     assert ranks[0]["checksum"] == pytest.approx(one["checksum"], rel=1e-7)
     assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-6)
     assert (one["theta"] != 0) == ("length_penalty" in MODES[mode]["options"])
+    # the training set and the evaluation set, each computed by this very engine
+    assert [rank["computed"] for rank in ranks] == [one["computed"]] * 2 == [[24, 11] if "cached" in mode else []] * 2
 
 
 @every_case
