@@ -7,6 +7,7 @@ tests/test_resume.py:
 2. `_run_epoch` is called for each epoch, first with the counters of the log just set to zero; `_tr_loss`,
    `_total_loss_scalar` and `_globalstep_last_logged` are those counters.
 3. `_push_from_checkpoint(folder)` is the last thing that happens to a checkpoint but for the removal of older ones.
+4. The loader of an epoch that is gone on with is accelerate's `skip_first_batches`, whose `remainder` stays at −1.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from . import checkpoints
 from .lengths import LengthSums
@@ -229,6 +231,16 @@ class ResumableTrainer(Trainer):
                 "which is neither that of the old run nor that of a new one."
             )
         logger.info(f"Going on from {checkpoint}.")
+
+    def recall_remainder(self) -> None:
+        """Tell `gather_for_metrics` how many rows of the epoch's last batch are not repeated ones, after a resume too.
+
+        To be called in a step of the training.
+        """
+        loader = self.accelerator.gradient_state.active_dataloader
+        known = loader is None or loader.remainder >= 0 or self.args.dataloader_drop_last
+        if not known and has_length(loader.dataset):
+            loader.remainder = len(loader.dataset) % (self.args.train_batch_size * self.accelerator.num_processes)
 
     def _run_epoch(self, *args, **kwargs):
         if self._log_window is not None:

@@ -694,6 +694,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         if scored.pressure is not None:
             columns["pressure"] = scored.pressure
         rows = torch.stack([column.float() for column in columns.values()], dim=1)  # (B, columns)
+        if mode == "train":
+            self.recall_remainder()
         rows = self.accelerator.gather_for_metrics(rows)
         self._length_sums[mode].add(dict(zip(columns, rows.cpu().double().numpy().T, strict=True)))
 

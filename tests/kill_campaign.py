@@ -150,6 +150,7 @@ def _launch_and_kill(runs: Runs, rng: random.Random, result: Campaign, *, aim_at
     victim = rng.randrange(len(each))
     each[victim].kill()
     each[victim].join()
+    in_save = bool(numbered_checkpoints(run / STAGING))  # before the others clear it
     for process in each:  # the others notice that a peer is gone
         process.join(60)
         if process.is_alive():
@@ -158,7 +159,6 @@ def _launch_and_kill(runs: Runs, rng: random.Random, result: Campaign, *, aim_at
     if each[victim].exitcode != -9:
         result.events.append(f"launch {runs.launches}: ended before it was killed")
         raise RuntimeError("the run must be longer than the campaign, got one that is finished. Give it more steps.")
-    in_save = bool(numbered_checkpoints(run / STAGING))
     seen = runs.trace(runs.launches, 0)
     half = [path for path in numbered_checkpoints(run) if not (path / MANIFEST).exists()]
     result.kills += 1
