@@ -14,8 +14,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sampo compare",
         allow_abbrev=False,
-        description="Compare systems that `sampo judge` judged against one baseline: win rates, lengths, and every two "
-        "prompt by prompt. Without `--judgements` only the lengths of `--answers`.",
+        description="Compare systems that `sampo judge` judged against one baseline: win rates, lengths, and every "
+        "two prompt by prompt. Without `--judgements` only the lengths of `--answers`.",
     )
     parser.add_argument("--judgements", nargs="+", type=Path, default=[], metavar="FILE", help="of `sampo judge`")
     parser.add_argument(

@@ -189,7 +189,7 @@ def summary_table(found: Sequence[Summary]) -> "Table":
     sides = sorted({f"{one.baseline} by {one.judge}" for one in found})
     table = Table(title=f"Win rates against {'; '.join(sides)}", box=box.SIMPLE_HEAD, title_justify="left")
     units = sorted({one.length_unit for one in found if one.lengths})
-    heads = ("prompts", "win rate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
+    heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
     table.add_column("system")
     for head in (*heads, "longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "failed"):
         table.add_column(head, justify="right")
