@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
+    "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
