@@ -12,6 +12,8 @@ COMMANDS = {
     "cache": ("commands.cache", "compute the reference log-probs of a training run ahead; list and delete them"),
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
+    "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
+    "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }

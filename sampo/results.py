@@ -1,7 +1,8 @@
 """A number as a record: the value, how sure it is, and everything that is needed to get it again.
 
-Records lie in a JSON Lines file, one number per line, appended and never rewritten. Tables, figures and sentences are
-made from them, so that no figure stands anywhere without its settings and its command.
+Records lie in a JSON Lines file, one number per line. Tables, figures and sentences are made from them, so that no
+figure stands anywhere without its settings and its command. A file of measurements is appended to and never rewritten;
+records that are computed from another file, such as judgements, are written with it.
 """
 
 import hashlib
@@ -93,15 +94,19 @@ def commit() -> str | None:
         return None
 
 
+def lines(records: Iterable[Record]) -> str:
+    """Records as they stand in a file, one to a line."""
+    return "".join(json.dumps(asdict(record), sort_keys=True, allow_nan=False) + "\n" for record in records)
+
+
 def append(path: Path, records: Iterable[Record]) -> None:
     """Append records in one write. A last line that an interrupted writer left unfinished is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(record), sort_keys=True, allow_nan=False) + "\n" for record in records)
     with path.open("ab+") as file:
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)
-        file.write(lines.encode())
+        file.write(lines(records).encode())
 
 
 def read(path: Path) -> list[Record]:
@@ -110,8 +115,8 @@ def read(path: Path) -> list[Record]:
         return []
     known = {f.name for f in fields(Record)}
     records = []
-    *lines, _unfinished = path.read_text().split("\n")
-    for number, line in enumerate(lines, 1):
+    *whole, _unfinished = path.read_text().split("\n")
+    for number, line in enumerate(whole, 1):
         try:
             content = json.loads(line)
         except json.JSONDecodeError as error:

@@ -284,13 +284,15 @@ def test_what_has_no_effect_is_refused(idle):
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_changes_answers_and_weights_and_may_stand_for_its_model(folder, tmp_path):
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_adapter_changes_answers_and_weights_and_may_stand_for_its_model(task, folder, tmp_path):
+    """Merged it says the same: the base model's own repetition penalty must not come in under the adapter."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder),
-        LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]),
+        LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], task_type=task),
     )
     adapted.save_pretrained(tmp_path / "adapter")
     adapter, asked = str(tmp_path / "adapter"), questions(6)
@@ -299,9 +301,12 @@ def test_an_adapter_changes_answers_and_weights_and_may_stand_for_its_model(fold
         ("base", load_causal(folder)),
         ("beside", load_causal(folder, adapter=adapter)),
         ("alone", load_causal(adapter)),
+        ("merged", replace(load_causal(folder), model=adapted.merge_and_unload())),
     ):
+        before = loaded.model.generation_config
         generate(asked, TransformersBackend("m", loaded, texts), DRAWN, tmp_path / name)
-    assert texts_of(tmp_path / "beside") == texts_of(tmp_path / "alone")
+        assert loaded.model.generation_config is before
+    assert texts_of(tmp_path / "beside") == texts_of(tmp_path / "alone") == texts_of(tmp_path / "merged")
     assert texts_of(tmp_path / "beside") != texts_of(tmp_path / "base")
     base, beside = (read_answers(tmp_path / name)[0].weights for name in ("base", "beside"))
     assert beside.startswith(f"{base}+sha256:")

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,11 @@ import numpy as np
 import pytest
 from judge_server import Reply, Server, completion, goods, judge, shown
 
+from sampo import results
 from sampo.cli import main
+from sampo.commands.judge import make_parser
+from sampo.commands.shown import command_line
+from sampo.evaluation import judged as judged_files
 from sampo.evaluation import templates
 from sampo.evaluation.answers import Answer, read_answers, write_answers
 from sampo.evaluation.endpoint import Endpoint, key_from_environment
@@ -24,15 +29,17 @@ from sampo.evaluation.judges import (
     Comparison,
     Pair,
     Verdict,
-    controls,
     draw,
+    drawn_prompts,
+    empty_answers,
     judge_pairs,
     match,
-    mean_preferences,
     read_judgements,
     write_judgements,
 )
 from sampo.evaluation.rule_judges import contains_judge, exact_judge, lab_judge, longer_judge
+from sampo.evaluation.summary import summarise
+from sampo.evaluation.verdicts import Verdicts, compare_orders
 
 HELP = templates.load("helpfulness")
 KEY = "sk-do-not-tell-0123456789"
@@ -56,6 +63,12 @@ def pairs(n: int, seed: int = 0) -> list[Pair]:
         if a != b:
             found.append(Pair(Answer(prompt=prompt, answer=a), Answer(prompt=prompt, answer=b)))
     return found
+
+
+def means(rows) -> dict:
+    """Prompt → mean of both orders, of the pairs of which no order failed."""
+    found = compare_orders(Verdicts.of(rows))
+    return dict(zip(found.ids, found.scores.tolist(), strict=True))
 
 
 def truth(pair: Pair) -> float:
@@ -98,7 +111,7 @@ def test_a_judge_that_loves_the_first_answer_is_at_one_half_with_both_orders(tmp
     with Server(lambda request, number: completion("Preferred: A")) as server:
         rows, _ = judged(server, tmp_path / "c", pairs(10))
     assert [row.preference for row in rows] == [1.0, 0.0] * 10
-    assert set(mean_preferences(rows).values()) == {0.5}
+    assert set(means(rows).values()) == {0.5}
 
 
 def test_a_second_run_makes_no_request_and_says_the_same(tmp_path):
@@ -297,7 +310,7 @@ def test_a_reply_that_cannot_be_read_is_kept_counted_and_never_a_tie(name, tmp_p
     with Server(lambda request, number: UNREADABLE[name](judge(request))) as server:
         rows, _ = judged(server, tmp_path / "c", these, attempts=2)
         assert {(row.preference, row.failure) for row in rows} == {(None, expected.get(name, "broken_reply"))}
-        assert not mean_preferences(rows)
+        assert not means(rows)
         assert len(server.requests) == 12  # two attempts at each of six
         assert len(read_rows(tmp_path / "c")) == 12
         judged(server, tmp_path / "c", these, attempts=2)
@@ -662,10 +675,10 @@ def test_the_command_writes_rows_and_a_summary_with_both_controls(tmp_path, caps
         assert "110 are to be asked for" in capsys.readouterr().out  # 30 pairs and 25 empty answers, both orders
         assert main(command) == 0
     summary = json.loads((tmp_path / "out.summary.json").read_text())
-    wins = [truth(pair) for pair in these]
-    assert [summary[name] for name in ("wins", "ties", "losses")] == [wins.count(x) for x in (1.0, 0.5, 0.0)]
-    assert summary["mean_preference"] == pytest.approx(sum(wins) / 30)
-    assert (summary["failures"], summary["consistent"], summary["stopped"]) == ({}, 1.0, None)
+    result, wins = summary["result"], [truth(pair) for pair in these]
+    assert [result[name] for name in ("wins", "ties", "losses")] == [wins.count(x) for x in (1.0, 0.5, 0.0)]
+    assert result["win_rate"] == pytest.approx(sum(wins) / 30)
+    assert (summary["failures"], result["order/consistent"], summary["stopped"]) == ({}, 1.0, None)
     requests = len(server.requests)
     assert summary["cost"] == {
         "requests": requests,
@@ -673,10 +686,10 @@ def test_the_command_writes_rows_and_a_summary_with_both_controls(tmp_path, caps
         "tokens_out": 7 * requests,
         "price": pytest.approx((1000 + 700) * requests / 1e6),
     }
-    rule = mean_preferences(judge_pairs(longer_judge(), these)).values()
-    assert summary["controls"]["longer_win_rate"] == pytest.approx(sum(rule) / 30)
+    rule = means(judge_pairs(longer_judge(), these)).values()
+    assert result["win_rate/control_longer_wins"] == pytest.approx(sum(rule) / 30)
     empty = [0.5 if goods(p.baseline.answer) == 0 else 0.0 for p in draw(these, 25)]
-    assert summary["controls"]["empty_win_rate"] == pytest.approx(sum(empty) / 25)
+    assert result["win_rate/control_empty"] == pytest.approx(sum(empty) / 25)
     assert summary["judge"]["template_hash"] == HELP.hash
     rows = read_judgements(tmp_path / "out.jsonl")
     assert [(row.system_words, row.baseline_chars) for row in rows[::2]] == [
@@ -686,6 +699,64 @@ def test_the_command_writes_rows_and_a_summary_with_both_controls(tmp_path, caps
     out = capsys.readouterr().out
     assert "control, an empty answer" in out
     assert "control, the longer one wins" in out
+    assert summary["sentence"] in out
+    (line,) = [line for line in out.splitlines() if line.split()[:2] == ["a", "30"]]
+    assert line.split()[2] == f"{100 * sum(wins) / 30:.1f}"
+    with open(tmp_path / "out.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert {name: value for name, value in row.items() if value} == {
+        name: str(value) for name, value in result.items() if value not in (None, "")
+    }
+    kept = results.read(tmp_path / "out.records.jsonl")
+    assert {record.name: record.value for record in kept if record.name in result} == {
+        name: value for name, value in result.items() if name in {record.name for record in kept}
+    }
+    assert {"win_rate", "win_rate/control_empty", "win_rate/control_longer_wins"} <= {record.name for record in kept}
+    (config,) = {json.dumps(record.config, sort_keys=True) for record in kept}
+    assert json.loads(config)["judged_by"] == summary["judge"]
+    assert json.loads(config)["system_answers"] == judged_files.content_hash(tmp_path / "a.jsonl")
+    assert kept[0].command.startswith(f"sampo judge --system {tmp_path / 'a.jsonl'} --baseline")
+
+
+def test_what_a_run_left_is_read_back_and_says_the_same(tmp_path):
+    these = pairs(12)
+    files(tmp_path, these)
+    assert main([*words_of(tmp_path, "longer"), "--n", "9", "--seed", "4"]) == 0
+    found = judged_files.read(tmp_path / "out.jsonl")
+    assert (found.n, found.seed, found.system.name, found.judge["name"]) == (9, 4, "a", "longer")
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert json.loads(json.dumps(found.summary().row())) == summary["result"]
+    assert found.summary().sentence() == summary["sentence"]
+    with open(tmp_path / "out.jsonl", "a") as file:
+        file.write(json.dumps(json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])) + "\n")
+    with pytest.raises(ValueError, match="other judgements"):
+        judged_files.read(tmp_path / "out.jsonl")
+    (tmp_path / "out.control.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"out\.control\.jsonl is not there"):
+        judged_files.read(tmp_path / "out.jsonl")
+
+
+def test_lengths_in_tokens_need_one_tokenizer(tmp_path):
+    these = [
+        Pair(*(replace(a, tokens=len(a.answer), tokenizer=name) for a, name in ((p.system, "x"), (p.baseline, "y"))))
+        for p in pairs(5)
+    ]
+    files(tmp_path, these)
+    with pytest.raises(SystemExit, match="`length_unit` tokens must be of one tokenizer, got x and y"):
+        main([*words_of(tmp_path, "longer"), "--length_unit", "tokens"])
+    files(tmp_path, [Pair(p.system, replace(p.baseline, tokenizer="x")) for p in these])
+    assert main([*words_of(tmp_path, "longer"), "--length_unit", "tokens"]) == 0
+    assert json.loads((tmp_path / "out.summary.json").read_text())["result"]["length_unit"] == "tokens"
+
+
+def test_the_command_in_a_record_gives_what_was_asked_for_and_no_secret():
+    parser = make_parser()
+    words = ["--system", "a b.jsonl", "--baseline", "b", "--judge", "endpoint", "--matched_only", "--n", "3"]
+    args = parser.parse_args([*words, "--options", '{"x": 1}', "--proxy", f"http://me:{KEY}@host"])
+    line = command_line(parser, args)
+    assert KEY not in line
+    again = parser.parse_args(shlex.split(line)[2:])
+    assert vars(again) == {**vars(args), "proxy": None}
 
 
 @pytest.mark.parametrize(
@@ -783,7 +854,7 @@ def test_a_pair_of_which_one_order_failed_has_no_mean():
 
     rows = judge_pairs(Half(), pairs(6))
     whole = {row.prompt_id for row in rows} - {row.prompt_id for row in rows if row.failure}
-    assert {prompt_id for prompt_id, _ in mean_preferences(rows)} == whole
+    assert set(means(rows)) == whole
     assert 0 < len(whole) < 6
 
 
@@ -801,12 +872,25 @@ def test_a_verdict_is_a_preference_or_a_failure(bad):
 
 def test_controls_know_a_judge_that_counts_characters():
     these = pairs(30)
-    rows = judge_pairs(longer_judge(), these)
-    found = controls(longer_judge(), these, rows)
-    assert found.empty_win_rate == 0.0
-    assert found.longer_agreement == 1.0
-    assert found.longer_n == sum(len(p.system.answer) != len(p.baseline.answer) for p in these)
-    assert found.longer_win_rate == pytest.approx(np.mean(list(mean_preferences(rows).values())))
+    rows, empty = (judge_pairs(longer_judge(), some) for some in (these, empty_answers(these)))
+    found = summarise(Verdicts.of(rows), empty=Verdicts.of(empty))
+    assert found.empty.rate.value == 0.0
+    assert found.empty.rate.n == 30
+    assert found.winner_is_longer.value == 1.0
+    assert found.winner_is_longer.n == sum(len(p.system.answer) != len(p.baseline.answer) for p in these)
+    assert found.longer_wins.rate.value == pytest.approx(found.raw.rate.value)
+    assert found.raw.rate.value == pytest.approx(np.mean(list(means(rows).values())))
+
+
+def test_the_control_has_empty_answers_beside_the_same_baselines_on_prompts_of_the_draw():
+    these = pairs(20)
+    some = empty_answers(these, 6, seed=2)
+    assert {p.system.answer for p in some} == {""}
+    assert {p.system.prompt_id for p in some} == drawn_prompts((p.system.prompt_id for p in these), 6, 2)
+    assert all(p.baseline in [q.baseline for q in these] for p in some)
+    assert len(empty_answers(these, 99)) == 20  # as many as there are
+    with pytest.raises(ValueError, match="`n` must be at most the number of prompts, got 21 for 20"):
+        draw(these, 21)
 
 
 # --- judges that follow a rule, and people -------------------------------------------------------------------------

@@ -1,17 +1,13 @@
 """`sampo judge --system A.jsonl --baseline B.jsonl --judge …`: which answers are better, in both orders."""
 
 import argparse
-import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..evaluation import human_judge, judges, rule_judges, templates
-from ..evaluation.journal import write_whole
 from . import endpoints
 
 INCOMPLETE, STOPPED = 3, 4  # exit codes: some judgements failed; the run was given up and can be gone on with
@@ -36,6 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--control_n",
         type=int,
         help=f"prompts of the control with an empty answer ({PAID_CONTROL} for `endpoint`, else all)",
+    )
+    parser.add_argument(
+        "--length_unit", default="characters", choices=("characters", "words", "tokens"), help="of all lengths"
     )
     parser.add_argument("--matched_only", action="store_true", help="leave out prompts that one file lacks")
     parser.add_argument("--annotation_sheet", type=Path, metavar="CSV", help="write a sheet for people, and stop")
@@ -70,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
-        pairs = _pairs(args)
+        pairs, files = _pairs(args)
         if args.annotation_sheet:
             human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)
             print(f"{args.annotation_sheet}: {len(pairs)} pairs; fill in `preferred` with A, B or tie.")
@@ -78,17 +77,20 @@ def main(args: argparse.Namespace) -> None:
         judge = JUDGES[args.judge](args)
         with ExitStack() as stack:
             stack.callback(getattr(judge, "close", lambda: None))
-            code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs)
+            code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs, files)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo judge: error: {error}") from None
     if code:
         raise SystemExit(code)
 
 
-def _pairs(args: argparse.Namespace) -> list[judges.Pair]:
+def _pairs(args: argparse.Namespace) -> tuple[list[judges.Pair], tuple[Any, Any]]:
+    """The pairs to judge, and the two files that they are from."""
     from ..evaluation.answers import read_answers
+    from ..evaluation.judged import AnswerFile
 
-    matching = judges.match(read_answers(args.system), read_answers(args.baseline))
+    system, baseline = read_answers(args.system), read_answers(args.baseline)
+    matching = judges.match(system, baseline)
     lacking = (
         f"{matching.system_only} answers only in {args.system} and {matching.baseline_only} only in {args.baseline}"
     )
@@ -102,10 +104,8 @@ def _pairs(args: argparse.Namespace) -> list[judges.Pair]:
         print(f"Left out: {lacking}.")
     pairs = judges.draw(matching.pairs, args.n, args.seed)
     prompts = len({pair.system.prompt_id for pair in pairs})
-    if args.n is not None and prompts < args.n:
-        raise ValueError(f"`n` must be at most the number of prompts, got {args.n} for {prompts}.")
     print(f"{len(pairs)} pairs of answers to {prompts} prompts, {len(matching.pairs) - len(pairs)} not drawn.")
-    return pairs
+    return pairs, (AnswerFile.of(args.system, system), AnswerFile.of(args.baseline, baseline))
 
 
 # --- who judges ----------------------------------------------------------------------------------------------------
@@ -162,64 +162,44 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 # --- judge and tell ------------------------------------------------------------------------------------------------
 
 
-def _control_n(args: argparse.Namespace, pairs: Sequence[judges.Pair]) -> int | None:
-    """Prompts of the control with an empty answer; None for all."""
-    if args.control_n is not None:
-        return args.control_n
-    return PAID_CONTROL if args.judge == "endpoint" else None
-
-
-def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair]) -> int:
+def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files: tuple[Any, Any]) -> int:
+    from ..evaluation import judged
     from .progress import progress
+    from .shown import command_line
 
     with progress("judgements") as advance:
         rows = judges.judge_pairs(judge, pairs, advance)
-    judges.write_judgements(args.out, rows)
-    with progress("control") as advance:
-        n = 0 if args.judge == "human" else _control_n(args, pairs)
-        control = judges.controls(judge, pairs, rows, n=n, seed=args.seed, progress=advance)
+    empty: list[judges.Judgement] = []
+    if nothing := _control(args, pairs):
+        with progress("control") as advance:
+            empty = judges.judge_pairs(judge, nothing, advance)
+    about = {"name": judge.name, **judge.about}
+    run = judged.Judged(
+        system=files[0], baseline=files[1], judge=about, n=args.n, seed=args.seed, rows=rows, empty=empty
+    )
+    found = run.summary(length_unit=args.length_unit)
     endpoint = getattr(judge, "endpoint", None)
-    summary = {
-        "system": str(args.system),
-        "baseline": str(args.baseline),
-        "judge": {"name": judge.name, **judge.about},
-        "n": args.n,
-        "seed": args.seed,
-        **counts(rows),
-        "controls": asdict(control),
-        "cost": _cost(args, judge) if endpoint is not None else None,
-        "stopped": endpoint.why_stopped if endpoint is not None else None,
-    }
-    path = args.out.with_suffix(".summary.json")
-    write_whole(path, json.dumps(summary, indent=2) + "\n")
-    _show(summary, control, rows)
-    print(f"Written: {args.out}, {path}")
-    if summary["stopped"]:
-        print(f"Given up: {summary['stopped']}. Run the same command again to go on.")
+    stopped = endpoint.why_stopped if endpoint is not None else None
+    cost = _cost(args, judge) if endpoint is not None else None
+    written = judged.write(
+        args.out, run, found, more={"cost": cost, "stopped": stopped}, command=command_line(make_parser(), args)
+    )
+    _show(found, run, cost)
+    print(f"Written: {', '.join(map(str, written))}")
+    if stopped:
+        print(f"Given up: {stopped}. Run the same command again to go on.")
         return STOPPED
-    return INCOMPLETE if summary["failures"] or control.empty_failures else 0
+    return INCOMPLETE if run.failures or found.empty_failed else 0
 
 
-def counts(rows: Sequence[judges.Judgement]) -> dict[str, Any]:
-    """What can be counted without statistics."""
-    means = judges.mean_preferences(rows)
-    by_order: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        if row.preference is not None:
-            by_order.setdefault((row.prompt_id, row.sample), []).append(row.preference)
-    both = [values for values in by_order.values() if len(values) == len(judges.ORDERS)]
-    same = sum((a > 0.5) == (b > 0.5) and (a < 0.5) == (b < 0.5) for a, b in both)
-    return {
-        "judgements": len(rows),
-        "failures": dict(Counter(row.failure for row in rows if row.failure)),
-        "pairs_judged": len(means),
-        "pairs_failed": len({(row.prompt_id, row.sample) for row in rows}) - len(means),
-        "wins": sum(mean > 0.5 for mean in means.values()),
-        "losses": sum(mean < 0.5 for mean in means.values()),
-        "ties": sum(mean == 0.5 for mean in means.values()),
-        "mean_preference": sum(means.values()) / len(means) if means else None,
-        "consistent": same / len(both) if both else None,
-    }
+def _control(args: argparse.Namespace, pairs: Sequence[judges.Pair]) -> list[judges.Pair]:
+    """The pairs of the control with an empty answer; people are not asked for it."""
+    if args.judge == "human":
+        return []
+    n = args.control_n
+    if n is None and args.judge == "endpoint":
+        n = PAID_CONTROL
+    return judges.empty_answers(pairs, n, args.seed)
 
 
 def _cost(args: argparse.Namespace, judge: Any) -> dict[str, Any]:
@@ -234,42 +214,40 @@ def _cost(args: argparse.Namespace, judge: Any) -> dict[str, Any]:
     }
 
 
-def _show(summary: dict[str, Any], control: judges.Controls, rows: Sequence[judges.Judgement]) -> None:
-    print(
-        f"{summary['pairs_judged']} pairs judged in both orders: {summary['wins']} wins, {summary['ties']} ties, "
-        f"{summary['losses']} losses, mean preference {_share(summary['mean_preference'])}; the two orders agree on "
-        f"{_share(summary['consistent'])}"
-    )
-    for reason, count in summary["failures"].items():
-        detail = next((row.detail for row in rows if row.failure == reason and row.detail), "no details")
+def _show(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
+    from ..evaluation.summary import summary_table
+    from .shown import console, say
+
+    screen = console()
+    screen.print(summary_table([found]))
+    say(screen, found.sentence(), *(f"Note: {note}" for note in found.notes))
+    for reason, count in run.failures.items():
+        detail = next((row.detail for row in run.rows if row.failure == reason and row.detail), "no details")
         print(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")
-    print(
-        f"control, an empty answer: win rate {_share(control.empty_win_rate)} on {control.empty_n} prompts, should be "
-        f"near 0; {control.empty_failures} judgements failed"
-    )
-    print(
-        f"control, the longer one wins: win rate {_share(control.longer_win_rate)}; the judge's winner is the longer "
-        f"one in {_share(control.longer_agreement)} of {control.longer_n} pairs of different lengths"
-    )
-    if cost := summary["cost"]:
+    if found.empty:
+        print(
+            f"control, an empty answer: wins {_share(found.empty.rate.value)} of {found.empty.rate.n} prompts, should "
+            f"be near 0; {found.empty_failed} pairs failed"
+        )
+    if found.longer_wins:
+        print(
+            f"control, the longer one wins: {_share(found.longer_wins.rate.value)}; the judge's winner is the longer "
+            f"one in {_share(found.winner_is_longer.value)} of {found.winner_is_longer.n} prompts with a winner and "
+            "different lengths"
+        )
+    if cost:
         price = "" if cost["price"] is None else f", price {cost['price']:.4f}"
         print(f"{cost['requests']} requests; {cost['tokens_in']} tokens read, {cost['tokens_out']} written{price}")
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _dry_run(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair]) -> int:
     if args.judge != "endpoint":
         raise ValueError(f"`dry_run` goes with `judge` endpoint, got {args.judge}, which makes no requests.")
-    from dataclasses import replace
-
-    empty = [
-        judges.Pair(replace(pair.system, answer=""), pair.baseline)
-        for pair in judges.draw(pairs, _control_n(args, pairs), args.seed)
-    ]
-    shown = [pair.comparison(order) for pair in [*pairs, *empty] for order in judges.ORDERS]
+    shown = [pair.comparison(order) for pair in [*pairs, *_control(args, pairs)] for order in judges.ORDERS]
     estimate = judge.estimate(shown)
     print(
         f"{estimate.kept} replies are there, {estimate.requests} are to be asked for ({estimate.requests_at_most} "

@@ -1,6 +1,7 @@
 """What generates answers: transformers in this process, vLLM in this process, or any OpenAI-compatible server."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,23 +85,36 @@ class TransformersBackend:
         settings = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=self.stop_ids, pad_token_id=pad
         )
-        # what a given config leaves open is filled in from the model's own, so that one has to be ours too
-        own, self._model.generation_config = self._model.generation_config, settings
-        try:
+        with _in_place_of_its_own(self._model, settings):
             found = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
                 logits_processor=[] if sampling.greedy else [Draw(seeds, width, sampling)],
             )
-        finally:
-            self._model.generation_config = own
         return [self._output(row) for row in found[:, width:].tolist()]
 
     def _output(self, ids: list[int]) -> Output:
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
         text = str(self._texts.tokenizer.decode(ids[:end], skip_special_tokens=True))
         return Output(text, len(ids), "length") if end is None else Output(text, end + 1, "eos")
+
+
+@contextmanager
+def _in_place_of_its_own(model: Any, settings: Any) -> Iterator[None]:
+    """What given settings leave open, a repetition penalty say, is filled in from the model's own; so replace these.
+
+    Under an adapter it is the base model that generates, with its own settings.
+    """
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, own in zip(owners, kept, strict=True):
+            owner.generation_config = own
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = ()) -> list[int]:

@@ -1,8 +1,8 @@
 """Judges: (prompt, answer A, answer B) → preference for A in [0, 1], or a failure with its reason.
 
-Here are the protocol, the joining of two files of answers, both orders, and the controls. The judges themselves:
-`endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies, `rule_judges` and
-`human_judge` say what they are.
+Here are the protocol, the joining of two files of answers, both orders, and the control with an empty answer. The
+judges themselves: `endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies,
+`rule_judges` and `human_judge` say what they are.
 
 A failure is never a tie: it has no preference, and is counted.
 """
@@ -149,12 +149,20 @@ def draw(pairs: Sequence[Pair], n: int | None, seed: int = 0) -> list[Pair]:
     """The pairs of `n` prompts, drawn by a hash: a larger `n` adds some, and kept replies still serve."""
     if n is None:
         return list(pairs)
-
-    def rank(prompt_id: str) -> str:
-        return hashlib.sha256(f"{seed} {prompt_id}".encode()).hexdigest()
-
-    kept = set(sorted({pair.system.prompt_id for pair in pairs}, key=rank)[:n])
+    kept = drawn_prompts((pair.system.prompt_id for pair in pairs), n, seed)
     return [pair for pair in pairs if pair.system.prompt_id in kept]
+
+
+def drawn_prompts(prompt_ids: Iterable[str], n: int, seed: int) -> set[str]:
+    """The `n` prompts that come first by a hash of the seed and their id.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    prompts = set(prompt_ids)
+    if not 0 <= n <= len(prompts):
+        raise ValueError(f"`n` must be at most the number of prompts, got {n} for {len(prompts)}.")
+    return set(sorted(prompts, key=lambda prompt_id: hashlib.sha256(f"{seed} {prompt_id}".encode()).hexdigest())[:n])
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress | None = None) -> list[Judgement]:
@@ -193,70 +201,12 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     return [Judgement(**row) for row in read_rows(path)]
 
 
-def mean_preferences(judgements: Sequence[Judgement]) -> dict[tuple[str, int], float]:
-    """(prompt id, sample) → mean of both orders; without those of which an order failed, which would be biased."""
-    found: dict[tuple[str, int], dict[str, float | None]] = {}
-    for row in judgements:
-        found.setdefault((row.prompt_id, row.sample), {})[row.order] = row.preference
-    means = {}
-    for key, by_order in found.items():
-        values = [by_order.get(order) for order in ORDERS]
-        if all(value is not None for value in values):
-            means[key] = sum(value for value in values if value is not None) / len(values)
-    return means
+def empty_answers(pairs: Sequence[Pair], n: int | None = None, seed: int = 0) -> list[Pair]:
+    """The control of every judge: an empty answer in the system's place, on `n` prompts (on all without it).
 
-
-@dataclass(frozen=True, kw_only=True)
-class Controls:
-    """What tells a judge that can be believed from one that cannot; each None where nothing was judged.
-
-    Attributes:
-        empty_n: Prompts on which an empty answer was judged against the baseline.
-        empty_win_rate: Its mean preference, both orders; should be near 0.
-        empty_failures: Judgements among these that failed.
-        longer_n: Pairs whose answers differ in characters.
-        longer_win_rate: The system's win rate if the longer answer won, over all pairs, equal lengths ½.
-        longer_agreement: Share of the pairs of different lengths, and with a winner, whose winner is the longer one.
+    It should win against nothing but another empty answer. A judge that prefers silence, or a parser that reads
+    nothing as a verdict, shows here.
     """
-
-    empty_n: int
-    empty_win_rate: float | None
-    empty_failures: int
-    longer_n: int
-    longer_win_rate: float | None
-    longer_agreement: float | None
-
-
-def controls(
-    judge: Judge,
-    pairs: Sequence[Pair],
-    judgements: Sequence[Judgement],
-    *,
-    n: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Controls:
-    """Both controls; the empty answer on `n` prompts (all without it), since a judge may have to be paid."""
-    nothing = [Pair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw(pairs, n, seed)]
-    empty = judge_pairs(judge, nothing, progress) if nothing else []
-    empty_means = list(mean_preferences(empty).values())
-    means = mean_preferences(judgements)
-    longer, decided = [], []
-    for pair in pairs:
-        difference = pair.system.chars - pair.baseline.chars
-        longer.append(0.5 + 0.5 * ((difference > 0) - (difference < 0)))
-        preference = means.get(pair.system.key, 0.5)
-        if difference and preference != 0.5:
-            decided.append((preference > 0.5) == (difference > 0))
-    return Controls(
-        empty_n=len(empty_means),
-        empty_win_rate=_mean(empty_means),
-        empty_failures=sum(row.failure is not None for row in empty),
-        longer_n=sum(value != 0.5 for value in longer),
-        longer_win_rate=_mean(longer),
-        longer_agreement=_mean(decided),
-    )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    if n is not None:
+        n = min(n, len({pair.system.prompt_id for pair in pairs}))
+    return [Pair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw(pairs, n, seed)]

@@ -10,7 +10,7 @@ from .intervals import Estimate, mean_interval, prompt_means
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
 from .verbosity import Verbosity
 from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
-from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win_rate
+from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win_rate, winner_is_longer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,9 @@ class Summary:
         matched: win rate among answers of about the same length, or None.
         bins: win rate by ratio of lengths, lower and upper edge with each.
         slope: the judge's slope on log2 of the ratio of lengths, or None.
-        longer_wins: what a judge would say that always takes the longer answer, or None.
+        longer_wins: control: what a judge would say that always takes the longer answer, or None.
+        winner_is_longer: how often the judge's winner is the longer answer, or None.
+        empty: control: win rate of an empty answer in the system's place, which should be near 0; None if not judged.
         orders: consistency of the two orders, or None.
         lengths: mean length of the system's answers and of the baseline's, of those compared, or None.
         length_unit: of the lengths.
@@ -49,6 +51,8 @@ class Summary:
     bins: tuple[tuple[float, float, WinRate], ...] = ()
     slope: Estimate | None = None
     longer_wins: WinRate | None = None
+    winner_is_longer: Estimate | None = None
+    empty: WinRate | None = None
     orders: OrderConsistency | None = None
     lengths: tuple[Estimate, Estimate] | None = None
     length_unit: str = "characters"
@@ -61,6 +65,11 @@ class Summary:
         if self.refused:
             notes.append(f"No win rate at equal length: {self.refused}")
         return tuple(dict.fromkeys(notes))
+
+    @property
+    def empty_failed(self) -> int:
+        """Pairs of the control with an empty answer that lack a verdict."""
+        return self.empty.failed + self.empty.half_failed if self.empty else 0
 
     def estimates(self) -> dict[str, Estimate]:
         """Every number by its name."""
@@ -77,6 +86,10 @@ class Summary:
             found["length/slope_per_doubling"] = self.slope
         if self.longer_wins:
             found["win_rate/control_longer_wins"] = self.longer_wins.rate
+        if self.winner_is_longer:
+            found["length/winner_is_longer"] = self.winner_is_longer
+        if self.empty:
+            found["win_rate/control_empty"] = self.empty.rate
         if self.orders:
             found |= {"order/consistent": self.orders.consistent, "order/first_shown": self.orders.first_shown}
         return found
@@ -90,7 +103,7 @@ class Summary:
             "length_unit": self.length_unit,
         }
         row |= {name: getattr(self.raw, name) for name in ("wins", "ties", "losses", "failed", "half_failed")}
-        row["prompts"] = self.raw.rate.n
+        row |= {"prompts": self.raw.rate.n, "control_empty_failed": self.empty_failed}
         for name, estimate in self.estimates().items():
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         return row | {"notes": " ".join(self.notes)}
@@ -111,6 +124,8 @@ class Summary:
             text += f"; at equal length {_pct(self.controlled.rate)}"
         if self.longer_wins:
             text += f"; always taking the longer answer would give {_pct(self.longer_wins.rate, bounds=False)}"
+        if self.empty:
+            text += f", an empty answer {_pct(self.empty.rate, bounds=False)}"
         text += "." if self.controlled or not self.refused else "; lengths overlap too little for a control of length."
         bounds = rate.rate.interval
         if bounds and bounds[0] <= 0.5 <= bounds[1]:
@@ -124,10 +139,21 @@ def summarise(
     system: str = "system",
     baseline: str = "baseline",
     judge: str = "judge",
+    empty: Verdicts | None = None,
     difficulty: Mapping[Any, float] | None = None,
     confidence: float = 0.95,
 ) -> Summary:
-    """Everything at once; where lengths do not overlap the control is left out, with the reason."""
+    """Everything at once; where lengths do not overlap the control is left out, with the reason.
+
+    Args:
+        verdicts: of one judge on one system and one baseline.
+        system: name.
+        baseline: name.
+        judge: name.
+        empty: verdicts of the same judge on empty answers in the system's place.
+        difficulty: of the prompts, from other systems (`difficulty_from`), for the control of length.
+        confidence: of all intervals.
+    """
     comparisons = compare_orders(verdicts)
     parts: dict[str, Any] = {}
     if verdicts.order is not None and comparisons.orders == "both":
@@ -140,6 +166,7 @@ def summarise(
         parts["bins"] = tuple(by_length_ratio(comparisons, confidence=confidence))
         parts["slope"] = length_slope(comparisons, confidence=confidence)
         parts["longer_wins"] = win_rate(longer_wins(comparisons), confidence=confidence)
+        parts["winner_is_longer"] = winner_is_longer(comparisons, confidence=confidence)
         matched = length_matched(comparisons, confidence=confidence)
         parts["matched"] = matched if matched.comparisons >= MATCHED_MIN else None
         try:
@@ -148,6 +175,8 @@ def summarise(
                 parts["controlled"] = length_controlled(comparisons, difficulty=difficulty, confidence=confidence)
         except ExtrapolationError as error:
             parts["refused"] = str(error)
+    if empty is not None:
+        parts["empty"] = win_rate(compare_orders(empty), confidence=confidence)
     raw = win_rate(comparisons, confidence=confidence)
     return Summary(system=system, baseline=baseline, judge=judge, raw=raw, confidence=confidence, **parts)
 
@@ -160,9 +189,9 @@ def summary_table(found: Sequence[Summary]) -> "Table":
     sides = sorted({f"{one.baseline} by {one.judge}" for one in found})
     table = Table(title=f"Win rates against {'; '.join(sides)}", box=box.SIMPLE_HEAD, title_justify="left")
     units = sorted({one.length_unit for one in found if one.lengths})
-    heads = ("prompts", "win rate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
+    heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
     table.add_column("system")
-    for head in (*heads, "longer one\nwins, %", "orders\nagree, %", "ties", "failed"):
+    for head in (*heads, "longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "failed"):
         table.add_column(head, justify="right")
     for one in found:
         lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
@@ -173,6 +202,7 @@ def summary_table(found: Sequence[Summary]) -> "Table":
             _cell(one.controlled.rate) if one.controlled else "refused" if one.refused else "–",
             *lengths,
             _cell(one.longer_wins.rate, bounds=False) if one.longer_wins else "–",
+            _cell(one.empty.rate, bounds=False) if one.empty else "–",
             _cell(one.orders.consistent, bounds=False) if one.orders else "–",
             f"{one.raw.ties:,}",
             f"{one.raw.failed + one.raw.half_failed:,}",

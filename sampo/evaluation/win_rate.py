@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
-from .intervals import FEW, Estimate, bootstrap, difference_interval, rate_interval
+from .intervals import FEW, Estimate, bootstrap, difference_interval, prompt_means, rate_interval, undefined
 from .verdicts import Comparisons, length_ratios
+
+TIE = 1e-9  # scores that differ from ½ by less are ½: means of several verdicts are not exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def win_rate(
             confidence=confidence,
         )
         rate = Estimate(rate.value, low, high, se, rate.n)
-    tie = np.abs(scores - 0.5) < 1e-9
+    tie = np.abs(scores - 0.5) < TIE
     return WinRate(
         rate=rate,
         wins=int((~tie & (scores > 0.5)).sum()),
@@ -133,7 +135,7 @@ def paired(first: Comparisons, second: Comparisons, *, confidence: float = 0.95)
         )
     x, y = np.array([a[prompt] for prompt in both]), np.array([b[prompt] for prompt in both])
     difference = x - y
-    equal = np.abs(difference) < 1e-9
+    equal = np.abs(difference) < TIE
     better, worse = int((difference[~equal] > 0).sum()), int((difference[~equal] < 0).sum())
     varied = x.std() > 1e-12 and y.std() > 1e-12
     return PairedComparison(
@@ -191,3 +193,12 @@ def longer_wins(comparisons: Comparisons) -> Comparisons:
         baseline_length=theirs,
         length_unit=comparisons.length_unit,
     )
+
+
+def winner_is_longer(comparisons: Comparisons, *, confidence: float = 0.95) -> Estimate:
+    """How often the judge's winner is the longer answer, where there is a winner and the lengths differ."""
+    ours, theirs = comparisons.lengths
+    decided = comparisons.where((np.abs(comparisons.preference - 0.5) >= TIE) & (ours != theirs))
+    ours, theirs = decided.lengths
+    longer = ((decided.preference > 0.5) == (ours > theirs)).astype(float)
+    return rate_interval(prompt_means(longer, decided.codes), confidence) if len(decided) else undefined(0)

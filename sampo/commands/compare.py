@@ -1,0 +1,166 @@
+"""`sampo compare --judgements A.jsonl B.jsonl …`: several systems on one screen; nothing is judged here."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LENGTH_UNITS = ("characters", "words", "tokens")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog="sampo compare",
+        allow_abbrev=False,
+        description="Compare systems that `sampo judge` judged against one baseline: win rates, lengths, and every "
+        "two prompt by prompt. Without `--judgements` only the lengths of `--answers`.",
+    )
+    parser.add_argument("--judgements", nargs="+", type=Path, default=[], metavar="FILE", help="of `sampo judge`")
+    parser.add_argument(
+        "--answers",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="files of answers; with `--judgements` only those that are no more where they were judged",
+    )
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="one of `--answers`, if there are no judgements")
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="writes OUT.csv, .json, .records.jsonl")
+    parser.add_argument("--n", type=int, help="compare on so many prompts, drawn by a hash of `--seed`")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("--matched_only", action="store_true", help="leave out prompts that one system lacks")
+    parser.add_argument("--length_unit", default="characters", choices=LENGTH_UNITS, help="for the win rates")
+    parser.add_argument(
+        "--difficulty",
+        action="store_true",
+        help="let the control of length know how hard each prompt is to the other systems",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compare and say what was found."""
+    try:
+        if args.judgements:
+            _compare_judged(args)
+        elif args.answers:
+            _compare_lengths(args)
+        else:
+            raise ValueError("`judgements` or `answers` must name files to compare, got neither.")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"sampo compare: error: {error}") from None
+
+
+def _names(files: Sequence[str]) -> dict[str, str]:
+    """File → its name without folder and ending, or the whole of it where two are the same."""
+    short = {file: Path(file).stem for file in files}
+    return short if len(set(short.values())) == len(short) else {file: file for file in files}
+
+
+def _compare_judged(args: argparse.Namespace) -> None:
+    from ..evaluation import comparing, judged
+
+    if args.baseline:
+        raise ValueError("`baseline` goes with `answers` alone: judgements say what they were made against.")
+    read = [judged.read(path) for path in args.judgements]
+    names = _names([*(run.system.file for run in read), read[0].baseline.file])
+    if len(names) != len(read) + 1:
+        raise ValueError(
+            f"`judgements` must be of different systems, got {[run.system.file for run in read]} against "
+            f"{read[0].baseline.file}. Name each once."
+        )
+    runs = comparing.shared_runs({names[run.system.file]: run for run in read}, matched_only=args.matched_only)
+    runs = {name: run.drawn(args.n, args.seed) for name, run in runs.items()}
+    prompts = {row.prompt_id for row in next(iter(runs.values())).rows}
+    summaries, duels = comparing.compare(runs, length_unit=args.length_unit, difficulty=args.difficulty)
+    baseline = names[read[0].baseline.file]
+    moved = {judged.content_hash(path): path for path in args.answers}
+    files = {**{name: run.system for name, run in runs.items()}, baseline: read[0].baseline}
+    places = {name: _place(file, moved) for name, file in files.items()}
+    drawn = {"n": args.n, "difficulty": args.difficulty}
+    configs = {name: {**run.config, **drawn} for name, run in runs.items()}
+    configs[baseline] = {"baseline_answers": read[0].baseline.sha256, **drawn}
+    _finish(args, summaries, _lengths(places, baseline, prompts), duels, configs)
+
+
+def _place(file: Any, moved: Mapping[str, Path]) -> Path:
+    """Where the answers are that were judged."""
+    from ..evaluation.judged import content_hash
+
+    place = moved.get(file.sha256, Path(file.file))
+    if not place.is_file() or content_hash(place) != file.sha256:
+        what = "other answers are there now" if place.is_file() else "there is no such file"
+        raise ValueError(f"{place} must hold the answers that were judged, but {what}. Name theirs with `answers`.")
+    return place
+
+
+def _compare_lengths(args: argparse.Namespace) -> None:
+    from ..evaluation.answers import read_answers
+    from ..evaluation.comparing import shared_prompts
+    from ..evaluation.judged import content_hash
+    from ..evaluation.judges import drawn_prompts
+
+    if args.difficulty:
+        raise ValueError("`difficulty` goes with `judgements`, got none.")
+    names = _names([str(path) for path in args.answers])
+    if args.baseline and str(args.baseline) not in names:
+        raise ValueError(f"`baseline` must be one of `answers`, got {args.baseline}.")
+    places = {name: Path(file) for file, name in names.items()}
+    prompts = shared_prompts(
+        {name: (answer.prompt_id for answer in read_answers(place)) for name, place in places.items()},
+        args.matched_only,
+    )
+    if args.n is not None:
+        prompts = drawn_prompts(prompts, args.n, args.seed)
+    configs = {name: {"answers": content_hash(place), "n": args.n} for name, place in places.items()}
+    baseline = names[str(args.baseline)] if args.baseline else None
+    _finish(args, [], _lengths(places, baseline, prompts), [], configs)
+
+
+def _lengths(places: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
+    """Measures of length of each file, on some prompts."""
+    from ..evaluation.answers import read_answers
+    from ..evaluation.verbosity import System, compare_verbosity
+
+    systems = [
+        System.of(name, [answer for answer in read_answers(place) if answer.prompt_id in prompts])
+        for name, place in places.items()
+    ]
+    return compare_verbosity(systems, baseline)
+
+
+def _finish(
+    args: argparse.Namespace,
+    summaries: Sequence[Any],
+    lengths: Sequence[Any],
+    duels: Sequence[Any],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Show and write."""
+    from ..evaluation import comparing
+    from ..evaluation.journal import write_whole
+    from ..evaluation.judged import csv_text
+    from ..evaluation.summary import summary_table
+    from ..evaluation.verbosity import verbosity_table
+    from ..results import lines
+    from .shown import command_line, console, say
+
+    screen = console()
+    if summaries:
+        screen.print(summary_table(summaries))
+    screen.print(verbosity_table(lengths))
+    if duels:
+        screen.print(comparing.duel_table(duels))
+    notes = [f"Note: {one.system}: {note}" for one in [*summaries, *lengths] for note in one.notes]
+    say(screen, *dict.fromkeys(notes))
+    say(screen, "Intervals are 95 %, over prompts, one by one: only the last p-values know that there are several.")
+    command = command_line(make_parser(), args)
+    rows = comparing.rows_of(summaries, lengths)
+    whole = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}
+    made = comparing.all_records(summaries, lengths, duels, configs=configs, seed=args.seed, command=command)
+    places = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("csv", "json", "records.jsonl")]
+    for place, text in zip(places, (csv_text(rows), json.dumps(whole, indent=2) + "\n", lines(made)), strict=True):
+        write_whole(place, text)
+    print(f"Written: {', '.join(map(str, places))}")

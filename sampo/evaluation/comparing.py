@@ -1,0 +1,206 @@
+"""Several systems against one baseline by one judge: their numbers, and every two of them prompt by prompt."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from ..results import Record, provenance
+from .difficulty import difficulty_from
+from .intervals import Estimate, holm
+from .judged import Judged
+from .summary import Summary, records
+from .verbosity import Verbosity
+from .verdicts import Comparisons, compare_orders
+from .win_rate import PairedComparison, paired
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duel:
+    """Two systems on the prompts that both have.
+
+    Attributes:
+        first: name.
+        second: name.
+        paired: what their verdicts against the common baseline say.
+        p_holm: p-value adjusted for all duels of the comparison; None where no prompt differs.
+    """
+
+    first: str
+    second: str
+    paired: PairedComparison
+    p_holm: float | None
+
+    def row(self) -> dict[str, Any]:
+        """One flat row for CSV or JSON."""
+        difference = self.paired.difference
+        return {
+            "first": self.first,
+            "second": self.second,
+            "prompts": difference.n,
+            "difference": difference.value,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+            **{name: getattr(self.paired, name) for name in ("better", "worse", "equal", "unpaired", "correlation")},
+            "p_value": self.paired.p_value,
+            "p_holm": self.p_holm,
+        }
+
+
+def shared_runs(runs: Mapping[str, Judged], *, matched_only: bool = False) -> dict[str, Judged]:
+    """Runs that may be compared: of one judge, against the same answers, on the same prompts.
+
+    Args:
+        runs: by the name of the system.
+        matched_only: leave out prompts that one of them lacks.
+
+    Raises:
+        ValueError: they may not, and why.
+    """
+    first_name, first = next(iter(runs.items()))
+    for name, run in runs.items():
+        if run.baseline.sha256 != first.baseline.sha256:
+            raise ValueError(
+                f"All systems must stand against the same baseline, got {first.baseline.file} for {first_name} and "
+                f"{run.baseline.file} for {name} with other contents. Judge them against one file."
+            )
+        if dict(run.judge) != dict(first.judge):
+            other = sorted(key for key in {*run.judge, *first.judge} if run.judge.get(key) != first.judge.get(key))
+            raise ValueError(
+                f"All systems must have the same judge, got {first.judge_name} for {first_name} and {run.judge_name} "
+                f"for {name}, which differ in {', '.join(f'`{key}`' for key in other)}. Judge them with one judge."
+            )
+    shared = shared_prompts({name: [row.prompt_id for row in run.rows] for name, run in runs.items()}, matched_only)
+    return {name: run.on(shared) for name, run in runs.items()}
+
+
+def shared_prompts(prompts: Mapping[str, Iterable[str]], matched_only: bool = False) -> set[str]:
+    """The prompts that all systems have.
+
+    Args:
+        prompts: ids by the name of the system.
+        matched_only: leave out those that one of them lacks.
+
+    Raises:
+        ValueError: there is none, or one of them lacks some.
+    """
+    own = {name: set(ids) for name, ids in prompts.items()}
+    shared = set.intersection(*own.values())
+    apart = {name: len(ids - shared) for name, ids in own.items()}
+    if not shared or (any(apart.values()) and not matched_only):
+        said = ", ".join(f"{count} further ones in {name}" for name, count in apart.items())
+        raise ValueError(
+            f"All systems must have the same prompts, got {len(shared)} that all have, and {said}. "
+            + ("To leave these out, set `matched_only`." if shared else "Use one file of prompts.")
+        )
+    return shared
+
+
+def compare(
+    runs: Mapping[str, Judged], *, length_unit: str = "characters", difficulty: bool = False
+) -> tuple[list[Summary], list[Duel]]:
+    """Summaries of all systems, and every two of them compared on the prompts they share.
+
+    Args:
+        runs: by the name of the system; of `shared_runs`.
+        length_unit: of all lengths.
+        difficulty: let the control of length know how hard each prompt is to the other systems.
+    """
+    if difficulty and len(runs) < 2:
+        raise ValueError("`difficulty` needs the verdicts on other systems, got one system. Leave it out.")
+    comparisons = {name: compare_orders(run.verdicts(length_unit)) for name, run in runs.items()}
+    summaries = []
+    for name, run in runs.items():
+        others = [one for other, one in comparisons.items() if other != name]
+        hard = difficulty_from(others) if difficulty else None
+        summaries.append(run.summary(name, length_unit=length_unit, difficulty=hard))
+    return summaries, _duels(comparisons)
+
+
+def _duels(comparisons: Mapping[str, Comparisons]) -> list[Duel]:
+    found = [(a, b, paired(comparisons[a], comparisons[b])) for a, b in combinations(comparisons, 2)]
+    tested = [place for place, (_, _, one) in enumerate(found) if one.p_value is not None]
+    adjusted = dict(zip(tested, holm([found[place][2].p_value or 0.0 for place in tested]), strict=True))
+    return [Duel(first=a, second=b, paired=one, p_holm=adjusted.get(i)) for i, (a, b, one) in enumerate(found)]
+
+
+def rows_of(summaries: Sequence[Summary], lengths: Sequence[Verbosity]) -> list[dict[str, Any]]:
+    """One flat row per system, win rates and lengths together."""
+    by_name = {one.system: one.row() for one in lengths}
+    rows = []
+    for summary in summaries:
+        row, more = summary.row(), by_name.pop(summary.system, {})
+        notes = " ".join(text for text in (row.pop("notes"), more.pop("notes", "")) if text)
+        rows.append({**row, **{k: v for k, v in more.items() if k not in row}, "notes": notes})
+    return [*rows, *by_name.values()]
+
+
+def all_records(
+    summaries: Sequence[Summary],
+    lengths: Sequence[Verbosity],
+    duels: Sequence[Duel],
+    *,
+    configs: Mapping[str, Mapping[str, Any]],
+    seed: int,
+    command: str,
+) -> list[Record]:
+    """One record per number; `configs` are what the numbers of each system depend on, by its name."""
+    made: list[Record] = []
+    found: list[Summary | Verbosity] = [*summaries, *lengths]
+    for one in found:
+        made += records(one, config=configs[one.system], seed=seed, command=command)
+    where = provenance()
+    for duel in duels:
+        config = {"first": duel.first, "second": duel.second, "of": [configs[duel.first], configs[duel.second]]}
+        difference = duel.paired.difference
+        numbers = (
+            ("paired/difference", difference.value, difference.interval),
+            ("paired/p_value", duel.paired.p_value, None),
+            ("paired/p_holm", duel.p_holm, None),
+        )
+        made += [
+            Record(
+                name=name,
+                value=value,
+                n=difference.n,
+                config={**config, "duels": len(duels)},
+                interval=interval,
+                seed=seed,
+                command=command,
+                **where,
+            )
+            for name, value, interval in numbers
+        ]
+    return made
+
+
+def duel_table(duels: Sequence[Duel]) -> "Table":
+    """Every two systems, one line each."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"Differences in win rate, prompt by prompt; p by the exact sign test, by Holm for all {len(duels)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("first − second")
+    for head in ("prompts", "difference, points", "better", "worse", "equal", "p", "p, Holm"):
+        table.add_column(head, justify="right")
+    for duel in duels:
+        one = duel.paired
+        table.add_row(
+            f"{duel.first} − {duel.second}",
+            f"{one.difference.n:,}",
+            _points(one.difference),
+            *(f"{count:,}" for count in (one.better, one.worse, one.equal)),
+            *("–" if p is None else f"{p:.2g}" for p in (one.p_value, duel.p_holm)),
+        )
+    return table
+
+
+def _points(estimate: Estimate) -> str:
+    if estimate.value is None or estimate.interval is None:
+        return "–"
+    low, high = estimate.interval
+    return f"{100 * estimate.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

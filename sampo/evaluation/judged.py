@@ -1,0 +1,213 @@
+"""What a run of `sampo judge` leaves on the disk, and reads back: nothing has to be judged again for its statistics.
+
+Beside `judgements.jsonl`, one row per prompt and order, lie
+
+- `judgements.control.jsonl`: the same for an empty answer in the system's place;
+- `judgements.summary.json`: what all of it depends on, the result, failures, cost;
+- `judgements.csv`: the result as one flat row;
+- `judgements.records.jsonl`: each number as a record (`sampo.results`).
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..results import lines
+from .answers import Answer
+from .journal import write_whole
+from .judges import Judgement, drawn_prompts, read_judgements, write_judgements
+from .summary import Summary, records, summarise
+from .verdicts import Verdicts
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """A file of answers: where it is, what is in it, and whose tokens it counts (None: unknown, or several)."""
+
+    file: str
+    sha256: str
+    tokenizer: str | None
+
+    @classmethod
+    def of(cls, path: str | Path, answers: Sequence[Answer]) -> "AnswerFile":
+        """Of a file that was just read."""
+        tokenizers = {answer.tokenizer for answer in answers}
+        return cls(str(path), content_hash(path), tokenizers.pop() if len(tokenizers) == 1 else None)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return Path(self.file).stem
+
+
+def content_hash(path: str | Path) -> str:
+    """Sixteen hex digits of what a file holds."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A system, a baseline, and what a judge said.
+
+    Attributes:
+        system: the answers of the system.
+        baseline: the answers that they were compared with.
+        judge: name of the judge and all its settings.
+        n: prompts that were drawn; None for all.
+        seed: of that draw.
+        rows: the judgements.
+        empty: judgements on empty answers in the system's place; none where that control was left out.
+    """
+
+    system: AnswerFile
+    baseline: AnswerFile
+    judge: Mapping[str, Any]
+    n: int | None
+    seed: int
+    rows: Sequence[Judgement]
+    empty: Sequence[Judgement] = ()
+
+    @property
+    def judge_name(self) -> str:
+        """The judge for a reader: its kind, and the model behind it."""
+        kind, model = str(self.judge["name"]), self.judge.get("model")
+        if not model:
+            return kind
+        return f"{kind} {Path(model).name if Path(model).is_absolute() else model}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that its numbers depend on."""
+        return {
+            "system_answers": self.system.sha256,
+            "baseline_answers": self.baseline.sha256,
+            "judged_by": dict(self.judge),
+            "n": self.n,
+        }
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Judgements that failed, by reason."""
+        return dict(Counter(row.failure for row in self.rows if row.failure))
+
+    def on(self, prompts: set[str]) -> "Judged":
+        """The same on some prompts only."""
+        kept = [row for row in self.rows if row.prompt_id in prompts]
+        return replace(self, rows=kept, empty=[row for row in self.empty if row.prompt_id in prompts])
+
+    def drawn(self, n: int | None, seed: int) -> "Judged":
+        """The same on `n` of its prompts, drawn by a hash of `seed`."""
+        if n is None:
+            return self
+        return replace(self.on(drawn_prompts((row.prompt_id for row in self.rows), n, seed)), n=n, seed=seed)
+
+    def verdicts(self, length_unit: str = "characters") -> Verdicts:
+        """What the statistics are made from, with lengths in `characters`, `words` or `tokens`."""
+        if length_unit == "tokens" and (
+            self.system.tokenizer is None or self.system.tokenizer != self.baseline.tokenizer
+        ):
+            raise ValueError(
+                f"`length_unit` tokens must be of one tokenizer, got {self.system.tokenizer} and "
+                f"{self.baseline.tokenizer}. Use `characters` or `words`."
+            )
+        return Verdicts.of(self.rows, length_unit=length_unit)
+
+    def summary(
+        self, name: str = "", *, length_unit: str = "characters", difficulty: Mapping[Any, float] | None = None
+    ) -> Summary:
+        """All that the judgements say, both controls beside it."""
+        return summarise(
+            self.verdicts(length_unit),
+            system=name or self.system.name,
+            baseline=self.baseline.name,
+            judge=self.judge_name,
+            empty=Verdicts.of(self.empty) if self.empty else None,
+            difficulty=difficulty,
+        )
+
+
+def _beside(out: Path) -> dict[str, Path]:
+    endings = {"control": "control.jsonl", "summary": "summary.json", "table": "csv", "records": "records.jsonl"}
+    return {what: out.with_suffix(f".{ending}") for what, ending in endings.items()}
+
+
+def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any], command: str) -> list[Path]:
+    """Write the files of one run; each is whole or absent.
+
+    Args:
+        out: file of the judgements; the others lie beside it.
+        judged: the run.
+        summary: what came of it.
+        more: further entries of the summary file.
+        command: that gives the same again.
+
+    Returns:
+        The files.
+    """
+    places = _beside(out)
+    write_judgements(out, judged.rows)
+    write_judgements(places["control"], judged.empty)
+    about = {
+        "schema": SCHEMA,
+        "judgements_sha256": content_hash(out),
+        **{name: asdict(getattr(judged, name)) for name in ("system", "baseline")},
+        **{name: getattr(judged, name) for name in ("judge", "n", "seed", "failures")},
+        "result": summary.row(),
+        "sentence": summary.sentence(),
+        **more,
+    }
+    write_whole(places["summary"], json.dumps(about, indent=2) + "\n")
+    write_whole(places["table"], csv_text([summary.row()]))
+    made = records(summary, config=judged.config, seed=judged.seed, command=command)
+    write_whole(places["records"], lines(made))
+    return [out, *places.values()]
+
+
+def read(path: str | Path) -> Judged:
+    """A run that was written.
+
+    Raises:
+        FileNotFoundError: the judgements or what lies beside them are not there.
+        ValueError: they do not belong together.
+    """
+    path = Path(path)
+    places = _beside(path)
+    for needed in (path, places["summary"], places["control"]):
+        if not needed.is_file():
+            raise FileNotFoundError(
+                f"{path} must be what `sampo judge` wrote, with its other files beside it, and {needed} is not there. "
+                "Run `sampo judge` again with the same cache: no reply is paid twice."
+            )
+    about = json.loads(places["summary"].read_text(encoding="utf-8"))
+    if about.get("schema") != SCHEMA or about["judgements_sha256"] != content_hash(path):
+        raise ValueError(
+            f"{places['summary']} must be of schema {SCHEMA} and written with {path}, got schema "
+            f"{about.get('schema')}{' and other judgements' if about.get('schema') == SCHEMA else ''}. Run `sampo "
+            "judge` again with the same cache: no reply is paid twice."
+        )
+    return Judged(
+        system=AnswerFile(**about["system"]),
+        baseline=AnswerFile(**about["baseline"]),
+        judge=about["judge"],
+        n=about["n"],
+        seed=about["seed"],
+        rows=read_judgements(path),
+        empty=read_judgements(places["control"]),
+    )
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with the columns of all of them in the order of their first appearance; None is an empty cell."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
