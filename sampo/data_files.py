@@ -1,7 +1,7 @@
 """Data files row by row: JSON lines, JSON lists and Parquet, each also packed with gzip.
 
-Files of JSON lines and Parquet files are streamed: what is in memory is one line or one batch. A JSON list and a packed
-Parquet file are read as a whole, for their formats allow no less.
+Files of JSON lines and Parquet files are streamed: what is in memory is one line or one batch. A JSON list and a
+packed Parquet file are read as a whole, for their formats allow no less.
 """
 
 import gzip
@@ -105,7 +105,7 @@ class ParquetRows:
         for path in self.paths:
             try:
                 with _open_parquet(path) as file:
-                    present = [name for name in names if name in file.schema_arrow.names]
+                    present = [name for name in dict.fromkeys(names) if name in file.schema_arrow.names]
                     for batch in file.iter_batches(batch_size=BATCH, columns=present):
                         columns = batch.to_pydict()
                         nothing = [None] * len(batch)

@@ -35,12 +35,17 @@ class Table:
     rows: "Dataset | list[dict | BrokenLine]"
     columns: list[str]
 
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
     def cells(self, names: list[str]) -> Iterator[tuple | BrokenLine]:
         """The values of the named columns, row by row; None for a column that is not there."""
         if isinstance(self.rows, list):
             yield from (row if isinstance(row, BrokenLine) else tuple(map(row.get, names)) for row in self.rows)
             return
-        present = [name for name in names if name in self.columns]
+        present = [name for name in dict.fromkeys(names) if name in self.columns]
         for batch in self.rows.with_format(None).select_columns(present).iter(batch_size=1000):
             nothing = [None] * len(batch[present[0]])
             yield from zip(*(batch.get(name, nothing) for name in names), strict=True)
