@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config import LOSS_TYPES
+from sampo.lengths import end_token_ids
 from sampo.run_state import RunState
 from sampo.weighting import WEIGHTINGS, draw_keys, token_weights
 

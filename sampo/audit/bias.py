@@ -1,8 +1,8 @@
 """What the lengths of two sides say about which of them was chosen.
 
 Every pair weighs the same, as in training. Pairs of one prompt are no independent evidence, so every interval takes
-the prompt for its unit: the influence of each pair on the estimate is summed over the pairs of a prompt, and the variance
-is that of these sums.
+the prompt for its unit: the influence of each pair on the estimate is summed over the pairs of a prompt, and the
+variance is that of these sums.
 """
 
 from collections.abc import Mapping

@@ -1,16 +1,10 @@
 """From an audit to records, tables, files and sentences. Every sentence is chosen by the numbers."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from .. import results
 from ..evaluation.intervals import Estimate
-from ..evaluation.journal import write_whole
 from .audit import Audit
 from .bias import LengthBias
 from .truncation import Truncation
@@ -45,7 +39,15 @@ MEASURES: dict[str, tuple[str, str | int]] = {
 }
 GROUP_COLUMNS = ("chosen_mean", "rejected_mean", "longer", "shorter", "auc", "slope", "counted")
 GROUPS_SHOWN = 20
-CUT_COUNTS = ("dropped", "cut_chosen", "cut_rejected", "without_end_chosen", "without_end_rejected", "identical")
+CUT_COUNTS = {
+    "dropped": "pairs dropped, for their prompt fills it",
+    "cut_chosen": "chosen responses cut",
+    "cut_rejected": "rejected responses cut",
+    "without_end_chosen": "chosen without an end token",
+    "without_end_rejected": "rejected without an end token",
+    "one_sided_end": "pairs with an end token on one side only",
+    "identical": "pairs with the same tokens on both sides",
+}
 
 
 def records(audit: Audit, *, command: str = "") -> list[results.Record]:
@@ -57,7 +59,7 @@ def records(audit: Audit, *, command: str = "") -> list[results.Record]:
             made.append(_record(f"audit/{name}", estimate, bias.pairs, config, command))
     for cut in audit.truncations:
         config = _config(audit) | {"max_length": cut.max_length, "truncation_mode": cut.truncation_mode}
-        for name in (*CUT_COUNTS, "one_sided_end"):
+        for name in CUT_COUNTS:
             estimate = Estimate(float(getattr(cut, name)), None, None, None, len_of(audit))
             made.append(_record(f"audit/{name}", estimate, len_of(audit), config, command))
     for scan in audit.scans:
@@ -165,12 +167,11 @@ def _parts_table(title: str, parts: Mapping[str, LengthBias]) -> "Table":
 
 
 def _cut_table(cuts: list[Truncation]) -> "Table":
-    heads = ["pairs dropped", "chosen cut", "rejected cut", "chosen without end", "rejected without end", "identical"]
-    table = _table(f"What `max_length` cuts ({cuts[0].truncation_mode})", ["max_length", *heads, "chosen longer"])
-    for cut in cuts:
-        counts = [f"{getattr(cut, name):,}" for name in CUT_COUNTS]
-        length = "none" if cut.max_length is None else f"{cut.max_length:,}"
-        table.add_row(length, *counts, shown(cut.bias.longer.value, "%"))
+    lengths = ["none" if cut.max_length is None else f"{cut.max_length:,}" for cut in cuts]
+    table = _table(f"What `max_length` cuts ({cuts[0].truncation_mode})", ["", *lengths])
+    for name, title in CUT_COUNTS.items():
+        table.add_row(title, *(f"{getattr(cut, name):,}" for cut in cuts))
+    table.add_row("chosen is longer, after the cut", *(shown(cut.bias.longer.value, "%") for cut in cuts))
     return table
 
 
@@ -235,16 +236,16 @@ def _preference_sentence(bias: LengthBias, unit: str) -> str:
 
 
 def _option_sentences(bias: LengthBias) -> list[str]:
-    """By where the difference between longer and shorter chosen responses lies, seen with its interval."""
+    """By the side of chance that the whole interval of the AUC lies on."""
     kept = f"{shown(bias.end_chosen, '%')} of chosen and {shown(bias.end_rejected, '%')} of rejected end tokens"
-    side = side_of(bias.difference, 0.0) if side_of(bias.auc, 0.5) else 0
-    if side_of(bias.auc, 0.5) > 0 or side > 0:
+    side = side_of(bias.auc, 0.5)
+    if side > 0:
         return [
             f"`token_weighting: sampo` would thin mostly the chosen side and keep {kept}, which presses towards "
             "longer answers; `sampled_sides: rejected` keeps a longer chosen response whole, and `length_penalty: "
             "learned` lets length explain what it explains (docs/concepts.md; so far measured in the lab only)."
         ]
-    if side_of(bias.auc, 0.5) < 0:
+    if side < 0:
         return [
             f"`token_weighting: sampo` would thin mostly the rejected side and keep {kept}; with `all` (DPO) the "
             "longer rejected side has more terms to push down, the case that collapsed in the lab when every chosen "
@@ -282,96 +283,3 @@ def side_of(estimate: Estimate, centre: float) -> int:
 def _estimate(estimate: Estimate, how: str | int) -> str:
     interval = interval_shown(estimate.interval, how)
     return shown(estimate.value, how) + (f" ({interval})" if interval else "")
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write(audit: Audit, folder: Path, *, command: str = "") -> list[Path]:
-    """Write `audit.json`, `records.jsonl` and `pairs.parquet`; an older audit in the folder is replaced."""
-    paths = [folder / name for name in ("audit.json", "records.jsonl", "pairs.parquet")]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_pairs(audit, paths[2])
-    made = "".join(
-        json.dumps(asdict(r), sort_keys=True, allow_nan=False) + "\n" for r in records(audit, command=command)
-    )
-    write_whole(paths[1], made)
-    write_whole(paths[0], json.dumps(as_dict(audit), indent=2, allow_nan=False) + "\n")
-    return paths
-
-
-def as_dict(audit: Audit) -> dict[str, Any]:
-    """The whole audit as plain values, without what is kept of single pairs."""
-    scans = [
-        {
-            "split": scan.name,
-            "rows": scan.rows,
-            "pairs": len(scan.pairs),
-            "layout": scan.layout,
-            "faults": [asdict(fault) for fault in scan.faults],
-            "notes": scan.notes,
-        }
-        for scan in audit.scans
-    ]
-    return {
-        "data": audit.label,
-        "fingerprint": audit.fingerprint,
-        "unit": audit.unit,
-        "settings": audit.about,
-        "splits": scans,
-        "overall": asdict(audit.overall),
-        "by_split": {name: asdict(bias) for name, bias in audit.splits.items()},
-        "by_group": {name: asdict(bias) for name, bias in audit.groups.items()},
-        "truncations": [asdict(cut) for cut in audit.truncations],
-        "repeats": {name: asdict(found) for name, found in audit.repeats.items()},
-        "overlaps": [asdict(both) for both in audit.overlaps],
-        "conclusion": conclusion(audit),
-        "provenance": results.provenance(),
-    }
-
-
-PAIR_COLUMNS = {  # of pairs.parquet
-    "split": "name of the split",
-    "row": "row of the pair in the split, from 0; bad rows are not there",
-    "group": "value of the column `by`; null without one",
-    "prompt": "length of the prompt",
-    "chosen": "length T_w of the chosen response",
-    "rejected": "length T_l of the rejected response",
-    "chosen_end": "place of the last end token in the chosen response, from 0; -1 for none, or where lengths are words",
-    "rejected_end": "the same of the rejected response",
-    "shared_start": "tokens that both responses begin with; 0 where lengths are words",
-    "shared_end": "tokens that both responses end with",
-    "prompt_hash": "64-bit hash of the prompt",
-    "pair_hash": "64-bit hash of the pair",
-    "swapped_hash": "64-bit hash of the pair with its sides swapped",
-}
-
-
-def _write_pairs(audit: Audit, path: Path) -> None:
-    """One row per good pair, split by split, so that no second copy of all of them is made."""
-    import os
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def encoded(codes: np.ndarray, names: list[str]) -> Any:
-        return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(names, pa.string()))
-
-    aside = path.with_name(f".{path.name}.part")
-    writer = None
-    group_names = audit.group_names
-    for scan in audit.scans:
-        columns = {"split": encoded(np.zeros(len(scan.pairs), np.int32), [scan.name])}
-        for name in PAIR_COLUMNS:
-            if name == "group":
-                names = encoded(scan.pairs.group, group_names).cast(pa.string()) if group_names else None
-                columns[name] = names if group_names else pa.nulls(len(scan.pairs), pa.string())
-            elif name != "split":
-                columns[name] = pa.array(getattr(scan.pairs, name))
-        columns["split"] = columns["split"].cast(pa.string())
-        table = pa.table(columns).replace_schema_metadata({"unit": audit.unit, "data": audit.label})
-        writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd")
-        writer.write_table(table)
-    assert writer is not None  # an audit has at least one split
-    writer.close()
-    os.replace(aside, path)

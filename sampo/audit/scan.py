@@ -273,11 +273,12 @@ class _Scan:
         measured = self.counter.measure([pair for _, _, pair, _ in self.waiting], [e for *_, e in self.waiting])
         for (number, group, pair, _), numbers in zip(self.waiting, measured, strict=True):
             if len(numbers) == 2:
-                self.faults.add(*numbers, number)
+                kind, column = map(str, numbers)
+                self.faults.add(kind, column, number)
                 continue
             values = (number, group, *numbers, *_hashes(pair))
-            for column, value in zip(self.arrays.values(), values, strict=True):
-                column.append(value)
+            for kept, value in zip(self.arrays.values(), values, strict=True):
+                kept.append(value)
         self.waiting.clear()
 
     def _note_nearby_prompt(self, layout: str) -> None:

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from ..audit import report
+    from ..audit import files, report
     from ..audit.audit import audit_preferences
     from .progress import progress
 
@@ -76,7 +76,7 @@ def _audit(args: argparse.Namespace) -> int:
     for line in [*report.fault_lines(audit), "", report.clean(report.conclusion(audit))]:
         console.print(line, markup=False, soft_wrap=True)
     if args.out:
-        written = report.write(audit, args.out, command=_command(args))
+        written = files.write(audit, args.out, command=_command(args))
         console.print(f"Written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     return FAULTY if audit.has_faults else 0
 
@@ -85,7 +85,7 @@ def _columns(words: list[str]) -> dict[str, str]:
     pairs = [word.split("=", 1) for word in words]
     if wrong := [word for word, pair in zip(words, pairs, strict=True) if len(pair) < 2]:
         raise ValueError(f"`columns` must be given as OURS=THEIRS, such as prompt=question, got {wrong[0]!r}.")
-    return {ours: theirs for ours, theirs in pairs}
+    return {pair[0]: pair[1] for pair in pairs}
 
 
 def _command(args: argparse.Namespace) -> str:
