@@ -131,7 +131,7 @@ def test_repeating_every_pair_under_its_prompt_leaves_the_intervals_as_they_are(
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     """Clusters of 1 to 4 pairs whose differences share a part, annotators with slope 1 per 100."""
-    rng, held, runs = np.random.default_rng(0), np.zeros(3), 300
+    rng, held, runs = np.random.default_rng(0), np.zeros(3), 600
 
     def draw(clusters):
         codes = np.repeat(ALONE(clusters), rng.integers(1, 5, clusters))
@@ -151,7 +151,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
             ]
         ):
             held[place] += found.low <= true <= found.high
-    assert np.all((held / runs > 0.915) & (held / runs < 0.985)), held / runs  # 95 % ± 2.8 standard errors
+    assert np.all((held / runs > 0.92) & (held / runs < 0.98)), held / runs  # 95 % ± 3.4 standard errors
 
 
 # --- tokens and truncation -------------------------------------------------------------------------------------------
@@ -168,6 +168,7 @@ def trl_rows(model, data, tmp_path, **options):
     return SamPOTrainer(model=model, args=args, train_dataset=data)
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")  # of TRL 1.16
 @pytest.mark.parametrize("conversational", [False, True])
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_lengths_and_cuts_are_those_of_the_trainer(model, tmp_path, conversational, mode):
@@ -181,7 +182,7 @@ def test_lengths_and_cuts_are_those_of_the_trainer(model, tmp_path, conversation
         else:
             row["rejected"] = side + "w1 w2 w3 "
     data = Dataset.from_list(rows)
-    limit = 14 if conversational else 12
+    limit = 14 if conversational else 8
     trainer = trl_rows(model, data, tmp_path, max_length=limit, truncation_mode=mode)
     kept = trainer.train_dataset
     found = audit_preferences(data, tokenizer=make_tokenizer(), max_length=limit, truncation_mode=mode)
@@ -207,7 +208,9 @@ def test_lengths_and_cuts_are_those_of_the_trainer(model, tmp_path, conversation
         counts["one_sided_end"] += ends[0] != ends[1]
         counts["identical"] += sides[0] == sides[1]
     assert {name: getattr(cut, name) for name in counts} == counts
-    assert counts["cut_chosen"] and (mode == "keep_end" or (counts["dropped"] and counts["one_sided_end"]))
+    assert counts["cut_chosen"]
+    if mode == "keep_start":
+        assert min(counts["dropped"], counts["one_sided_end"], counts["identical"]) > 0
     assert cut.bias.pairs == len(kept)
     assert cut.bias.difference.value == pytest.approx(np.mean(differences))
     assert found.truncations[0].cut_chosen == 0
@@ -296,7 +299,9 @@ def test_repetitions_contradictions_and_overlaps_are_what_loops_find():
     assert both.pairs_of_second == sum(r[0] in {t[0] for t in train} for r in test)
     assert both.same_pairs == sum(r in train for r in test)
     assert both.swapped_pairs == sum([r[0], r[2], r[1]] in train for r in test)
-    assert both.same_pairs and both.swapped_pairs and found.repeats["train"].contradicted
+    assert both.same_pairs
+    assert both.swapped_pairs
+    assert found.repeats["train"].contradicted
     assert "Splits share prompts" in report.conclusion(found)
 
 
@@ -428,7 +433,7 @@ def test_what_cannot_be_audited_is_said_in_a_sentence(tmp_path, model):
         ([good, "--columns", "prompt=qestion"], "`columns` must map"),
     ]:
         code = run(*words)
-        assert isinstance(code, str) and code.startswith("sampo audit: error: "), words
+        assert str(code).startswith("sampo audit: error: "), words
         assert said in code, code
 
 
@@ -452,17 +457,21 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
     words = [path, "--tokenizer", model, "--by", "who", "--max_length", 12, 30, "--out", out, "--label", "mine"]
     assert run(*words) == 0
     said = capsys.readouterr().out
-    assert "[red]" in said and "\x1b[31m" not in said
+    assert "[red]" in said
+    assert "\x1b[31m" not in said
     whole = json.loads((out / "audit.json").read_text())
     found = audit_preferences(path, tokenizer=make_tokenizer(), by="who", max_length=[12, 30])
-    assert whole["conclusion"] == report.conclusion(found) and whole["conclusion"] in said
+    assert whole["conclusion"] == report.conclusion(found)
+    assert whole["conclusion"] in said
     assert whole["overall"]["auc"]["value"] == found.overall.auc.value
     assert [cut["max_length"] for cut in whole["truncations"]] == [None, 12, 30]
     records = results.read(out / "records.jsonl")
     (auc,) = [r for r in records if r.name == "audit/auc" and not {"group", "max_length"} & set(r.config)]
     assert (auc.value, auc.interval, auc.n) == (found.overall.auc.value, found.overall.auc.interval, 60)
-    assert auc.config["data"] == "mine" and auc.config["tokenizer"] == Path(model).name
-    assert auc.command.startswith("sampo audit ") and "--max_length 12 30" in auc.command
+    assert auc.config["data"] == "mine"
+    assert auc.config["tokenizer"] == Path(model).name
+    assert auc.command.startswith("sampo audit ")
+    assert "--max_length 12 30" in auc.command
     assert len({(r.name, r.key) for r in records}) == len(records)
     table = pq.read_table(out / "pairs.parquet")
     assert table.column_names == list(files.PAIR_COLUMNS)
@@ -486,9 +495,12 @@ def test_the_last_sentence_names_the_options_that_the_bias_touches():
             rows.append({"prompt": f"q{i}", "chosen": chosen, "rejected": rejected})
         return report.conclusion(audit_preferences(Dataset.from_list(rows)))
 
-    assert "points to the longer" in said(1) and "`sampled_sides: rejected`" in said(1)
-    assert "points to the shorter" in said(-1) and "thin mostly the rejected side" in said(-1)
-    assert "does not tell" in said(0) and "`sampled_sides" not in said(0)
+    assert "points to the longer" in said(1)
+    assert "`sampled_sides: rejected`" in said(1)
+    assert "points to the shorter" in said(-1)
+    assert "thin mostly the rejected side" in said(-1)
+    assert "does not tell" in said(0)
+    assert "`sampled_sides" not in said(0)
     assert all("cannot be read off the data" in said(sign) for sign in (-1, 0, 1))
 
 

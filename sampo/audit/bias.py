@@ -193,15 +193,24 @@ def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: floa
     if clusters == 1:
         return Estimate(value, None, None, None, 1)
     se = PER / scale * float(np.sqrt((score**2).sum() * clusters / (clusters - 1))) / information
-    half = float(stats.norm.ppf((1 + confidence) / 2)) * se
+    half = float(stats.t.ppf((1 + confidence) / 2, clusters - 1)) * se
     return Estimate(value, value - half, value + half, se, clusters)
 
 
 def _in_unit_interval(value: float, influence: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
-    """Wilson's interval of a rate whose mean influence is 0, for the number of coins with the same variance."""
+    """Wilson's interval of a rate whose mean influence is 0, for the number of coins with the same variance.
+
+    The variance is taken as of few prompts: corrected by P / (P − 1), and with the quantile of t for that of the normal
+    distribution. Without that it held the truth too seldom with 60 prompts of several pairs.
+    """
     clusters, variance = int(codes.max()) + 1, _variance(influence, codes)
     value = min(1.0, max(0.0, value))
-    coins = value * (1 - value) / variance if variance > 1e-15 else float(clusters)
+    coins = float(clusters)
+    if clusters > 1 and variance > 1e-15:
+        level = (1 + confidence) / 2
+        t_to_z = float(stats.t.ppf(level, clusters - 1) / stats.norm.ppf(level))
+        variance *= clusters / (clusters - 1)
+        coins = value * (1 - value) / (variance * t_to_z**2)
     return Estimate(value, *wilson(value, max(coins, 1.0), confidence), float(np.sqrt(variance)), clusters)
 
 
