@@ -17,6 +17,7 @@ ARROWS = {
     "memory": set(),
     "audit": {"audit", "data", "data_files", "evaluation", "lengths", "pair_files", "pair_rows", "results"},
     "data_files": {"pair_rows"},
+    "report": {"audit", "evaluation", "report", "results"},
     "pair_files": {"data_files", "pair_rows"},
     "pair_rows": set(),
     "data": {"pair_files", "pair_rows"},

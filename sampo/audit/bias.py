@@ -200,8 +200,8 @@ def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: floa
 def _in_unit_interval(value: float, influence: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
     """Wilson's interval of a rate whose mean influence is 0, for the number of coins with the same variance.
 
-    The variance is taken as of few prompts: corrected by P / (P − 1), and with the quantile of t for that of the normal
-    distribution. Without that it held the truth too seldom with 60 prompts of several pairs.
+    The variance is taken as of few prompts: corrected by P / (P − 1), and with the quantile of t for that of the
+    normal distribution. Without that it held the truth too seldom with 60 prompts of several pairs.
     """
     clusters, variance = int(codes.max()) + 1, _variance(influence, codes)
     value = min(1.0, max(0.0, value))
