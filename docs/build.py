@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import MISSING
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +74,30 @@ def overlap() -> str:
     from interval_coverage import overlap_table
 
     return overlap_table(_simulated())
+
+
+def audit() -> str:
+    """The table of the audit that docs/audit.md shows."""
+    return _audited().overall_table()
+
+
+def audit_cuts() -> str:
+    """What `max_length` cuts there."""
+    return _audited().cut_table()
+
+
+def audit_columns() -> str:
+    """Columns of `pairs.parquet`."""
+    from sampo.audit.files import PAIR_COLUMNS
+
+    return "\n".join(["| column | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in PAIR_COLUMNS.items())])
+
+
+def _audited() -> Any:
+    from sampo import results
+    from sampo.audit.report import Audited
+
+    return Audited(results.read(ROOT / "docs" / "audit" / "records.jsonl"))
 
 
 def _simulated() -> list:
@@ -182,6 +207,7 @@ PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap},
+    **{"audit": audit, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .audit.audit import Audit, audit_preferences
     from .config import SamPOConfig
     from .data import PreferenceDataError, load_preferences
     from .trainer import SamPOTrainer
@@ -18,8 +19,18 @@ _PUBLIC = {
     "WEIGHTINGS": "weighting",
     "PreferenceDataError": "data",
     "load_preferences": "data",
+    "Audit": "audit.audit",
+    "audit_preferences": "audit.audit",
 }
-__all__ = ["WEIGHTINGS", "PreferenceDataError", "SamPOConfig", "SamPOTrainer", "load_preferences"]
+__all__ = [
+    "WEIGHTINGS",
+    "Audit",
+    "PreferenceDataError",
+    "SamPOConfig",
+    "SamPOTrainer",
+    "audit_preferences",
+    "load_preferences",
+]
 
 
 def __getattr__(name: str):

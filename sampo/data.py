@@ -28,6 +28,7 @@ from .pair_rows import (
     count_turns,
     is_text_block,
     layout_of,
+    phrase,
     without_nulls,
 )
 
@@ -152,7 +153,7 @@ def check_preferences(dataset: "Dataset | IterableDataset", *, max_rows_named: i
     # A stream may be endless, and a transform or an image costs more to look at than this check is worth.
     readable = isinstance(dataset, Dataset) and dataset.format["type"] != "custom" and not IMAGE_COLUMNS & set(names)
     if not readable:
-        if faults := _missing_columns(names):
+        if faults := missing_columns(names):
             raise _error("the preference data", faults, 0)
         return
     scan = _scan(Table(dataset, names), strict=True)
@@ -262,10 +263,10 @@ class _Scan:
 
     def list_faults(self, columns: list[str], max_rows_named: int = 10) -> list[Fault]:
         """All faults, missing columns first."""
-        missing = _missing_columns(columns)
+        missing = missing_columns(columns)
         # Some unshared beginnings are bad rows, many mean that the prompt is elsewhere.
         unshared = len(self.faults.get(("prompt_not_shared", "prompt"), ()))
-        if 10 * unshared > self.total and _nearest("prompt", columns):
+        if 10 * unshared > self.total and nearest_column("prompt", columns):
             missing.append(_missing_column("prompt", columns))
         return missing + [
             Fault(kind, column, rows[:max_rows_named], len(rows), self._cure(kind, max_rows_named))
@@ -283,7 +284,7 @@ class _Scan:
 
 def _scan(table: Table, *, strict: bool) -> _Scan:
     """Read every row once. `strict`: for a trainer, which takes the rows as they are."""
-    absent = {fault.column for fault in _missing_columns(table.columns)}
+    absent = {fault.column for fault in missing_columns(table.columns)}
     cells = iter(()) if {"chosen", "rejected"} <= absent else table.cells(list(PAIR_COLUMNS))
     head = list(itertools.islice(cells, 1000))
     scan = _Scan(layout_of(table.columns, [row for row in head if not isinstance(row, BrokenLine)]))
@@ -299,7 +300,7 @@ def _scan(table: Table, *, strict: bool) -> _Scan:
             scan.note_pair(pair)
             scan.joined_turns += scan.layout == "transcripts" and count_turns(row[1]) > len(pair[0]) + 1
         scan.add(faults)
-    near = _nearest("prompt", table.columns)
+    near = nearest_column("prompt", table.columns)
     if scan.layout == "shared_text" and near:
         logger.warning(
             "there is no column `prompt`, so what `chosen` and `rejected` begin with is taken for it. If `%s` is "
@@ -318,7 +319,7 @@ def _normalise(table: Table, label: str, on_bad_rows: str) -> "Dataset":
     if not scan.kept:
         raise _error(label, faults, scan.total) if faults else PreferenceDataError(f"{label} has no rows.")
     if faults:
-        reasons = "; ".join(f"{_number(n)} {_phrase(kind, column, n)}" for (kind, column), n in scan.dropped.items())
+        reasons = "; ".join(f"{_number(n)} {phrase(kind, column, n)}" for (kind, column), n in scan.dropped.items())
         numbers = (label, _number(scan.total - len(scan.kept)), _number(scan.total), _number(len(scan.kept)))
         logger.warning("%s: dropped %s of %s pairs, kept %s: %s", *numbers, reasons)
     _report_twins(scan, label)
@@ -365,18 +366,19 @@ def _report_twins(scan: _Scan, label: str) -> None:
         logger.info("%s: consecutive turns of one speaker joined in %s pairs", label, _number(scan.joined_turns))
 
 
-def _missing_columns(columns: list[str]) -> list[Fault]:
+def missing_columns(columns: list[str]) -> list[Fault]:
+    """A fault for each side that has no column."""
     return [_missing_column(column, columns) for column in ("chosen", "rejected") if column not in columns]
 
 
 def _missing_column(column: str, columns: list[str]) -> Fault:
-    near = _nearest(column, columns)
+    near = nearest_column(column, columns)
     call = f"`load_preferences(..., columns={{{column!r}: {near!r}}})`" if near else "the option `columns`"
     what = f"Did you mean `{near}`? Load the data with {call}" if near else f"Name the right one with {call}"
     return Fault("missing_column", column, [], 0, f"The columns are {columns}. {what}.")
 
 
-def _nearest(wanted: str, columns: list[str]) -> str | None:
+def nearest_column(wanted: str, columns: list[str]) -> str | None:
     """The column that is probably meant, by spelling or by a name that others give it."""
     free = {column.lower(): column for column in columns if column not in PAIR_COLUMNS}
     known = [free[name] for name in OTHER_NAMES[wanted] if name in free]
@@ -391,15 +393,8 @@ def _error(label: str, faults: list[Fault], total: int) -> PreferenceDataError:
         if fault.kind == "missing_column":
             lines.append(f"- There is no column `{fault.column}`. {fault.cure}")
             continue
-        what = f"{_number(fault.count)} of {_number(total)} pairs {_phrase(fault.kind, fault.column, fault.count)}"
-        where, more = ("first at rows", ", …") if fault.count > len(fault.rows) else ("at rows", "")
-        lines.append(f"- {what}, {where} [{', '.join(map(str, fault.rows))}{more}]. {fault.cure}")
+        lines.append(f"- {fault.in_words(total)}")
     return PreferenceDataError("\n".join(lines), faults)
-
-
-def _phrase(kind: str, column: str, count: int) -> str:
-    one = count == 1
-    return KINDS[kind][0].format(column=column, have="has" if one else "have", are="is" if one else "are")
 
 
 def _number(count: int) -> str:
@@ -423,17 +418,20 @@ def _prompt_hashes(dataset: "Dataset", key: str) -> Iterator[float]:
 
 
 def _prompt_hash(prompt: Any, key: str) -> float:
-    """A number in [0, 1) for a prompt. Nulls are left out: Arrow adds them to messages that lack a key."""
-    if isinstance(prompt, list):
-        prompt = json.dumps([without_nulls(message) for message in prompt], sort_keys=True)
-    digest = hashlib.blake2b(f"{key}\n{prompt}".encode(), digest_size=8).digest()
+    """A number in [0, 1) for a prompt."""
+    digest = hashlib.blake2b(f"{key}\n{as_text(prompt)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
+
+
+def as_text(part: Any) -> str:
+    """A prompt or side as one text, equal for equal content: Arrow adds nulls to messages that lack a key."""
+    return json.dumps([without_nulls(message) for message in part], sort_keys=True) if isinstance(part, list) else part
 
 
 def _lengths(dataset: "Dataset", tokenizer: Any) -> Iterator[tuple[int, int]]:
     """Lengths of chosen and rejected of each pair, in tokens or whitespace words, without template and end token."""
     for batch in dataset.with_format(None).select_columns(["chosen", "rejected"]).iter(batch_size=1000):
-        sides = [[_said(completion) for completion in batch[side]] for side in ("chosen", "rejected")]
+        sides = [[said(completion) for completion in batch[side]] for side in ("chosen", "rejected")]
         if tokenizer is None:
             counted = [[len(text.split()) for text in side] for side in sides]
         else:
@@ -441,12 +439,13 @@ def _lengths(dataset: "Dataset", tokenizer: Any) -> Iterator[tuple[int, int]]:
         yield from zip(*counted, strict=True)
 
 
-def _said(completion: str | list[dict]) -> str:
+def said(completion: str | list[dict]) -> str:
+    """The text of a prompt or completion: what its messages say, without template, tool calls and reasoning."""
     if isinstance(completion, str):
         return completion
     parts = []
     for message in completion:
-        content = message["content"]
+        content = message.get("content")
         blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
         parts += [block["text"] for block in blocks if is_text_block(block) and block["text"]]
     return "\n".join(parts)

@@ -4,7 +4,9 @@ The length of a response is the number of its completion tokens after truncation
 chosen, T_l of the rejected one).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -138,11 +140,9 @@ def count_tokens(dataset, max_length: int | None, truncation_mode: str = "keep_s
     columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     for batch in columns.with_format("arrow").iter(batch_size=1000):
         prompt, chosen, rejected = (_list_lengths(batch.column(i)) for i in range(3))
-        if max_length is None:
-            room = np.full_like(prompt, np.iinfo(np.int64).max)
-        else:
-            room = max_length - prompt if truncation_mode == "keep_start" else np.full_like(prompt, max_length)
-        kept_chosen, kept_rejected = np.minimum(chosen, room), np.minimum(rejected, room)
+        kept_chosen, kept_rejected = kept_tokens(
+            prompt, chosen, rejected, max_length=max_length, truncation_mode=truncation_mode
+        )
         empty = (kept_chosen <= 0) | (kept_rejected <= 0)
         counts.empty_rows += (counts.pairs + np.flatnonzero(empty)).tolist()
         counts.pairs += len(prompt)
@@ -162,3 +162,38 @@ def _list_lengths(column) -> np.ndarray:
     import pyarrow.compute as pc
 
     return pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def kept_tokens(
+    prompt: np.ndarray, *sides: np.ndarray, max_length: int | None, truncation_mode: str = "keep_start"
+) -> list[np.ndarray]:
+    """Tokens of each side that the collator keeps; 0 or less where the prompt alone fills `max_length`.
+
+    Args:
+        prompt: `(n,)` tokens of the prompts.
+        sides: `(n,)` tokens of the responses, each side by itself.
+        max_length: tokens of prompt and response together, or None.
+        truncation_mode: `keep_start` cuts the end of the response, `keep_end` the beginning of the row.
+    """
+    if max_length is None:
+        return list(sides)
+    room = max_length - prompt if truncation_mode == "keep_start" else np.full_like(prompt, max_length)
+    return [np.minimum(side, room) for side in sides]
+
+
+def end_token_ids(tokenizer: Any, eos: Iterable[int | None] = ()) -> list[int]:
+    """EOS first, then whatever else ends a turn: a model's other EOS ids, and the template's end of a turn."""
+    from jinja2 import TemplateError
+
+    ids = [tokenizer.eos_token_id, *eos]
+    if tokenizer.chat_template:
+        answer = "An answer."
+        turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False)
+        except TemplateError:  # a template for other roles: then EOS has to do
+            text = answer
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        after = tokenizer(text.rsplit(answer, 1)[-1], add_special_tokens=False)["input_ids"]
+        ids += [token for token in after if token in special]
+    return list(dict.fromkeys(i for i in ids if i is not None))

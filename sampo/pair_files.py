@@ -4,25 +4,22 @@ Every source is a dict of splits, each a function that reads it into a [`Table`]
 """
 
 import difflib
-import gzip
-import json
 import logging
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pair_rows import PAIR_COLUMNS, Fault, PreferenceDataError
+from .data_files import DATA_SUFFIXES, BrokenLine, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
+from .pair_rows import PAIR_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 # Words in a file's name that say which split it belongs to; as the `datasets` library reads them.
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -32,26 +29,23 @@ SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
-class BrokenLine:
-    """A line of a JSONL file, or an element of a JSON list, that holds no row."""
-
-    kind: str
-    place: str
-
-
-@dataclass(frozen=True)
 class Table:
     """Rows as they were found: an Arrow data set, or parsed JSON (whose columns need not have one type)."""
 
     rows: "Dataset | list[dict | BrokenLine]"
     columns: list[str]
 
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
     def cells(self, names: list[str]) -> Iterator[tuple | BrokenLine]:
         """The values of the named columns, row by row; None for a column that is not there."""
         if isinstance(self.rows, list):
             yield from (row if isinstance(row, BrokenLine) else tuple(map(row.get, names)) for row in self.rows)
             return
-        present = [name for name in names if name in self.columns]
+        present = [name for name in dict.fromkeys(names) if name in self.columns]
         for batch in self.rows.with_format(None).select_columns(present).iter(batch_size=1000):
             nothing = [None] * len(batch[present[0]])
             yield from zip(*(batch.get(name, nothing) for name in names), strict=True)
@@ -103,6 +97,28 @@ class Table:
             ) from error
 
 
+@dataclass(frozen=True)
+class Files:
+    """The data files of one split: read into a [`Table`] when called, or row by row."""
+
+    paths: list[Path]
+
+    def __call__(self) -> Table:
+        """All rows."""
+        rows = self.stream()
+        if isinstance(rows, JsonRows):
+            read = list(rows)
+            return Table(read, list(dict.fromkeys(key for row in read if isinstance(row, dict) for key in row)))
+        from datasets import concatenate_datasets
+
+        parts = [read_parquet(path) for path in self.paths]
+        return _of_dataset(concatenate_datasets(parts) if len(parts) > 1 else parts[0])
+
+    def stream(self) -> "JsonRows | ParquetRows":
+        """The rows one by one, for what is too large for memory."""
+        return stream_files(self.paths)
+
+
 def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
     """What to call the source in messages, and its splits, each to be read when called."""
     from datasets import Dataset, DatasetDict
@@ -120,8 +136,8 @@ def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[
     if path.is_dir():
         return _open_folder(path, name)
     if path.exists():
-        _data_suffix(path)
-        return path.name, {"train": partial(_read_files, [path])}
+        data_suffix(path)
+        return path.name, {"train": Files([path])}
     return _open_hub(str(source), name)
 
 
@@ -137,7 +153,7 @@ def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[]
     import datasets
 
     looks_like_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
-    if looks_like_path or _data_suffix(Path(source), required=False):
+    if looks_like_path or data_suffix(Path(source), required=False):
         raise FileNotFoundError(
             f"`source` must be a file, a folder or a data set id on the hub, got {source!r}, which looks like a path "
             f"and does not exist (the working directory is {Path.cwd()}). Check the spelling."
@@ -169,7 +185,7 @@ def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callabl
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if path.is_file() and _data_suffix(path, required=False) and not any(part.startswith(".") for part in parts):
+        if path.is_file() and data_suffix(path, required=False) and not any(part.startswith(".") for part in parts):
             splits.setdefault(_split_of(parts), []).append(path)
     if not splits:
         raise FileNotFoundError(
@@ -178,7 +194,7 @@ def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callabl
         )
     for split, paths in splits.items():
         logger.info("split `%s` of %s: %s", split, folder, ", ".join(str(path.relative_to(folder)) for path in paths))
-    return folder.name, {split: partial(_read_files, paths) for split, paths in splits.items()}
+    return folder.name, {split: Files(paths) for split, paths in splits.items()}
 
 
 def _split_of(parts: tuple[str, ...]) -> str:
@@ -213,112 +229,6 @@ def pick_split(tables: dict[str, Callable[[], Table]], split: str | None, label:
     rows = [row for part in slices for row in range(part.from_ or 0, len(table.rows) if part.to is None else part.to)]
     picked = [table.rows[row] for row in rows] if isinstance(table.rows, list) else table.rows.select(rows)
     return Table(picked, table.columns)
-
-
-def _data_suffix(path: Path, *, required: bool = True) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    suffix = next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), "")
-    if required and not suffix:
-        raise ValueError(f"A data file must end in {', '.join(DATA_SUFFIXES)} (or those with .gz), got {path}.")
-    return suffix
-
-
-def _read_files(paths: list[Path]) -> Table:
-    from datasets import concatenate_datasets
-
-    kinds = {_data_suffix(path) == ".parquet" for path in paths}
-    if len(kinds) > 1:
-        raise ValueError(f"The files of a split must be all JSON or all Parquet, got {[path.name for path in paths]}.")
-    if kinds == {True}:
-        parts = [_read_parquet(path) for path in paths]
-        dataset = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-        return _of_dataset(dataset)
-    rows = [row for path in paths for row in _read_json(path)]
-    return Table(rows, list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)))
-
-
-def _read_parquet(path: Path) -> "Dataset":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    try:
-        if path.suffix.lower() != ".gz":
-            pq.read_metadata(path)  # a clear error before `datasets` hides it behind its own
-            dataset = Dataset.from_parquet(str(path))
-        else:
-            dataset = Dataset(pq.read_table(pa.BufferReader(_read_bytes(path))))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _unreadable(path, f"is no complete Parquet file ({error})") from error
-    if not len(dataset):
-        raise _unreadable(path, "has no rows")
-    return dataset
-
-
-def _read_bytes(path: Path) -> bytes:
-    """The content of a file, unpacked. A gzip file that is cut off is an error: who knows how many rows it lacks."""
-    if path.suffix.lower() != ".gz":
-        return path.read_bytes()
-    try:
-        with gzip.open(path) as file:
-            return file.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _unreadable(path, f"is a damaged or cut-off gzip file ({error}), so rows are lost") from error
-
-
-def _read_json(path: Path) -> list[dict | BrokenLine]:
-    """One object a line, or one list of objects; the first character tells, since both go by the name `.json`."""
-    content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
-    if not content.strip():
-        raise _unreadable(path, "is empty")
-    if content.lstrip()[:1] != b"[":
-        ends_whole = content.endswith(b"\n")
-        lines = content.split(b"\n")
-        last = max(number for number, line in enumerate(lines, 1) if line.strip())
-        return [
-            _parse_line(line, f"{path.name}, line {number}", cut_off=number == last and not ends_whole)
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
-    try:
-        elements = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise _unreadable(path, f"is not valid UTF-8 at line {line}; save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise _unreadable(path, f"is no complete JSON list ({error.msg.removesuffix(' at')} at {place})") from error
-    if not elements:
-        raise _unreadable(path, "has no rows")
-    escaped = b"\\u" in content
-    return [_row_or_broken(row, f"{path.name}, element {number}", escaped) for number, row in enumerate(elements)]
-
-
-def _parse_line(line: bytes, place: str, *, cut_off: bool) -> dict | BrokenLine:
-    try:
-        return _row_or_broken(json.loads(line.decode("utf-8")), place, b"\\u" in line)
-    except UnicodeDecodeError as error:
-        return BrokenLine("bad_utf8", f"{place} (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        why = "the file ends inside it: cut off" if cut_off else f"{error.msg}, column {error.colno}"
-        return BrokenLine("broken_line", f"{place} ({why})")
-
-
-def _row_or_broken(value: Any, place: str, escaped: bool) -> dict | BrokenLine:
-    if not isinstance(value, dict):
-        return BrokenLine("not_an_object", f"{place} ({type(value).__name__})")
-    try:
-        # Half of a surrogate pair ("\\ud83d" alone) is legal JSON and no text: Arrow and tokenizers refuse it.
-        if escaped:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return BrokenLine("bad_utf8", f"{place} (half a surrogate pair)")
-    return value
-
-
-def _unreadable(path: Path, what: str) -> PreferenceDataError:
-    cure = "Fetch or write the file again."
-    return PreferenceDataError(f"{path} {what}. {cure}", [Fault("unreadable_file", "", [], 1, cure)])
 
 
 def guess(value: str, choices: Iterable) -> str:

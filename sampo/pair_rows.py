@@ -54,6 +54,11 @@ KINDS = {
         "{have} no shared beginning of `chosen` and `rejected` to serve as `prompt`",
         f"Without a `prompt` column both sides must begin with the same prompt. {DROP_CURE}.",
     ),
+    "not_rendered": (
+        "{are} refused by the tokenizer's chat template",
+        f"Take a tokenizer whose template knows these roles and messages. {DROP_CURE}.",
+    ),
+    "no_tokens": ("{have} a `{column}` without a token", f"The tokenizer leaves nothing of the text. {DROP_CURE}."),
     "identical": (
         "{have} the same text in `chosen` and `rejected`",
         f"A pair without a difference teaches nothing. {DROP_CURE}.",
@@ -70,6 +75,20 @@ class Fault:
     rows: list[int]
     count: int
     cure: str
+
+    def in_words(self, total: int) -> str:
+        """`12 of 2,312 pairs have an empty `rejected`, first at rows [81, 90, …]`, and the cure."""
+        if self.kind not in KINDS:
+            return self.cure
+        what = f"{self.count:,} of {total:,} pairs {phrase(self.kind, self.column, self.count)}"
+        where, more = ("first at rows", ", …") if self.count > len(self.rows) else ("at rows", "")
+        return f"{what}, {where} [{', '.join(map(str, self.rows))}{more}]. {self.cure}"
+
+
+def phrase(kind: str, column: str, count: int) -> str:
+    """What is wrong with `count` pairs, after their number."""
+    one = count == 1
+    return KINDS[kind][0].format(column=column, have="has" if one else "have", are="is" if one else "are")
 
 
 class PreferenceDataError(ValueError):

@@ -49,7 +49,7 @@ from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
 from .guards import check_data, refuse_another_engine, refuse_separate_processes
 from .head import score_places
-from .lengths import LengthSums, TokenCounts, count_tokens
+from .lengths import LengthSums, TokenCounts, count_tokens, end_token_ids
 from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
@@ -247,7 +247,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             self._sft_weight = sum(weight for name, weight in terms if name == "sft")
             self.loss_types = [name for name, _ in terms if name != "sft"]
             self.loss_weights = [weight for name, weight in terms if name != "sft"]
-        self._end_token_ids = _end_token_ids(self._tokenizer, self.model.generation_config)
+        eos = self.model.generation_config.eos_token_id
+        self._end_token_ids = end_token_ids(self._tokenizer, eos if isinstance(eos, list) else [eos])
         self._length_scale = self._find_length_scale()
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
@@ -847,22 +848,3 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             section = f"\n## Method\n\nTrained with sampo. Method: {self._method_in_words()}.\n"
             section += f"Reference: {self._reference_in_words()}. Beta {self.beta}, loss {self.args.loss_type}.\n"
             path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
-
-
-def _end_token_ids(tokenizer, generation_config) -> list[int]:
-    """EOS first, then whatever else ends a turn: the model's other EOS ids, and the template's end of a turn."""
-    from jinja2 import TemplateError
-
-    eos = generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
-    if tokenizer.chat_template:
-        answer = "An answer."
-        turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
-        try:
-            text = tokenizer.apply_chat_template(turn, tokenize=False)
-        except TemplateError:  # a template for other roles: then EOS has to do
-            text = answer
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        after = tokenizer(text.rsplit(answer, 1)[-1], add_special_tokens=False)["input_ids"]
-        ids += [token for token in after if token in special]
-    return list(dict.fromkeys(i for i in ids if i is not None))

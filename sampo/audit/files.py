@@ -1,0 +1,102 @@
+"""An audit as files: all of it as JSON, every number as a record, and the numbers of every pair as Parquet."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import results
+from ..evaluation.journal import write_whole
+from .audit import Audit
+from .report import conclusion, records
+
+
+def write(audit: Audit, folder: Path, *, command: str = "") -> list[Path]:
+    """Write `audit.json`, `records.jsonl` and `pairs.parquet`; an older audit in the folder is replaced."""
+    paths = [folder / name for name in ("audit.json", "records.jsonl", "pairs.parquet")]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_pairs(audit, paths[2])
+    made = "".join(
+        json.dumps(asdict(r), sort_keys=True, allow_nan=False) + "\n" for r in records(audit, command=command)
+    )
+    write_whole(paths[1], made)
+    write_whole(paths[0], json.dumps(as_dict(audit), indent=2, allow_nan=False) + "\n")
+    return paths
+
+
+def as_dict(audit: Audit) -> dict[str, Any]:
+    """The whole audit as plain values, without what is kept of single pairs."""
+    scans = [
+        {
+            "split": scan.name,
+            "rows": scan.rows,
+            "pairs": len(scan.pairs),
+            "layout": scan.layout,
+            "faults": [asdict(fault) for fault in scan.faults],
+            "notes": scan.notes,
+        }
+        for scan in audit.scans
+    ]
+    return {
+        "data": audit.label,
+        "fingerprint": audit.fingerprint,
+        "unit": audit.unit,
+        "settings": audit.about,
+        "splits": scans,
+        "overall": asdict(audit.overall),
+        "by_split": {name: asdict(bias) for name, bias in audit.splits.items()},
+        "by_group": {name: asdict(bias) for name, bias in audit.groups.items()},
+        "truncations": [asdict(cut) for cut in audit.truncations],
+        "repeats": {name: asdict(found) for name, found in audit.repeats.items()},
+        "overlaps": [asdict(both) for both in audit.overlaps],
+        "conclusion": conclusion(audit),
+        "provenance": results.provenance(),
+    }
+
+
+PAIR_COLUMNS = {  # of pairs.parquet
+    "split": "name of the split",
+    "row": "row of the pair in the split, from 0; bad rows are not there",
+    "group": "value of the column `by`; null without one",
+    "prompt": "length of the prompt",
+    "chosen": "length T_w of the chosen response",
+    "rejected": "length T_l of the rejected response",
+    "chosen_end": "place of its last end token in the chosen response, from 0; -1 for none and for words",
+    "rejected_end": "the same of the rejected response",
+    "shared_start": "tokens that both responses begin with; 0 where lengths are words",
+    "shared_end": "tokens that both responses end with",
+    "prompt_hash": "64-bit hash of the prompt",
+    "pair_hash": "64-bit hash of the pair",
+    "swapped_hash": "64-bit hash of the pair with its sides swapped",
+}
+
+
+def _write_pairs(audit: Audit, path: Path) -> None:
+    """One row per good pair, split by split, so that no second copy of all of them is made."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def encoded(codes: np.ndarray, names: list[str]) -> Any:
+        return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(names, pa.string()))
+
+    aside = path.with_name(f".{path.name}.part")
+    writer = None
+    group_names = audit.group_names
+    for scan in audit.scans:
+        columns = {"split": encoded(np.zeros(len(scan.pairs), np.int32), [scan.name])}
+        for name in PAIR_COLUMNS:
+            if name == "group":
+                names = encoded(scan.pairs.group, group_names).cast(pa.string()) if group_names else None
+                columns[name] = names if group_names else pa.nulls(len(scan.pairs), pa.string())
+            elif name != "split":
+                columns[name] = pa.array(getattr(scan.pairs, name))
+        columns["split"] = columns["split"].cast(pa.string())
+        table = pa.table(columns).replace_schema_metadata({"unit": audit.unit, "data": audit.label})
+        writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None  # an audit has at least one split
+    writer.close()
+    os.replace(aside, path)

@@ -1,0 +1,320 @@
+"""From an audit to records, tables, files and sentences. Every sentence is chosen by the numbers."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import results
+from ..evaluation.intervals import Estimate
+from .audit import Audit
+from .bias import LengthBias
+from .truncation import Truncation
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# number -> what it is, and how it is shown: a share in per cent, or so many digits
+MEASURES: dict[str, tuple[str, str | int]] = {
+    "longer": ("chosen is longer", "%"),
+    "equal": ("both are equally long", "%"),
+    "shorter": ("chosen is shorter", "%"),
+    "chosen_mean": ("mean length of chosen, T_w ({unit})", 1),
+    "rejected_mean": ("mean length of rejected, T_l ({unit})", 1),
+    "difference": ("mean of T_w − T_l ({unit})", 1),
+    "chosen_median": ("median length of chosen", 0),
+    "rejected_median": ("median length of rejected", 0),
+    "chosen_p90": ("90th percentile of chosen", 0),
+    "rejected_p90": ("90th percentile of rejected", 0),
+    "chosen_longest": ("longest chosen", 0),
+    "rejected_longest": ("longest rejected", 0),
+    "prompt_mean": ("mean length of prompts", 1),
+    "prompt_longest": ("longest prompt", 0),
+    "rms_difference": ("root mean square of T_w − T_l", 1),
+    "auc": ("AUC of length for the preference", 3),
+    "slope": ("log-odds per 100 {unit} longer", 2),
+    "counted": ("SamPO counts, of all tokens", "%"),
+    "counted_chosen": ("SamPO counts, of chosen tokens", "%"),
+    "counted_rejected": ("SamPO counts, of rejected tokens", "%"),
+    "end_chosen": ("SamPO keeps the end token of chosen", "%"),
+    "end_rejected": ("SamPO keeps the end token of rejected", "%"),
+}
+GROUP_COLUMNS = ("chosen_mean", "rejected_mean", "longer", "shorter", "auc", "slope", "counted")
+GROUPS_SHOWN = 20
+PART_KEYS = {"split", "group", "max_length"}  # in the config of a record that is not of all pairs
+CUT_COUNTS = {
+    "dropped": "pairs dropped, for their prompt fills it",
+    "cut_chosen": "chosen responses cut",
+    "cut_rejected": "rejected responses cut",
+    "without_end_chosen": "chosen without an end token",
+    "without_end_rejected": "rejected without an end token",
+    "one_sided_end": "pairs with an end token on one side only",
+    "identical": "pairs with the same tokens on both sides",
+}
+
+
+def records(audit: Audit, *, command: str = "") -> list[results.Record]:
+    """Every number as a record; what belongs to a split, a group or a `max_length` says so in its `config`."""
+    made = []
+    for part, bias in _parts(audit):
+        config = _config(audit) | part
+        for name, estimate in bias.numbers().items():
+            made.append(_record(f"audit/{name}", estimate, bias.pairs, config, command))
+    for cut in audit.truncations:
+        config = _config(audit) | {"max_length": cut.max_length, "truncation_mode": cut.truncation_mode}
+        for name in CUT_COUNTS:
+            estimate = Estimate(float(getattr(cut, name)), None, None, None, len_of(audit))
+            made.append(_record(f"audit/{name}", estimate, len_of(audit), config, command))
+    for scan in audit.scans:
+        found = audit.repeats[scan.name]
+        counts = {"rows": scan.rows, "faults": sum(fault.count for fault in scan.faults)}
+        counts |= {"pairs": found.pairs, "prompts": found.prompts}
+        counts |= {"repeated": found.repeated, "contradicted": found.contradicted}
+        for name, count in counts.items():
+            estimate = Estimate(float(count), None, None, None, scan.rows)
+            made.append(_record(f"audit/{name}", estimate, scan.rows, _config(audit) | {"split": scan.name}, command))
+    return made
+
+
+def _parts(audit: Audit) -> Iterator[tuple[dict[str, Any], LengthBias]]:
+    yield {}, audit.overall
+    yield from (({"split": name}, bias) for name, bias in audit.splits.items())
+    yield from (({"group": name}, bias) for name, bias in audit.groups.items())
+    for cut in audit.truncations[1:]:
+        yield {"max_length": cut.max_length, "truncation_mode": cut.truncation_mode}, cut.bias
+
+
+def len_of(audit: Audit) -> int:
+    """Good pairs of all splits."""
+    return audit.overall.pairs
+
+
+def _config(audit: Audit) -> dict[str, Any]:
+    return {"data": audit.label, "fingerprint": audit.fingerprint, "unit": audit.unit, **audit.about}
+
+
+def _record(name: str, estimate: Estimate, n: int, config: dict[str, Any], command: str) -> results.Record:
+    return results.Record(
+        name=name,
+        value=estimate.value,
+        n=n,
+        interval=estimate.interval,
+        config=config,
+        command=command,
+        **results.provenance(),
+    )
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def overall_rows(numbers: Mapping[str, Estimate], unit: str) -> list[tuple[str, str, str]]:
+    """The lines of the table of all pairs: what, value, 95 % interval."""
+    return [
+        (title.format(unit=unit), shown(numbers[name].value, how), interval_shown(numbers[name].interval, how))
+        for name, (title, how) in MEASURES.items()
+    ]
+
+
+def shown(value: float | None, how: str | int) -> str:
+    """A number as its measure is shown; a dash for what is not defined."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if how == "%" else f"{value:,.{how}f}"
+
+
+def interval_shown(interval: tuple[float, float] | None, how: str | int) -> str:
+    """Both bounds, or nothing."""
+    return "" if interval is None else f"{shown(interval[0], how)} to {shown(interval[1], how)}"
+
+
+def tables(audit: Audit) -> "list[Table]":
+    """What is shown on a screen: all pairs, splits, groups, cuts."""
+    overall = _table(f"{clean(audit.label)}: {len_of(audit):,} pairs", ["", "value", "95 % interval"])
+    for row in overall_rows(audit.overall.numbers(), audit.unit):
+        overall.add_row(*row)
+    made = [overall]
+    for title, parts in (("Splits", audit.splits), (f"By {clean(str(audit.about['by']))}", audit.groups)):
+        if parts:
+            made.append(_parts_table(title, parts))
+    if audit.truncations:
+        made.append(_cut_table(audit.truncations))
+    return made
+
+
+def _table(title: str, heads: Iterable[str]) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if not number else "right")
+    return table
+
+
+def _parts_table(title: str, parts: Mapping[str, LengthBias]) -> "Table":
+    from rich.text import Text
+
+    heads = {"chosen_mean": "T_w", "rejected_mean": "T_l", "longer": "longer", "shorter": "shorter"}
+    heads |= {"auc": "AUC", "slope": "slope", "counted": "counted"}
+    table = _table(title, ["", "pairs", *(heads[name] for name in GROUP_COLUMNS)])
+    largest = sorted(parts.items(), key=lambda item: -item[1].pairs)
+    for name, bias in largest[:GROUPS_SHOWN]:
+        numbers = bias.numbers()
+        cells = [shown(numbers[column].value, MEASURES[column][1]) for column in GROUP_COLUMNS]
+        table.add_row(Text(clean(name)), f"{bias.pairs:,}", *cells)
+    if len(largest) > GROUPS_SHOWN:
+        table.add_row(f"… and {len(largest) - GROUPS_SHOWN} smaller ones", "")
+    return table
+
+
+def _cut_table(cuts: list[Truncation]) -> "Table":
+    lengths = ["none" if cut.max_length is None else f"{cut.max_length:,}" for cut in cuts]
+    table = _table(f"What `max_length` cuts ({cuts[0].truncation_mode})", ["", *lengths])
+    for name, title in CUT_COUNTS.items():
+        table.add_row(title, *(f"{getattr(cut, name):,}" for cut in cuts))
+    table.add_row("chosen is longer, after the cut", *(shown(cut.bias.longer.value, "%") for cut in cuts))
+    return table
+
+
+def clean(text: str) -> str:
+    """A text from the data without what would command a terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def fault_lines(audit: Audit) -> list[str]:
+    """Faults with their rows and cures, notes, repetitions and overlaps: one line each."""
+    lines = []
+    for scan in audit.scans:
+        lines += [f"split `{scan.name}`: {fault.in_words(scan.rows)}" for fault in scan.faults]
+        lines += scan.notes
+        found = audit.repeats[scan.name]
+        if found.repeated or found.contradicted:
+            lines.append(
+                f"split `{scan.name}`: {found.repeated:,} of {found.pairs:,} pairs repeat an earlier one, "
+                f"{found.contradicted:,} stand there with their sides swapped too."
+            )
+    for both in audit.overlaps:
+        if both.prompts:
+            lines.append(
+                f"splits `{both.first}` and `{both.second}` share {both.prompts:,} prompts: {both.pairs_of_second:,} "
+                f"pairs of `{both.second}` have a prompt of `{both.first}`, {both.same_pairs:,} are the same pair, "
+                f"{both.swapped_pairs:,} the same with swapped sides. To split by prompt: "
+                "`sampo.data.split_by_prompt`, or the option `eval_fraction`."
+            )
+    return [clean(line) for line in lines]
+
+
+@dataclass
+class Audited:
+    """The tables of an audit in Markdown, from its records."""
+
+    records: list[results.Record]
+
+    def overall_table(self) -> str:
+        """All pairs: what, value, 95 % interval; and what was measured."""
+        found = {r.name.removeprefix("audit/"): r for r in self.records if not PART_KEYS & set(r.config)}
+        first = found["longer"]
+        lines = ["| | value | 95 % interval |", "|---|---|---|"]
+        for name, (title, how) in MEASURES.items():
+            value, interval = shown(found[name].value, how), interval_shown(found[name].interval, how)
+            lines.append(f"| {title.format(unit=first.config['unit'])} | {value} | {interval} |")
+        by = f"lengths in {first.config['unit']}" + (
+            f" of {first.config['tokenizer']}" if "tokenizer" in first.config else ""
+        )
+        return "\n".join([*lines, "", f"{first.config['data']}: {first.n:,} pairs, {by}. `{first.command}`"])
+
+    def cut_table(self) -> str:
+        """What each `max_length` cuts."""
+        cuts: dict[int | None, dict[str, results.Record]] = {}
+        for record in self.records:
+            if "max_length" in record.config:
+                cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
+        lengths = ["none" if length is None else f"{length:,}" for length in cuts]
+        lines = [f"| `max_length` | {' | '.join(lengths)} |", f"|---|{'---|' * len(cuts)}"]
+        for name, title in CUT_COUNTS.items():
+            cells = [shown(found[name].value, 0) for found in cuts.values()]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+# --- what it means ---------------------------------------------------------------------------------------------------
+
+
+def conclusion(audit: Audit) -> str:
+    """What length bias there is, and which options of a recipe it touches. Promises nothing about a training run."""
+    bias, unit = audit.overall, audit.unit
+    sentences = [_share_sentence(bias), _preference_sentence(bias, unit), *_option_sentences(bias)]
+    sentences += _cut_sentences(audit.truncations)
+    if any(both.prompts for both in audit.overlaps):
+        sentences.append("Splits share prompts, so an evaluation on one of them is no test of the other.")
+    sentences.append(
+        "What training does to the length of answers cannot be read off the data: watch `length_gap/*` in its log."
+    )
+    return " ".join(sentences)
+
+
+def _share_sentence(bias: LengthBias) -> str:
+    return (
+        f"The chosen response is longer in {_estimate(bias.longer, '%')} of {bias.pairs:,} pairs, shorter in "
+        f"{_estimate(bias.shorter, '%')}."
+    )
+
+
+def _preference_sentence(bias: LengthBias, unit: str) -> str:
+    side = side_of(bias.auc, 0.5)
+    area = f"AUC {_estimate(bias.auc, 3)}"
+    if side == 0:
+        return f"Length alone does not tell the chosen response from the rejected one ({area}, 0.5 is chance)."
+    slope = "" if bias.slope.value is None else f", log-odds {_estimate(bias.slope, 2)} per 100 {unit}"
+    return f"Length alone points to the {'longer' if side > 0 else 'shorter'} response ({area}{slope})."
+
+
+def _option_sentences(bias: LengthBias) -> list[str]:
+    """By the side of chance that the whole interval of the AUC lies on."""
+    kept = f"{shown(bias.end_chosen, '%')} of chosen and {shown(bias.end_rejected, '%')} of rejected end tokens"
+    side = side_of(bias.auc, 0.5)
+    if side > 0:
+        return [
+            f"`token_weighting: sampo` would thin mostly the chosen side and keep {kept}, which presses towards "
+            "longer answers; `sampled_sides: rejected` keeps a longer chosen response whole, and `length_penalty: "
+            "learned` lets length explain what it explains (docs/concepts.md; so far measured in the lab only)."
+        ]
+    if side < 0:
+        return [
+            f"`token_weighting: sampo` would thin mostly the rejected side and keep {kept}; with `all` (DPO) the "
+            "longer rejected side has more terms to push down, the case that collapsed in the lab when every chosen "
+            "response was shorter (docs/lab.md)."
+        ]
+    return [
+        f"`token_weighting: sampo` would thin both sides about alike and keep {kept}; nothing here asks for a length "
+        "penalty."
+    ]
+
+
+def _cut_sentences(cuts: list[Truncation]) -> list[str]:
+    sentences = []
+    for cut in cuts:
+        at = "Without a `max_length`" if cut.max_length is None else f"At `max_length: {cut.max_length}`"
+        said = []
+        if cut.dropped:
+            said.append(f"{cut.dropped:,} pairs are dropped because their prompt fills it")
+        if cut.one_sided_end:
+            said.append(f"{cut.one_sided_end:,} pairs have an end token on one side only")
+        if cut.identical:
+            said.append(f"{cut.identical:,} pairs have the same tokens on both sides")
+        if said:
+            sentences.append(f"{at}, {', '.join(said)}.")
+    return sentences
+
+
+def side_of(estimate: Estimate, centre: float) -> int:
+    """1 where the whole interval lies above `centre`, −1 below, 0 where it holds it or there is none."""
+    if estimate.low is None or estimate.high is None:
+        return 0
+    return int(estimate.low > centre) - int(estimate.high < centre)
+
+
+def _estimate(estimate: Estimate, how: str | int) -> str:
+    interval = interval_shown(estimate.interval, how)
+    return shown(estimate.value, how) + (f" ({interval})" if interval else "")

@@ -1,0 +1,302 @@
+"""One pass over the rows of a split: faults are counted, and of each good pair a few numbers are kept.
+
+What stays in memory is 64 bytes a pair (whole numbers and 64-bit hashes), the first rows of each kind of fault, and
+one batch of rows.
+"""
+
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..data import as_text, missing_columns, nearest_column
+from ..data_files import BrokenLine
+from ..pair_files import guess
+from ..pair_rows import KINDS, PAIR_COLUMNS, READERS, Fault, Pair, PreferenceDataError, layout_of
+from .tokens import TokenCounter, WordCounter
+
+HEAD = 1000  # rows that the layout is decided by
+BATCH = 250  # pairs that are tokenised at a time
+ROWS_NAMED = 10  # of each kind of fault
+MAX_GROUPS = 1000
+EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
+NO_VALUE, OTHERS = "(no value)", "(further values)"
+Advance = Callable[[int, int], None]
+
+
+class Rows(Protocol):
+    """Where the rows of a split come from: files, or an Arrow data set."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        ...
+
+    def cells(self, names: list[str]) -> "Iterator[Any]":
+        """The values of the named columns, row by row."""
+        ...
+
+
+@dataclass(frozen=True)
+class PairNumbers:
+    """What is kept of each good pair: `(n,)` arrays.
+
+    Attributes:
+        row: number of its row in the split, from 0.
+        group: number of its group; 0 without groups.
+        prompt: length of the prompt.
+        chosen: length T_w of the chosen response.
+        rejected: length T_l of the rejected one.
+        chosen_end: place of the last end token in the chosen response, from 0; -1 for none.
+        rejected_end: the same of the rejected one.
+        shared_start: tokens that both responses begin with.
+        shared_end: tokens that both responses end with.
+        prompt_hash: 64-bit hash of the prompt.
+        pair_hash: 64-bit hash of prompt, chosen and rejected.
+        swapped_hash: 64-bit hash of prompt, rejected and chosen.
+    """
+
+    row: np.ndarray
+    group: np.ndarray
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_end: np.ndarray
+    rejected_end: np.ndarray
+    shared_start: np.ndarray
+    shared_end: np.ndarray
+    prompt_hash: np.ndarray
+    pair_hash: np.ndarray
+    swapped_hash: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def where(self, which: np.ndarray) -> "PairNumbers":
+        """Some of the pairs: `which` is `(n,)` of truth values."""
+        return replace(self, **{column.name: getattr(self, column.name)[which] for column in fields(self)})
+
+    @classmethod
+    def joined(cls, parts: "Iterable[PairNumbers]") -> "PairNumbers":
+        """The pairs of several splits, one after the other."""
+        parts = list(parts)
+        columns = {c.name: np.concatenate([getattr(part, c.name) for part in parts]) for c in fields(cls)}
+        return cls(**columns)
+
+
+# 64 bits for what can be large, 32 for what cannot: the type codes of `array`
+_CODES = {c.name: "q" if c.name == "row" else "Q" if "hash" in c.name else "i" for c in fields(PairNumbers)}
+
+
+class Groups:
+    """Values of the column that pairs are grouped by, in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+
+    def number(self, value: Any) -> int:
+        """The number of a value; beyond `MAX_GROUPS` all further ones share one."""
+        if value is None:
+            name = NO_VALUE
+        else:
+            name = value if isinstance(value, str) else json.dumps(value, default=str, sort_keys=True)
+            name = name[:80]
+        if name not in self.names and len(self.names) >= MAX_GROUPS:
+            name = OTHERS
+        return self.names.setdefault(name, len(self.names))
+
+
+@dataclass
+class SplitScan:
+    """What one pass over a split found.
+
+    Attributes:
+        name: of the split.
+        rows: number of rows, good and bad.
+        layout: how the rows say what a pair is, as in docs/data.md.
+        faults: by kind, with the first rows and the number of all.
+        pairs: the good ones.
+        notes: what a reader has to know, in sentences.
+    """
+
+    name: str
+    rows: int
+    layout: str
+    faults: list[Fault]
+    pairs: PairNumbers
+    notes: list[str] = field(default_factory=list)
+
+
+class _Faults:
+    """Faults by kind and column: the first rows and the number of all."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], tuple[list[int], int]] = {}
+        self.places: dict[str, list[str]] = {}
+
+    def add(self, kind: str, column: str, row: int, place: str | None = None) -> None:
+        rows, count = self.found.get((kind, column), ([], 0))
+        if count < ROWS_NAMED:
+            rows.append(row)
+            if place:
+                self.places.setdefault(kind, []).append(place)
+        self.found[kind, column] = rows, count + 1
+
+    def list(self) -> "list[Fault]":
+        return [
+            Fault(kind, column, sorted(rows), count, self._cure(kind, count))
+            for (kind, column), (rows, count) in self.found.items()
+        ]
+
+    def _cure(self, kind: str, count: int) -> str:
+        places = self.places.get(kind, [])
+        more = "; …" if count > len(places) else ""
+        return f"See {'; '.join(places)}{more}. {KINDS[kind][1]}" if places else KINDS[kind][1]
+
+
+def scan_split(
+    name: str,
+    rows: Rows,
+    counter: WordCounter | TokenCounter,
+    *,
+    columns: dict[str, str],
+    by: str | None,
+    groups: Groups,
+    advance: Advance,
+) -> SplitScan:
+    """Read every row of a split once.
+
+    Args:
+        name: of the split.
+        rows: where they come from.
+        counter: what measures a pair.
+        columns: names of our columns in the source.
+        by: column to group by, or None.
+        groups: of all splits; new values are added.
+        advance: is told (rows done, rows in all).
+
+    Raises:
+        PreferenceDataError: `chosen` or `rejected` is no column, or nothing at all can be read.
+    """
+    return _Scan(name, rows, counter, columns, by, groups, advance).run()
+
+
+class _Scan:
+    def __init__(self, name, rows, counter, columns, by, groups, advance):
+        self.name, self.rows, self.counter, self.columns = name, rows, counter, columns
+        self.by, self.groups, self.advance = by, groups, advance
+        self.read = 0
+        self.lost: PreferenceDataError | None = None
+        self.faults = _Faults()
+        self.notes: list[str] = []
+        self.arrays = {name: array(code) for name, code in _CODES.items()}
+        self.waiting: list[tuple[int, int, Pair, dict[str, Any]]] = []  # row, group, pair, extras
+
+    def run(self) -> SplitScan:
+        names = self._names()
+        cells = self._until_lost(self.rows.cells([*names, *([self.by] if self.by else []), *EXTRA_COLUMNS]))
+        head = list(itertools.islice(cells, HEAD))
+        layout = self._layout(names, head)
+        for row in itertools.chain(head, cells):
+            self._take(row, READERS[layout])
+        self._measure()
+        if self.lost is not None and not self.read:
+            raise self.lost
+        self.advance(self.read, self.read)
+        self._note_nearby_prompt(layout)
+        faults = self.faults.list()
+        if self.lost is not None:
+            faults.insert(0, Fault("unreadable_file", "", [], 1, str(self.lost)))
+        pairs = PairNumbers(**{name: np.asarray(values) for name, values in self.arrays.items()})
+        return SplitScan(self.name, self.read, layout, faults, pairs, self.notes)
+
+    def _until_lost(self, cells: Iterator[Any]) -> Iterator[Any]:
+        """The rows, up to where a file cannot be read any further."""
+        try:
+            yield from cells
+        except PreferenceDataError as error:
+            self.lost = error
+
+    def _names(self) -> list[str]:
+        """Where the source has our three columns, and whether it has all that are asked for."""
+        there = self.rows.columns
+        ours = {column: self.columns.get(column, column) for column in PAIR_COLUMNS}
+        wrong = sorted(set(self.columns) - set(PAIR_COLUMNS)) + sorted(set(self.columns.values()) - set(there))
+        if wrong:
+            raise PreferenceDataError(
+                f"`columns` must map `prompt`, `chosen`, `rejected` to columns of the data, got {self.columns}; split "
+                f"`{self.name}` has {there}.{guess(wrong[0], there)}"
+            )
+        mapped = [column for column in PAIR_COLUMNS if ours[column] in there and column not in there]
+        if faults := missing_columns([*mapped, *there]):
+            cures = " ".join(f"There is no column `{fault.column}`. {fault.cure}" for fault in faults)
+            raise PreferenceDataError(f"Split `{self.name}` must have both sides of a pair. {cures}", faults)
+        if self.by and self.by not in there:
+            raise PreferenceDataError(
+                f"`by` must be a column of the data, got {self.by!r}; split `{self.name}` has {there}."
+                f"{guess(self.by, there)}"
+            )
+        return list(ours.values())
+
+    def _layout(self, names: list[str], head: list[Any]) -> str:
+        rows = [row[:3] for row in head if not isinstance(row, BrokenLine)]
+        known = [ours for ours, theirs in zip(PAIR_COLUMNS, names, strict=True) if theirs in self.rows.columns]
+        return layout_of(known, rows)
+
+    def _take(self, row: Any, reader: Callable) -> None:
+        number = self.read
+        self.read += 1
+        if isinstance(row, BrokenLine):
+            self.faults.add(row.kind, "", number, row.place)
+            return
+        pair, faults = reader(*row[:3])
+        for kind, column in faults:
+            self.faults.add(kind, column, number)
+        if not faults:
+            group = self.groups.number(row[3]) if self.by else 0
+            extras = dict(zip(EXTRA_COLUMNS, row[-len(EXTRA_COLUMNS) :], strict=True))
+            self.waiting.append((number, group, pair, extras))
+        if len(self.waiting) == BATCH:
+            self._measure()
+        if self.read % HEAD == 0:
+            self.advance(self.read, max(self._total(), self.read))
+
+    def _total(self) -> int:
+        return getattr(self.rows, "total", self.read)
+
+    def _measure(self) -> None:
+        measured = self.counter.measure([pair for _, _, pair, _ in self.waiting], [e for *_, e in self.waiting])
+        for (number, group, pair, _), numbers in zip(self.waiting, measured, strict=True):
+            if len(numbers) == 2:
+                kind, column = map(str, numbers)
+                self.faults.add(kind, column, number)
+                continue
+            values = (number, group, *numbers, *_hashes(pair))
+            for kept, value in zip(self.arrays.values(), values, strict=True):
+                kept.append(value)
+        self.waiting.clear()
+
+    def _note_nearby_prompt(self, layout: str) -> None:
+        near = nearest_column("prompt", self.rows.columns)
+        if layout == "shared_text" and near:
+            self.notes.append(
+                f"Split `{self.name}` has no column `prompt`, so what both sides begin with was taken for it. If "
+                f"`{near}` is meant, run the audit with `columns` prompt={near}."
+            )
+
+
+def _hashes(pair: Pair) -> tuple[int, int, int]:
+    """Of the prompt, the pair, and the pair with its sides swapped."""
+    prompt, chosen, rejected = (hashlib.blake2b(as_text(part).encode(), digest_size=8).digest() for part in pair)
+    return _number(prompt), _number(prompt + chosen + rejected), _number(prompt + rejected + chosen)
+
+
+def _number(content: bytes) -> int:
+    if len(content) > 8:
+        content = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(content, "little")

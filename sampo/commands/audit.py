@@ -1,0 +1,102 @@
+"""`sampo audit DATA`: what is wrong with preference data, how long its sides are, and what length alone explains."""
+
+import argparse
+import logging
+import shlex
+from pathlib import Path
+
+FAULTY = 3  # exit code: bad rows, or a file that breaks off; the audit is complete without them
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog="sampo audit",
+        allow_abbrev=False,
+        description="Look at every row of preference data: faults with row numbers, lengths, what length alone says "
+        "about the preference, what SamPO would count, what `max_length` would cut, duplicates within and across "
+        f"splits. Exit code 0: no faults; {FAULTY}: faults, all listed, the rest audited; 1: no audit is possible.",
+    )
+    parser.add_argument("data", nargs="+", help="files, folders or hub ids; all their splits are read")
+    parser.add_argument("--tokenizer", metavar="T", help="of the model to train: lengths in its tokens, else in words")
+    parser.add_argument("--by", metavar="COLUMN", help="everything also for each value of this column")
+    parser.add_argument(
+        "--max_length", type=int, nargs="+", default=[], metavar="N", help="say what each of these would cut"
+    )
+    parser.add_argument("--truncation_mode", default="keep_start", choices=("keep_start", "keep_end"))
+    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="read these only")
+    parser.add_argument("--name", help="configuration of a hub data set, or sub-folder")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in the source, as prompt=question"
+    )
+    parser.add_argument("--label", help="what to call the data in tables and records")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, records.jsonl and pairs.parquet")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Audit, and say what was found."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        code = _audit(args)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"sampo audit: error: {error}") from None
+    if code:
+        raise SystemExit(code)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ..audit import files, report
+    from ..audit.audit import audit_preferences
+    from .progress import progress
+
+    columns = _columns(args.columns)
+    if args.tokenizer:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+    with progress("pairs") as advance:
+        audit = audit_preferences(
+            *args.data,
+            tokenizer=args.tokenizer,
+            by=args.by,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            splits=args.splits,
+            name=args.name,
+            columns=columns,
+            label=args.label,
+            progress=advance,
+        )
+    console = Console(highlight=False)
+    for table in report.tables(audit):
+        console.print(table)
+    for line in [*report.fault_lines(audit), "", report.clean(report.conclusion(audit))]:
+        console.print(line, markup=False, soft_wrap=True)
+    if args.out:
+        written = files.write(audit, args.out, command=_command(args))
+        console.print(f"Written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
+    return FAULTY if audit.has_faults else 0
+
+
+def _columns(words: list[str]) -> dict[str, str]:
+    pairs = [word.split("=", 1) for word in words]
+    if wrong := [word for word, pair in zip(words, pairs, strict=True) if len(pair) < 2]:
+        raise ValueError(f"`columns` must be given as OURS=THEIRS, such as prompt=question, got {wrong[0]!r}.")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that measures the same again."""
+    words = ["sampo", "audit", *args.data]
+    for name in ("tokenizer", "by", "name", "label"):
+        if getattr(args, name):
+            words += [f"--{name}", getattr(args, name)]
+    for name in ("max_length", "splits", "columns"):
+        if getattr(args, name):
+            words += [f"--{name}", *map(str, getattr(args, name))]
+    if args.truncation_mode != "keep_start":
+        words += ["--truncation_mode", args.truncation_mode]
+    return shlex.join(words)
