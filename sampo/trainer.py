@@ -47,6 +47,7 @@ from trl.trainer.utils import add_fused_lm_head
 from .cached_reference import CachedReferenceTrainer
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
+from .end_tokens import end_token_ids
 from .guards import check_data, refuse_another_engine, refuse_separate_processes
 from .head import score_places
 from .lengths import LengthSums, TokenCounts, count_tokens
@@ -57,6 +58,7 @@ from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .resuming import ResumableTrainer
 from .run_state import RunState
 from .weighting import (
+    EVAL_EPOCH,
     WEIGHTINGS,
     draw_keys,
     fingerprints,
@@ -68,7 +70,6 @@ from .weighting import (
 
 logger = get_logger(__name__)
 
-EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS)
 _TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
 _WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
@@ -247,7 +248,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             self._sft_weight = sum(weight for name, weight in terms if name == "sft")
             self.loss_types = [name for name, _ in terms if name != "sft"]
             self.loss_weights = [weight for name, weight in terms if name != "sft"]
-        self._end_token_ids = _end_token_ids(self._tokenizer, self.model.generation_config)
+        self._end_token_ids = end_token_ids(self._tokenizer, self.model.generation_config)
         self._length_scale = self._find_length_scale()
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
@@ -845,22 +846,3 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             section = f"\n## Method\n\nTrained with sampo. Method: {self._method_in_words()}.\n"
             section += f"Reference: {self._reference_in_words()}. Beta {self.beta}, loss {self.args.loss_type}.\n"
             path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
-
-
-def _end_token_ids(tokenizer, generation_config) -> list[int]:
-    """EOS first, then whatever else ends a turn: the model's other EOS ids, and the template's end of a turn."""
-    from jinja2 import TemplateError
-
-    eos = generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
-    if tokenizer.chat_template:
-        answer = "An answer."
-        turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
-        try:
-            text = tokenizer.apply_chat_template(turn, tokenize=False)
-        except TemplateError:  # a template for other roles: then EOS has to do
-            text = answer
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        after = tokenizer(text.rsplit(answer, 1)[-1], add_special_tokens=False)["input_ids"]
-        ids += [token for token in after if token in special]
-    return list(dict.fromkeys(i for i in ids if i is not None))

@@ -63,7 +63,7 @@ def train(
     """
     options = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6} | options
     if no_shard_on == int(os.environ.get("RANK", "0")):
-        ref_logps._replace = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
+        ref_logps.write_whole = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
     trainer = SamPOTrainer(
         model=model,
         args=SamPOConfig(**training_options(out, **options)),

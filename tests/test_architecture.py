@@ -12,6 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # who may import whom inside the package; commands may import everything, nothing imports commands but the cli
 ARROWS = {
     "weighting": set(),
+    "end_tokens": set(),
     "lengths": set(),
     "results": set(),
     "memory": set(),
@@ -27,6 +28,8 @@ ARROWS = {
     "pair_stream": {"head", "stream_attention"},
     "ref_key": set(),
     "ref_logps": {"ref_key"},
+    "pair_scores": {"head", "pair_stream", "ref_key", "ref_logps", "weighting"},
+    "diagnostics": {"evaluation"},
     "cached_reference": {"config", "ref_key", "ref_logps"},
     "checkpoints": set(),
     "run_identity": set(),
@@ -36,6 +39,7 @@ ARROWS = {
     "resuming": {"checkpoints", "lengths", "run_identity"},
     "trainer": {
         *("weighting", "config", "data", "head", "lengths", "pair_stream", "pieces", "cached_reference", "ref_logps"),
+        "end_tokens",
         *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
