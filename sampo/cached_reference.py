@@ -74,7 +74,7 @@ class CachedReferenceTrainer(DPOTrainer):
 
     def __init__(self, model, ref_model, args: SamPOConfig, *rest, **kwargs):
         self._ref_path: str | None = None
-        self._ref_identity: dict[str, str] | None = None  # the fields of the key that the reference fills
+        self._ref_identity: dict[str, Any] | None = None  # the fields of the key that the reference fills
         self.ref_caches: list[Filled] = []
         if isinstance(ref_model, str):
             if args.precompute_ref_log_probs and not _uses_fsdp(args):
@@ -126,7 +126,7 @@ class CachedReferenceTrainer(DPOTrainer):
             storage_dtype=self.args.ref_cache_dtype,
         )
 
-    def _identify_reference(self) -> dict[str, str]:
+    def _identify_reference(self) -> dict[str, Any]:
         """The fields of the key that the reference fills, the same on all processes."""
         arithmetic = self.accelerator.mixed_precision
         if self._ref_path is not None:

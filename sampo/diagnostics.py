@@ -20,6 +20,8 @@ CLASSES = ("first", "inner", "end", "after")  # of a completion's tokens; `after
 SIDES = ("chosen", "rejected")
 PLAIN = "all"  # the weighting of the plain sums, whose scores are DPO's implicit rewards
 
+_NOTHING = np.zeros((2, 0, 0))
+
 QUANTITIES = {
     "pressure": "length pressure, mean over pairs; below 0, training lengthens (nats per unit of the end logit)",
     "accuracy": "share of pairs whose margin is above 0, half for 0",
@@ -58,7 +60,7 @@ class PairScores:
         tokens: `(2, n)` T_w and T_l.
         pressure: method -> `(n,)` length pressure.
         margins: method -> `(n,)` S_w − S_l in nats, without β; empty without a reference.
-        log_ratio: `(2, n)` Σ log-ratio over all tokens; None without a reference.
+        log_ratio: `(2, n)` Σ log-ratio over all tokens. This and what follows is empty without a reference.
         place_sums: `(2, n, K)` Σ log-ratio over the tokens 2^k − 1 … 2^(k+1) − 2 of a response, from 0.
         place_counts: `(2, n, K)` how many those are.
         class_sums: `(2, n, 4)` the same over `CLASSES`.
@@ -69,11 +71,11 @@ class PairScores:
     tokens: np.ndarray
     pressure: dict[str, np.ndarray]
     margins: dict[str, np.ndarray]
-    log_ratio: np.ndarray | None = None
-    place_sums: np.ndarray | None = None
-    place_counts: np.ndarray | None = None
-    class_sums: np.ndarray | None = None
-    class_counts: np.ndarray | None = None
+    log_ratio: np.ndarray
+    place_sums: np.ndarray
+    place_counts: np.ndarray
+    class_sums: np.ndarray
+    class_counts: np.ndarray
 
     @property
     def difference(self) -> np.ndarray:
@@ -93,22 +95,28 @@ def read_scores(paths: Sequence[Path]) -> PairScores:
     parts = [_read_shard(path) for path in paths]
     together = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in _TOKEN_SUMS}
     sums = {}
-    if _TOKEN_SUMS[0] in parts[0]:
-        for name in _TOKEN_SUMS:
-            widest = max(part[name].shape[2] for part in parts)
-            padded = [np.pad(p[name], ((0, 0), (0, 0), (0, widest - p[name].shape[2]))) for p in parts]
-            sums[name] = np.concatenate(padded, axis=1)
-    both = {name: np.stack([together[f"{side}_{name}"] for side in SIDES]) for name in ("tokens",)}
-    log_ratio = np.stack([together[f"{side}_log_ratio"] for side in SIDES]) if sums else None
+    for name in set(_TOKEN_SUMS) & set(parts[0]):
+        widest = max(part[name].shape[2] for part in parts)
+        sums[name] = np.concatenate([_widened(part[name], widest) for part in parts], axis=1)
     methods = [name.removeprefix("pressure/") for name in together if name.startswith("pressure/")]
+
+    def sides(name: str) -> np.ndarray:
+        return np.stack([together[f"{side}_{name}"] for side in SIDES])
+
+    scored = methods if sums else []
     return PairScores(
         prompts=codes_of(together["prompt"])[0],
-        tokens=both["tokens"],
-        pressure={m: together[f"pressure/{m}"] for m in methods},
-        margins={m: together[f"chosen_score/{m}"] - together[f"rejected_score/{m}"] for m in methods} if sums else {},
-        log_ratio=log_ratio,
-        **sums,
+        tokens=sides("tokens"),
+        pressure={method: together[f"pressure/{method}"] for method in methods},
+        margins={method: np.subtract(*sides(f"score/{method}")) for method in scored},
+        log_ratio=sides("log_ratio") if sums else _NOTHING,
+        **(dict.fromkeys(_TOKEN_SUMS, _NOTHING) | sums),
     )
+
+
+def _widened(values: np.ndarray, width: int) -> np.ndarray:
+    """`(…, K)` -> `(…, width)` with zeros."""
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
 
 
 _TOKEN_SUMS = ("place_sums", "place_counts", "class_sums", "class_counts")
@@ -128,7 +136,7 @@ def _read_shard(path: Path) -> dict[str, np.ndarray]:
         sides = [_token_sums(table.column(f), columns[f"{s}_end_place"]) for f, s in zip(lists, SIDES, strict=True)]
         for i, name in enumerate(_TOKEN_SUMS):
             width = max(side[i].shape[1] for side in sides)
-            columns[name] = np.stack([np.pad(s[i], ((0, 0), (0, width - s[i].shape[1]))) for s in sides])
+            columns[name] = np.stack([_widened(side[i], width) for side in sides])
     return columns
 
 
@@ -170,7 +178,7 @@ def findings(
         seed: of the bootstrap.
     """
     found = list(_pressures(scores, by or {}))
-    if scores.log_ratio is not None:
+    if scores.margins:
         found += [*_accuracies(scores), *_curve(scores, beta), *_profiles(scores)]
         found += _moment_statistics(scores, beta, quality, resamples, seed)
     return found
@@ -208,7 +216,6 @@ def _accuracies(scores: PairScores) -> Iterator[Finding]:
 
 def _curve(scores: PairScores, beta: float) -> Iterator[Finding]:
     """The reward of responses in bins of about as many, by length."""
-    assert scores.log_ratio is not None
     tokens, reward = scores.tokens.ravel(), beta * scores.log_ratio.ravel()
     prompts = np.tile(scores.prompts, 2)
     borders = np.unique(np.quantile(tokens, np.arange(1, CURVE_BINS) / CURVE_BINS))
@@ -221,17 +228,14 @@ def _curve(scores: PairScores, beta: float) -> Iterator[Finding]:
 
 
 def _profiles(scores: PairScores) -> Iterator[Finding]:
-    assert scores.place_sums is not None and scores.place_counts is not None
-    assert scores.class_sums is not None and scores.class_counts is not None
     for i, side in enumerate(SIDES):
-        for k in range(scores.place_sums.shape[2]):
-            if scores.place_counts[i, :, k].any():
-                estimate = _ratio(scores.place_sums[i, :, k], scores.place_counts[i, :, k], scores.prompts)
-                yield Finding("log_ratio_at", {"side": side, "from": 2**k - 1, "to": 2 ** (k + 1) - 2}, estimate)
-        for k, kind in enumerate(CLASSES):
-            if scores.class_counts[i, :, k].any():
-                estimate = _ratio(scores.class_sums[i, :, k], scores.class_counts[i, :, k], scores.prompts)
-                yield Finding("log_ratio_of", {"side": side, "class": kind}, estimate)
+        for k, (sums, counts) in enumerate(zip(scores.place_sums[i].T, scores.place_counts[i].T, strict=True)):
+            if counts.any():
+                labels = {"side": side, "from": 2**k - 1, "to": 2 ** (k + 1) - 2}
+                yield Finding("log_ratio_at", labels, _ratio(sums, counts, scores.prompts))
+        for kind, sums, counts in zip(CLASSES, scores.class_sums[i].T, scores.class_counts[i].T, strict=True):
+            if counts.any():
+                yield Finding("log_ratio_of", {"side": side, "class": kind}, _ratio(sums, counts, scores.prompts))
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray, prompts: np.ndarray, confidence: float = 0.95) -> Estimate:
@@ -253,7 +257,7 @@ def _recode(prompts: np.ndarray) -> np.ndarray:
     return np.unique(prompts, return_inverse=True)[1]
 
 
-# --- slopes and correlations: functions of sums over prompts, so that a bootstrap only draws how often each counts ----
+# --- slopes and correlations, as functions of sums over prompts: a bootstrap draws how often each prompt counts ------
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # `(R, P)` how often each prompt counts -> `(R,)`
 
@@ -319,7 +323,6 @@ class Moments:
 def _moment_statistics(
     scores: PairScores, beta: float, quality: np.ndarray | None, resamples: int, seed: int
 ) -> list[Finding]:
-    assert scores.log_ratio is not None
     n = scores.tokens.shape[1]
     responses = Moments(
         np.tile(scores.prompts, 2),

@@ -85,7 +85,7 @@ def data_hash(dataset: Dataset) -> str:
     return total.hexdigest()
 
 
-def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "no") -> dict[str, str] | None:
+def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "no") -> dict[str, Any] | None:
     """The fields of a key that a reference fills, from its files alone; None where those do not say it all.
 
     Args:
@@ -104,7 +104,7 @@ def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "
     }
 
 
-def identity_of_model(model, arithmetic: str = "no", adapter: str = "ref") -> dict[str, str]:
+def identity_of_model(model, arithmetic: str = "no", adapter: str = "ref") -> dict[str, Any]:
     """The same from a model at hand, not wrapped; under ZeRO-3 and FSDP2 all processes must call this.
 
     Args:

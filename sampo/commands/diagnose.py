@@ -131,16 +131,15 @@ def _fill_defaults(args: argparse.Namespace) -> None:
 
 
 def _names(policies: list[str]) -> list[str]:
-    """Short names of the checkpoints, each its own."""
-    short = [Path(name.rstrip("/")).name for name in policies]
-    again = Counter(short)
+    """Short names of the checkpoints, each its own, that can also be names of folders."""
+    last = [Path(name).name for name in policies]
+    again = Counter(last)
     return [
-        name if again[last] == 1 else name.strip("/").replace("/", "-")
-        for name, last in zip(policies, short, strict=True)
+        short if again[short] == 1 else "-".join(Path(n).parts[-2:]) for n, short in zip(policies, last, strict=True)
     ]
 
 
-# --- before the first forward pass -------------------------------------------------------------------------------------
+# --- before the first forward pass ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -280,7 +279,7 @@ def _quality(args: argparse.Namespace, pairs: Any) -> Any:
     return values
 
 
-# --- forward passes ----------------------------------------------------------------------------------------------------
+# --- forward passes -------------------------------------------------------------------------------------------------
 
 
 def _add_reference(args: argparse.Namespace, setup: _Setup, reference: LazyModel) -> None:
@@ -290,7 +289,7 @@ def _add_reference(args: argparse.Namespace, setup: _Setup, reference: LazyModel
     from ..ref_logps import RefCache, cache_root
     from .progress import progress
 
-    def cache(identity: dict[str, str]) -> RefCache:
+    def cache(identity: dict[str, Any]) -> RefCache:
         key = RefKey(
             **identity,
             data=setup.data,

@@ -10,6 +10,8 @@ from ..evaluation.intervals import FEW, Estimate
 if TYPE_CHECKING:
     from rich.table import Table
 
+LOG_WIDTH = 140  # columns where there is no terminal to ask
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -34,6 +36,8 @@ def show(page: Sequence[Checkpoint]) -> None:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     for table in tables(page):
         console.print(table)
     for checkpoint in page:
@@ -49,21 +53,32 @@ def tables(page: Sequence[Checkpoint]) -> list["Table"]:
 
 
 def cell(estimate: Estimate | None, digits: int = 3) -> str:
-    """Value and half the width of its interval, or both bounds where they are not alike."""
+    """The value, and ± half the width of its interval; the records have both bounds."""
     if estimate is None or estimate.value is None:
         return "–"
-    value = f"{estimate.value:+.{digits}f}"
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} ({estimate.low:+.{digits}f} … {estimate.high:+.{digits}f})"
+    half = "" if estimate.interval is None else f" ± {_half(estimate):.{digits}f}"
+    return f"{estimate.value:+.{digits}f}{half}"
 
 
 def share(estimate: Estimate | None) -> str:
-    """A share in per cent with its interval."""
+    """The same of a share, in per cent."""
     if estimate is None or estimate.value is None:
         return "–"
-    bounds = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:.0%} … {estimate.high:.0%})"
-    return f"{estimate.value:.0%}{bounds}"
+    half = "" if estimate.interval is None else f" ± {100 * _half(estimate):.0f}"
+    return f"{100 * estimate.value:.0f}{half} %"
+
+
+def explained(estimate: Estimate | None) -> str:
+    """A share of variance in per cent with both bounds, for it cannot be below 0."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    bounds = "" if estimate.interval is None else f" ({' … '.join(f'{100 * each:.0f}' for each in estimate.interval)})"
+    return f"{100 * estimate.value:.0f}{bounds} %"
+
+
+def _half(estimate: Estimate) -> float:
+    low, high = estimate.interval or (0.0, 0.0)
+    return (high - low) / 2
 
 
 def _table(title: str, heads: Sequence[str]) -> "Table":
@@ -72,14 +87,14 @@ def _table(title: str, heads: Sequence[str]) -> "Table":
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number < 2 else "right", overflow="fold")
+        table.add_column(head, justify="left" if number < 2 else "right", no_wrap=number < 2)
     return table
 
 
 def _pressures(page: Sequence[Checkpoint]) -> "Table":
     groups = list(dict.fromkeys(f.labels["group"] for c in page for f in c.of("pressure")))
     table = _table(
-        "Length pressure: below 0, training lengthens (mean over pairs, 95 % interval)",
+        "Length pressure: below 0, training lengthens (mean over pairs, ± half of the 95 % interval)",
         ["checkpoint", "method", *groups],
     )
     for checkpoint in page:
@@ -116,9 +131,9 @@ def _rewards(page: Sequence[Checkpoint]) -> "Table":
     for checkpoint in page:
         for finding in checkpoint.of("reward"):
             table.add_row(checkpoint.name, f"{finding.labels['from']}–{finding.labels['to']}", cell(finding.estimate))
-        slope, explained = checkpoint.one("reward_slope"), checkpoint.one("reward_r2")
+        slope, r2 = checkpoint.one("reward_slope"), checkpoint.one("reward_r2")
         table.add_row(checkpoint.name, "slope per 100 tokens", cell(slope))
-        table.add_row(checkpoint.name, "share explained (R²)", share(explained), end_section=True)
+        table.add_row(checkpoint.name, "share explained (R²)", explained(r2), end_section=True)
     return table
 
 
@@ -144,8 +159,8 @@ def sentence(checkpoint: Checkpoint) -> str:
     if checkpoint.of("accuracy") and (correlation is None or correlation.value is None):
         parts.append("All its margins, or all differences of length, are alike: nothing can be said of length there.")
     elif correlation is not None and correlation.value is not None:
-        explained = checkpoint.one("margin_r2", method=PLAIN)
-        words = f"The difference of lengths explains {share(explained)} of the variance of its margins"
+        r2 = checkpoint.one("margin_r2", method=PLAIN)
+        words = f"The difference of lengths explains {explained(r2)} of the variance of its margins"
         if slope is not None and slope.value is not None:
             words += f", 100 tokens more change a response's reward by {cell(slope)}"
         if longer is not None and shorter is not None:
@@ -161,12 +176,13 @@ def sentence(checkpoint: Checkpoint) -> str:
 
 
 def _pressure_in_words(checkpoint: Checkpoint) -> str:
-    signs: dict[str, list[str]] = {"lengthens": [], "shortens": [], "is not told from 0": []}
+    signs: dict[str, list[str]] = {"lengthens": [], "shortens": [], "has no sure direction": []}
     for finding in checkpoint.of("pressure", group="all"):
-        interval = finding.estimate.interval
-        if interval is None or interval[0] <= 0 <= interval[1]:
-            signs["is not told from 0"].append(finding.labels["method"])
-        else:
-            signs["lengthens" if interval[1] < 0 else "shortens"].append(finding.labels["method"])
-    told = [f"{word}: {', '.join(names)}" for word, names in signs.items() if names]
-    return f"by the length pressure over all pairs, training on them {'; '.join(told)}."
+        method, interval = finding.labels["method"], finding.estimate.interval
+        if "+" in method:  # the table has the variants
+            continue
+        sure = interval is not None and (interval[0] > 0 or interval[1] < 0)
+        falls = sure and interval is not None and interval[1] < 0
+        signs["lengthens" if falls else "shortens" if sure else "has no sure direction"].append(method)
+    told = [f"{word} with {', '.join(names)}" for word, names in signs.items() if names]
+    return f"by the length pressure over all these pairs, a first step {'; it '.join(told)}."

@@ -17,7 +17,8 @@ class LazyModel:
         from ..adapters import base_of
         from ..evaluation.models import has_adapter
 
-        self.name, self._args, self._model = name, args, None
+        self.name, self._args = name, args
+        self._model: Any = None
         self.adapter = has_adapter(name)
         self.base, self._revision = base_of(name) if self.adapter else (name, None)
         # as `sampo train` loads a model: the reference cache has these settings in its key
@@ -47,13 +48,13 @@ class LazyModel:
         """Forget it."""
         self._model = None
 
-    def file_identity(self) -> dict[str, str] | None:
+    def file_identity(self) -> dict[str, Any] | None:
         """What its log-probs depend on, without loading it, if its files say that."""
         from ..ref_key import identity_of_files
 
         return None if self.adapter else identity_of_files(self.name, self._settings, self.arithmetic)
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """The same from the loaded model."""
         from ..ref_key import identity_of_model
 
