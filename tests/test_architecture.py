@@ -44,6 +44,7 @@ ARROWS = {
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results"},
+    "report": {"diagnostics"},
     "cli": {"commands"},
 }
 
