@@ -33,7 +33,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from .config import SamPOConfig
-from .ref_key import ID_COLUMNS, RefKey, config_hash, data_hash, files_hash, weights_hash
+from .ref_key import ID_COLUMNS, RefKey, data_hash, identity_of_files, identity_of_model
 from .ref_logps import (
     CHOSEN,
     REJECTED,
@@ -74,7 +74,7 @@ class CachedReferenceTrainer(DPOTrainer):
 
     def __init__(self, model, ref_model, args: SamPOConfig, *rest, **kwargs):
         self._ref_path: str | None = None
-        self._ref_identity: dict[str, str] | None = None  # the fields of the key that the reference fills
+        self._ref_identity: dict[str, Any] | None = None  # the fields of the key that the reference fills
         self.ref_caches: list[Filled] = []
         if isinstance(ref_model, str):
             if args.precompute_ref_log_probs and not _uses_fsdp(args):
@@ -119,40 +119,23 @@ class CachedReferenceTrainer(DPOTrainer):
         if self._ref_identity is None:
             self._ref_identity = self._identify_reference()
         return RefKey(
-            weights=self._ref_identity["weights"],
-            config=self._ref_identity["config"],
-            compute_dtype=self._ref_identity["compute_dtype"],
-            attention=self._ref_identity["attention"],
+            **self._ref_identity,
             data=self._on_main(lambda: data_hash(dataset)),
             max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode,
             storage_dtype=self.args.ref_cache_dtype,
         )
 
-    def _identify_reference(self) -> dict[str, str]:
+    def _identify_reference(self) -> dict[str, Any]:
         """The fields of the key that the reference fills, the same on all processes."""
         arithmetic = self.accelerator.mixed_precision
-        arithmetic = "" if arithmetic == "no" else f" in {arithmetic}"
         if self._ref_path is not None:
-            hashed = self._on_main(lambda: files_hash(str(self._ref_path)))
-            if hashed is not None:
-                settings = {"dtype": "float32", "attn_implementation": None, **_loading(self.args)}
-                return {
-                    "weights": hashed,
-                    "config": str(sorted((k, str(v)) for k, v in settings.items())),
-                    "compute_dtype": str(settings["dtype"]) + arithmetic,
-                    "attention": str(settings["attn_implementation"]),
-                }
+            settings = {"dtype": "float32", "attn_implementation": None, **_loading(self.args)}
+            found = self._on_main(lambda: identity_of_files(str(self._ref_path), settings, arithmetic))
+            if found is not None:
+                return found
         with self._reference_at_hand():
-            model = self.accelerator.unwrap_model(self.ref_model or self.model)
-            attention = model.config.get_text_config()._attn_implementation
-            identity = {
-                "weights": weights_hash(model),
-                "config": config_hash(model),
-                "compute_dtype": str(model.dtype).removeprefix("torch.") + arithmetic,
-                # the pair stream registers itself in the place of `sdpa`, which it computes
-                "attention": "sdpa" if attention.startswith("sampo") else attention,
-            }
+            identity = identity_of_model(self.accelerator.unwrap_model(self.ref_model or self.model), arithmetic)
         return self._on_main(lambda: identity)
 
     # --- the reference ---------------------------------------------------------------------------------------------

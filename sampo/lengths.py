@@ -4,9 +4,7 @@ The length of a response is the number of its completion tokens after truncation
 chosen, T_l of the rejected one).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -179,21 +177,3 @@ def kept_tokens(
         return list(sides)
     room = max_length - prompt if truncation_mode == "keep_start" else np.full_like(prompt, max_length)
     return [np.minimum(side, room) for side in sides]
-
-
-def end_token_ids(tokenizer: Any, eos: Iterable[int | None] = ()) -> list[int]:
-    """EOS first, then whatever else ends a turn: a model's other EOS ids, and the template's end of a turn."""
-    from jinja2 import TemplateError
-
-    ids = [tokenizer.eos_token_id, *eos]
-    if tokenizer.chat_template:
-        answer = "An answer."
-        turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
-        try:
-            text = tokenizer.apply_chat_template(turn, tokenize=False)
-        except TemplateError:  # a template for other roles: then EOS has to do
-            text = answer
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        after = tokenizer(text.rsplit(answer, 1)[-1], add_special_tokens=False)["input_ids"]
-        ids += [token for token in after if token in special]
-    return list(dict.fromkeys(i for i in ids if i is not None))

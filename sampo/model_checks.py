@@ -11,29 +11,36 @@ from typing import Any
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
 
-def faults_of_model_folder(name: str, *, trust_remote_code: bool = False) -> list[str]:
+def faults_of_model_folder(
+    name: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
+) -> list[str]:
     """Of a local folder: its configuration, its tokenizer, and its weights, by their headers. A hub id has none here.
 
     Args:
         name: What the user gave.
         trust_remote_code: Whether the folder may bring code of its own.
+        option: By which it was given.
     """
     folder = Path(name).expanduser()
+
+    def fault(what: str) -> str:
+        return f"`{option}` must be a folder with a model, or a model id on the hub, got {name!r}, and {what}"
+
     if not folder.exists():
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-        return [_model_fault(name, "there is no such folder. Check the spelling.")] if looks_like_path else []
+        return [fault("there is no such folder. Check the spelling.")] if looks_like_path else []
     if not folder.is_dir():
-        return [_model_fault(name, "it is a file. Name the folder that holds the model.")]
-    faults = [_model_fault(name, fault) for fault in _faults_of_json(folder)]
+        return [fault("it is a file. Name the folder that holds the model.")]
+    faults = [fault(what) for what in _faults_of_json(folder)]
     weights = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
     if not weights:
-        faults.append(_model_fault(name, f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again."))
+        faults.append(fault(f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again."))
     for path in weights:
-        if path.suffix == ".safetensors" and (fault := _fault_of_safetensors(path)):
-            faults.append(_model_fault(name, f"{path.name} is damaged: {fault}. Fetch or save it again."))
+        if path.suffix == ".safetensors" and (damage := _fault_of_safetensors(path)):
+            faults.append(fault(f"{path.name} is damaged: {damage}. Fetch or save it again."))
     if faults or any(path.suffix == ".gguf" for path in weights):
         return faults
-    return [_model_fault(name, fault) for fault in _faults_of_kind(folder, trust_remote_code)]
+    return [fault(what) for what in _faults_of_kind(folder, trust_remote_code)]
 
 
 def _faults_of_json(folder: Path) -> list[str]:
@@ -82,10 +89,6 @@ def _fault_of_safetensors(path: Path) -> str | None:
             return None
     except (SafetensorError, OSError) as error:
         return str(error)
-
-
-def _model_fault(name: str, what: str) -> str:
-    return f"`model_name_or_path` must be a folder with a model, or a model id on the hub, got {name!r}, and {what}"
 
 
 def faults_of_tokenizer(tokenizer: Any) -> list[str]:

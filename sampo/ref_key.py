@@ -85,6 +85,47 @@ def data_hash(dataset: Dataset) -> str:
     return total.hexdigest()
 
 
+def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "no") -> dict[str, Any] | None:
+    """The fields of a key that a reference fills, from its files alone; None where those do not say it all.
+
+    Args:
+        folder: of the model.
+        settings: with which it would be loaded, `dtype` and `attn_implementation` among them.
+        arithmetic: type to which autocast changes the arithmetic, or `no`.
+    """
+    hashed = files_hash(folder)
+    if hashed is None:
+        return None
+    return {
+        "weights": hashed,
+        "config": str(sorted((k, str(v)) for k, v in settings.items())),
+        "compute_dtype": str(settings["dtype"]) + _in_words(arithmetic),
+        "attention": str(settings["attn_implementation"]),
+    }
+
+
+def identity_of_model(model, arithmetic: str = "no", adapter: str = "ref") -> dict[str, Any]:
+    """The same from a model at hand, not wrapped; under ZeRO-3 and FSDP2 all processes must call this.
+
+    Args:
+        model: A PEFT model stands for its base, with the adapter of this name if it has one.
+        arithmetic: type to which autocast changes the arithmetic, or `no`.
+        adapter: "ref" for the model that it is a reference of, another name for what it is itself.
+    """
+    attention = model.config.get_text_config()._attn_implementation
+    return {
+        "weights": weights_hash(model, adapter),
+        "config": config_hash(model, adapter),
+        "compute_dtype": str(model.dtype).removeprefix("torch.") + _in_words(arithmetic),
+        # the pair stream registers itself in the place of `sdpa`, which it computes
+        "attention": "sdpa" if attention.startswith("sampo") else attention,
+    }
+
+
+def _in_words(arithmetic: str) -> str:
+    return "" if arithmetic == "no" else f" in {arithmetic}"
+
+
 def files_hash(folder: str | Path) -> str | None:
     """Hash of a model's files in a local folder, without loading it; None where that is not all the model is.
 
@@ -101,28 +142,29 @@ def files_hash(folder: str | Path) -> str | None:
     return f"files:{total.hexdigest()}"
 
 
-def weights_hash(model) -> str:
+def weights_hash(model, adapter: str = "ref") -> str:
     """Hash of the parameters with which a model is the reference.
 
     Under ZeRO-3 and FSDP2 each process holds a part of each parameter: then all processes must call this.
 
     Args:
-        model: not wrapped. A PEFT model stands for its base, with its "ref" adapter if it has one.
+        model: not wrapped. A PEFT model stands for its base, with the adapter of this name if it has one.
+        adapter: its name.
     """
     total = hashlib.sha256()
-    for name, tensor in _reference_tensors(model):
+    for name, tensor in _reference_tensors(model, adapter):
         with _whole(tensor) as whole:
             total.update(f"{name} {whole.dtype} {list(whole.shape)}\n".encode())
             total.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"tensors:{total.hexdigest()}"
 
 
-def config_hash(model) -> str:
-    """Hash of a model's config, and of its "ref" adapter's, without what has no influence on log-probs."""
+def config_hash(model, adapter: str = "ref") -> str:
+    """Hash of a model's config, and of that adapter's if it has it, without what has no influence on log-probs."""
     parts = [_plain(model.config.to_dict())]
-    if is_peft_model(model) and "ref" in model.peft_config:
-        adapter = model.peft_config["ref"].to_dict()
-        parts.append({k: v for k, v in adapter.items() if k not in ("base_model_name_or_path", "inference_mode")})
+    if is_peft_model(model) and adapter in model.peft_config:
+        settings = model.peft_config[adapter].to_dict()
+        parts.append({k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "inference_mode")})
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_stable).encode()).hexdigest()
 
 
@@ -135,7 +177,7 @@ def _stable(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
-def _reference_tensors(model) -> Iterator[tuple[str, Tensor]]:
+def _reference_tensors(model, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by name, sorted; names are those of the base model without adapters."""
     adapters = set(model.peft_config) if is_peft_model(model) else set()
     base = model.get_base_model() if adapters else model
@@ -145,8 +187,8 @@ def _reference_tensors(model) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         if not adapters & set(name.split(".")):
             found[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-    if "ref" in adapters:
-        found |= {f"ref/{name}": p for name, p in model.named_parameters() if "ref" in name.split(".")}
+    if adapter in adapters:
+        found |= {f"{adapter}/{name}": p for name, p in model.named_parameters() if adapter in name.split(".")}
     yield from sorted(found.items())
 
 

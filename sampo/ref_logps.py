@@ -131,7 +131,7 @@ class RefCache:
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
         content = sink.getvalue()
-        _replace(self._path(shard), content)
+        write_whole(self._path(shard), content)
         digest = hashlib.sha256(content).hexdigest()
         tokens = sum(map(len, chosen)) + sum(map(len, rejected))
         return {"index": shard.number, "sha256": digest, "bytes": len(content), "tokens": tokens}
@@ -208,7 +208,7 @@ class RefCache:
         return manifest
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        _replace(self.manifest_path, json.dumps(manifest, indent=1).encode())
+        write_whole(self.manifest_path, json.dumps(manifest, indent=1).encode())
 
     def _verify(self, shard: Shard, manifest: dict[str, Any]) -> bool:
         """Whether the shard is there and whole."""
@@ -320,7 +320,7 @@ class RefCollator:
         return batch
 
 
-def _replace(path: Path, content) -> None:
+def write_whole(path: Path, content) -> None:
     """Write a file so that it is either there, whole, or not."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with aside.open("wb") as file:

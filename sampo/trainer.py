@@ -47,9 +47,10 @@ from trl.trainer.utils import add_fused_lm_head
 from .cached_reference import CachedReferenceTrainer
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
+from .end_tokens import end_token_ids
 from .guards import check_data, refuse_another_engine, refuse_separate_processes
 from .head import score_places
-from .lengths import LengthSums, TokenCounts, count_tokens, end_token_ids
+from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
@@ -57,6 +58,7 @@ from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .resuming import ResumableTrainer
 from .run_state import RunState
 from .weighting import (
+    EVAL_EPOCH,
     WEIGHTINGS,
     draw_keys,
     fingerprints,
@@ -68,7 +70,6 @@ from .weighting import (
 
 logger = get_logger(__name__)
 
-EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS)
 _TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
 _WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
@@ -247,8 +248,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             self._sft_weight = sum(weight for name, weight in terms if name == "sft")
             self.loss_types = [name for name, _ in terms if name != "sft"]
             self.loss_weights = [weight for name, weight in terms if name != "sft"]
-        eos = self.model.generation_config.eos_token_id
-        self._end_token_ids = end_token_ids(self._tokenizer, eos if isinstance(eos, list) else [eos])
+        self._end_token_ids = end_token_ids(self._tokenizer, self.model.generation_config)
         self._length_scale = self._find_length_scale()
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False

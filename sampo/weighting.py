@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
 _INT64_MAX = torch.iinfo(torch.int64).max
 
 

@@ -12,12 +12,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # who may import whom inside the package; commands may import everything, nothing imports commands but the cli
 ARROWS = {
     "weighting": set(),
+    "end_tokens": set(),
     "lengths": set(),
     "results": set(),
     "memory": set(),
-    "audit": {"audit", "data", "data_files", "evaluation", "lengths", "pair_files", "pair_rows", "results"},
+    "audit": {"audit", "data", "data_files", "end_tokens", "evaluation", "lengths", "pair_files", "pair_rows", "results"},
     "data_files": {"pair_rows"},
-    "report": {"audit", "evaluation", "report", "results"},
     "pair_files": {"data_files", "pair_rows"},
     "pair_rows": set(),
     "data": {"pair_files", "pair_rows"},
@@ -30,6 +30,8 @@ ARROWS = {
     "pair_stream": {"head", "stream_attention"},
     "ref_key": set(),
     "ref_logps": {"ref_key"},
+    "pair_scores": {"head", "pair_stream", "ref_key", "ref_logps", "weighting"},
+    "diagnostics": {"evaluation"},
     "cached_reference": {"config", "ref_key", "ref_logps"},
     "checkpoints": set(),
     "run_identity": set(),
@@ -39,10 +41,12 @@ ARROWS = {
     "resuming": {"checkpoints", "lengths", "run_identity"},
     "trainer": {
         *("weighting", "config", "data", "head", "lengths", "pair_stream", "pieces", "cached_reference", "ref_logps"),
+        "end_tokens",
         *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results"},
+    "report": {"audit", "diagnostics", "evaluation", "report", "results"},
     "cli": {"commands"},
 }
 

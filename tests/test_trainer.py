@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config import LOSS_TYPES
-from sampo.lengths import end_token_ids
+from sampo.end_tokens import end_token_ids
 from sampo.run_state import RunState
 from sampo.weighting import WEIGHTINGS, draw_keys, token_weights
 
@@ -774,9 +774,11 @@ def test_the_model_card_names_method_weighting_and_paper(model_folder, tmp_path)
 
 
 def test_end_tokens_are_eos_the_models_other_eos_and_the_templates_end_of_turn():
-    assert end_token_ids(make_tokenizer(), [1]) == [1, 3]
-    assert end_token_ids(make_tokenizer(chat=False), [None]) == [1]
-    assert end_token_ids(make_tokenizer(chat=False), [5, 1]) == [1, 5]
+    model = make_model()
+    assert end_token_ids(make_tokenizer(), model.generation_config) == [1, 3]
+    assert end_token_ids(make_tokenizer(chat=False), model.generation_config) == [1]
+    model.generation_config.eos_token_id = [5, 1]
+    assert end_token_ids(make_tokenizer(chat=False), model.generation_config) == [1, 5]
 
 
 def test_the_kept_end_token_of_conversational_data_is_the_end_of_the_turn(model_folder, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data import said
-from ..lengths import end_token_ids
+from ..end_tokens import end_token_ids
 from ..pair_rows import Pair
 
 if TYPE_CHECKING:

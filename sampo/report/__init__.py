@@ -1,1 +1,1 @@
-"""Records and numbers of pairs made visible."""
+"""From records to tables, figures and one page. Needs the extra `report`."""

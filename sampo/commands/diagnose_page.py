@@ -1,0 +1,188 @@
+"""What `sampo diagnose` says of one or several checkpoints: tables on one page, and a sentence for each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..diagnostics import PLAIN, Finding
+from ..evaluation.intervals import FEW, Estimate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOG_WIDTH = 140  # columns where there is no terminal to ask
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A policy by its short name, and what was found of it."""
+
+    name: str
+    findings: list[Finding]
+
+    def of(self, quantity: str, **labels: object) -> list[Finding]:
+        """The findings of a quantity that have these labels."""
+        found = [finding for finding in self.findings if finding.quantity == quantity]
+        return [f for f in found if all(f.labels.get(name) == value for name, value in labels.items())]
+
+    def one(self, quantity: str, **labels: object) -> Estimate | None:
+        """The estimate with these labels, if there is one."""
+        found = self.of(quantity, **labels)
+        return found[0].estimate if found else None
+
+
+def show(page: Sequence[Checkpoint]) -> None:
+    """Print everything."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    for table in tables(page):
+        console.print(table)
+    for checkpoint in page:
+        console.print(sentence(checkpoint), soft_wrap=True, highlight=False, markup=False)
+
+
+def tables(page: Sequence[Checkpoint]) -> list["Table"]:
+    """The tables that the findings are enough for."""
+    made = [_pressures(page)]
+    if any(checkpoint.of("accuracy") for checkpoint in page):
+        made += [_margins(page), _rewards(page), _log_ratios(page)]
+    return made
+
+
+def cell(estimate: Estimate | None, digits: int = 3) -> str:
+    """The value, and ± half the width of its interval; the records have both bounds."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    half = "" if estimate.interval is None else f" ± {_half(estimate):.{digits}f}"
+    return f"{estimate.value:+.{digits}f}{half}"
+
+
+def share(estimate: Estimate | None) -> str:
+    """The same of a share, in per cent."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    half = "" if estimate.interval is None else f" ± {100 * _half(estimate):.0f}"
+    return f"{100 * estimate.value:.0f}{half} %"
+
+
+def explained(estimate: Estimate | None) -> str:
+    """A share of variance in per cent with both bounds, for it cannot be below 0."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    bounds = "" if estimate.interval is None else f" ({' … '.join(f'{100 * each:.0f}' for each in estimate.interval)})"
+    return f"{100 * estimate.value:.0f}{bounds} %"
+
+
+def _half(estimate: Estimate) -> float:
+    low, high = estimate.interval or (0.0, 0.0)
+    return (high - low) / 2
+
+
+def _table(title: str, heads: Sequence[str]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < 2 else "right", no_wrap=number < 2)
+    return table
+
+
+def _pressures(page: Sequence[Checkpoint]) -> "Table":
+    groups = list(dict.fromkeys(f.labels["group"] for c in page for f in c.of("pressure")))
+    table = _table(
+        "Length pressure: below 0, training lengthens (mean over pairs, ± half of the 95 % interval)",
+        ["checkpoint", "method", *groups],
+    )
+    for checkpoint in page:
+        for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("pressure")):
+            found = [checkpoint.one("pressure", method=method, group=group) for group in groups]
+            table.add_row(checkpoint.name, method, *map(cell, found))
+        prompts = [checkpoint.one("pressure", method=PLAIN, group=group) for group in groups]
+        table.add_row(
+            checkpoint.name, "prompts", *(str(each.n) if each else "–" for each in prompts), end_section=True
+        )
+    return table
+
+
+def _margins(page: Sequence[Checkpoint]) -> "Table":
+    groups = list(dict.fromkeys(f.labels["group"] for c in page for f in c.of("accuracy")))
+    partial = any(c.of("margin_partial") for c in page)
+    heads = ["checkpoint", "method", *groups, "corr(margin, T_w - T_l)", *["at equal quality"] * partial]
+    table = _table("Margins: share above 0 by lengths, and how much of them is length", heads)
+    for checkpoint in page:
+        for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("accuracy")):
+            shares = [share(checkpoint.one("accuracy", method=method, group=group)) for group in groups]
+            names = ["margin_correlation", *["margin_partial"] * partial]
+            table.add_row(
+                checkpoint.name, method, *shares, *(cell(checkpoint.one(name, method=method), 2) for name in names)
+            )
+        table.add_section()
+    return table
+
+
+def _rewards(page: Sequence[Checkpoint]) -> "Table":
+    table = _table(
+        "Implicit reward (plain sums) of responses by their length in tokens", ["checkpoint", "tokens", "reward"]
+    )
+    for checkpoint in page:
+        for finding in checkpoint.of("reward"):
+            table.add_row(checkpoint.name, f"{finding.labels['from']}–{finding.labels['to']}", cell(finding.estimate))
+        slope, r2 = checkpoint.one("reward_slope"), checkpoint.one("reward_r2")
+        table.add_row(checkpoint.name, "slope per 100 tokens", cell(slope))
+        table.add_row(checkpoint.name, "share explained (R²)", explained(r2), end_section=True)
+    return table
+
+
+def _log_ratios(page: Sequence[Checkpoint]) -> "Table":
+    table = _table("Mean log-ratio of a token, nats", ["checkpoint", "tokens", "chosen", "rejected"])
+    for checkpoint in page:
+        kinds = dict.fromkeys(f.labels["class"] for f in checkpoint.of("log_ratio_of"))
+        for kind in kinds:
+            sides = [checkpoint.one("log_ratio_of", side=side, **{"class": kind}) for side in ("chosen", "rejected")]
+            table.add_row(checkpoint.name, kind, *map(cell, sides))
+        for low, high in dict.fromkeys((f.labels["from"], f.labels["to"]) for f in checkpoint.of("log_ratio_at")):
+            sides = [checkpoint.one("log_ratio_at", side=side, **{"from": low}) for side in ("chosen", "rejected")]
+            table.add_row(checkpoint.name, f"place {low}–{high}" if high > low else f"place {low}", *map(cell, sides))
+        table.add_section()
+    return table
+
+
+def sentence(checkpoint: Checkpoint) -> str:
+    """What the numbers say, and what they do not."""
+    parts = [f"{checkpoint.name}: {_pressure_in_words(checkpoint)}"]
+    correlation, slope = checkpoint.one("margin_correlation", method=PLAIN), checkpoint.one("reward_slope")
+    longer, shorter = (checkpoint.one("accuracy", method=PLAIN, group=f"chosen {g}") for g in ("longer", "shorter"))
+    if checkpoint.of("accuracy") and (correlation is None or correlation.value is None):
+        parts.append("All its margins, or all differences of length, are alike: nothing can be said of length there.")
+    elif correlation is not None and correlation.value is not None:
+        r2 = checkpoint.one("margin_r2", method=PLAIN)
+        words = f"The difference of lengths explains {explained(r2)} of the variance of its margins"
+        if slope is not None and slope.value is not None:
+            words += f", 100 tokens more change a response's reward by {cell(slope)}"
+        if longer is not None and shorter is not None:
+            words += (
+                f", and it is right about {share(longer)} of the pairs whose chosen response is longer and "
+                f"{share(shorter)} of those where it is shorter"
+            )
+        parts.append(words + ".")
+    n = checkpoint.of("pressure")[0].estimate.n
+    if n < FEW:
+        parts.append(f"These are {n} prompts: below {FEW}, intervals are only a hint.")
+    return " ".join(parts)
+
+
+def _pressure_in_words(checkpoint: Checkpoint) -> str:
+    signs: dict[str, list[str]] = {"lengthens": [], "shortens": [], "has no sure direction": []}
+    for finding in checkpoint.of("pressure", group="all"):
+        method, interval = finding.labels["method"], finding.estimate.interval
+        if "+" in method:  # the table has the variants
+            continue
+        sure = interval is not None and (interval[0] > 0 or interval[1] < 0)
+        falls = sure and interval is not None and interval[1] < 0
+        signs["lengthens" if falls else "shortens" if sure else "has no sure direction"].append(method)
+    told = [f"{word} with {', '.join(names)}" for word, names in signs.items() if names]
+    return f"by the length pressure over all these pairs, a first step {'; it '.join(told)}."

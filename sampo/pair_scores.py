@@ -1,0 +1,401 @@
+"""What a policy, and a reference, say of each preference pair: forward passes alone, and what is kept of them on disk.
+
+One forward pass gives two numbers for each completion token: log π of the token that is there, and log π of the end
+token in its place. With the reference's log-probs (`sampo.ref_logps`, computed once for all policies) they give every
+weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, each written aside and
+renamed: a run that is killed goes on with the shards that are missing. What is made of them is in `sampo.diagnostics`.
+
+The pairs are tokenised and cut as in training, by TRL itself: `DPOTrainer._prepare_dataset` asks its `self` for
+`_tokenizer` alone, and `DataCollatorForPreference` does the rest (pinned by tests/test_diagnostics.py).
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from .head import score_places
+from .pair_stream import PairStreams, Stream, lay_out, score
+from .ref_key import ID_COLUMNS
+from .ref_logps import BATCH, CHOSEN, REJECTED, RefCache, RefCacheError, RefCollator, write_whole
+from .weighting import (
+    EVAL_EPOCH,
+    WEIGHTINGS,
+    draw_keys,
+    fingerprints,
+    last_end_tokens,
+    length_pressure,
+    sequence_logps,
+    token_weights,
+)
+
+SCHEMA = 1
+ROWS_PER_SHARD = 512  # what a killed run loses at most
+Progress = Callable[[int, int], None]
+
+
+class Method(NamedTuple):
+    """A weighting with its options."""
+
+    weighting: str
+    sampled_sides: str = "both"
+    keep_end_token: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in `sampo+rejected+end`: what differs from the default, in the order of the fields."""
+        return self.weighting + "+rejected" * (self.sampled_sides == "rejected") + "+end" * self.keep_end_token
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for name, weighting in WEIGHTINGS.items()
+    for sides in ("both", "rejected")[: 1 + weighting.thins]
+    for keeps in (False, True)[: 1 + weighting.can_keep_end]
+    for method in [Method(name, sides, keeps)]
+}
+
+
+def tokenise(dataset: Dataset, tokenizer, *, max_length: int | None, truncation_mode: str = "keep_start") -> Dataset:
+    """The pairs as the trainer sees them.
+
+    Args:
+        dataset: with `prompt`, `chosen` and `rejected`; other columns stay.
+        tokenizer: the policy's.
+        max_length: tokens of prompt and response together, or None. A pair whose prompt alone fills it is left out.
+        truncation_mode: which end is cut.
+
+    Returns:
+        The data set with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Raises:
+        ValueError: a pair has a response of no tokens.
+    """
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
+    args: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode=truncation_mode)
+    prepared = DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "diagnosed")
+    sides = prepared.select_columns(["chosen_ids", "rejected_ids"])
+    empty = [row for row, ids in enumerate(sides) if not all(ids.values())]
+    if empty:
+        raise ValueError(
+            f"Each response must have at least one token, got {len(empty)} pairs without, first at rows {empty[:10]}. "
+            "Remove them."
+        )
+    return prepared
+
+
+def common_end_token(dataset: Dataset, end_ids: Sequence[int]) -> int:
+    """The token that ends most responses; EOS, the first of `end_ids`, where none ends one.
+
+    The pressure is that on one token's logit. Where several end responses (of other templates, say), it is this one's.
+    """
+    counts: Counter[int] = Counter()
+    wanted = set(end_ids)
+    for batch in dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format(None).iter(batch_size=1000):
+        for ids in (*batch["chosen_ids"], *batch["rejected_ids"]):
+            counts.update([next((token for token in reversed(ids) if token in wanted), -1)])
+    del counts[-1]
+    return max(counts, key=counts.__getitem__) if counts else end_ids[0]
+
+
+@dataclass
+class _Batch:
+    """A collated batch, and its layout as one stream.
+
+    Attributes:
+        inputs: `input_ids`, `attention_mask` and `completion_mask`, `(2B, L)`.
+        mask: `(2B, N)` bool, completion tokens, N = L − 1.
+    """
+
+    inputs: dict[str, Tensor]
+    mask: Tensor
+
+    @cached_property
+    def stream(self) -> Stream:
+        return lay_out(*(self.inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")))
+
+
+class TokenScorer:
+    """Log-probs of several tokens at each place of a completion, by one forward pass of a model.
+
+    Args:
+        model: a causal LM, with or without an adapter, in evaluation mode. It is given TRL's fused head.
+        pair_stream: `auto`, `true` or `false`.
+        bf16: compute under autocast, as a training run with `bf16: true` does.
+
+    Raises:
+        ValueError: an adapter whose rows are longer than those of the batch; `pair_stream: true`, and it cannot be.
+    """
+
+    def __init__(self, model, *, pair_stream: str = "auto", bf16: bool = False):
+        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            raise ValueError("A model must not have a prompt-learning adapter, whose rows are longer than the pairs'.")
+        PartialState()  # accelerate's loggers want it
+        base = model.get_base_model() if is_peft_model(model) else model
+        add_fused_lm_head(base)
+        self._model, self._backbone, self._bf16 = model, base.base_model, bf16
+        self._streams = PairStreams(pair_stream, [model])
+        self._tolerance = 0.1 if bf16 or model.dtype != torch.float32 else 1e-4  # as in training
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Tensor], *targets: Tensor) -> list[Tensor]:
+        """Score.
+
+        Args:
+            inputs: a collated batch of pairs.
+            targets: each `(2B, N)`, the tokens to be scored at the places of the completion tokens.
+
+        Returns:
+            `(2B, N)` nats, float32, for each of `targets`; zero outside the completion.
+        """
+        device = self._model.device
+        inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask", "completion_mask")}
+        batch = _Batch(inputs, inputs["completion_mask"][:, 1:].bool())
+        every = torch.cat([each.to(device) for each in targets])  # (k·2B, N)
+        places = batch.mask.repeat(len(targets), 1)
+        with torch.autocast(device.type, torch.bfloat16) if self._bf16 else nullcontext():
+            if self._streams.to_be_compared:
+                self._compare(batch, places, every)
+            forward = self._streamed if self._streams.take(batch) else self._plain
+            logps = forward(batch, places, every).float()
+        return list(logps.chunk(len(targets)))
+
+    def _streamed(self, batch: _Batch, places: Tensor, targets: Tensor) -> Tensor:
+        stream, rows = batch.stream, batch.mask.size(0)
+        copies = places.size(0) // rows
+        several = replace(
+            stream,
+            positions=stream.positions.repeat(copies),
+            rows=torch.cat([stream.rows + i * rows for i in range(copies)]),
+            columns=stream.columns.repeat(copies),
+        )
+        return score(self._model, self._backbone, several, places, targets).log_probs
+
+    def _plain(self, batch: _Batch, places: Tensor, targets: Tensor) -> Tensor:
+        rows, columns = places.nonzero(as_tuple=True)
+        kwargs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+        at = (rows % batch.mask.size(0), columns)
+        return score_places(
+            self._model, self._backbone, at, (rows, columns), targets, use_cache=False, **kwargs
+        ).log_probs
+
+    def _compare(self, batch: _Batch, places: Tensor, targets: Tensor) -> None:
+        self._streams.compare(
+            lambda: self._streamed(batch, places, targets)[places],
+            lambda: self._plain(batch, places, targets)[places],
+            tolerance=self._tolerance,
+            largest=lambda difference: difference.item(),
+            padded_tokens=batch.inputs["input_ids"].numel(),
+            stream_tokens=batch.stream.input_ids.numel(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreKey:
+    """What the rows of one policy depend on.
+
+    Attributes:
+        policy: fields of the key that a model fills (`sampo.ref_key.identity_of_model`).
+        reference: digest of the reference's cache; None without a reference.
+        data: hash of the token ids.
+        max_length: tokens of prompt and response together, or None.
+        truncation_mode: which end is cut.
+        end_ids: tokens that end a response.
+        end_id: the one whose logit is shifted.
+        seed: of the subsets.
+        gamma: factor of `decay`.
+        schema: version of this list and of the columns.
+    """
+
+    policy: dict[str, str]
+    reference: str | None
+    data: str
+    max_length: int | None
+    truncation_mode: str
+    end_ids: list[int]
+    end_id: int
+    seed: int
+    gamma: float
+    schema: int = SCHEMA
+
+    @property
+    def digest(self) -> str:
+        """24 hex digits over all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
+
+
+def score_pairs(
+    dataset: Dataset,
+    folder: Path,
+    key: ScoreKey,
+    scorer: Callable[[], TokenScorer],
+    *,
+    pad_id: int,
+    ref_dtype: str = "float32",
+    batch_size: int = 8,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Compute the shards of a policy that are not there yet; returns all of them, in the order of the rows.
+
+    Args:
+        dataset: tokenised, with the columns of the reference's cache if there is one.
+        folder: of this policy; its name should hold the key's digest.
+        key: what the rows depend on.
+        scorer: makes the policy's; not called if nothing is missing.
+        pad_id: of the tokenizer.
+        ref_dtype: type of the reference's log-probs on disk.
+        batch_size: pairs at a time.
+        rows_per_shard: pairs in a file.
+        progress: told (done, of) in pairs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "key.json", json.dumps(asdict(key), indent=1).encode())
+    starts = range(0, len(dataset), rows_per_shard)
+    paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
+    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN, REJECTED)]
+    rows = dataset.select_columns(names).with_format(None)
+    collate = RefCollator(DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode), ref_dtype)
+    score_tokens: TokenScorer | None = None
+    for start, path in zip(starts, paths, strict=True):
+        stop = min(start + rows_per_shard, len(dataset))
+        if not path.exists():
+            score_tokens = score_tokens or scorer()
+            parts = []
+            for batch in _alike(rows, start, stop, batch_size):
+                inputs = collate([rows[row] for row in batch])
+                parts.append(_columns(batch, inputs, score_tokens, key))
+            _write_shard(path, parts)
+        if progress is not None:
+            progress(stop, len(dataset))
+    return paths
+
+
+def _alike(rows: Dataset, start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
+    """Batches of rows of like length."""
+    lengths = {row: sum(len(rows[row][name]) for name in ID_COLUMNS) for row in range(start, stop)}
+    order = sorted(lengths, key=lengths.__getitem__, reverse=True)
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
+
+
+def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: TokenScorer, key: ScoreKey) -> dict[str, Any]:
+    """One entry per pair in each column of docs/diagnose.md."""
+    ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
+    targets = ids[:, 1:]
+    end_targets = torch.full_like(targets, key.end_id)
+    logps, end_logps = (each.double().cpu() for each in scorer(inputs, targets, end_targets))
+    is_end = mask & (targets == key.end_id)
+    ends = last_end_tokens(ids, mask, torch.tensor(key.end_ids))
+    places = torch.where(ends.any(dim=1), ((mask.cumsum(dim=1) - 1) * ends).sum(dim=1), -1)
+    prompts = inputs["attention_mask"] * (1 - inputs["completion_mask"])
+    n_pairs = len(rows)
+    columns: dict[str, Any] = {"row": np.array(rows), "prompt": fingerprints(ids, prompts)[:n_pairs].numpy()}
+    columns |= _sides("tokens", mask.sum(dim=1)) | _sides("end_place", places)
+    columns |= _sides("policy_logps", (logps * mask).sum(dim=1))
+    log_ratios = torch.zeros_like(logps)
+    if BATCH in inputs:
+        ref_logps = inputs[BATCH].double()
+        log_ratios = (logps - ref_logps) * mask
+        columns |= _sides("ref_logps", ref_logps.sum(dim=1)) | _sides("log_ratio", log_ratios.sum(dim=1))
+        each = [row[kept].float().numpy() for row, kept in zip(log_ratios, mask, strict=True)]
+        columns |= {"chosen_token_log_ratios": each[:n_pairs], "rejected_token_log_ratios": each[n_pairs:]}
+    keys = draw_keys(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH)
+    for name, method in METHODS.items():
+        weights = token_weights(
+            method.weighting,
+            mask,
+            end=ends,
+            keys=keys,
+            log_ratios=log_ratios,
+            sampled_sides=method.sampled_sides,
+            keep_end_token=method.keep_end_token,
+            gamma=key.gamma,
+        ).double()
+        columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
+        if BATCH in inputs:
+            columns |= _sides(f"score/{name}", sequence_logps(log_ratios, weights))
+    return columns
+
+
+def _sides(name: str, values: Tensor) -> dict[str, np.ndarray]:
+    chosen, rejected = values.chunk(2)
+    return {f"chosen_{name}": chosen.numpy(), f"rejected_{name}": rejected.numpy()}
+
+
+def _write_shard(path: Path, parts: list[dict[str, Any]]) -> None:
+    order = np.argsort(np.concatenate([part["row"] for part in parts]))
+    columns = {}
+    for name in parts[0]:
+        values = [value for part in parts for value in part[name]]
+        columns[name] = pa.array([values[i] for i in order])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    write_whole(path, sink.getvalue())
+
+
+def cached_reference(
+    dataset: Dataset,
+    cache: RefCache,
+    scorer: Callable[[], TokenScorer],
+    about: dict[str, Any],
+    *,
+    pad_id: int,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Dataset:
+    """The tokenised data set with the reference's log-probs beside it, computed where the cache lacks them.
+
+    Args:
+        dataset: tokenised.
+        cache: of the reference; a training run with the same reference, data and truncation fills and reads the same.
+        scorer: makes the reference's; not called if nothing is missing.
+        about: for people who look into the manifest.
+        pad_id: of the tokenizer.
+        batch_size: pairs at a time.
+        progress: told (done, of) in pairs.
+
+    Raises:
+        RefCacheError: the cache is damaged, or another run fills it.
+    """
+    if cache.missing() == []:
+        return cache.attach(dataset)
+    if not cache.lock():
+        raise RefCacheError(f"One run at a time may fill a cache, got another one that fills {cache.folder}. Wait.")
+    try:
+        missing, score_tokens = cache.begin(about), scorer()
+        collate = DataCollatorForPreference(pad_id, cache.key.max_length, cache.key.truncation_mode)
+        rows = dataset.select_columns(list(ID_COLUMNS)).with_format(None)
+        for shard in missing:
+            found: dict[int, tuple[Tensor, Tensor]] = {}
+            for batch in _alike(rows, shard.start, shard.stop, batch_size):
+                inputs = collate([rows[row] for row in batch])
+                mask = inputs["completion_mask"][:, 1:].bool()
+                (logps,) = score_tokens(inputs, inputs["input_ids"][:, 1:])
+                each = [row[kept] for row, kept in zip(logps.cpu(), mask, strict=True)]
+                found |= {row: (each[i], each[i + len(batch)]) for i, row in enumerate(batch)}
+            chosen, rejected = zip(*(found[row] for row in range(shard.start, shard.stop)), strict=True)
+            cache.record([cache.write(shard, list(chosen), list(rejected))])
+            if progress is not None:
+                progress(shard.stop, len(dataset))
+    finally:
+        cache.unlock()
+    return cache.attach(dataset)
