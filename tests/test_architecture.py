@@ -16,7 +16,9 @@ ARROWS = {
     "lengths": set(),
     "results": set(),
     "memory": set(),
-    "audit": {"audit", "data", "data_files", "end_tokens", "evaluation", "lengths", "pair_files", "pair_rows", "results"},
+    "audit": {
+        *("audit", "data", "data_files", "end_tokens", "evaluation", "lengths", "pair_files", "pair_rows", "results"),
+    },
     "data_files": {"pair_rows"},
     "pair_files": {"data_files", "pair_rows"},
     "pair_rows": set(),
