@@ -203,10 +203,19 @@ def engines() -> str:
     return "\n".join([about + f"{first.created[:10]}; {versions}.", "", *lines])
 
 
+def merging() -> str:
+    """What merging an adapter changes, from the records of benchmarks/merging.py."""
+    import merging as measured
+
+    from sampo import results
+
+    return measured.table(results.read(ROOT / "docs" / "merging.jsonl"))
+
+
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
-    **{"coverage": coverage, "overlap": overlap},
+    **{"coverage": coverage, "overlap": overlap, "merging": merging},
     **{"audit": audit, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)

@@ -83,7 +83,7 @@ def lay_out(
     ids = input_ids.tolist()
     n_prompt = (attention_mask.sum(dim=1) - completion_mask.sum(dim=1)).tolist()
     in_completion = completion_mask[:, 1:].bool()
-    stops = _stops(in_completion if needed is None else in_completion & needed)
+    stops = _stops(in_completion if needed is None else needed)
     if not any(stops):
         n_prompt[0] = stops[0] = 1  # a model needs a token, if only one that nobody scores
     tokens: list[int] = []
