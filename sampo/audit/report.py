@@ -75,8 +75,8 @@ def records(audit: Audit, *, command: str = "") -> list[results.Record]:
             made.append(_record(f"audit/{name}", estimate, scan.rows, _config(audit) | {"split": scan.name}, command))
         for fault in scan.faults:
             config = _config(audit) | {"split": scan.name, "kind": fault.kind, "column": fault.column}
-            count = Estimate(float(fault.count), None, None, None, scan.rows)
-            made.append(_record("audit/bad_rows", count, scan.rows, config, command))
+            bad = Estimate(float(fault.count), None, None, None, scan.rows)
+            made.append(_record("audit/bad_rows", bad, scan.rows, config, command))
     return made
 
 
