@@ -387,6 +387,20 @@ def test_every_format_gives_the_same_audit(tmp_path, name):
     assert not found.has_faults
 
 
+def test_cells_of_the_json_type_are_read_as_what_they_hold(tmp_path):
+    """Contents of different types in one column, as `datasets` writes them."""
+    rows = make_pairs(4, conversational=True).to_list()
+    for row, extra in zip(rows, (1, "text", 2.5, "more"), strict=True):
+        row["chosen"][0]["tool_calls"] = [{"f": {"x": extra}}]
+        row["rejected"][0]["content"] = "w1 w2"
+    rows[0]["rejected"][0]["content"] = [{"type": "text", "text": "w1 w2 w3"}]
+    data = Dataset.from_list(rows, on_mixed_types="use_json")
+    data.to_parquet(tmp_path / "pairs.parquet")
+    found = audit_preferences(tmp_path / "pairs.parquet")
+    assert found.scans[0].pairs.rejected.tolist() == [3, 2, 2, 2]
+    assert found.fingerprint == audit_preferences(data).fingerprint
+
+
 def test_a_file_that_breaks_off_is_audited_up_to_there(tmp_path):
     rng = random.Random(0)
     rows = [{**GOOD, "prompt": str(rng.random()), "chosen": str(rng.random()) * 5} for _ in range(3000)]
