@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit
 from tiny import make_pairs, make_tokenizer, save_model, training_options
+from tokenizers import processors
 
 from sampo import SamPOConfig, SamPOTrainer, audit_preferences, cli, results
 from sampo.audit import files, report
@@ -223,6 +224,32 @@ def test_a_cut_that_makes_two_sides_alike_is_counted_in_either_direction():
     for mode, same in (("keep_start", 2), ("keep_end", 1)):
         found = audit_preferences(data, tokenizer=make_tokenizer(), max_length=3, truncation_mode=mode)
         assert [cut.identical for cut in found.truncations] == [0, same]
+
+
+def test_the_end_token_is_the_last_one_and_kept_where_the_cut_stops_before_it():
+    rows = [{"prompt": "w0 ", "chosen": "w1 <eos> w2 ", "rejected": "w1 w2 w3 w4 "}]
+    found = audit_preferences(Dataset.from_list(rows), tokenizer=make_tokenizer(), max_length=4)
+    pairs = found.scans[0].pairs
+    assert (pairs.chosen_end.tolist(), pairs.rejected_end.tolist()) == ([3], [4])
+    assert [cut.without_end_chosen for cut in found.truncations] == [0, 1]
+    chat = make_pairs(5, conversational=True)  # a newline token follows the end of a turn
+    for length, lost in ((2, 0), (3, 0)):
+        options = {"max_length": length, "truncation_mode": "keep_end"}
+        cut = audit_preferences(chat, tokenizer=make_tokenizer(), **options).truncations[1]
+        assert (cut.without_end_chosen, cut.without_end_rejected) == (lost, lost)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_token_that_the_tokenizer_puts_first_counts_for_texts_only(conversational):
+    """As in TRL: a template writes its own beginning."""
+    plain, with_bos = make_tokenizer(), make_tokenizer()
+    with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
+    data = make_pairs(6, conversational=conversational)
+    before, after = (audit_preferences(data, tokenizer=each).scans[0].pairs for each in (plain, with_bos))
+    assert (after.prompt - before.prompt).tolist() == [0 if conversational else 1] * 6
+    assert after.chosen.tolist() == before.chosen.tolist()
 
 
 def test_words_are_counted_where_no_tokenizer_is_given():
