@@ -311,7 +311,7 @@ def test_repetitions_contradictions_and_overlaps_are_what_loops_find():
         made = [[f"q{rng.randint(0, 20)}", *(f"a{rng.randint(0, 2)}" for _ in "ab")] for _ in range(n)]
         return [row for row in made if row[1] != row[2]]
 
-    parts = {"train": rows(80), "test": rows(30)}
+    parts = {"train": rows(160), "test": rows(30)}
     names = ("prompt", "chosen", "rejected")
     data = DatasetDict({k: Dataset.from_list([dict(zip(names, r, strict=True)) for r in v]) for k, v in parts.items()})
     found = audit_preferences(data)
@@ -324,7 +324,7 @@ def test_repetitions_contradictions_and_overlaps_are_what_loops_find():
     train, test = parts.values()
     assert both.prompts == len({r[0] for r in train} & {r[0] for r in test})
     assert both.pairs_of_second == sum(r[0] in {t[0] for t in train} for r in test)
-    assert both.same_pairs == sum(r in train for r in test)
+    assert both.same_pairs == sum(r in train for r in test) != sum(r in test for r in train)
     assert both.swapped_pairs == sum([r[0], r[2], r[1]] in train for r in test)
     assert both.same_pairs
     assert both.swapped_pairs
@@ -499,6 +499,7 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
     assert run(*words) == 0
     said = capsys.readouterr().out
     assert "[red]" in said
+    assert report.clean("a\x1b[31m\x07b") == "a�[31m�b"
     assert "\x1b[31m" not in said
     whole = json.loads((out / "audit.json").read_text())
     found = audit_preferences(path, tokenizer=make_tokenizer(), by="who", max_length=[12, 30])
