@@ -81,6 +81,11 @@ def audit() -> str:
     return _audited().overall_table()
 
 
+def audit_faults() -> str:
+    """Its faults, by kind."""
+    return _audited().fault_list()
+
+
 def audit_cuts() -> str:
     """What `max_length` cuts there."""
     return _audited().cut_table()
@@ -216,7 +221,7 @@ PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "merging": merging},
-    **{"audit": audit, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
+    **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 

@@ -90,6 +90,15 @@ class ParquetRows:
             return list(file.schema_arrow.names)
 
     @cached_property
+    def has_json(self) -> bool:
+        """Whether a column is of the `Json` type of `datasets`, which Arrow alone gives back as quoted text."""
+        for path in self.paths:
+            with _open_parquet(path) as file:
+                if b'"_type": "Json"' in (file.schema_arrow.metadata or {}).get(b"huggingface", b""):
+                    return True
+        return False
+
+    @cached_property
     def total(self) -> int:
         """Rows of all files."""
         total = 0

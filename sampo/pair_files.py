@@ -105,7 +105,7 @@ class Files:
 
     def __call__(self) -> Table:
         """All rows."""
-        rows = self.stream()
+        rows = stream_files(self.paths)
         if isinstance(rows, JsonRows):
             read = list(rows)
             return Table(read, list(dict.fromkeys(key for row in read if isinstance(row, dict) for key in row)))
@@ -114,9 +114,10 @@ class Files:
         parts = [read_parquet(path) for path in self.paths]
         return _of_dataset(concatenate_datasets(parts) if len(parts) > 1 else parts[0])
 
-    def stream(self) -> "JsonRows | ParquetRows":
-        """The rows one by one, for what is too large for memory."""
-        return stream_files(self.paths)
+    def stream(self) -> "JsonRows | ParquetRows | Table":
+        """The rows one by one, for what is too large for memory; a table has its rows on disk."""
+        rows = stream_files(self.paths)
+        return self() if isinstance(rows, ParquetRows) and rows.has_json else rows
 
 
 def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:

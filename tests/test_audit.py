@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit
 from tiny import make_pairs, make_tokenizer, save_model, training_options
+from tokenizers import processors
 
 from sampo import SamPOConfig, SamPOTrainer, audit_preferences, cli, results
 from sampo.audit import files, report
@@ -225,6 +226,32 @@ def test_a_cut_that_makes_two_sides_alike_is_counted_in_either_direction():
         assert [cut.identical for cut in found.truncations] == [0, same]
 
 
+def test_the_end_token_is_the_last_one_and_kept_where_the_cut_stops_before_it():
+    rows = [{"prompt": "w0 ", "chosen": "w1 <eos> w2 ", "rejected": "w1 w2 w3 w4 "}]
+    found = audit_preferences(Dataset.from_list(rows), tokenizer=make_tokenizer(), max_length=4)
+    pairs = found.scans[0].pairs
+    assert (pairs.chosen_end.tolist(), pairs.rejected_end.tolist()) == ([3], [4])
+    assert [cut.without_end_chosen for cut in found.truncations] == [0, 1]
+    chat = make_pairs(5, conversational=True)  # a newline token follows the end of a turn
+    for length, lost in ((2, 0), (3, 0)):
+        options = {"max_length": length, "truncation_mode": "keep_end"}
+        cut = audit_preferences(chat, tokenizer=make_tokenizer(), **options).truncations[1]
+        assert (cut.without_end_chosen, cut.without_end_rejected) == (lost, lost)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_token_that_the_tokenizer_puts_first_counts_for_texts_only(conversational):
+    """As in TRL: a template writes its own beginning."""
+    plain, with_bos = make_tokenizer(), make_tokenizer()
+    with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
+    data = make_pairs(6, conversational=conversational)
+    before, after = (audit_preferences(data, tokenizer=each).scans[0].pairs for each in (plain, with_bos))
+    assert (after.prompt - before.prompt).tolist() == [0 if conversational else 1] * 6
+    assert after.chosen.tolist() == before.chosen.tolist()
+
+
 def test_words_are_counted_where_no_tokenizer_is_given():
     data = Dataset.from_list([{"prompt": "a b", "chosen": "one two  three", "rejected": "one"}])
     found = audit_preferences(data)
@@ -284,7 +311,7 @@ def test_repetitions_contradictions_and_overlaps_are_what_loops_find():
         made = [[f"q{rng.randint(0, 20)}", *(f"a{rng.randint(0, 2)}" for _ in "ab")] for _ in range(n)]
         return [row for row in made if row[1] != row[2]]
 
-    parts = {"train": rows(80), "test": rows(30)}
+    parts = {"train": rows(160), "test": rows(30)}
     names = ("prompt", "chosen", "rejected")
     data = DatasetDict({k: Dataset.from_list([dict(zip(names, r, strict=True)) for r in v]) for k, v in parts.items()})
     found = audit_preferences(data)
@@ -297,7 +324,7 @@ def test_repetitions_contradictions_and_overlaps_are_what_loops_find():
     train, test = parts.values()
     assert both.prompts == len({r[0] for r in train} & {r[0] for r in test})
     assert both.pairs_of_second == sum(r[0] in {t[0] for t in train} for r in test)
-    assert both.same_pairs == sum(r in train for r in test)
+    assert both.same_pairs == sum(r in train for r in test) != sum(r in test for r in train)
     assert both.swapped_pairs == sum([r[0], r[2], r[1]] in train for r in test)
     assert both.same_pairs
     assert both.swapped_pairs
@@ -387,6 +414,20 @@ def test_every_format_gives_the_same_audit(tmp_path, name):
     assert not found.has_faults
 
 
+def test_cells_of_the_json_type_are_read_as_what_they_hold(tmp_path):
+    """Contents of different types in one column, as `datasets` writes them."""
+    rows = make_pairs(4, conversational=True).to_list()
+    for row, extra in zip(rows, (1, "text", 2.5, "more"), strict=True):
+        row["chosen"][0]["tool_calls"] = [{"f": {"x": extra}}]
+        row["rejected"][0]["content"] = "w1 w2"
+    rows[0]["rejected"][0]["content"] = [{"type": "text", "text": "w1 w2 w3"}]
+    data = Dataset.from_list(rows, on_mixed_types="use_json")
+    data.to_parquet(tmp_path / "pairs.parquet")
+    found = audit_preferences(tmp_path / "pairs.parquet")
+    assert found.scans[0].pairs.rejected.tolist() == [3, 2, 2, 2]
+    assert found.fingerprint == audit_preferences(data).fingerprint
+
+
 def test_a_file_that_breaks_off_is_audited_up_to_there(tmp_path):
     rng = random.Random(0)
     rows = [{**GOOD, "prompt": str(rng.random()), "chosen": str(rng.random()) * 5} for _ in range(3000)]
@@ -458,6 +499,7 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
     assert run(*words) == 0
     said = capsys.readouterr().out
     assert "[red]" in said
+    assert report.clean("a\x1b[31m\x07b") == "a�[31m�b"
     assert "\x1b[31m" not in said
     whole = json.loads((out / "audit.json").read_text())
     found = audit_preferences(path, tokenizer=make_tokenizer(), by="who", max_length=[12, 30])

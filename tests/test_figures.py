@@ -47,7 +47,7 @@ def test_the_difference_histogram_holds_every_pair_and_says_both_shares(pairs):
 def test_the_preference_curve_runs_through_the_shares_of_its_bins(pairs):
     ax = figures.preference_by_difference(*pairs, bins=8)
     points = ax.containers[0].lines[0]
-    size, rate = map(np.asarray, points.get_data())
+    size, rate = (np.asarray(values, dtype=float) for values in points.get_data())
     difference = pairs[0] - pairs[1]
     assert len(size) == 8
     curve = next(line for line in ax.lines if line.get_label().startswith("logistic"))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import results
 from ..evaluation.intervals import Estimate
+from ..pair_rows import phrase
 from .audit import Audit
 from .bias import LengthBias
 from .truncation import Truncation
@@ -72,6 +73,10 @@ def records(audit: Audit, *, command: str = "") -> list[results.Record]:
         for name, count in counts.items():
             estimate = Estimate(float(count), None, None, None, scan.rows)
             made.append(_record(f"audit/{name}", estimate, scan.rows, _config(audit) | {"split": scan.name}, command))
+        for fault in scan.faults:
+            config = _config(audit) | {"split": scan.name, "kind": fault.kind, "column": fault.column}
+            bad = Estimate(float(fault.count), None, None, None, scan.rows)
+            made.append(_record("audit/bad_rows", bad, scan.rows, config, command))
     return made
 
 
@@ -224,12 +229,22 @@ class Audited:
         )
         return "\n".join([*lines, "", f"{first.config['data']}: {first.n:,} pairs, {by}. `{first.command}`"])
 
+    def fault_list(self) -> str:
+        """How many rows are bad, by kind."""
+        bad = [record for record in self.records if record.name == "audit/bad_rows"]
+        return "\n".join(
+            f"- {record.value:,.0f} of {record.n:,} pairs "
+            f"{phrase(record.config['kind'], record.config['column'], int(record.value or 0))}"
+            for record in bad
+        )
+
     def cut_table(self) -> str:
         """What each `max_length` cuts."""
         cuts: dict[int | None, dict[str, results.Record]] = {}
         for record in self.records:
             if "max_length" in record.config:
                 cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
+        cuts = dict(sorted(cuts.items(), key=lambda item: item[0] or 0))
         lengths = ["none" if length is None else f"{length:,}" for length in cuts]
         lines = [f"| `max_length` | {' | '.join(lengths)} |", f"|---|{'---|' * len(cuts)}"]
         for name, title in CUT_COUNTS.items():

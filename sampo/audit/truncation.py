@@ -20,7 +20,7 @@ class Truncation:
             them.
         cut_chosen: chosen responses that lose tokens.
         cut_rejected: rejected responses that lose tokens.
-        without_end_chosen: chosen responses that have no end token after the cut.
+        without_end_chosen: chosen responses without their end token, the last one that they had, after the cut.
         without_end_rejected: rejected responses that have none.
         one_sided_end: pairs of which one side has an end token after the cut and the other has none.
         identical: pairs whose two sides are the same tokens after the cut.

@@ -31,12 +31,10 @@ def length_histogram(
     """
     ax = _axes(ax)
     both = np.concatenate([_some(chosen), rejected])
-    edges = np.linspace(0, max(float(np.percentile(both, WIDEST)), 1.0), BINS + 1)
+    bins = np.linspace(0, max(float(np.percentile(both, WIDEST)), 1.0), BINS + 1).tolist()
     for values, colour, name in ((chosen, CHOSEN, "chosen"), (rejected, REJECTED, "rejected")):
         label = f"{name}, mean {np.mean(values):.1f}"
-        ax.hist(
-            np.minimum(values, edges[-1]), edges.tolist(), histtype="step", linewidth=1.6, color=colour, label=label
-        )
+        ax.hist(np.minimum(values, bins[-1]), bins, histtype="step", linewidth=1.6, color=colour, label=label)
         ax.axvline(float(np.mean(values)), color=colour, linewidth=1, linestyle="--")
     ax.set_xlabel(f"length of the response ({unit}; the last bin holds all longer ones)")
     ax.set_ylabel("responses")
