@@ -98,7 +98,7 @@ def test_log_ratios_are_drawn_by_place_and_by_class(found):
 def test_pressure_is_drawn_for_the_groups_asked_for(found):
     axes = figures.length_pressure(found, groups=("chosen shorter", "all", "nobody"))
     assert list(drawn(axes)) == ["chosen shorter", "all"]
-    values, places, segments = drawn(axes)["all"]
+    values, _, segments = drawn(axes)["all"]
     check(values, some(found, "pressure", group="all"), segments, axis=0)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["all"]
     with pytest.raises(ValueError, match="must name findings, got"):

@@ -1,7 +1,7 @@
 """Figures of `sampo diagnose`: each function draws into matplotlib Axes, given or new, and returns them.
 
-They take what `sampo.diagnostics.findings` returns. Checkpoints are told apart by colour, sides and groups by the shape
-of the marker; every line is a 95 % interval.
+They take what `sampo.diagnostics.findings` returns. Checkpoints are told apart by colour, sides and groups by the
+shape of the marker; every line is a 95 % interval.
 """
 
 from collections.abc import Mapping, Sequence
