@@ -142,8 +142,9 @@ def _read_shard(path: Path) -> dict[str, np.ndarray]:
 
 def _token_sums(column: Any, end_places: np.ndarray) -> list[np.ndarray]:
     """Sums and counts of the responses' log-ratios by place and by class, `(n, K)`, `(n, K)`, `(n, 4)`, `(n, 4)`."""
-    lengths = np.array([len(row) for row in column])
-    values = np.concatenate([row.values.to_numpy() for row in column]).astype(float)
+    lists = column.combine_chunks()
+    lengths = lists.value_lengths().to_numpy()
+    values = lists.flatten().to_numpy().astype(float)
     row = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     end = end_places[row]

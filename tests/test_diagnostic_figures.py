@@ -56,7 +56,7 @@ def test_rewards_are_points_and_their_means_a_curve(found, scores):
     check(values, curve, segments, axis=1)
     assert list(places) == [f.labels["tokens"] for f in curve]
     for points, tokens, ratio in zip(axes.collections[:2], scores.tokens, scores.log_ratio, strict=True):
-        assert points.get_offsets() == pytest.approx(np.stack([tokens, BETA * ratio], axis=1))
+        assert np.allclose(points.get_offsets(), np.stack([tokens, BETA * ratio], axis=1))
     assert b"</svg>" in saved(axes)
 
 

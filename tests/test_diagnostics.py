@@ -21,9 +21,10 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 from sampo import SamPOConfig, SamPOTrainer, cli, results
 from sampo.commands import lazy_model
 from sampo.diagnostics import CLASSES, Finding, PairScores, findings, groups, read_scores
-from sampo.pair_scores import METHODS, ScoreKey, TokenScorer, cached_reference, common_end_token, score_pairs, tokenise
+from sampo.pair_scores import METHODS, ScoreKey, cached_reference, common_end_token, score_pairs, tokenise
 from sampo.ref_key import RefKey, data_hash
 from sampo.ref_logps import RefCache
+from sampo.token_scorer import TokenScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
 
 SEED, GAMMA, MAX_LENGTH = 5, 0.9, 40
@@ -344,6 +345,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
     assert batches == [3]
     assert all(path.stat().st_mtime_ns == when for path, when in there.items())
     assert table_of(again) == table_of(shards)
+    assert not list((tmp_path / "pairs").glob(".*"))
 
 
 def refuse_to_load():

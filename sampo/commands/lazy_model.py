@@ -1,6 +1,7 @@
 """A model by its name, loaded only when it has to be: what it depends on is often known from its files."""
 
 import argparse
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class LazyModel:
     def free(self) -> None:
         """Forget it."""
         self._model = None
+        gc.collect()  # the fused head's forward and the model hold each other
 
     def file_identity(self) -> dict[str, Any] | None:
         """What its log-probs depend on, without loading it, if its files say that."""
@@ -62,7 +64,7 @@ class LazyModel:
 
     def scorer(self) -> Any:
         """What scores tokens with it."""
-        from ..pair_scores import TokenScorer
+        from ..token_scorer import TokenScorer
 
         return TokenScorer(self.load(), pair_stream=self._args.pair_stream, bf16=self._args.bf16)
 
