@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .whole_files import sync
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
@@ -155,7 +157,8 @@ def merge(
         report = _merge_into(aside, adapter, base or named, revision, dtype, texts, quantization_config)
         _judge(report)
         (aside / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        _sync(aside)
+        for path in [*aside.rglob("*"), aside]:  # on the disk before the folder gets its name
+            sync(path)
         os.replace(aside, out)  # over an empty folder too
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -276,13 +279,3 @@ def _processor(adapter: str, base: str, revision: str | None) -> Any:
     if not os.path.isdir(adapter) or os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
         return AutoProcessor.from_pretrained(adapter)
     return AutoProcessor.from_pretrained(base, revision=revision or "main")
-
-
-def _sync(folder: Path) -> None:
-    """All files on the disk before the folder gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

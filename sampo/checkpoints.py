@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .whole_files import sync, write_whole
+
 MANIFEST = "sampo_manifest.json"
 STAGING = "_saving"  # transformers leaves what begins with "_" out of what it pushes to the hub
 FORMAT = 1
@@ -130,14 +132,9 @@ def write_manifest(folder: str | Path, run: dict[str, Any], *, resumable: bool =
     digests = _sha256_of_files(folder, names, sync=True)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digests[name]} for name in names}
     manifest = {"format": FORMAT, "resumable": resumable, "run": run, "files": files}
-    aside = folder / f"{MANIFEST}.tmp"
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _sync_folder(path)
+        sync(path)
 
 
 def publish(staged: Path, target: Path) -> None:
@@ -148,8 +145,8 @@ def publish(staged: Path, target: Path) -> None:
     if target.exists():
         remove(target)
     os.rename(staged, target)
-    _sync_folder(target.parent)
-    _sync_folder(staged.parent)
+    sync(target.parent)
+    sync(staged.parent)
 
 
 def finish_interrupted(output_dir: str | Path) -> None:
@@ -242,12 +239,3 @@ def _sha256_of_files(folder: Path, names: list[str], *, sync: bool = False) -> d
 
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter's lock
         return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system syncs folders
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import numbered_checkpoints
+from .whole_files import write_whole
 
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
@@ -190,7 +191,7 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(plan.folder) as lock:
         rounds = _take_up(plan)
-        _write(plan.folder / RECIPE, _as_yaml(plan.recipe))
+        write_whole(plan.folder / RECIPE, _as_yaml(plan.recipe))
         for one in rounds:
             if one.status == "finished":
                 say(f"round {one.number} of {plan.rounds} is finished: {one.model}")
@@ -411,22 +412,7 @@ def _versions() -> dict[str, str]:
 
 def _save(plan: Plan, rounds: list[Round]) -> None:
     state = {"plan": asdict(plan), "rounds": [asdict(one) for one in rounds]}
-    _write(plan.folder / STATE, json.dumps(state, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole new text or the whole old one, whenever the machine stops."""
-    aside = path.with_name(f".{path.name}.part")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(plan.folder / STATE, json.dumps(state, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> Any:

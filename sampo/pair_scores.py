@@ -28,7 +28,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .ref_key import ID_COLUMNS
-from .ref_logps import BATCH, CHOSEN, REJECTED, RefCache, RefCacheError, RefCollator, write_whole
+from .ref_logps import BATCH, CHOSEN, REJECTED, RefCache, RefCacheError, RefCollator
 from .token_scorer import TokenScorer
 from .weighting import (
     EVAL_EPOCH,
@@ -40,6 +40,7 @@ from .weighting import (
     sequence_logps,
     token_weights,
 )
+from .whole_files import write_whole
 
 SCHEMA = 1
 ROWS_PER_SHARD = 512  # what a killed run loses at most
@@ -170,7 +171,7 @@ def score_pairs(
         progress: told (done, of) in pairs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.tmp"):  # of a run that was killed
+    for left_over in folder.glob(".*.part"):  # of a run that was killed
         left_over.unlink()
     write_whole(folder / "key.json", json.dumps(asdict(key), indent=1).encode())
     starts = range(0, len(dataset), rows_per_shard)

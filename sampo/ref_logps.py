@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .ref_key import SCHEMA, RefKey
+from .whole_files import write_whole
 
 CHOSEN, REJECTED = "ref_chosen_token_logps", "ref_rejected_token_logps"  # columns of a data set
 BATCH = "ref_logps"  # what the collator makes of them: `(2B, L − 1)`
@@ -105,7 +106,7 @@ class RefCache:
             processes: that share the work; a small data set is cut into so many shards.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(".*.tmp"):  # of a build that was killed
+        for left_over in self.folder.glob(".*.part"):  # of a build that was killed
             left_over.unlink()
         if self._read_manifest() is None:
             created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -318,18 +319,3 @@ class RefCollator:
             )
         batch[BATCH] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(rows))
         return batch
-
-
-def write_whole(path: Path, content) -> None:
-    """Write a file so that it is either there, whole, or not."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

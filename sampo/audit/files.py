@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import results
-from ..evaluation.journal import write_whole
+from ..whole_files import write_whole
 from .audit import Audit
 from .report import conclusion, records
 

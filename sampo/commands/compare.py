@@ -140,11 +140,11 @@ def _finish(
 ) -> None:
     """Show and write."""
     from ..evaluation import comparing
-    from ..evaluation.journal import write_whole
     from ..evaluation.judged import csv_text
     from ..evaluation.summary import summary_table
     from ..evaluation.verbosity import verbosity_table
     from ..results import lines
+    from ..whole_files import write_whole
     from .shown import command_line, console, say
 
     screen = console()

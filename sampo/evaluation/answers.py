@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pair_rows import without_nulls
-from .journal import read_rows, write_whole
+from ..whole_files import write_whole
+from .journal import read_rows
 
 Prompt = str | list[dict[str, Any]]
 

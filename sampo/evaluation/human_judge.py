@@ -6,8 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..whole_files import write_whole
 from .answers import prompt_id, prompt_text
-from .journal import write_whole
 from .judges import ORDERS, Comparison, Pair, Progress, Verdict
 
 SHEET = ("prompt_id", "prompt", "answer_a", "answer_b", "preferred")

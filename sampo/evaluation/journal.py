@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..whole_files import sync
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class Journal:
                 self._file.truncate(self._end)
             elif content and not content.endswith(b"\n"):
                 self._write(b"\n")
-            _sync_folder(self.path.parent)  # a new file has a name only when its folder is on the disk
+            sync(self.path.parent)  # a new file has a name only when its folder is on the disk
         except BaseException:
             self._file.close()
             raise
@@ -63,7 +65,7 @@ class Journal:
             _lock_file(file.fileno(), aside)
             _write_all(file, content)
             os.replace(aside, self.path)
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
             self._file.close()
             self._file, self._end, self.rows = file, len(content), rows
 
@@ -95,17 +97,6 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if end < len(content):
         logger.warning("%s: an unfinished last line of %d bytes left out", path, len(content) - end)
     return rows
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file that is whole or absent under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -153,13 +144,3 @@ def _lock_file(descriptor: int, path: Path) -> None:
             f"{path} must be written by one process at a time, got a second one. Wait for the first, or name another "
             "file."
         ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..results import lines
+from ..whole_files import write_whole
 from .answers import Answer
-from .journal import write_whole
 from .judges import Judgement, drawn_prompts, read_judgements, write_judgements
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts

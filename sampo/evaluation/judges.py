@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..whole_files import write_whole
 from .answers import Answer
-from .journal import read_rows, write_whole
+from .journal import read_rows
 
 ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
 Progress = Callable[[int, int], None]  # (done, of)
