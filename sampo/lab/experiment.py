@@ -285,8 +285,14 @@ class Bench:
         if options["token_weighting"] == "top_k":  # before training all log-ratios are 0, and the tokens undecided
             return []
         pressures = mean_pressures([p.chosen for p in pairs], [p.rejected for p in pairs], end_probs, options)
-        clusters = [pair.question.key for pair in pairs]
-        return [mean_number(name, values, clusters) for name, values in pressures.items()]
+        scale, clusters = self.beta_factor(run), [pair.question.key for pair in pairs]
+        return [mean_number(name, scale * values, clusters) for name, values in pressures.items()]
+
+    def beta_factor(self, run: Run) -> float:
+        """By what a method's beta is multiplied: the mean length of the answers it trains on, or 1."""
+        if not run.definition.beta_per_token:
+            return 1.0
+        return float(np.mean([len(answer) for _, answer in _rows(self.pairs(run))]))
 
     def options(self, run: Run) -> dict[str, Any]:
         """Those of `SamPOConfig`, with what has to be measured first."""
@@ -369,15 +375,13 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
     """The trainer's options; those that only save time change results by rounding."""
     from ..config import SamPOConfig
 
-    settings, beta = run.settings, run.settings.beta
-    if run.definition.beta_per_token:
-        beta *= float(np.mean([len(answer) for _, answer in _rows(bench.pairs(run))]))
+    settings = run.settings
     return SamPOConfig(
         output_dir=output_dir,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        beta=beta,
+        beta=settings.beta * bench.beta_factor(run),
         warmup_steps=max(steps // 10, 1),
         lr_scheduler_type="linear",
         weight_decay=0.0,

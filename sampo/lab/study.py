@@ -5,7 +5,7 @@ fair picture. A stage is a seed and a part: the headline setting, the sweeps ove
 and rate of the learned penalty, and the grid of learning rate and beta.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from .methods import SLOPE, STUDY_METHODS
@@ -37,12 +37,14 @@ def study_plan(settings: Settings, *, seeds: int = SEEDS) -> list[Run]:
 
 
 def _stages(settings: Settings, seeds: int) -> Iterator[Run]:
+    softest, hardest = GRID[2], GRID[3]
     for seed in range(seeds):
         yield from headline(settings, seed)
         if seed == min(1, seeds - 1):  # between two seeds and more of them
             for early in range(seed + 1):
                 yield from bias_sweep(settings, early)
-        if seed == min(2, seeds - 1):
+        if seed == min(2, seeds - 1):  # with the headline three points of a frontier
+            yield from grid(settings, 0, "all", [softest, hardest])
             yield from penalty_sweep(settings, 0)
     for group in GROUPS:
         yield from grid(settings, 0, group)
@@ -61,9 +63,9 @@ def headline(settings: Settings, seed: int) -> Iterator[Run]:
         yield from (Run(seed, group, method, settings) for method in methods)
 
 
-def grid(settings: Settings, seed: int, group: str) -> Iterator[Run]:
+def grid(settings: Settings, seed: int, group: str, cells: Sequence[tuple[float, float]] = GRID) -> Iterator[Run]:
     """Learning rate and beta, every method in every cell."""
-    for rate, beta in GRID:
+    for rate, beta in cells:
         cell = replace(settings, learning_rate=rate, beta=beta)
         yield from (Run(seed, group, method, cell) for method in STUDY_METHODS)
 
