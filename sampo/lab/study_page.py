@@ -55,8 +55,8 @@ def about(study: Study) -> str:
     return (
         f"{len(study.cells)} runs and {len(study.starts)} supervised starts: {len(headline)} in the headline "
         f"setting (learning rate {HEADLINE.learning_rate:g}, beta {HEADLINE.beta:g}, annotators' bias {HEADLINE.bias:g}), "
-        f"{rest} in other cells of the grid, {len(biased)} with other annotators, {len(changed)} with another start "
-        "or rate of the learned penalty. None was left out."
+        f"{rest} in other cells of the grid, {len(biased)} with other annotators, {len(changed)} with another "
+        "start or rate of the learned penalty. None was left out."
     )
 
 
