@@ -1,12 +1,11 @@
 import dataclasses
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,10 +167,12 @@ def test_the_mean_weight_of_a_random_subset_is_the_mean_over_its_draws():
     for options in ({}, {"keep_end_token": True}, {"sampled_sides": "rejected"}):
         draws = [
             token_weights("sampo", mask, end=end, keys=draw_keys(ids, torch.ones(4, 10), seed=s, epoch=0), **options)
-            for s in range(3000)
+            for s in range(1000)
         ]
         expected = mean_weights(lengths, {"token_weighting": "sampo", **options})
-        assert torch.stack(draws).mean(dim=0).numpy() == pytest.approx(expected.numpy(), abs=0.04)
+        assert torch.stack(draws).mean(dim=0).numpy() == pytest.approx(
+            expected.numpy(), abs=0.065
+        )  # four standard errors of a coin
 
 
 def test_the_logistic_slope_is_the_best_of_a_fine_grid_and_needs_both_signs():
@@ -192,12 +193,12 @@ def test_the_logistic_slope_is_the_best_of_a_fine_grid_and_needs_both_signs():
 # --- running --------------------------------------------------------------------------------------------------------
 
 MICRO = Settings(sft_steps=6, steps=3, pairs=64, questions=24, judged_pairs=40)
+FIRST = 4  # runs of the plan
+SLOPED = Run(0, "all", "dpo_learned", MICRO, (("length_penalty_start", SLOPE), ("length_penalty_lr", 0.01)))
 FEW = [
-    Run(0, "", SFT, MICRO),
+    *study_plan(MICRO, seeds=1)[:FIRST],
     Run(0, "all", "sampo_iterative", MICRO),
-    Run(0, "short", "rdpo_05", MICRO),
-    Run(0, "short", "mean", MICRO),
-    Run(0, "all", "dpo_learned", MICRO, (("length_penalty_start", SLOPE), ("length_penalty_lr", 0.01))),
+    SLOPED,
 ]
 
 
@@ -209,22 +210,20 @@ def measured(path):
     }
 
 
+def run_serially(runs, folder):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes of a parallel run have
+    try:
+        return list(run_all(runs, folder, command="made here", progress=unseen))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serial")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes of a parallel run have
-    done = list(run_all(FEW, folder, command="made here", progress=unseen))
-    torch.set_num_threads(threads)
-    assert [run for run, _ in done] == FEW
+    assert [run for run, _ in run_serially(FEW, folder)] == FEW
     return folder
-
-
-def test_two_processes_measure_what_one_does(serial, tmp_path):
-    done = list(run_all(FEW, tmp_path, command="made here", progress=unseen, jobs=2))
-    assert {run for run, _ in done} == set(FEW)
-    assert measured(tmp_path / RECORDS) == measured(serial / RECORDS)
-    assert unmeasured(FEW, tmp_path) == []
 
 
 def test_a_learned_penalty_starts_at_the_slope_and_hardly_moves_at_a_low_rate(serial):
@@ -238,40 +237,55 @@ def test_a_learned_penalty_starts_at_the_slope_and_hardly_moves_at_a_low_rate(se
     assert records[0].value == pytest.approx(slope, abs=3 * 0.011 / scale)  # three steps of Adam
 
 
-def test_rounds_of_iterative_training_share_the_pairs_and_move_the_reference(serial):
-    found = {r.name: r.value for r in results.read(serial / RECORDS) if r.config["method"] == "sampo_iterative"}
-    assert found["kl"] == 0  # three rounds of one step each, and the first step of each has a learning rate of 0
-    others = {r.name: r.value for r in results.read(serial / RECORDS) if r.config["method"] == "mean"}
-    assert others["kl"] > 0
+def test_rounds_of_iterative_training_are_runs_of_their_own(serial):
+    numbers = {r.config["method"]: r.value for r in results.read(serial / RECORDS) if r.name == "kl"}
+    assert numbers["sampo_iterative"] == 0  # three rounds of one step, and a first step has a learning rate of 0
+    assert numbers["sampo"] > 0
 
 
-COMMAND = ["lab", "study", "--seeds", "1"]
+COMMAND = [sys.executable, "-m", "sampo.cli", "lab", "study", "--seeds", "1", "--jobs", "2", "--runs", str(FIRST)]
 COMMAND += [w for n, v in dataclasses.asdict(MICRO).items() if v != getattr(Settings(), n) for w in (f"--{n}", str(v))]
 
 
-def test_a_killed_study_goes_on_where_it_was_and_has_every_number_once(tmp_path):
-    command = [sys.executable, "-m", "sampo.cli", *COMMAND, "--runs", "4", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    path = tmp_path / RECORDS
-    deadline = time.monotonic() + 200
-    while len({r.key for r in results.read(path)}) < 2:
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs_still(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_killed_parallel_study_goes_on_where_it_was_and_measures_what_one_process_does(serial, tmp_path):
+    path, errors = tmp_path / RECORDS, tmp_path / "errors"
+    with errors.open("wb") as log:
+        process = subprocess.Popen(
+            [*COMMAND, "--out", str(tmp_path)], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        deadline = time.monotonic() + 200
+        while len({r.key for r in results.read(path)}) < 2:
+            assert process.poll() is None, errors.read_text()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        workers = children(process.pid)
+        process.kill()
+        process.wait()
     before = path.read_bytes()
-    kept = list(results.read(path))
-    assert main([*COMMAND, "--runs", "4", "--out", str(tmp_path)]) == 0
+    kept = {r.key for r in results.read(path)}
+    assert len(kept) < FIRST
+    deadline = time.monotonic() + 20
+    while any(runs_still(pid) for pid in workers):  # nobody waits for work that never comes
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    done = run_serially(FEW[:FIRST], tmp_path)
+    assert {run for run, _ in done} == set(FEW[:FIRST])
     assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    counts = Counter((r.key, r.name) for r in results.read(path))
-    runs = study_plan(MICRO, seeds=1)[:4]
-    assert {key for key, _ in counts} == {results.config_key(run.config) for run in runs}
-    assert set(counts.values()) == {1}
-    assert len(kept) < len(counts)
+    found = measured(path)
+    assert found == {key: value for key, value in measured(serial / RECORDS).items() if key in found}
+    assert len({key for key, _ in found}) == FIRST
+    assert max(Counter((r.key, r.name) for r in results.read(path)).values()) == 1
+    assert unmeasured(FEW, tmp_path) == FEW[FIRST:]
 
 
 def test_the_command_says_what_must_hold(tmp_path):
@@ -291,8 +305,3 @@ def test_equal_pairs_are_only_for_the_methods_that_can_differ_there():
     for name, method in STUDY_METHODS.items():
         same = torch.equal(mean_weights([*lengths, *lengths], method.options), dpo)
         assert same or name in EQUAL_METHODS, name
-
-
-def test_the_command_is_written_into_the_records(serial):
-    line = json.loads((serial / RECORDS).read_text().splitlines()[0])
-    assert line["command"] == "made here"

@@ -1,6 +1,7 @@
 """`sampo lab study`: every method over seeds, groups of pairs, learning rates and betas, in the lab's small world.
 
 - `sampo lab study`: hours on a few cores; stopped and started again it goes on where it was.
+- `sampo lab study --report`: tables, verdicts and figures of what is there.
 - `sampo lab study --runs 100`: the first hundred runs. The order gives every method the same, so that a part is fair.
 """
 
@@ -27,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="number of seeds")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
     parser.add_argument("--runs", type=int, metavar="N", help="stop after the first N runs of the plan")
+    parser.add_argument("--report", action="store_true", help="run nothing; analyse what is there")
     for option in fields(Settings):
         if "help" in option.metadata:
             text = option.metadata["help"].replace("%", "%%")
@@ -35,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is missing."""
+    """Run what is missing, then analyse everything."""
     for name in ("seeds", "jobs", "runs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"sampo lab study: `--{name}` must be at least 1, got {getattr(args, name)}.")
@@ -44,7 +46,9 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as fault:
         raise SystemExit(f"sampo lab study: {fault}") from None
     plan = study_plan(settings, seeds=args.seeds)
-    _run(plan[: args.runs], len(plan), settings, args)
+    if not args.report:
+        _run(plan[: args.runs], len(plan), settings, args)
+    _report(args.out)
 
 
 def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> None:
@@ -73,6 +77,29 @@ def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> 
             )
     print(f"{len(runs)} runs are there, {measured} of them new, {time.perf_counter() - began:.0f} s.")
     sys.stdout.flush()
+
+
+def _report(folder: Path) -> None:
+    """Tables and figures of all records in the folder."""
+    from .. import results
+    from ..lab.analysis import Study
+    from ..lab.experiment import RECORDS
+    from ..lab.study_page import PARTS, verdicts, write_figures
+
+    try:
+        study = Study(results.read(folder / RECORDS))
+    except ValueError as fault:
+        raise SystemExit(f"sampo lab study: {fault}") from None
+    if not study.cells:
+        raise SystemExit(f"sampo lab study: `--out` must hold finished runs to analyse, got none in {folder}.")
+    text = "\n\n".join(f"## {name.replace('_', ' ')}\n\n{part(study)}" for name, part in PARTS.items())
+    (folder / "study.md").write_text(text + "\n", encoding="utf-8")
+    print(verdicts(study))
+    try:
+        figures = [path.name for path in write_figures(study, folder)]
+    except ImportError:
+        figures = ['no figures, which need `pip install "sampo-dpo[report]"`']
+    print(f"Written to {folder}: {', '.join(['study.md', *figures])}")
 
 
 def _command(args: argparse.Namespace, settings: Settings) -> str:

@@ -6,15 +6,19 @@ and not repeated. Numbers differ from seed to seed by more than their intervals 
 
 import copy
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from multiprocessing import connection
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,10 +103,19 @@ def _begin_work(folder: Path) -> None:
     import transformers
 
     global _worker
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     _worker = Benches(folder, unseen)
+
+
+def _end_with_parent() -> None:
+    """A process pool's workers would wait for ever for work from a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _measure_in_worker(run: Run) -> list["Number"]:
@@ -145,7 +158,9 @@ class Bench:
         self.seed, self.settings, self.folder, self.progress = seed, settings, folder, progress
         self.world = World(seed)
         self._pairs: dict[tuple[str, float, int], tuple[list[Pair], list[np.ndarray]]] = {}
-        self._scratch = tempfile.TemporaryDirectory(prefix="sampo-lab-")
+        # where its runs keep the log-probabilities of their references
+        self.reference_cache = tempfile.mkdtemp(prefix="sampo-lab-")
+        weakref.finalize(self, shutil.rmtree, self.reference_cache, ignore_errors=True)
 
     def serves(self, run: Run) -> bool:
         """Whether what is shared is the same for this run: methods, and the pairs to train on, may differ."""
@@ -230,11 +245,6 @@ class Bench:
             pairs = self.world.annotated_pairs(settings.pairs, bias=settings.bias, group=run.group)
             self._pairs[key] = pairs, lm.end_probs(self.start, _rows(pairs))
         return self._pairs[key]
-
-    @property
-    def reference_cache(self) -> Path:
-        """Where the runs of this bench keep the log-probabilities of their references."""
-        return Path(self._scratch.name)
 
     # --- what is measured ----------------------------------------------------------------------------------------
 
@@ -393,7 +403,7 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
         dataloader_pin_memory=False,
         pair_stream="true",
         precompute_ref_log_probs=True,
-        ref_cache_dir=str(bench.reference_cache),
+        ref_cache_dir=bench.reference_cache,
         ref_cache_check=0,
         log_token_statistics=False,
         save_strategy="no",

@@ -52,11 +52,11 @@ def about(study: Study) -> str:
     biased = [c for c in study.cells if c.bias != HEADLINE.bias and not c.changes]
     changed = [c for c in study.cells if c.changes]
     rest = len(study.cells) - len(headline) - len(biased) - len(changed)
+    setting = f"learning rate {HEADLINE.learning_rate:g}, beta {HEADLINE.beta:g}, annotators' bias {HEADLINE.bias:g}"
     return (
-        f"{len(study.cells)} runs and {len(study.starts)} supervised starts: {len(headline)} in the headline "
-        f"setting (learning rate {HEADLINE.learning_rate:g}, beta {HEADLINE.beta:g}, annotators' bias {HEADLINE.bias:g}), "
-        f"{rest} in other cells of the grid, {len(biased)} with other annotators, {len(changed)} with another "
-        "start or rate of the learned penalty. None was left out."
+        f"{len(study.cells)} runs and {len(study.starts)} supervised starts: {len(headline)} in the headline setting "
+        f"({setting}), {rest} in other cells of the grid, {len(biased)} with other annotators, {len(changed)} with "
+        "another start or rate of the learned penalty. None was left out."
     )
 
 
@@ -196,9 +196,14 @@ def _changed(method: str, bias: float, start: object, rate: float) -> Callable[[
 
 
 def verdicts(study: Study) -> str:
-    """One row per claim, and beneath it what each condition says."""
+    """One row per claim."""
     rows = [[claim.text, claim.source, f"**{claim.verdict}**"] for claim in claims(study)]
-    return "\n\n".join([table(["claim", "whose", "verdict"], rows), *map(_details, claims(study))])
+    return table(["claim", "whose", "verdict"], rows)
+
+
+def details(study: Study) -> str:
+    """Rule and numbers of every claim."""
+    return "\n\n".join(map(_details, claims(study)))
 
 
 def _details(claim: Claim) -> str:
@@ -207,7 +212,7 @@ def _details(claim: Claim) -> str:
 
 
 PARTS: dict[str, Callable[[Study], str]] = {
-    **{"about": about, "verdicts": verdicts, "headline": headline, "against_dpo": against_dpo},
+    **{"about": about, "verdicts": verdicts, "details": details, "headline": headline, "against_dpo": against_dpo},
     **{"equal_kl": equal_kl, "frontiers": frontiers, "biases": biases, "penalties": penalties},
 }
 # the methods that are told apart in figures; the others are grey
