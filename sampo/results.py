@@ -118,15 +118,15 @@ def read(path: Path) -> list[Record]:
     *lines, _unfinished = content.decode().split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            fields_of = json.loads(line)
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number} must be a JSON record, got: {error}. Restore or delete it."
             ) from None
-        if fields_of.get("schema") != SCHEMA or set(fields_of) != known:
+        if entry.get("schema") != SCHEMA or set(entry) != known:
             raise ValueError(
-                f"{path}, line {number} must be a record of schema {SCHEMA}, got schema {fields_of.get('schema')} with "
-                f"{sorted(set(fields_of) ^ known) or 'the same fields'} differing. Write to another folder."
+                f"{path}, line {number} must be a record of schema {SCHEMA}, got schema {entry.get('schema')} with "
+                f"{sorted(set(entry) ^ known) or 'the same fields'} differing. Write to another folder."
             )
-        records.append(Record(**fields_of))
+        records.append(Record(**entry))
     return records

@@ -192,7 +192,7 @@ def test_the_logistic_slope_is_the_best_of_a_fine_grid_and_needs_both_signs():
 
 # --- running --------------------------------------------------------------------------------------------------------
 
-MICRO = Settings(sft_steps=6, steps=3, pairs=64, questions=24, judged_pairs=40)
+MICRO = Settings(sft_steps=6, steps=3, pairs=64, questions=24, judged_pairs=40, demonstrations=600)
 FIRST = 4  # runs of the plan
 SLOPED = Run(0, "all", "dpo_learned", MICRO, (("length_penalty_start", SLOPE), ("length_penalty_lr", 0.01)))
 FEW = [
@@ -227,7 +227,7 @@ def serial(tmp_path_factory):
 
 
 def test_a_learned_penalty_starts_at_the_slope_and_hardly_moves_at_a_low_rate(serial):
-    records = [r for r in results.read(serial / RECORDS) if r.name == "penalty_per_token"]
+    records = [r for r in results.read(serial / RECORDS) if (r.name, r.config) == ("penalty_per_token", SLOPED.config)]
     assert [r.config["length_penalty_start"] for r in records] == [SLOPE]
     pairs = World(0).annotated_pairs(64, bias=0.5)
     differences = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
@@ -243,8 +243,22 @@ def test_rounds_of_iterative_training_are_runs_of_their_own(serial):
     assert numbers["sampo"] > 0
 
 
+def test_a_study_that_was_stopped_within_a_record_goes_on_where_it_was(serial, tmp_path):
+    going = run_all(FEW, tmp_path, command="made here", progress=unseen)
+    stopped = [next(going)[0], next(going)[0]]
+    going.close()
+    path = tmp_path / RECORDS
+    assert stopped == FEW[:2]
+    assert unmeasured(FEW, tmp_path) == FEW[2:]
+    path.write_bytes(path.read_bytes()[:-30])  # as if killed while it wrote
+    assert unmeasured(FEW, tmp_path) == FEW[1:]
+    assert [run for run, _ in run_serially(FEW, tmp_path)] == FEW
+    assert measured(path) == measured(serial / RECORDS)
+
+
+ASKED = dataclasses.replace(MICRO, demonstrations=Settings().demonstrations)  # it is no option
 COMMAND = [sys.executable, "-m", "sampo.cli", "lab", "study", "--seeds", "1", "--jobs", "2", "--runs", str(FIRST)]
-COMMAND += [w for n, v in dataclasses.asdict(MICRO).items() if v != getattr(Settings(), n) for w in (f"--{n}", str(v))]
+COMMAND += [w for n, v in dataclasses.asdict(ASKED).items() if v != getattr(Settings(), n) for w in (f"--{n}", str(v))]
 
 
 def children(pid):
@@ -256,7 +270,11 @@ def runs_still(pid):
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_a_killed_parallel_study_goes_on_where_it_was_and_measures_what_one_process_does(serial, tmp_path):
+@pytest.mark.slow
+def test_a_killed_parallel_study_goes_on_where_it_was_and_measures_what_one_process_does(tmp_path):
+    runs = study_plan(ASKED, seeds=1)[:FIRST]
+    alone = tmp_path / "alone"
+    run_serially(runs, alone)
     path, errors = tmp_path / RECORDS, tmp_path / "errors"
     with errors.open("wb") as log:
         process = subprocess.Popen(
@@ -278,14 +296,11 @@ def test_a_killed_parallel_study_goes_on_where_it_was_and_measures_what_one_proc
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
-    done = run_serially(FEW[:FIRST], tmp_path)
-    assert {run for run, _ in done} == set(FEW[:FIRST])
+    done = run_serially(runs, tmp_path)
+    assert {run for run, _ in done} == set(runs)
     assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    found = measured(path)
-    assert found == {key: value for key, value in measured(serial / RECORDS).items() if key in found}
-    assert len({key for key, _ in found}) == FIRST
+    assert measured(path) == measured(alone / RECORDS)
     assert max(Counter((r.key, r.name) for r in results.read(path)).values()) == 1
-    assert unmeasured(FEW, tmp_path) == FEW[FIRST:]
 
 
 def test_the_command_says_what_must_hold(tmp_path):
@@ -302,6 +317,6 @@ def test_equal_pairs_are_only_for_the_methods_that_can_differ_there():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 30, size=12)
     dpo = mean_weights([*lengths, *lengths], {"token_weighting": "all"})
-    for name, method in STUDY_METHODS.items():
-        same = torch.equal(mean_weights([*lengths, *lengths], method.options), dpo)
+    for name in WITH_PRESSURE:  # the others keep as many tokens as there are
+        same = torch.equal(mean_weights([*lengths, *lengths], STUDY_METHODS[name].options), dpo)
         assert same or name in EQUAL_METHODS, name
