@@ -6,8 +6,9 @@
 
 Each run trains a LoRA adapter with one method and one seed (which draws its pairs, their order and the adapter), then
 scores held-out pairs and samples answers to held-out prompts. Nobody judges the answers: the numbers are about length,
-not about quality. Records are appended to `records.jsonl` in the output folder, those of a run in one piece; a finished
-run is not run again, and answers that were written are not written again. The reference's log-probs are computed once.
+not about quality. Records are appended to `records.jsonl` in the output folder, those of a run in one piece; a
+finished run is not run again, and answers that were written are not written again. The reference's log-probs are
+computed once.
 `python docs/build.py` makes the table of docs/results.md from docs/study/real_model.jsonl.
 """
 

@@ -37,16 +37,16 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`holds`, `does not hold`, `open`, or `holds when` with the conditions under which it does."""
-        decided = [f for f in self.findings if f.verdict != OPEN]
-        if not decided:
+        """`holds`, `does not hold`, `open`, or the conditions: `holds when`, or `… where decided` if others are open."""
+        conditions = {
+            verdict: [f.condition for f in self.findings if f.verdict == verdict] for verdict in (HOLDS, FAILS, OPEN)
+        }
+        if conditions[HOLDS] and conditions[FAILS]:
+            return f"{HOLDS} when: {', '.join(conditions[HOLDS])}"
+        decided = HOLDS if conditions[HOLDS] else FAILS
+        if not conditions[decided]:
             return OPEN
-        good = [f.condition for f in decided if f.verdict == HOLDS]
-        if not good:
-            return FAILS
-        if len(good) == len(decided):
-            return HOLDS if len(decided) == len(self.findings) else f"{HOLDS} where decided: {', '.join(good)}"
-        return f"{HOLDS} when: {', '.join(good)}"
+        return f"{decided} where decided: {', '.join(conditions[decided])}" if conditions[OPEN] else decided
 
 
 def above(spread: Spread | None, bound: float = 0.0) -> str:

@@ -269,11 +269,15 @@ def draw_frontier(panels, study: Study) -> None:
 def draw_prediction(panels, study: Study) -> None:
     """Length pressure before training against the change of length after it, a point per run, per group."""
     for axes, group in zip(panels, GROUPS, strict=True):
+        points: dict[str, list[tuple[float, float]]] = {}
         for cell in study.cells:
             if cell.group == group and "pressure" in cell.numbers:
                 ratio = cell.numbers["tokens"] / study.starts[cell.seed]["tokens"]
-                title = STUDY_METHODS[cell.method].title if cell.method in COLOURS else "other methods"
-                axes.plot(cell.numbers["pressure"], ratio, ".", color=COLOURS.get(cell.method, OTHERS), label=title)
+                method = cell.method if cell.method in COLOURS else ""
+                points.setdefault(method, []).append((cell.numbers["pressure"], ratio))
+        for method, found in sorted(points.items()):  # the others below
+            title = STUDY_METHODS[method].title if method else "other methods"
+            axes.plot(*zip(*found, strict=True), ".", color=COLOURS.get(method, OTHERS), label=title)
         axes.axhline(1, color="black", linewidth=0.6)
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_yscale("log")
