@@ -37,7 +37,7 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`holds`, `does not hold`, `open`, or the conditions: `holds when`, or `… where decided` if others are open."""
+        """`holds`, `does not hold` or `open`; with the conditions where they differ, or where some are open."""
         conditions = {
             verdict: [f.condition for f in self.findings if f.verdict == verdict] for verdict in (HOLDS, FAILS, OPEN)
         }
