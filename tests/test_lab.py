@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 import subprocess
 import sys
@@ -299,6 +300,14 @@ def test_records_survive_the_file(tmp_path):
     results.append(path, [second])
     assert results.read(path) == [first, second]
     assert first.versions["torch"] == torch.__version__.split("+")[0] or first.versions["torch"] == torch.__version__
+
+
+def test_a_compressed_file_is_read_like_any_other(tmp_path):
+    path = tmp_path / "records.jsonl"
+    results.append(path, [make_record(seed=1), make_record(seed=2)])
+    packed = tmp_path / "records.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert results.read(packed) == results.read(path) != []
 
 
 def test_a_line_that_was_not_finished_is_left_out_and_then_cut_off(tmp_path):
