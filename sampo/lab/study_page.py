@@ -281,6 +281,8 @@ def draw_prediction(panels, study: Study) -> None:
         axes.axhline(1, color="black", linewidth=0.6)
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter("{x:g}")
         axes.set(title=f"trained on {group}", xlabel="length pressure before", ylabel="tokens / tokens of the start")
         axes.spines[["top", "right"]].set_visible(False)
 
