@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from dataclasses import MISSING
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,26 @@ def lab() -> str:
 
     lines = collect(outcomes_of(results.read(ROOT / "docs" / "lab" / "records.jsonl")))
     return markdown_table(lines, LAB_COLUMNS)
+
+
+def study(part: str) -> str:
+    """One part of the study, from the records of its last run."""
+    from sampo import results
+    from sampo.lab.analysis import Study
+    from sampo.lab.study_page import PARTS as parts
+
+    records = results.read(ROOT / "docs" / "study" / "records.jsonl.gz")
+    return parts[part](Study(records)) if records else "Not measured yet."
+
+
+def real_model() -> str:
+    """The study's methods on a real model, from the records of benchmarks/real_model_study.py."""
+    from real_model_study import table
+
+    from sampo import results
+
+    records = results.read(ROOT / "docs" / "study" / "real_model.jsonl")
+    return table(records) if records else "Not measured yet."
 
 
 def speed() -> str:
@@ -217,11 +238,15 @@ def merging() -> str:
     return measured.table(results.read(ROOT / "docs" / "merging.jsonl"))
 
 
+STUDY_PARTS = (
+    *("about", "verdicts", "details", "headline", "against_dpo", "equal_kl", "frontiers", "biases", "penalties"),
+)
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
-    **{"coverage": coverage, "overlap": overlap, "merging": merging},
+    **{"coverage": coverage, "overlap": overlap, "merging": merging, "real_model": real_model},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
+    **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 

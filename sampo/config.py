@@ -101,8 +101,13 @@ class SamPOConfig(DPOConfig):
     )
     length_penalty_lr: float = field(
         default=0.05,
+        metadata={"help": "Learning rate (Adam, constant) of the theta of `length_penalty: learned`."},
+    )
+    length_penalty_start: float = field(
+        default=0.0,
         metadata={
-            "help": "Learning rate (Adam, constant) of the theta of `length_penalty: learned`, which starts at 0."
+            "help": "Where `length_penalty: learned` starts, per token of T_w - T_l: 0, or the slope of a logistic "
+            "fit of preference on length."
         },
     )
     pair_stream: str = field(
@@ -229,6 +234,7 @@ class SamPOConfig(DPOConfig):
             "a positive number of tokens",
         )
         expect(is_number(self.length_penalty_lr) and self.length_penalty_lr > 0, "length_penalty_lr", "positive")
+        expect(is_number(self.length_penalty_start), "length_penalty_start", "a finite number per token")
         expect(is_number(self.beta) and self.beta > 0, "beta", "positive and finite")
         expect(is_number(self.learning_rate) and self.learning_rate >= 0, "learning_rate", "finite and not negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -268,6 +274,11 @@ class SamPOConfig(DPOConfig):
             (
                 self.keep_end_token and not method.can_keep_end,
                 f"`keep_end_token` is for {methods('can_keep_end')}, got `token_weighting: {name}`.",
+            ),
+            (
+                self.length_penalty_start != 0 and not self.learns_length_penalty,
+                f"`length_penalty_start: {self.length_penalty_start}` is for `length_penalty: learned`, got "
+                f"`{self.length_penalty}`.",
             ),
             (
                 self.mask_sharing == "independent" and not method.random,

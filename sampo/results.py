@@ -5,6 +5,7 @@ figure stands anywhere without its settings and its command. A file of measureme
 records that are computed from another file, such as judgements, are written with it.
 """
 
+import gzip
 import hashlib
 import json
 import math
@@ -110,23 +111,27 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, oldest first; none where there is no file. An unfinished last line is left out."""
+    """All records of a file, oldest first; none where there is no file. An unfinished last line is left out.
+
+    A name that ends in `.gz` is that of a compressed file, which is for reading alone.
+    """
     if not path.exists():
         return []
     known = {f.name for f in fields(Record)}
     records = []
-    *whole, _unfinished = path.read_text().split("\n")
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    *whole, _unfinished = content.decode().split("\n")
     for number, line in enumerate(whole, 1):
         try:
-            content = json.loads(line)
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number} must be a JSON record, got: {error}. Restore or delete it."
             ) from None
-        if content.get("schema") != SCHEMA or set(content) != known:
+        if entry.get("schema") != SCHEMA or set(entry) != known:
             raise ValueError(
-                f"{path}, line {number} must be a record of schema {SCHEMA}, got schema {content.get('schema')} with "
-                f"{sorted(set(content) ^ known) or 'the same fields'} differing. Write to another folder."
+                f"{path}, line {number} must be a record of schema {SCHEMA}, got schema {entry.get('schema')} with "
+                f"{sorted(set(entry) ^ known) or 'the same fields'} differing. Write to another folder."
             )
-        records.append(Record(**content))
+        records.append(Record(**entry))
     return records

@@ -16,12 +16,12 @@ class RunState(TrainerCallback, ExportableState):
         epoch: index of the running epoch, 0, 1, … `state.epoch` itself is late by an epoch border for streamed data.
     """
 
-    def __init__(self, length_penalty_lr: float = 0.05):
+    def __init__(self, length_penalty_lr: float = 0.05, theta: float = 0.0):
         self.epoch = 0
         self.length_penalty_lr = length_penalty_lr
         self._begun = False
         self._gradients: list[float] = []  # of the micro-batches since the last step
-        self._set_theta(0.0)
+        self._set_theta(theta)
 
     @property
     def theta(self) -> float:

@@ -262,7 +262,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             [self.accelerator.unwrap_model(each) for each in models],
             refuse="vision data are laid out by their processor" if self._is_vision_dataset else None,
         )
-        self.add_callback(RunState(args.length_penalty_lr))
+        self.add_callback(RunState(args.length_penalty_lr, args.length_penalty_start * self._length_scale))
         self.make_resumable()
         self._say_what_is_run()
 

@@ -1,6 +1,7 @@
 """The short form of the benchmark runs, and what it counts is right; its times mean nothing here."""
 
 import itertools
+import json
 import math
 import random
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import make_model, make_pairs, save_model
 from transformers import LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import counting  # noqa: E402
 import profiling  # noqa: E402
+import real_model_study  # noqa: E402
 import sides  # noqa: E402
 import step_time  # noqa: E402
 import tables  # noqa: E402
@@ -273,3 +275,56 @@ def test_tables_state_medians_and_ratios_within_repeats(tmp_path):
     assert "| ≥ 12.00 × | not measured | – | – |" in table
     assert "| ≤ 0.50 × | 0.75 × | 1, abc | no |" in table
     assert "| sampo, live reference | 1 | 10.0 × | 3.00 |" in tables.readme_table(records)
+
+
+# --- the study on a real model --------------------------------------------------------------------------------------
+
+TINY_STUDY = "--steps 2 --batch_size 2 --held_out_pairs 10 --prompts 4 --max_tokens 8 --seeds 1 --threads 1"
+
+
+@pytest.fixture(scope="module")
+def real_study(tmp_path_factory):
+    """A study on a tiny model: its command and its folder."""
+    folder = tmp_path_factory.mktemp("study")
+    make_pairs(60, conversational=True).to_json(folder / "pairs.jsonl")
+    paths = [
+        "--model",
+        save_model(folder / "model"),
+        "--data",
+        str(folder / "pairs.jsonl"),
+        "--out",
+        str(folder / "out"),
+    ]
+    command = [*paths, *TINY_STUDY.split(), "--max_length", "64", "--methods", "sampo_rejected_learned"]
+    real_model_study.main(command)
+    return command, folder / "out"
+
+
+def test_the_study_on_a_real_model_measures_the_start_and_a_method(real_study):
+    records = results.read(real_study[1] / "records.jsonl")
+    numbers = {(r.config["method"], r.name): r for r in records}
+    assert {method for method, _ in numbers} == {"start", "sampo_rejected_learned"}
+    for method in ("start", "sampo_rejected_learned"):
+        assert 1 <= numbers[method, "tokens"].value <= 8
+        assert numbers[method, "tokens"].n == 4
+        answers = (real_study[1] / "answers" / f"{numbers[method, 'tokens'].key}.jsonl").read_text().splitlines()
+        mean = sum(json.loads(line)["tokens"] for line in answers) / 4
+        assert numbers[method, "tokens"].value == pytest.approx(mean)
+    trained = {name: record.value for (method, name), record in numbers.items() if method != "start"}
+    assert trained["penalty_per_token"] != 0
+    assert trained["seconds_per_step"] > 0
+    assert {"accuracy_chosen_longer", "accuracy_chosen_shorter", "correlation", "slope"} <= trained.keys()
+    table = real_model_study.table(records)
+    assert f"| start | 1 | {numbers['start', 'tokens'].value:.1f} |" in table
+    assert "steps 2" in table
+
+
+def test_the_study_on_a_real_model_runs_nothing_twice_and_says_what_is_missing(real_study):
+    command, folder = real_study
+    before = (folder / "records.jsonl").read_bytes()
+    real_model_study.main(command)
+    assert (folder / "records.jsonl").read_bytes() == before
+    with pytest.raises(SystemExit, match="`--pairs` must not be more than there are, got 1000 of"):
+        real_model_study.main([*command, "--pairs", "1000"])
+    with pytest.raises(SystemExit, match="`--steps` must be at least 1, got 0"):
+        real_model_study.main([*command, "--steps", "0"])

@@ -73,6 +73,11 @@ REFUSED = [
     ({"length_penalty": math.inf}, "`length_penalty` must be a finite number"),
     ({"length_penalty_scale": -1.0}, "`length_penalty_scale` must be a positive number"),
     ({"length_penalty_lr": 0.0}, "`length_penalty_lr` must be positive"),
+    ({"length_penalty": "learned", "length_penalty_start": "slope"}, "`length_penalty_start` must be a finite number"),
+    (
+        {"length_penalty": 0.1, "length_penalty_start": 0.1},
+        "`length_penalty_start: 0.1` is for `length_penalty: learned`",
+    ),
     ({"ref_cache_dtype": "float64"}, "`ref_cache_dtype` must be one of .* got 'float64'"),
     ({"ref_cache_check": -1}, "`ref_cache_check` must be a whole number of at least 0, got -1"),
     ({"beta": 0.0}, "`beta` must be positive and finite, got 0.0"),

@@ -95,6 +95,10 @@ def check_sampo(words: list[str]) -> None:
         check_train(words[1:] if words[0] == "train" else make_parser().parse_known_args(words[1:])[1])
     elif words[0] == "iterate":
         check_train(iterate.make_parser().parse_known_args(words[1:])[1], iterate=True)
+    elif words[:2] == ["lab", "study"]:
+        from sampo.commands import lab_study
+
+        lab_study.make_parser().parse_args(words[2:])
     elif words[0] in COMMANDS:
         module = __import__(f"sampo.{COMMANDS[words[0]][0]}", fromlist=["make_parser"])
         module.make_parser().parse_args(words[1:])

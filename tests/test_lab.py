@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from sampo import results
 from sampo.commands.lab import main, make_parser
 from sampo.lab import model as lm
 from sampo.lab import report
-from sampo.lab.experiment import RECORDS, mean_number, row_weights
-from sampo.lab.settings import GROUPS, METHODS, Run, Settings, plan
+from sampo.lab.experiment import RECORDS, mean_number
+from sampo.lab.settings import GROUPS, STUDY_GROUPS, Run, Settings, plan
 from sampo.lab.world import BOS, DOT, EOS, NIL, PROMPT_TOKENS, SEP, WORDS, World, preference_probability, text
 
 # --- the world ------------------------------------------------------------------------------------------------------
@@ -146,7 +147,9 @@ def test_groups_are_filters_of_the_same_stream(world):
     assert world.annotated_pairs(400, bias=0.5, group="all") == everything
     assert world.annotated_pairs(len(longer), bias=0.5, group="long") == longer
     assert world.annotated_pairs(len(shorter), bias=0.5, group="short") == shorter
-    assert set(GROUPS) == {"all", "long", "short"}
+    equal = [pair for pair in everything if len(pair.chosen) == len(pair.rejected)]
+    assert world.annotated_pairs(len(equal), bias=0.5, group="equal") == equal != []
+    assert set(STUDY_GROUPS) == {*GROUPS, "equal"} == {"all", "long", "short", "equal"}
 
 
 def test_judged_pairs_put_the_truly_better_answer_first(world):
@@ -262,36 +265,10 @@ def test_log_probabilities_and_divergence_equal_a_row_by_row_computation(start, 
     assert np.abs(lm.divergence(start, start, rows)).max() == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("group", GROUPS)
-def test_the_length_pressure_is_the_derivative_of_the_margin_by_the_end_logit(world, start, method, group):
-    pairs = world.annotated_pairs(60, bias=0.5, group=group)
-    rows = [(p.question.prompt, p.chosen) for p in pairs] + [(p.question.prompt, p.rejected) for p in pairs]
-    weights = row_weights(pairs, METHODS[method].options)
-
-    def margins(shift):
-        chosen, rejected = np.split(weights * lm.answer_logps(Shifted(start, shift), rows), 2)
-        return chosen - rejected
-
-    step = 0.05  # the logits are float32
-    numerical = (margins(step) - margins(-step)) / (2 * step)
-    chosen, rejected = np.split(weights * lm.end_token_push(start, rows), 2)
-    assert chosen - rejected == pytest.approx(numerical, abs=2e-3)
-
-
-def test_expected_weights_are_the_share_of_tokens_that_are_kept(world):
-    pairs = world.annotated_pairs(200, bias=0.5)
-    t_w, t_l = (
-        np.array([len(side) for side in sides]) for sides in zip(*((p.chosen, p.rejected) for p in pairs), strict=True)
-    )
-    t_m = np.minimum(t_w, t_l)
-    expected = {
-        "dpo": [np.ones(200), np.ones(200)],
-        "sampo": [t_m / t_w, t_m / t_l],
-        "sampo_rejected_learned": [np.ones(200), t_m / t_l],
-    }
-    for method, sides in expected.items():
-        assert row_weights(pairs, METHODS[method].options) == pytest.approx(np.concatenate(sides))
+@torch.no_grad()
+def test_the_end_tokens_probability_is_that_of_a_row_by_row_computation(start, rows):
+    for (prompt, answer), probs in zip(rows, lm.end_probs(start, rows), strict=True):
+        assert probs == pytest.approx(naive_log_probs(start, prompt, answer)[:, EOS].exp().numpy(), abs=1e-5)
 
 
 # --- numbers and records --------------------------------------------------------------------------------------------
@@ -323,6 +300,14 @@ def test_records_survive_the_file(tmp_path):
     results.append(path, [second])
     assert results.read(path) == [first, second]
     assert first.versions["torch"] == torch.__version__.split("+")[0] or first.versions["torch"] == torch.__version__
+
+
+def test_a_compressed_file_is_read_like_any_other(tmp_path):
+    path = tmp_path / "records.jsonl"
+    results.append(path, [make_record(seed=1), make_record(seed=2)])
+    packed = tmp_path / "records.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert results.read(packed) == results.read(path) != []
 
 
 def test_a_line_that_was_not_finished_is_left_out_and_then_cut_off(tmp_path):

@@ -14,7 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..lab.settings import GROUPS, METHODS, Settings, plan
+from ..lab.methods import METHODS
+from ..lab.settings import GROUPS, Settings, plan
 
 DEFAULT_SEEDS = 3
 
@@ -40,6 +41,17 @@ def make_parser(subparsers=None) -> argparse.ArgumentParser:
             text = option.metadata["help"].replace("%", "%%")
             parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=text)
     return parser
+
+
+def run(argv: list[str]) -> int:
+    """`sampo lab …`, or `sampo lab study …`."""
+    if argv[:1] == ["study"]:
+        from . import lab_study
+
+        lab_study.main(lab_study.make_parser().parse_args(argv[1:]))
+    else:
+        main(make_parser().parse_args(argv))
+    return 0
 
 
 def main(args: argparse.Namespace) -> None:
@@ -103,7 +115,7 @@ def _run(runs, folder: Path, command: str, console):
     transformers.utils.logging.disable_progress_bar()
     outcomes = []
     try:
-        for run, records in run_all(runs, folder, command=command, progress=_progress(console)):
+        for run, records in run_all(runs, folder, command=command, progress=_progress(console)):  # known ones first
             outcomes.append((run, records))
             shown = {r.name: r.value for r in records}
             console.print(
@@ -116,7 +128,7 @@ def _run(runs, folder: Path, command: str, console):
         transformers.utils.logging.enable_progress_bar()
         if not bars:
             datasets.enable_progress_bars()
-    return outcomes
+    return sorted(outcomes, key=lambda outcome: runs.index(outcome[0]))
 
 
 def _progress(console):

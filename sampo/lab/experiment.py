@@ -4,23 +4,33 @@ A run is (seed, group of pairs, method). Everything it depends on is in its `con
 and not repeated. Numbers differ from seed to seed by more than their intervals say, which know one seed only.
 """
 
+import copy
+import multiprocessing
+import os
 import shutil
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from multiprocessing import connection
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from .. import results
 from . import model as lm
-from .settings import METHODS, UNEQUAL_TOKENS, VERSION, Run, Settings
+from .methods import SLOPE
+from .pressure import logistic_slope, mean_pressures
+from .settings import UNEQUAL_TOKENS, VERSION, Run, Settings
 from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, Pair, Question, World, text
 
 RECORDS = "records.jsonl"
@@ -28,25 +38,94 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  
 
 
 def run_all(
-    runs: Sequence[Run], folder: Path, *, command: str, progress: Progress
+    runs: Sequence[Run], folder: Path, *, command: str, progress: Progress, jobs: int = 1
 ) -> Iterator[tuple[Run, list[results.Record]]]:
-    """Yield each run with its records. New ones are appended to the folder's file as soon as they are there."""
+    """Yield each run with its records: first those that are known, then the others as they are finished.
+
+    New records are appended to the folder's file by this process alone, those of a run in one piece and as soon as
+    they are there. With `jobs` > 1 so many processes measure, each with one thread.
+    """
     path = folder / RECORDS
+    known = _known(path)
+    missing = unmeasured(runs, folder)
+    for run in runs:
+        if _is_complete(run, known):
+            yield run, list(known[results.config_key(run.config)].values())
+    for run, measured in _measure_all(missing, folder, progress, jobs):
+        about = {"config": run.config, "seed": run.seed, "command": command, **results.provenance()}
+        records = [results.Record(**number._asdict(), **about) for number in measured]
+        results.append(path, records)
+        yield run, records
+
+
+def unmeasured(runs: Sequence[Run], folder: Path) -> list[Run]:
+    """Those whose records are not in the folder."""
+    known = _known(folder / RECORDS)
+    return [run for run in runs if not _is_complete(run, known)]
+
+
+def _known(path: Path) -> dict[str, dict[str, results.Record]]:
+    """Records by the key of their run and their name."""
     known: dict[str, dict[str, results.Record]] = {}
     for record in results.read(path):
         known.setdefault(record.key, {})[record.name] = record
-    bench = None
-    for run in runs:
-        key = results.config_key(run.config)
-        last = "train_seconds" if run.group else "kl"  # what is written last, for a killed run may have left the rest
-        if last not in known.get(key, {}):
-            if bench is None or bench.seed != run.seed:
-                bench = Bench(run.seed, run.settings, folder, progress)
-            about = {"config": run.config, "seed": run.seed, "command": command, **results.provenance()}
-            records = [results.Record(**number._asdict(), **about) for number in bench.measure(run)]
-            results.append(path, records)
-            known[key] = {record.name: record for record in records}
-        yield run, list(known[key].values())
+    return known
+
+
+def _is_complete(run: Run, known: dict[str, dict[str, results.Record]]) -> bool:
+    # what is written last, for a writer that was killed may have left the others
+    last = "train_seconds" if run.group else "kl"
+    return last in known.get(results.config_key(run.config), {})
+
+
+def _measure_all(
+    runs: Sequence[Run], folder: Path, progress: Progress, jobs: int
+) -> Iterator[tuple[Run, list["Number"]]]:
+    if jobs == 1 or not runs:
+        benches = Benches(folder, progress)
+        for run in runs:
+            yield run, benches.of(run).measure(run)
+        return
+    workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_work, (folder,))
+    try:
+        futures = {workers.submit(_measure_in_worker, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    finally:
+        workers.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: "Benches"  # of a process that measures for another one
+
+
+def _begin_work(folder: Path) -> None:
+    import datasets
+    import transformers
+
+    global _worker
+    Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    _worker = Benches(folder, unseen)
+
+
+def _end_with_parent() -> None:
+    """A process pool's workers would wait for ever for work from a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _measure_in_worker(run: Run) -> list["Number"]:
+    return _worker.of(run).measure(run)
+
+
+@contextmanager
+def unseen(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+    """Progress that nobody looks at."""
+    yield lambda done: None
 
 
 class Number(NamedTuple):
@@ -58,29 +137,52 @@ class Number(NamedTuple):
     interval: tuple[float, float] | None = None
 
 
+class Benches:
+    """The bench of the last run, for most runs need the same one as the run before."""
+
+    def __init__(self, folder: Path, progress: Progress):
+        self.folder, self.progress = folder, progress
+        self._last: Bench | None = None
+
+    def of(self, run: Run) -> "Bench":
+        """The bench for a run."""
+        if self._last is None or not self._last.serves(run):
+            self._last = Bench(run.seed, run.settings, self.folder, self.progress)
+        return self._last
+
+
 class Bench:
     """What the runs of one seed share: the world, the start and its answers, the held-out pairs."""
 
     def __init__(self, seed: int, settings: Settings, folder: Path, progress: Progress):
         self.seed, self.settings, self.folder, self.progress = seed, settings, folder, progress
         self.world = World(seed)
-        self._groups: dict[str, tuple[list[Pair], np.ndarray]] = {}
+        self._pairs: dict[tuple[str, float, int], tuple[list[Pair], list[np.ndarray]]] = {}
+        # where its runs keep the log-probabilities of their references
+        self.reference_cache = tempfile.mkdtemp(prefix="sampo-lab-")
+        weakref.finalize(self, shutil.rmtree, self.reference_cache, ignore_errors=True)
+
+    def serves(self, run: Run) -> bool:
+        """Whether what is shared is the same for this run: methods, and the pairs to train on, may differ."""
+        mine, others = self.settings, run.settings
+        same = mine.of_sampling == others.of_sampling and mine.judged_pairs == others.judged_pairs
+        return self.seed == run.seed and same
 
     def measure(self, run: Run) -> list[Number]:
         """Train if the run is not the start, and measure."""
         if not run.group:
             return self._measure_answers(self.start, sampling_seed=2)
         began = time.perf_counter()
-        with self.progress(run.title, self.settings.steps) as advance:
+        with self.progress(run.title, run.settings.steps) as advance:
             policy, log = train(self, run, advance)
         seconds = time.perf_counter() - began
         theta = log.get("length_penalty/per_token")
         return [
             *self._measure_answers(policy, sampling_seed=3),
             *self._measure_rewards(policy),
-            self._measure_pressure(run),
-            *([Number("penalty_per_token", theta, self.settings.pairs)] if theta is not None else []),
-            Number("train_seconds", seconds, self.settings.steps),
+            *self._measure_pressure(run),
+            *([Number("penalty_per_token", theta, run.settings.pairs)] if theta is not None else []),
+            Number("train_seconds", seconds, run.settings.steps),
         ]
 
     # --- shared by all runs of a seed ----------------------------------------------------------------------------
@@ -90,7 +192,12 @@ class Bench:
         """The supervised start on disk, trained if it is not there yet."""
         key = results.config_key({"lab_version": VERSION, **self.settings.of_start, "seed": self.seed})
         folder = self.folder / f"sft-seed{self.seed}-{key}"
-        if not folder.exists():
+        if folder.exists():
+            return folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if folder.exists():  # another process has trained it
+                return folder
             rows = [(q.prompt, answer) for q, answer in self.world.demonstrations(self.settings.demonstrations)]
             with self.progress(f"seed {self.seed}, supervised start", self.settings.sft_steps) as advance:
                 trained = lm.train_supervised(rows, steps=self.settings.sft_steps, seed=self.seed, progress=advance)
@@ -126,12 +233,18 @@ class Bench:
         """Log-probabilities of the judged pairs' answers under the start, better answers first."""
         return lm.answer_logps(self.start, _rows(self.judged))
 
-    def pairs(self, group: str) -> tuple[list[Pair], np.ndarray]:
-        """The training pairs of a group, and how a shift of the end token's logit moves each answer, chosen first."""
-        if group not in self._groups:
-            pairs = self.world.annotated_pairs(self.settings.pairs, bias=self.settings.bias, group=group)
-            self._groups[group] = pairs, lm.end_token_push(self.start, _rows(pairs))
-        return self._groups[group]
+    def pairs(self, run: Run) -> list[Pair]:
+        """What a run trains on."""
+        return self._pairs_and_end_probs(run)[0]
+
+    def _pairs_and_end_probs(self, run: Run) -> tuple[list[Pair], list[np.ndarray]]:
+        """And the start's probability of the end token at each position of each answer, chosen answers first."""
+        settings = run.settings
+        key = (run.group, settings.bias, settings.pairs)
+        if key not in self._pairs:
+            pairs = self.world.annotated_pairs(settings.pairs, bias=settings.bias, group=run.group)
+            self._pairs[key] = pairs, lm.end_probs(self.start, _rows(pairs))
+        return self._pairs[key]
 
     # --- what is measured ----------------------------------------------------------------------------------------
 
@@ -175,27 +288,33 @@ class Bench:
             Number("correlation", None if correlation is None else float(correlation), len(margin)),
         ]
 
-    def _measure_pressure(self, run: Run) -> Number:
+    def _measure_pressure(self, run: Run) -> list[Number]:
         """Length pressure of the method's weights on its training pairs, at the start of training."""
-        pairs, push = self.pairs(run.group)
-        chosen, rejected = np.split(push * row_weights(pairs, METHODS[run.method].options), 2)
-        return mean_number("pressure", chosen - rejected, [pair.question.key for pair in pairs])
+        pairs, end_probs = self._pairs_and_end_probs(run)
+        options = self.options(run)
+        if options["token_weighting"] == "top_k":  # before training all log-ratios are 0, and the tokens undecided
+            return []
+        pressures = mean_pressures([p.chosen for p in pairs], [p.rejected for p in pairs], end_probs, options)
+        scale, clusters = self.beta_factor(run), [pair.question.key for pair in pairs]
+        return [mean_number(name, scale * values, clusters) for name, values in pressures.items()]
+
+    def beta_factor(self, run: Run) -> float:
+        """By what a method's beta is multiplied: the mean length of the answers it trains on, or 1."""
+        if not run.definition.beta_per_token:
+            return 1.0
+        return float(np.mean([len(answer) for _, answer in _rows(self.pairs(run))]))
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """Those of `SamPOConfig`, with what has to be measured first."""
+        options = dict(run.definition.options)
+        if options.get("length_penalty_start") == SLOPE:
+            options["length_penalty_start"] = logistic_slope([pair.length_difference for pair in self.pairs(run)])
+        return options
 
 
 def _rows(pairs: Sequence[Pair]) -> list[lm.Row]:
     """Chosen rows first."""
     return [(p.question.prompt, p.chosen) for p in pairs] + [(p.question.prompt, p.rejected) for p in pairs]
-
-
-def row_weights(pairs: Sequence[Pair], options: dict[str, Any]) -> np.ndarray:
-    """Expected weight of a token of each row, chosen rows first: that of a random subset is its size over T."""
-    from ..weighting import token_weights
-
-    lengths = torch.tensor([len(answer) for _, answer in _rows(pairs)])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (2B, T)
-    name = {"sampo": "expected"}.get(options["token_weighting"], options["token_weighting"])
-    weights = token_weights(name, mask, sampled_sides=options.get("sampled_sides", "both"))
-    return weights.amax(dim=1).double().numpy()
 
 
 def mean_number(name: str, values: np.ndarray, clusters: Sequence[int]) -> Number:
@@ -217,59 +336,79 @@ def mean_number(name: str, values: np.ndarray, clusters: Sequence[int]) -> Numbe
 
 
 def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTrainedModel, dict[str, float]]:
-    """One run of `SamPOTrainer`: the trained policy, and the trainer's last log."""
+    """One run of `SamPOTrainer`, or one after another: the trained policy, and the trainer's last log."""
+    pairs, rounds = bench.pairs(run), run.definition.rounds
+    policy, done = bench.load_start(), 0
+    for i in range(rounds):
+        begin, end = (len(pairs) * j // rounds for j in (i, i + 1))
+        steps = run.settings.steps * (i + 1) // rounds - done
+        log = _train_round(bench, run, policy, pairs[begin:end], steps, lambda step, done=done: advance(done + step))
+        done += steps
+    return policy.eval(), log
+
+
+def _train_round(bench: Bench, run: Run, policy, pairs: Sequence[Pair], steps: int, advance) -> dict[str, float]:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
-    from ..config import SamPOConfig
     from ..trainer import SamPOTrainer
 
     class Steps(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             advance(state.global_step)
 
-    settings = run.settings
     data = [
         {"prompt": text(p.question.prompt), "chosen": f" {text(p.chosen)}", "rejected": f" {text(p.rejected)}"}
-        for p in bench.pairs(run.group)[0]
+        for p in pairs
     ]
     output_dir = tempfile.mkdtemp(prefix="sampo-lab-")  # nothing is saved there
     try:
-        arguments = SamPOConfig(
-            output_dir=output_dir,
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            beta=settings.beta,
-            warmup_steps=max(settings.steps // 10, 1),
-            lr_scheduler_type="linear",
-            weight_decay=0.0,
-            max_length=PROMPT_TOKENS + MAX_ANSWER_TOKENS,
-            seed=run.seed,
-            use_cpu=True,
-            bf16=False,
-            activation_checkpointing=False,
-            dataloader_pin_memory=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **METHODS[run.method].options,
-        )
-        policy = bench.load_start()
-        trainer = SamPOTrainer(
-            model=policy,
-            ref_model=bench.load_start(),
-            args=arguments,
-            train_dataset=Dataset.from_list(data),
-            processing_class=lm.build_tokenizer(),
-            callbacks=[Steps()],
-        )
-        trainer.remove_callback(PrinterCallback)
         with warnings.catch_warnings():
             # TRL 1.16 reads the name that transformers 5.23 has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            trainer = SamPOTrainer(
+                model=policy,
+                ref_model=copy.deepcopy(policy).eval(),
+                args=_arguments(bench, run, steps, output_dir),
+                train_dataset=Dataset.from_list(data),
+                processing_class=lm.build_tokenizer(),
+                callbacks=[Steps()],
+            )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
     finally:
         shutil.rmtree(output_dir, ignore_errors=True)
-    return policy.eval(), trainer.state.log_history[-1]
+    return trainer.state.log_history[-1]
+
+
+def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
+    """The trainer's options; those that only save time change results by rounding."""
+    from ..config import SamPOConfig
+
+    settings = run.settings
+    return SamPOConfig(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        beta=settings.beta * bench.beta_factor(run),
+        warmup_steps=max(steps // 10, 1),
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_length=PROMPT_TOKENS + MAX_ANSWER_TOKENS,
+        seed=run.seed,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        dataloader_pin_memory=False,
+        pair_stream="true",
+        precompute_ref_log_probs=True,
+        ref_cache_dir=bench.reference_cache,
+        ref_cache_check=0,
+        log_token_statistics=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **bench.options(run),
+    )

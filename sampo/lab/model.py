@@ -176,6 +176,13 @@ def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequen
     return _sum_over_answers([policy, reference], rows, lambda t, p, q: (p.exp() * (p - q)).sum(dim=2))
 
 
-def end_token_push(model: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
-    """Per row d log π(answer) / db for a shift b of the end token's logit everywhere: Σ_t 1[y_t = end] - p_end(t)."""
-    return _sum_over_answers([model], rows, lambda t, lp: (t == EOS).float() - lp[..., EOS].exp())
+def end_probs(model: PreTrainedModel, rows: Sequence[Row]) -> list[np.ndarray]:
+    """Per row the probability of the end token at each position of its answer, (T,)."""
+    found: list[np.ndarray] = [np.empty(0)] * len(rows)
+    with torch.no_grad():
+        for numbers, inputs, _ in _batches(rows):
+            logits = model(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :]  # (B, T, V)
+            probs = logits.softmax(dim=2)[..., EOS].double().numpy()  # (B, T)
+            for number, row in zip(numbers, probs, strict=True):
+                found[number] = row[: len(rows[number][1])]
+    return found

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..results import Record
-from .settings import GROUPS, METHODS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
+from .methods import METHODS
+from .settings import GROUPS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
 
 COLUMNS = {  # record -> head of its column, digits
     "tokens": ("tokens", 1),

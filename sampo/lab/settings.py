@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import __version__
+from .methods import STUDY_METHODS, Method
 
 GROUPS = {
     "all": "all pairs",
     "short": "pairs whose chosen answer is shorter",
     "long": "pairs whose chosen answer is longer",
 }
+STUDY_GROUPS = {**GROUPS, "equal": "pairs of answers of equal length"}
 SFT = "sft"
 VERSION = 1  # of the definitions below and in `world`: a change of meaning makes old records another experiment
 UNEQUAL_TOKENS = 2  # pairs whose lengths differ by no more than this count as neither longer nor shorter
@@ -49,31 +51,24 @@ class Settings:
         return {**self.of_start, "questions": self.questions, "max_tokens": self.max_tokens}
 
 
-class Method(NamedTuple):
-    """A name for people, and the options of `SamPOConfig`."""
-
-    title: str
-    options: dict[str, Any]
-
-
-METHODS = {
-    "dpo": Method("DPO", {"token_weighting": "all"}),
-    "sampo": Method("SamPO", {"token_weighting": "sampo"}),
-    "sampo_rejected_learned": Method(
-        "SamPO, rejected + learned",
-        {"token_weighting": "sampo", "sampled_sides": "rejected", "length_penalty": "learned"},
-    ),
-}
-
-
 @dataclass(frozen=True)
 class Run:
-    """One row of the table for one seed; `group` is empty for the supervised start."""
+    """One row of the table for one seed; `group` is empty for the supervised start.
+
+    `changes` are options of `SamPOConfig` in which a run of the study differs from its method.
+    """
 
     seed: int
     group: str
     method: str
     settings: Settings
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def definition(self) -> Method:
+        """Its method, with the changes."""
+        method = STUDY_METHODS[self.method]
+        return method._replace(options=method.options | dict(self.changes))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -82,12 +77,22 @@ class Run:
         config |= {"seed": self.seed, "group": self.group, "method": self.method}
         if self.method == SFT:
             return config | self.settings.of_sampling
-        return config | asdict(self.settings) | METHODS[self.method].options
+        definition = self.definition
+        config |= asdict(self.settings) | definition.options
+        if definition.beta_per_token:
+            config["beta_per_token"] = True
+        if definition.rounds > 1:
+            config["rounds"] = definition.rounds
+        return config
 
     @property
     def title(self) -> str:
         """For progress and logs."""
-        return f"seed {self.seed}, " + (f"{self.group}, {self.method}" if self.group else "supervised start")
+        if not self.group:
+            return f"seed {self.seed}, supervised start"
+        shared = {"lr": self.settings.learning_rate, "beta": self.settings.beta, "bias": self.settings.bias}
+        changes = "".join(f", {name} {value}" for name, value in (*shared.items(), *self.changes))
+        return f"seed {self.seed}, {self.group}, {self.method}" + changes
 
 
 def plan(settings: Settings, *, seeds: int, groups: Sequence[str], methods: Sequence[str]) -> list[Run]:

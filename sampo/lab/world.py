@@ -181,10 +181,14 @@ class World:
         return [(question, self.answer(rng, question)) for question in questions]
 
     def annotated_pairs(self, count: int, *, bias: float, group: str = "all") -> list[Pair]:
-        """Training pairs, as annotators with a length `bias` choose: all, or only chosen-shorter or -longer ones."""
+        """Training pairs, as annotators with a length `bias` choose.
+
+        All of them, or only those whose chosen answer is shorter (`short`), longer (`long`) or as long (`equal`).
+        """
         pairs = []
         for pair in self._annotated(bias):
-            wanted = {"all": True, "short": pair.length_difference < 0, "long": pair.length_difference > 0}
+            difference = pair.length_difference
+            wanted = {"all": True, "short": difference < 0, "long": difference > 0, "equal": difference == 0}
             if wanted[group]:
                 pairs.append(pair)
             if len(pairs) == count:

@@ -1,0 +1,112 @@
+"""`sampo lab study`: every method over seeds, groups of pairs, learning rates and betas, in the lab's small world.
+
+- `sampo lab study`: hours on a few cores; stopped and started again it goes on where it was.
+- `sampo lab study --report`: tables, verdicts and figures of what is there.
+- `sampo lab study --runs 100`: the first hundred runs. The order gives every method the same, so that a part is fair.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+from ..lab.settings import Settings
+from ..lab.study import SEEDS, study_plan
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog="sampo lab study",
+        description="Run every method over seeds, groups of pairs, learning rates and betas in a small world with "
+        "ground truth. Finished runs are kept in the output folder and not run again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("study-results"), metavar="DIR", help="records and starts")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="number of seeds")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
+    parser.add_argument("--runs", type=int, metavar="N", help="stop after the first N runs of the plan")
+    parser.add_argument("--report", action="store_true", help="run nothing; analyse what is there")
+    for option in fields(Settings):
+        if "help" in option.metadata:
+            text = option.metadata["help"].replace("%", "%%")
+            parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=text)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what is missing, then analyse everything."""
+    for name in ("seeds", "jobs", "runs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise SystemExit(f"sampo lab study: `--{name}` must be at least 1, got {getattr(args, name)}.")
+    try:
+        settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
+    except ValueError as fault:
+        raise SystemExit(f"sampo lab study: {fault}") from None
+    plan = study_plan(settings, seeds=args.seeds)
+    if not args.report:
+        _run(plan[: args.runs], len(plan), settings, args)
+    _report(args.out)
+
+
+def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> None:
+    import datasets
+    import torch
+    import transformers
+
+    from ..lab.experiment import run_all, unmeasured, unseen
+
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    print(f"{len(runs)} runs of a plan of {n_planned} into {args.out}; finished ones are kept.", flush=True)
+    began, measured = time.perf_counter(), 0
+    missing = set(unmeasured(runs, args.out))
+    outcomes = run_all(runs, args.out, command=_command(args, settings), progress=unseen, jobs=args.jobs)
+    for done, (run, records) in enumerate(outcomes, 1):
+        shown = {record.name: record.value for record in records}
+        if run in missing:
+            measured += 1
+            each = (time.perf_counter() - began) / measured
+            print(
+                f"{done} of {len(runs)} ({each:.0f} s each): {run.title}: {shown['tokens']:.1f} tokens, "
+                f"{shown['stops']:.0%} end, win rate {shown['win_rate']:.2f}, KL {shown['kl']:.1f}",
+                flush=True,
+            )
+    print(f"{len(runs)} runs are there, {measured} of them new, {time.perf_counter() - began:.0f} s.")
+    sys.stdout.flush()
+
+
+def _report(folder: Path) -> None:
+    """Tables and figures of all records in the folder."""
+    from .. import results
+    from ..lab.analysis import Study
+    from ..lab.experiment import RECORDS
+    from ..lab.study_page import PARTS, verdicts, write_figures
+
+    try:
+        study = Study(results.read(folder / RECORDS))
+    except ValueError as fault:
+        raise SystemExit(f"sampo lab study: {fault}") from None
+    if not study.cells:
+        raise SystemExit(f"sampo lab study: `--out` must hold finished runs to analyse, got none in {folder}.")
+    text = "\n\n".join(f"## {name.replace('_', ' ')}\n\n{part(study)}" for name, part in PARTS.items())
+    (folder / "study.md").write_text(text + "\n", encoding="utf-8")
+    print(verdicts(study))
+    try:
+        figures = [path.name for path in write_figures(study, folder)]
+    except ImportError:
+        figures = ['no figures, which need `pip install "sampo-dpo[report]"`']
+    print(f"Written to {folder}: {', '.join(['study.md', *figures])}")
+
+
+def _command(args: argparse.Namespace, settings: Settings) -> str:
+    """The shortest command that measures the same."""
+    words = ["sampo", "lab", "study"]
+    words += ["--seeds", str(args.seeds)] if args.seeds != SEEDS else []
+    for option in fields(Settings):
+        if getattr(settings, option.name) != option.default:
+            words += [f"--{option.name}", str(getattr(settings, option.name))]
+    return shlex.join(words)

@@ -1,0 +1,309 @@
+"""What the records of a study say to claims, one by one, by rules that stand beside the verdict.
+
+A rule is applied to the spread over seeds: `holds` or `does not hold` where the 95 % interval says so, and `open`
+where it does not, or where there are fewer than three seeds.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from .analysis import FEW_SEEDS, HEADLINE, Cell, Spread, Study, paired, prediction
+from .methods import STUDY_METHODS
+from .settings import GROUPS
+from .study import BIASES
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
+COLLAPSED = 0.45  # win rate against the start, below which a policy has collapsed
+HALF_STOPS = 0.5  # or share of answers that end
+MARGIN = 0.02  # of win rate: a loss that is worth less is none
+LEAN = 0.1  # correlation of margin and length difference that counts as none
+
+
+class Finding(NamedTuple):
+    """A condition, what came out under it, and the numbers."""
+
+    condition: str
+    verdict: str
+    evidence: str
+
+
+class Claim(NamedTuple):
+    """A claim, whose it is, the rule, and the findings under each condition."""
+
+    text: str
+    source: str
+    rule: str
+    findings: list[Finding]
+
+    @property
+    def verdict(self) -> str:
+        """`holds`, `does not hold` or `open`; with the conditions where they differ, or where some are open."""
+        conditions = {
+            verdict: [f.condition for f in self.findings if f.verdict == verdict] for verdict in (HOLDS, FAILS, OPEN)
+        }
+        if conditions[HOLDS] and conditions[FAILS]:
+            return f"{HOLDS} when: {', '.join(conditions[HOLDS])}"
+        decided = HOLDS if conditions[HOLDS] else FAILS
+        if not conditions[decided]:
+            return OPEN
+        return f"{decided} where decided: {', '.join(conditions[decided])}" if conditions[OPEN] else decided
+
+
+def above(spread: Spread | None, bound: float = 0.0) -> str:
+    """Whether a spread lies above a bound."""
+    if spread is None or spread.low is None or spread.high is None or spread.n < FEW_SEEDS:
+        return OPEN
+    return HOLDS if spread.low > bound else FAILS if spread.high <= bound else OPEN
+
+
+def below(spread: Spread | None, bound: float = 0.0) -> str:
+    """Whether it lies below."""
+    if spread is None or spread.low is None or spread.high is None or spread.n < FEW_SEEDS:
+        return OPEN
+    return HOLDS if spread.high < bound else FAILS if spread.low >= bound else OPEN
+
+
+def within(spread: Spread | None, bound: float) -> str:
+    """Whether it lies between -bound and bound."""
+    if spread is None or spread.low is None or spread.high is None or spread.n < FEW_SEEDS:
+        return OPEN
+    if -bound <= spread.low and spread.high <= bound:
+        return HOLDS
+    return FAILS if spread.low > bound or spread.high < -bound else OPEN
+
+
+def both(*verdicts: str) -> str:
+    """All of them."""
+    return FAILS if FAILS in verdicts else HOLDS if set(verdicts) == {HOLDS} else OPEN
+
+
+def words(spread: Spread | None, digits: int = 1) -> str:
+    """Mean, interval and number of seeds."""
+    if spread is None:
+        return "not measured"
+    text = f"{spread.mean:+.{digits}f}"
+    if spread.low is not None:
+        text += f" [{spread.low:+.{digits}f}, {spread.high:+.{digits}f}]"
+    return f"{text}, {spread.n} seed{'s' if spread.n > 1 else ''}"
+
+
+def claims(study: Study) -> list[Claim]:
+    """All of them, the paper's first."""
+    return [*_claims_of_the_paper(study), *_questions_of_ours(study)]
+
+
+def _difference(study: Study, first: str, second: str, group: str, name: str) -> Spread | None:
+    return paired(study.headline(first, group, name), study.headline(second, group, name))
+
+
+def _of_groups(judge: Callable[[str], tuple[str, str]], groups: Mapping[str, str] = GROUPS) -> list[Finding]:
+    return [Finding(f"`{group}`", *judge(group)) for group in groups]
+
+
+def collapsed(numbers: Mapping[str, float]) -> bool:
+    """Whether a policy is clearly worse than its start, or no longer ends its answers."""
+    return numbers["win_rate"] < COLLAPSED or numbers["stops"] < HALF_STOPS
+
+
+def _claims_of_the_paper(study: Study) -> list[Claim]:
+    def lengthens(bias: float) -> tuple[str, str]:
+        tokens = study.values("tokens", lambda c: _mixed(c, "dpo", bias))
+        spread = paired(tokens, study.start("tokens"))
+        return above(spread), f"DPO minus start: {words(spread)} tokens"
+
+    def shorter(group: str) -> tuple[str, str]:
+        tokens = _difference(study, "sampo", "dpo", group, "tokens")
+        wins = _difference(study, "sampo", "dpo", group, "win_rate")
+        return both(below(tokens), above(wins, -MARGIN)), f"{words(tokens)} tokens; win rate {words(wins, 3)}"
+
+    def better(group: str) -> tuple[str, str]:
+        wins = _difference(study, "sampo", "dpo", group, "win_rate")
+        return above(wins), f"win rate {words(wins, 3)}"
+
+    def no_lean(group: str) -> tuple[str, str]:
+        spread = paired(study.headline("sampo", group, "correlation"), dict.fromkeys(study.starts, 0.0))
+        return within(spread, LEAN), f"correlation {words(spread, 2)}"
+
+    def against(other: str) -> Callable[[str], tuple[str, str]]:
+        def judge(group: str) -> tuple[str, str]:
+            wins = _difference(study, "sampo", other, group, "win_rate")
+            tokens = _difference(study, "sampo", other, group, "tokens")
+            return above(wins), f"SamPO minus the other: win rate {words(wins, 3)}; {words(tokens)} tokens"
+
+        return judge
+
+    def iterated(group: str) -> tuple[str, str]:
+        wins = _difference(study, "sampo_iterative", "sampo", group, "win_rate")
+        tokens = _difference(study, "sampo_iterative", "sampo", group, "tokens")
+        return above(wins), f"win rate {words(wins, 3)}; {words(tokens)} tokens"
+
+    source = "arXiv 2406.10957"
+    return [
+        Claim(
+            "DPO makes answers longer.",
+            source,
+            "On mixed pairs, tokens of DPO minus those of the start lie above 0; for each bias of the annotators.",
+            [Finding(f"bias {bias:g}", *lengthens(bias)) for bias in sorted({HEADLINE.bias, *BIASES})],
+        ),
+        Claim(
+            "SamPO's answers are shorter than DPO's, at no loss of quality.",
+            source,
+            f"Tokens of SamPO minus DPO lie below 0, and the difference of win rates lies above -{MARGIN}.",
+            _of_groups(shorter),
+        ),
+        Claim(
+            "SamPO improves quality over DPO.", source, "Win rate of SamPO minus DPO lies above 0.", _of_groups(better)
+        ),
+        Claim(
+            "SamPO takes length out of the implicit reward.",
+            source,
+            f"The correlation of margin and length difference on held-out pairs lies within ±{LEAN}.",
+            _of_groups(no_lean),
+        ),
+        _collapse_claim(study, source),
+        *(
+            Claim(
+                f"Random subsets are better than {what}.",
+                source,
+                f"Win rate of SamPO minus `{name}` lies above 0.",
+                _of_groups(against(name)),
+            )
+            for what, name in {
+                "the tokens with the largest log-ratios": "top_k",
+                "averaging (DPO-SANorm)": "mean_rescaled",
+                "their own mean (`expected`)": "expected",
+            }.items()
+        ),
+        _beta_claim(study, source),
+        Claim(
+            "Iterative SamPO is better than SamPO.",
+            source,
+            "Win rate of three rounds on thirds of pairs and steps, minus one round, lies above 0.",
+            _of_groups(iterated),
+        ),
+    ]
+
+
+def _mixed(cell: Cell, method: str, bias: float) -> bool:
+    at = cell.is_at(HEADLINE.learning_rate, HEADLINE.beta, bias)
+    return at and cell.group == "all" and cell.method == method
+
+
+def _collapse_claim(study: Study, source: str) -> Claim:
+    def count(method: str) -> tuple[int, int]:
+        cells = [c for c in study.cells if c.is_headline and (c.method, c.group) == (method, "short")]
+        return sum(collapsed(cell.numbers) for cell in cells), len(cells)
+
+    (dpo, n_dpo), (sampo, n_sampo) = count("dpo"), count("sampo")
+    verdict = OPEN
+    if min(n_dpo, n_sampo) >= FEW_SEEDS:
+        verdict = HOLDS if sampo == 0 and dpo == n_dpo else FAILS if sampo > 0 else OPEN
+    evidence = f"collapsed: DPO {dpo} of {n_dpo} seeds, SamPO {sampo} of {n_sampo}"
+    return Claim(
+        "Trained on pairs whose chosen answer is shorter, DPO collapses and SamPO does not.",
+        source,
+        f"DPO collapses in all seeds and SamPO in none; collapsed is a win rate below {COLLAPSED} or fewer than "
+        f"{HALF_STOPS:.0%} of the answers ending.",
+        [Finding("`short`", verdict, evidence)],
+    )
+
+
+def _beta_claim(study: Study, source: str) -> Claim:
+    def judge(group: str) -> tuple[str, str]:
+        def at(beta: float) -> dict[int, float]:
+            return study.values(
+                "tokens",
+                lambda c: (c.method, c.group) == ("sampo", group) and c.is_at(HEADLINE.learning_rate, beta),
+            )
+
+        spread = paired(at(0.05), at(0.3))
+        return below(spread), f"tokens at beta 0.05 minus 0.3: {words(spread)}"
+
+    return Claim(
+        "SamPO's answers are shortest with a small beta.",
+        f"{source}, Table 7",
+        "Tokens at beta 0.05 minus those at 0.3, at the headline's learning rate, lie below 0.",
+        _of_groups(judge),
+    )
+
+
+def _questions_of_ours(study: Study) -> list[Claim]:
+    ours = "sampo_rejected_learned"
+
+    def beats(other: str) -> Callable[[str], tuple[str, str]]:
+        def judge(group: str) -> tuple[str, str]:
+            wins = _difference(study, ours, other, group, "win_rate")
+            tokens = _difference(study, ours, other, group, "tokens")
+            return above(wins, -MARGIN), f"win rate {words(wins, 3)}; {words(tokens)} tokens"
+
+        return judge
+
+    def accurate(other: str) -> Callable[[str], tuple[str, str]]:
+        def judge(group: str) -> tuple[str, str]:
+            spread = _difference(study, ours, other, group, "accuracy")
+            return above(spread), f"accuracy {words(spread, 3)}"
+
+        return judge
+
+    def kept(group: str) -> tuple[str, str]:
+        tokens = _difference(study, "sampo_end", "sampo", group, "tokens")
+        wins = _difference(study, "sampo_end", "sampo", group, "win_rate")
+        change = {
+            name: {
+                seed: abs(value - study.starts[seed]["tokens"])
+                for seed, value in study.headline(name, group, "tokens").items()
+            }
+            for name in ("sampo_end", "sampo")
+        }
+        spread = paired(change["sampo_end"], change["sampo"])
+        evidence = f"change of length {words(spread)}; {words(tokens)} tokens; win rate {words(wins, 3)}"
+        return both(below(spread), above(wins, -MARGIN)), evidence
+
+    def predicts(name: str, where: Callable[[Cell], bool]) -> tuple[str, str]:
+        spread = prediction(study, name, where)
+        return below(spread), f"rank correlation {words(spread, 2)}"
+
+    def of_group(group: str) -> Callable[[Cell], bool]:
+        return lambda cell: cell.group == group
+
+    conditions: dict[str, Callable[[Cell], bool]] = {"all runs": lambda cell: True}
+    conditions |= {f"`{group}`": of_group(group) for group in GROUPS}
+    names = {"dpo": "DPO", "sampo": "SamPO", "rdpo_02": "R-DPO .02", "dpo_learned": "the penalty alone"}
+    names |= {"sampo_rejected": "the sampling alone"}
+    return [
+        *(
+            Claim(
+                f"`rejected` + `learned` is at least as good as {title}.",
+                "sampo",
+                f"Win rate of {STUDY_METHODS[ours].title} minus {title} lies above -{MARGIN}.",
+                _of_groups(beats(other)),
+            )
+            for other, title in names.items()
+        ),
+        Claim(
+            "The implicit reward of `rejected` + `learned` is right more often than DPO's.",
+            "sampo",
+            "Its accuracy on held-out pairs minus DPO's lies above 0.",
+            _of_groups(accurate("dpo")),
+        ),
+        Claim(
+            "`keep_end_token` changes length less than plain SamPO, at no loss of quality.",
+            "sampo",
+            "The absolute change of length against the start, end kept minus plain, lies below 0, and the "
+            f"difference of win rates above -{MARGIN}.",
+            _of_groups(kept),
+        ),
+        *(
+            Claim(
+                f"{what} before training predicts the change of length after it.",
+                "sampo",
+                "Spearman's correlation with log(tokens / tokens of the start), of each seed over its runs, lies "
+                "below 0 (negative pressure lengthens).",
+                [Finding(condition, *predicts(name, where)) for condition, where in conditions.items()],
+            )
+            for name, what in {
+                "pressure": "The length pressure of the weights",
+                "push": "The length pressure, pairs weighted as in the first gradient,",
+            }.items()
+        ),
+    ]

@@ -1,0 +1,51 @@
+"""What the lab compares: a name for people, and the options of `SamPOConfig`. No torch here."""
+
+from typing import Any, NamedTuple
+
+SLOPE = "slope"  # as `length_penalty_start`: the logistic slope of preference on length in the training pairs
+
+
+class Method(NamedTuple):
+    """One method.
+
+    Attributes:
+        title: its name in tables.
+        options: of `SamPOConfig`.
+        beta_per_token: beta is multiplied by the mean length of a training answer, so that it means the same for a
+            mean over tokens as for a sum.
+        rounds: of iterative training, each on its share of pairs and steps, from the model of the last one, which is
+            also its reference.
+    """
+
+    title: str
+    options: dict[str, Any]
+    beta_per_token: bool = False
+    rounds: int = 1
+
+
+_SAMPO = {"token_weighting": "sampo"}
+_REJECTED = {**_SAMPO, "sampled_sides": "rejected"}
+METHODS = {  # of `sampo lab`
+    "dpo": Method("DPO", {"token_weighting": "all"}),
+    "sampo": Method("SamPO", _SAMPO),
+    "sampo_rejected_learned": Method("SamPO, rejected + learned", {**_REJECTED, "length_penalty": "learned"}),
+}
+STUDY_METHODS = {  # of `sampo lab study`, too
+    **METHODS,
+    "sampo_rejected": Method("SamPO, rejected", _REJECTED),
+    "dpo_learned": Method("DPO + learned", {"token_weighting": "all", "length_penalty": "learned"}),
+    "rdpo_02": Method("R-DPO .02", {"token_weighting": "all", "length_penalty": 0.02}),
+    "rdpo_05": Method("R-DPO .05", {"token_weighting": "all", "length_penalty": 0.05}),
+    "ld_dpo": Method("LD-DPO .5", {"token_weighting": "all", "ld_alpha": 0.5}),
+    "expected": Method("expected", {"token_weighting": "expected"}),
+    "mean_rescaled": Method("DPO-SANorm", {"token_weighting": "mean_rescaled"}),
+    "mean": Method("length-normalised DPO", {"token_weighting": "mean"}, beta_per_token=True),
+    "prefix": Method("POET", {"token_weighting": "prefix"}),
+    "top_k": Method("SamPO-TopK", {"token_weighting": "top_k"}),
+    "decay": Method("D2PO .97", {"token_weighting": "decay", "decay_gamma": 0.97}),
+    "sampo_end": Method("SamPO, end kept", {**_SAMPO, "keep_end_token": True}),
+    "expected_end": Method("expected, end kept", {"token_weighting": "expected", "keep_end_token": True}),
+    "top_k_end": Method("SamPO-TopK, end kept", {"token_weighting": "top_k", "keep_end_token": True}),
+    "sampo_independent": Method("SamPO, independent", {**_SAMPO, "mask_sharing": "independent"}),
+    "sampo_iterative": Method("Iterative SamPO", _SAMPO, rounds=3),
+}
