@@ -4,8 +4,6 @@ import io
 import itertools
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from rich.console import Console
 from scipy import optimize, stats
 from scipy.special import expit
 
+from sampo.cli import main
 from sampo.evaluation import intervals, length_control, win_rate
 from sampo.evaluation.difficulty import difficulty_from
 from sampo.evaluation.length_control import (
@@ -792,12 +791,23 @@ def test_the_sentence_says_when_nothing_was_shown_and_why_there_is_no_control():
     assert "always taking the longer answer would give 100.0 %" in found.sentence()
 
 
-def test_the_guide_prints_the_sentence_that_it_quotes(tmp_path):
+def test_every_command_of_the_guide_runs_and_ends_with_the_sentence_that_it_quotes(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).resolve().parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    code = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
-    quoted = " ".join(line.removeprefix(">").strip() for line in page.splitlines() if line.startswith(">"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert quoted in done.stdout.splitlines()
+    guide = page[page.index("## From two files") : page.index("## The unit")]
+    quoted = " ".join(line.removeprefix(">").strip() for line in guide.splitlines() if line.startswith(">"))
+    monkeypatch.chdir(tmp_path)
+    said = []
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks] == ["python", "bash", "bash", "bash", "python"]
+    for kind, text in blocks:
+        if kind == "python":
+            exec(compile(text, "guide", "exec"), {})
+        for line in text.splitlines() if kind == "bash" else []:
+            assert main(line.split()[1:]) == 0
+        said.append(capsys.readouterr().out)
+    assert quoted in said[2].splitlines()
+    assert quoted.replace("sampo wins", "SamPO wins") in said[4].splitlines()
+    assert "sampo − dpo" in said[3]
 
 
 def test_all_pairs_of_seeds_give_other_verdicts():
