@@ -155,6 +155,8 @@ def test_n_prompts_are_drawn_by_the_seed_and_the_same_for_all(folder, tmp_path):
             assert row["prompts"] == 20
             values[row["system"]].add(row["win_rate"])
         base = {a.prompt: a for a in read_answers(folder / "sft.jsonl")}
+        silent = [0.0 if base[p].extra["reference"] in base[p].answer.split() else 0.5 for p in kept]
+        assert found["systems"][0]["win_rate/control_empty"] == pytest.approx(np.mean(silent))
         assert found["systems"][3]["words_mean"] == pytest.approx(np.mean([base[p].words for p in kept]))
     assert any(len(seen) == 2 for seen in values.values())
 

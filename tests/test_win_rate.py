@@ -29,7 +29,7 @@ from sampo.evaluation.length_control import (
 from sampo.evaluation.logistic import newton
 from sampo.evaluation.summary import records, summarise, summary_table
 from sampo.evaluation.verdicts import Comparisons, Verdicts, compare_orders, order_consistency
-from sampo.evaluation.win_rate import by_length_ratio, length_matched, longer_wins, paired
+from sampo.evaluation.win_rate import by_length_ratio, length_matched, longer_wins, paired, winner_is_longer
 
 OUTCOMES = {  # name -> (true mean, sampler): what judges produce, from coins to soft probabilities
     "coins 0.5": (0.5, lambda rng, size: (rng.random(size) < 0.5) * 1.0),
@@ -696,6 +696,23 @@ def test_bins_and_matched_pairs_are_what_a_loop_over_ratios_finds():
 def test_the_longer_one_wins_is_the_share_of_longer_answers():
     c = Comparisons(prompt="abcd", preference=np.zeros(4), system_length=[2, 1, 3, 5], baseline_length=[1, 2, 3, 4])
     assert longer_wins(c).scores.tolist() == [1.0, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_how_often_the_winner_is_longer_is_what_a_loop_finds(seed):
+    rng = np.random.default_rng(seed)
+    ours, theirs = rng.integers(1, 4, 60), rng.integers(1, 4, 60)  # many of the same length
+    preference, prompts = rng.choice([0.0, 0.3, 0.5, 1.0], 60), rng.integers(0, 25, 60)
+    c = Comparisons(prompt=prompts, preference=preference, system_length=ours, baseline_length=theirs)
+    by_prompt = {}
+    for prompt, p, a, b in zip(prompts.tolist(), preference, ours, theirs, strict=True):
+        if p != 0.5 and a != b:
+            by_prompt.setdefault(prompt, []).append((p > 0.5) == (a > b))
+    found = winner_is_longer(c)
+    assert found.value == pytest.approx(np.mean([np.mean(hits) for hits in by_prompt.values()]))
+    assert found.n == len(by_prompt) < 25
+    tied = Comparisons(prompt=[1], preference=[0.5], system_length=[1], baseline_length=[2])
+    assert winner_is_longer(tied).value is None
 
 
 def test_the_slope_per_doubling_is_that_of_the_judge():
