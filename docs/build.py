@@ -75,6 +75,35 @@ def overlap() -> str:
     return overlap_table(_simulated())
 
 
+def lab_judged() -> str:
+    """The lab's models by the truth and by a ruler, from the records of benchmarks/lab_judged.py."""
+    from sampo import results
+
+    cells: dict[str, dict[str, str]] = {}
+    for record in results.read(ROOT / "docs" / "evaluation" / "lab_judged.jsonl"):
+        judge = record.config.get("judge", "")
+        number, form = (record.value, ".1f") if record.name == "verbosity/tokens_mean" else (100 * record.value, ".1f")
+        if record.name == "verbosity/tokens_ratio":
+            number, form = record.value, ".2f"
+        low, high = record.interval or (None, None)
+        scale = number / record.value if record.value else 1
+        bounds = f" [{low * scale:{form}}, {high * scale:{form}}]" if low is not None else ""
+        cells.setdefault(record.config["system"], {})[f"{judge} {record.name}".strip()] = f"{number:{form}}{bounds}"
+    columns = {
+        "verbosity/tokens_mean": "tokens",
+        "verbosity/tokens_ratio": "ratio",
+        "lab win_rate": "win rate by the truth, %",
+        "lab win_rate/equal_length": "at equal length, %",
+        "lab win_rate/control_empty": "an empty answer, %",
+        "longer win_rate": "by a ruler, %",
+        "longer win_rate/equal_length": "at equal length, %",
+    }
+    lines = ["| system | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    for system, found in cells.items():
+        lines.append(f"| {system} | " + " | ".join(found.get(name, "") for name in columns) + " |")
+    return "\n".join(lines)
+
+
 def _simulated() -> list:
     from sampo import results
 
@@ -181,7 +210,7 @@ def engines() -> str:
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
-    **{"coverage": coverage, "overlap": overlap},
+    **{"coverage": coverage, "overlap": overlap, "lab_judged": lab_judged},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
