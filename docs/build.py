@@ -126,6 +126,35 @@ def _audited() -> Any:
     return Audited(results.read(ROOT / "docs" / "audit" / "records.jsonl"))
 
 
+def lab_judged() -> str:
+    """The lab's models by the truth and by a ruler, from the records of benchmarks/lab_judged.py."""
+    from sampo import results
+
+    cells: dict[str, dict[str, str]] = {}
+    for record in results.read(ROOT / "docs" / "evaluation" / "lab_judged.jsonl"):
+        judge = record.config.get("judge", "")
+        number, form = (record.value, ".1f") if record.name == "verbosity/tokens_mean" else (100 * record.value, ".1f")
+        if record.name == "verbosity/tokens_ratio":
+            number, form = record.value, ".2f"
+        low, high = record.interval or (None, None)
+        scale = number / record.value if record.value else 1
+        bounds = f" [{low * scale:{form}}, {high * scale:{form}}]" if low is not None else ""
+        cells.setdefault(record.config["system"], {})[f"{judge} {record.name}".strip()] = f"{number:{form}}{bounds}"
+    columns = {
+        "verbosity/tokens_mean": "tokens",
+        "verbosity/tokens_ratio": "ratio",
+        "lab win_rate": "win rate by the truth, %",
+        "lab win_rate/equal_length": "at equal length, %",
+        "lab win_rate/control_empty": "an empty answer, %",
+        "longer win_rate": "by a ruler, %",
+        "longer win_rate/equal_length": "at equal length, %",
+    }
+    lines = ["| system | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    for system, found in cells.items():
+        lines.append(f"| {system} | " + " | ".join(found.get(name, "") for name in columns) + " |")
+    return "\n".join(lines)
+
+
 def _simulated() -> list:
     from sampo import results
 
@@ -244,7 +273,8 @@ STUDY_PARTS = (
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
-    **{"coverage": coverage, "overlap": overlap, "merging": merging, "real_model": real_model},
+    **{"coverage": coverage, "overlap": overlap, "merging": merging},
+    **{"real_model": real_model, "lab_judged": lab_judged},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
 }

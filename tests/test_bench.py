@@ -239,6 +239,29 @@ def test_a_run_that_stopped_between_tasks_goes_on_with_the_next(model, data, tmp
 
 
 @pytest.mark.slow
+def test_an_adapter_is_benchmarked_as_what_it_makes_of_its_model(model, data, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    make_tokenizer().save_pretrained(tmp_path / "merged")
+    scores = []
+    for name in ("adapter", "merged"):
+        line = words(str(tmp_path / name), data, tmp_path / "o.jsonl", "--tasks", "piqa", "truthfulqa", "gsm8k")
+        assert main(line) == 0
+        kept = [r for r in results.read(tmp_path / "o.jsonl") if r.config["model"] == str(tmp_path / name)]
+        scores.append([(record.name, record.value) for record in kept])
+    assert scores[0] == scores[1]
+    assert len(scores[0]) >= 3
+
+
+@pytest.mark.slow
 def test_all_five_run_offline_with_a_model_and_show_their_shots(model, data, tmp_path, capsys):
     out = tmp_path / "bench.jsonl"
     assert main(words(model, data, out, "--limit", "3")) == 0

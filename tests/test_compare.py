@@ -155,6 +155,8 @@ def test_n_prompts_are_drawn_by_the_seed_and_the_same_for_all(folder, tmp_path):
             assert row["prompts"] == 20
             values[row["system"]].add(row["win_rate"])
         base = {a.prompt: a for a in read_answers(folder / "sft.jsonl")}
+        silent = [0.0 if base[p].extra["reference"] in base[p].answer.split() else 0.5 for p in kept]
+        assert found["systems"][0]["win_rate/control_empty"] == pytest.approx(np.mean(silent))
         assert found["systems"][3]["words_mean"] == pytest.approx(np.mean([base[p].words for p in kept]))
     assert any(len(seen) == 2 for seen in values.values())
 
@@ -258,3 +260,28 @@ def test_prompts_without_one_in_common_are_refused_even_if_some_may_be_left_out(
     with pytest.raises(ValueError, match="got 0 that all have, and 1 further ones in a, 2 further ones in b"):
         shared_prompts({"a": "x", "b": "yz"}, True)
     assert shared_prompts({"a": "xz", "b": "zz"}, True) == {"z"}
+
+
+@pytest.mark.slow
+def test_models_of_the_lab_are_judged_by_the_truth_from_end_to_end(tmp_path, monkeypatch):
+    """Trained, asked, judged and compared by the commands; the truth is computed from the answers by the world."""
+    from sampo.lab.settings import Settings
+    from sampo.lab.world import WORDS, World
+
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import lab_judged
+
+    lab_judged.main(["--tiny", "--seed", "1", "--out", str(tmp_path)])
+    world, number = World(1), {word: i for i, word in enumerate(WORDS)}
+    asked = {" ".join(WORDS[i] for i in q.prompt): q for q in world.evaluation_questions(Settings().questions)}
+
+    def qualities(name):
+        found = read_answers(tmp_path / f"{name}.jsonl")
+        return [world.quality(asked[a.prompt], [number[word] for word in a.answer.split()]) for a in found]
+
+    rows = json.loads((tmp_path / "comparison-lab.json").read_text())["systems"]
+    base = qualities("sft")
+    for row in rows[:3]:
+        expected = np.mean([0.5 + 0.5 * np.sign(a - b) for a, b in zip(qualities(row["system"]), base, strict=True)])
+        assert row["win_rate"] == pytest.approx(expected)
+        assert row["tokens_ratio"] is not None  # models in folders of their own have the tokenizer of the start

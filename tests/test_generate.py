@@ -8,6 +8,7 @@ import torch
 from judge_server import Reply, Server, completion
 from real_model import HH_FILE
 from tiny import WORDS, make_tokenizer, save_model
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sampo.cli import main
@@ -15,7 +16,7 @@ from sampo.evaluation.answers import Answer, prompt_id, prompt_text, read_answer
 from sampo.evaluation.backends import Draw, TransformersBackend, end_tokens
 from sampo.evaluation.generate import Sampling, generate
 from sampo.evaluation.journal import read_rows
-from sampo.evaluation.models import Texts, fingerprint, load_causal, load_tokenizer
+from sampo.evaluation.models import Texts, fingerprint, load_causal, load_tokenizer, tokenizer_hash
 from sampo.evaluation.prompt_files import Question, load_prompts
 
 DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=3)
@@ -170,7 +171,7 @@ def test_a_record_says_what_the_answer_depends_on(folder, tmp_path):
         "prompt": "w1 w2",
         "prompt_id": prompt_id("w1 w2"),
         "sample": 0,
-        "tokenizer": folder,
+        "tokenizer": tokenizer_hash(make_tokenizer()),
         "model": folder,
         "backend": "transformers",
         "dtype": "float32",
@@ -261,7 +262,7 @@ def test_answers_of_other_settings_are_not_gone_on_with(change, named, folder, t
         model.save_pretrained(other)
         make_tokenizer().save_pretrained(other)
     model = backend(other, prompt_format=change.get("prompt_format", "auto"))
-    model.about |= {"model": folder, "tokenizer": folder}
+    model.about |= {"model": folder}
     with pytest.raises(ValueError, match=named):
         generate(questions(4)[: change.get("asked", 4)], model, change.get("sampling", DRAWN), tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before
@@ -318,6 +319,19 @@ def test_the_fingerprint_sees_a_changed_weight_and_not_the_name_of_the_folder(tm
     first = fingerprint(save_model(tmp_path / "a", seed=1), None)
     assert fingerprint(save_model(tmp_path / "b", seed=1), None) == first
     assert fingerprint(save_model(tmp_path / "c", seed=2), None) != first
+
+
+def test_tokens_are_those_of_a_tokenizer_wherever_it_lies_and_whatever_special_tokens_it_has(tmp_path):
+    save_model(tmp_path / "a")
+    tokenizer = load_tokenizer(str(tmp_path / "a"))
+    own = tokenizer_hash(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    tokenizer(["w1", "w1 w2"], padding=True, truncation=True, max_length=2)  # leaves its settings in the tokenizer
+    tokenizer.save_pretrained(tmp_path / "b")
+    assert tokenizer_hash(load_tokenizer(str(tmp_path / "b"))) == own
+    other = make_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert tokenizer_hash(other) != own
 
 
 # --- prompt files --------------------------------------------------------------------------------------------------

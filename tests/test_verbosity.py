@@ -178,6 +178,11 @@ def test_samples_of_a_prompt_meet_all_answers_of_the_baseline():
     assert found["characters_longer"].value == 0.5
 
 
+def test_an_answer_as_long_as_the_baselines_is_not_longer():
+    ours, theirs = (System(name=n, prompt=[0, 1], text=t) for n, t in (("a", ["xx", "xxx"]), ("b", ["yy", "y"])))
+    assert verbosity(ours, theirs).measures["characters_longer"].value == 0.5
+
+
 def test_prompts_with_an_empty_answer_have_no_ratio_and_are_counted():
     found = verbosity(system("a", ["", "xx"]), system("b", ["x", "x"]))
     assert found.measures["characters_ratio"].value == pytest.approx(2.0)

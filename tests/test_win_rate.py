@@ -4,8 +4,6 @@ import io
 import itertools
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from rich.console import Console
 from scipy import optimize, stats
 from scipy.special import expit
 
+from sampo.cli import main
 from sampo.evaluation import intervals, length_control, win_rate
 from sampo.evaluation.difficulty import difficulty_from
 from sampo.evaluation.length_control import (
@@ -30,7 +29,7 @@ from sampo.evaluation.length_control import (
 from sampo.evaluation.logistic import newton
 from sampo.evaluation.summary import records, summarise, summary_table
 from sampo.evaluation.verdicts import Comparisons, Verdicts, compare_orders, order_consistency
-from sampo.evaluation.win_rate import by_length_ratio, length_matched, longer_wins, paired
+from sampo.evaluation.win_rate import by_length_ratio, length_matched, longer_wins, paired, winner_is_longer
 
 OUTCOMES = {  # name -> (true mean, sampler): what judges produce, from coins to soft probabilities
     "coins 0.5": (0.5, lambda rng, size: (rng.random(size) < 0.5) * 1.0),
@@ -666,9 +665,9 @@ def test_difficulty_of_other_systems_sharpens_the_control():
 def test_difficulty_is_the_joint_fit_that_a_general_optimiser_finds(seed):
     rng = np.random.default_rng(seed)
     others = [biased_comparisons(rng, 25, strength=s) for s in (-0.3, 0.6)]
-    found = difficulty_from(others, prior_sd=1.0)
+    found = difficulty_from(others, prior_sd=0.7)
     rows = [(c.preference, np.asarray(c.system_length) - c.baseline_length) for c in others]
-    expected = oracles.joint_difficulty(rows, 1.0, length_control.RIDGE, optimize.minimize)
+    expected = oracles.joint_difficulty(rows, 0.7, length_control.RIDGE, optimize.minimize)
     assert [found[i] for i in range(25)] == pytest.approx(list(expected), abs=1e-4)
 
 
@@ -697,6 +696,23 @@ def test_bins_and_matched_pairs_are_what_a_loop_over_ratios_finds():
 def test_the_longer_one_wins_is_the_share_of_longer_answers():
     c = Comparisons(prompt="abcd", preference=np.zeros(4), system_length=[2, 1, 3, 5], baseline_length=[1, 2, 3, 4])
     assert longer_wins(c).scores.tolist() == [1.0, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_how_often_the_winner_is_longer_is_what_a_loop_finds(seed):
+    rng = np.random.default_rng(seed)
+    ours, theirs = rng.integers(1, 4, 60), rng.integers(1, 4, 60)  # many of the same length
+    preference, prompts = rng.choice([0.0, 0.3, 0.5, 1.0], 60), rng.integers(0, 25, 60)
+    c = Comparisons(prompt=prompts, preference=preference, system_length=ours, baseline_length=theirs)
+    by_prompt = {}
+    for prompt, p, a, b in zip(prompts.tolist(), preference, ours, theirs, strict=True):
+        if p != 0.5 and a != b:
+            by_prompt.setdefault(prompt, []).append((p > 0.5) == (a > b))
+    found = winner_is_longer(c)
+    assert found.value == pytest.approx(np.mean([np.mean(hits) for hits in by_prompt.values()]))
+    assert found.n == len(by_prompt) < 25
+    tied = Comparisons(prompt=[1], preference=[0.5], system_length=[1], baseline_length=[2])
+    assert winner_is_longer(tied).value is None
 
 
 def test_the_slope_per_doubling_is_that_of_the_judge():
@@ -792,12 +808,23 @@ def test_the_sentence_says_when_nothing_was_shown_and_why_there_is_no_control():
     assert "always taking the longer answer would give 100.0 %" in found.sentence()
 
 
-def test_the_guide_prints_the_sentence_that_it_quotes(tmp_path):
+def test_every_command_of_the_guide_runs_and_ends_with_the_sentence_that_it_quotes(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).resolve().parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    code = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
-    quoted = " ".join(line.removeprefix(">").strip() for line in page.splitlines() if line.startswith(">"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert quoted in done.stdout.splitlines()
+    guide = page[page.index("## From two files") : page.index("## The unit")]
+    quoted = " ".join(line.removeprefix(">").strip() for line in guide.splitlines() if line.startswith(">"))
+    monkeypatch.chdir(tmp_path)
+    said = []
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks] == ["python", "bash", "bash", "bash", "python"]
+    for kind, text in blocks:
+        if kind == "python":
+            exec(compile(text, "guide", "exec"), {})
+        for line in text.splitlines() if kind == "bash" else []:
+            assert main(line.split()[1:]) == 0
+        said.append(capsys.readouterr().out)
+    assert quoted in said[2].splitlines()
+    assert quoted.replace("sampo wins", "SamPO wins") in said[4].splitlines()
+    assert "sampo − dpo" in said[3]
 
 
 def test_all_pairs_of_seeds_give_other_verdicts():

@@ -155,7 +155,8 @@ def _finish(
         screen.print(comparing.duel_table(duels))
     notes = [f"Note: {one.system}: {note}" for one in [*summaries, *lengths] for note in one.notes]
     say(screen, *dict.fromkeys(notes))
-    say(screen, "Intervals are 95 %, over prompts, one by one: only the last p-values know that there are several.")
+    several = "; one by one, only the last p-values know that there are several" if duels else ""
+    say(screen, f"Intervals are 95 %, over prompts{several}.")
     command = command_line(make_parser(), args)
     rows = comparing.rows_of(summaries, lengths)
     whole = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}

@@ -33,7 +33,7 @@ class Answer:
         prompt_id: Hash of the prompt; filled in.
         sample: Number of the answer, from 0, where a prompt has several.
         tokens: Tokens generated, the end token included; None if not known.
-        tokenizer: Whose tokens these are.
+        tokenizer: Whose tokens these are: a name, or a hash of the tokenizer.
         stop: `eos`: the model ended the answer; `length`: it was cut off, so its length says nothing about how concise
             the model is; `unknown`.
         model: Name or folder.

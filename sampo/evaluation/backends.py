@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .generate import Job, Output, Sampling
+from .models import tokenizer_hash
 
 if TYPE_CHECKING:
     from .endpoint import Endpoint
@@ -50,7 +51,7 @@ class TransformersBackend:
             "weights": loaded.weights,
             "backend": "transformers",
             "dtype": str(self._model.dtype).removeprefix("torch."),
-            "tokenizer": texts.tokenizer.name_or_path,
+            "tokenizer": tokenizer_hash(texts.tokenizer),
             "template": texts.template_hash,
         }
 
@@ -201,7 +202,7 @@ class VLLMBackend:
             "weights": weights,
             "backend": "vllm",
             "dtype": dtype,
-            "tokenizer": texts.tokenizer.name_or_path,
+            "tokenizer": tokenizer_hash(texts.tokenizer),
             "template": texts.template_hash,
         }
 

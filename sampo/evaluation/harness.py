@@ -173,6 +173,12 @@ def run(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+    return _outcome(name, task, asked, found, seed)
+
+
+def _outcome(name: str, task: str, asked: int, found: Mapping[str, Any], seed: int) -> Outcome:
+    """What is kept of the harness's results on a task."""
+    benchmark = BENCHMARKS[name]
     used = {int(found["n-shot"][part]) for part in found["samples"]}
     if len(used) != 1:
         raise RuntimeError(f"All parts of {name} must have as many shots, got {sorted(used)}.")
@@ -301,8 +307,10 @@ def records(outcome: Outcome, config: Mapping[str, Any], *, seed: int, command: 
         "task_version": outcome.version,
     }
     score = outcome.score
-    numbers = [(f"bench/{outcome.benchmark}/{name}", value, None) for name, value in outcome.others.items()]
-    numbers.append((f"bench/{outcome.benchmark}", score.value, score.interval))  # type: ignore[arg-type]
+    numbers: list[tuple[str, float | None, tuple[float, float] | None]] = [
+        (f"bench/{outcome.benchmark}/{name}", value, None) for name, value in outcome.others.items()
+    ]
+    numbers.append((f"bench/{outcome.benchmark}", score.value, score.interval))
     where = provenance()
     return [
         Record(name=name, value=value, n=score.n, interval=bounds, config=known, seed=seed, command=command, **where)

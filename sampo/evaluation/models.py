@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,19 @@ def fingerprint(name: str, model: Any) -> str | None:
                 file.seek(max(size - PIECE_BYTES, 0) * piece // (PIECES - 1))
                 digest.update(file.read(PIECE_BYTES))
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Whose tokens: a hash of what cuts ordinary text into them.
+
+    Not the name: a trained model lies in a folder of its own with the tokenizer of its base, and their counts compare.
+    Special tokens are left out, because training adds some (a padding token, say) that change no count.
+    """
+    rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        whole = json.loads(fast.to_str())
+        rules = {name: whole[name] for name in ("normalizer", "pre_tokenizer", "model")}
+    return f"sha256:{hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 class Texts:

@@ -192,7 +192,7 @@ def summary_table(found: Sequence[Summary]) -> "Table":
     heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
     table.add_column("system")
     for head in (*heads, "longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "failed"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", min_width=max(map(len, head.split("\n"))))
     for one in found:
         lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
         table.add_row(
