@@ -267,6 +267,24 @@ def merging() -> str:
     return measured.table(results.read(ROOT / "docs" / "merging.jsonl"))
 
 
+def diagnosed() -> str:
+    """Length pressure of a real model before training, from the records of `sampo diagnose`."""
+    from sampo import results
+
+    groups = ("all", "chosen longer", "chosen shorter")
+    cells: dict[str, dict[str, str]] = {}
+    for record in results.read(ROOT / "docs" / "diagnose" / "records.jsonl"):
+        if record.interval is None:
+            raise ValueError(f"The record of {record.config['method']} must have an interval, got none.")
+        low, high = record.interval
+        group = f"{record.config['group']} ({record.n})"
+        cells.setdefault(record.config["method"], {})[group] = f"{record.value:+.3f} ({low:+.3f} … {high:+.3f})"
+    heads = [head for group in groups for head in next(iter(cells.values())) if head.startswith(f"{group} (")]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    lines += [f"| `{name}` | " + " | ".join(found[head] for head in heads) + " |" for name, found in cells.items()]
+    return "\n".join([f"`{record.command}`; {record.created[:10]}", "", *lines])
+
+
 STUDY_PARTS = (
     *("about", "verdicts", "details", "headline", "against_dpo", "equal_kl", "frontiers", "biases", "penalties"),
 )
@@ -274,7 +292,7 @@ PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "merging": merging},
-    **{"real_model": real_model, "lab_judged": lab_judged},
+    **{"real_model": real_model, "lab_judged": lab_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
 }
