@@ -305,7 +305,7 @@ import sampo.{module} as module
 write = module.{write}
 def dying(path, content):
     if {last!r} in str(path):
-        path.with_name("." + path.name + ".0.tmp").write_bytes(bytes(content)[:99])
+        path.with_name("." + path.name + ".part").write_bytes(bytes(content)[:99])
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
 module.{write} = dying

@@ -16,7 +16,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
-from sampo import SamPOConfig, SamPOTrainer, cached_reference, ref_logps
+from sampo import SamPOConfig, SamPOTrainer, ref_key, ref_logps
 from sampo.commands import cache as command
 from sampo.commands import train
 from sampo.ref_key import RefKey, data_hash, files_hash, weights_hash
@@ -359,7 +359,7 @@ def test_a_ref_adapter_is_part_of_the_weights_and_its_scale_of_the_config(model_
         for name, parameter in peft.named_parameters():
             if ".default." in name:
                 peft.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-        return weights_hash(peft), cached_reference.config_hash(peft)
+        return weights_hash(peft), ref_key.config_hash(peft)
 
     one, same, other, scaled = hashes(1), hashes(1), hashes(2), hashes(1, lora_alpha=16)
     assert one == same
