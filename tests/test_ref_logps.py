@@ -16,7 +16,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
-from sampo import SamPOConfig, SamPOTrainer, ref_key, ref_logps
+from sampo import SamPOConfig, SamPOTrainer, cached_reference, ref_key, ref_logps
 from sampo.commands import cache as command
 from sampo.commands import train
 from sampo.ref_key import RefKey, data_hash, files_hash, weights_hash
