@@ -131,9 +131,23 @@ def test_row_numbers_and_instructions_differ_where_rows_are_missing(files):
     assert again.length_controlled.value == pytest.approx(by_prompt.length_controlled.value, abs=1e-7)
 
 
-def test_the_interval_holds_the_uncertainty_that_a_bootstrap_of_the_models_rows_finds(files):
+def test_an_instruction_that_comes_twice_has_the_difficulty_of_its_own_place(files):
+    rows = annotations(8, files)
+    instructions = [f"instruction {i // 2}" for i in range(N)]  # in pairs, whose two difficulties differ
+    rows = [{**row, "instruction": text} for row, text in zip(rows, instructions, strict=True)]
+    by_prompt = alpaca_eval(rows, gamed=files / "df_gamed.csv", instructions=instructions)
+    by_row = alpaca_eval(rows, gamed=files / "df_gamed.csv", align="row")
+    assert by_prompt.length_controlled == by_row.length_controlled
+
+
+@pytest.mark.parametrize("noise", [True, False], ids=["noisy judge", "judge that follows the difficulty"])
+def test_the_interval_holds_the_uncertainty_that_a_bootstrap_of_the_models_rows_finds(files, noise):
     rows = annotations(9, files)
     y = np.array([row["preference"] - 1 for row in rows])
+    if not noise:  # then all that is uncertain is which instructions were drawn
+        hard = Gamed.read(files / "df_gamed.csv").difficulty_by_number
+        y = expit(2.0 * np.array([hard[i] for i in range(N)]))
+        rows = [{**row, "preference": 1 + float(value)} for row, value in zip(rows, y, strict=True)]
     difference = np.array([float(len(row["output_1"]) - len(row["output_2"])) for row in rows])
     gamed = Gamed.read(files / "df_gamed.csv")
     hard = np.array([gamed.difficulty_by_number[i] for i in range(N)])
