@@ -48,7 +48,7 @@ ARROWS = {
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results"},
-    "report": {"audit", "diagnostics", "evaluation", "lab", "report", "results"},
+    "report": {"audit", "diagnostics", "evaluation", "lab", "pair_rows", "report", "results"},
     "cli": {"commands"},
 }
 

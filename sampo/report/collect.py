@@ -293,7 +293,8 @@ def _manifest(content: Any) -> tuple[dict[str, str], dict[str, str]]:
     """Settings and versions that a checkpoint was written with."""
     run = _object(_object(content, "run")["run"], "must", "rounding")
     must, rounding = _object(run["must"]), _object(run["rounding"])
-    settings = {name: str(must[f"`{name}`"]) for name in SETTINGS if must.get(f"`{name}`") is not None}
+    some = {name: must[f"`{name}`"] for name in SETTINGS if must.get(f"`{name}`") is not None}
+    settings = {k: " + ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in some.items()}
     start = "the version of "
     return settings, {k.removeprefix(start): str(v) for k, v in rounding.items() if k.startswith(start)}
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 
+_CODE = re.compile("`([^`]*)`")
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where numbers come from; an empty field was not recorded."""
@@ -66,13 +69,14 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under heads; the first cell of a row is its head. `n` says what the numbers are of."""
+    """Rows under heads; the first cell of a row is its head, the first `names` are words. `n`: of what the numbers are."""
 
     caption: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     origins: tuple[Origin, ...] = ()
     n: str = ""
+    names: int = 1
     kind: str = "table"
 
 
@@ -170,7 +174,7 @@ def render(sections: Sequence[Section], found: Found, *, title: str, folder: str
         missing: `(what, command)` of what there is none of.
     """
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     package = resources.files(__package__)
     styles = package.joinpath("page.css").read_text(encoding="utf-8")
@@ -182,6 +186,7 @@ def render(sections: Sequence[Section], found: Found, *, title: str, folder: str
     )
     environment.filters["markup"] = Markup  # of our own drawings and styles, and of nothing else
     environment.filters["origin"] = origins.get
+    environment.filters["code"] = lambda text: Markup(_CODE.sub(r"<code>\1</code>", str(escape(plain(text)))))
     template = environment.from_string(package.joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         title=title,

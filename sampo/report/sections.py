@@ -15,6 +15,7 @@ from ..diagnostics import PLAIN, Finding, read_scores
 from ..evaluation.intervals import Estimate
 from ..lab import report as lab
 from ..lab.settings import SFT
+from ..pair_rows import Fault
 from ..results import Record
 from . import diagnostic_figures, figures, training_figures
 from .collect import Audited, Found, RecordFile, TrainingRun
@@ -76,12 +77,8 @@ def _at(folder: str, name: str) -> str:
 
 
 def _faults(split: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"Split {split['split']}: {fault['count']:,} of {split['rows']:,} rows: {fault['kind']} in {fault['column']}, "
-        f"first at rows {', '.join(map(str, fault['rows']))}. {fault['cure']}"
-        for fault in split["faults"]
-    ]
-    return [*lines, *map(str, split["notes"])]
+    faults = [Fault(**fault).in_words(split["rows"]) for fault in split["faults"]]
+    return [*(f"Split `{split['split']}`: {words}" for words in faults), *map(str, split["notes"])]
 
 
 def _parts_table(records: Sequence[Record], key: str, title: str, origins: tuple[Origin, ...]) -> Table | None:
@@ -171,7 +168,8 @@ def _training(section: Section, runs: Sequence[TrainingRun], found: Found) -> No
         [run.name, f"{run.step:,}", _last(run, "loss"), *(run.settings.get(name, "–") for name in columns)] for run in runs
     ]
     section.add(Table("Runs", ["run", "steps", "last loss", *columns], rows, origins, f"{len(runs)} runs"))
-    steps = f"{len(runs)} run{'s' * (len(runs) > 1)} of {', '.join(f'{run.step:,}' for run in runs)} steps"
+    steps = " and ".join(dict.fromkeys(f"{run.step:,}" for run in runs))
+    n = f"{len(runs)} run{'s' * (len(runs) > 1)} of {steps} steps"
     for name, curve in training_figures.CURVES.items():
         if training_figures.has_curve(logs, name):
             section.draw(
@@ -179,7 +177,7 @@ def _training(section: Section, runs: Sequence[TrainingRun], found: Found) -> No
                 title=curve.title,
                 description=_ends(logs, curve),
                 origins=origins,
-                n=steps,
+                n=n,
             )
 
 
@@ -266,7 +264,7 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
     drawn = dict(list(found.items())[:MAX_RUNS])
     for name, some in drawn.items():
         section.draw(
-            lambda figure, some=some: diagnostic_figures.length_pressure(some, axes=figure.add_subplot()),
+            partial(_draw_pressure, some),
             title=f"Length pressure of every weighting: {name}",
             description="Left of 0, a first step of training lengthens the answers. " + _pressures_said(some),
             origins=origins,
@@ -275,6 +273,11 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
         )
     if rewarded:
         _reward_figures(section, {name: some for name, some in drawn.items() if name in rewarded}, page, file, origins, n)
+
+
+def _draw_pressure(found: Sequence[Finding], figure: Any) -> None:
+    axes = diagnostic_figures.length_pressure(found, axes=figure.add_subplot())
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.35, -0.09), ncols=3)
 
 
 def _one(found: Sequence[Finding], quantity: str, **labels: str) -> Estimate | None:
@@ -290,11 +293,11 @@ def _labels(found: Mapping[str, Sequence[Finding]], quantity: str, label: str) -
 def _pressure_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
     groups = _labels(found, "pressure", "group")[:MAX_PARTS]
     rows = [
-        [f"{name}: {method}", *(number(_one(some, "pressure", method=method, group=g), sign=True) for g in groups)]
+        [name, method, *(number(_one(some, "pressure", method=method, group=g), sign=True) for g in groups)]
         for name, some in found.items()
         for method in _labels({name: some}, "pressure", "method")
     ]
-    return Table("Length pressure; below 0, training lengthens", ["method", *groups], rows, origins, n)
+    return Table("Length pressure; below 0, training lengthens", ["checkpoint", "method", *groups], rows, origins, n, names=2)
 
 
 def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
@@ -304,9 +307,9 @@ def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin,
         for method in _labels({name: some}, "accuracy", "method"):
             shares = [number(_one(some, "accuracy", method=method, group=group), "%") for group in groups]
             more = [number(_one(some, f"margin_{what}", method=method), 2) for what in ("correlation", "partial")]
-            rows.append([f"{name}: {method}", *shares, *more])
-    heads = ["method", *groups, "corr(margin, T_w − T_l)", "at equal quality"]
-    return Table("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n)
+            rows.append([name, method, *shares, *more])
+    heads = ["checkpoint", "method", *groups, "corr(margin, T_w − T_l)", "at equal quality"]
+    return Table("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n, names=2)
 
 
 def _pressures_said(found: Sequence[Finding]) -> str:
@@ -427,6 +430,7 @@ def _benchmarks(section: Section, file: RecordFile) -> None:
             rows,
             origins_of(file.records, file.file),
             f"{len(file.records):,} records",
+            names=3,
         )
     )
 

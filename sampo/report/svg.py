@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = (5.0, 3.3)  # inches; at 400 px of width a letter of it is as large as one of the text
+LETTERS_PER_INCH = 10  # of a label beside or below the axes
 SETTINGS = {
     "svg.fonttype": "none",  # letters stay letters: found by a search, read aloud, half the size
     "text.parse_math": False,  # a dollar in the name of a group is a dollar
@@ -47,8 +49,22 @@ def inline_svg(
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
+        _fit(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inlined(ElementTree.fromstring(buffer.getvalue()), key, title, description)
+
+
+def _fit(figure: "Figure") -> None:
+    """Labels of the axes in as many lines as they need, and logarithmic axes without the formulas of mathtext."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    for axes in figure.axes:
+        for axis, inches in ((axes.xaxis, figure.get_figwidth()), (axes.yaxis, figure.get_figheight())):
+            per_line = max(12, int(inches / len(figure.axes) * LETTERS_PER_INCH))
+            if axis.get_scale() == "log":
+                axis.set_major_formatter(ScalarFormatter())
+                axis.set_minor_formatter(NullFormatter())
+            axis.label.set_text(textwrap.fill(axis.label.get_text(), per_line))
 
 
 def _inlined(root: ElementTree.Element, key: str, title: str, description: str) -> str:

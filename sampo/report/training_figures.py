@@ -10,6 +10,7 @@ from .figures import _axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LEGEND_INSIDE = 4  # lines of a legend that find a place beside curves
 LINES = ("-", "--", ":")
 Log = Sequence[Mapping[str, Any]]  # `log_history` of a trainer_state.json
 
@@ -126,7 +127,10 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
         ax.axhline(curve.level, color="grey", linewidth=0.8, linestyle=":")
     ax.set_xlabel("step")
     ax.set_ylabel(curve.axis)
-    if len(ax.get_legend_handles_labels()[0]) > 1:
+    lines = len(ax.get_legend_handles_labels()[0])
+    if lines > LEGEND_INSIDE:
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    elif lines > 1:
         ax.legend(frameon=False)
     return ax
 
