@@ -34,14 +34,16 @@ def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
     Raises:
         ValueError: no system has both a length and a win rate.
     """
-    judged = [row for row in rows if _number(row, "win_rate") is not None and _number(row, "length/system") is not None]
+    judged = [
+        row for row in rows if _number(row, "win_rate") is not None and _number(row, "length/system") is not None
+    ]
     if not judged:
         raise ValueError("At least one system must have a length and a win rate, got none.")
     ax = _axes(ax)
     for number, row in enumerate(judged):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         x, y = row["length/system"], row["win_rate"]
-        bars = {"xerr": _distances(row, "length/system"), "yerr": _distances(row, "win_rate")}
+        bars: dict[str, Any] = {"xerr": _distances(row, "length/system"), "yerr": _distances(row, "win_rate")}
         style: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "none"}
         ax.errorbar([x], [y], **bars, **style, capsize=2, elinewidth=0.9, label=str(row["system"]))
         fair = _number(row, "win_rate/equal_length")
@@ -84,7 +86,9 @@ def win_rate_by_length_ratio(rows: Sequence[Row], *, ax: "Axes | None" = None) -
     Raises:
         ValueError: no row has a win rate in any bin.
     """
-    names = sorted({(low, high) for row in rows for low, high, key in ratio_bins(row) if _number(row, key) is not None})
+    names = sorted(
+        {(low, high) for row in rows for low, high, key in ratio_bins(row) if _number(row, key) is not None}
+    )
     if not names:
         raise ValueError("The rows must have win rates by the ratio of lengths, got none: were lengths known?")
     ax = _axes(ax)
@@ -127,7 +131,9 @@ def answer_lengths(lengths: Mapping[str, np.ndarray], *, unit: str, ax: "Axes | 
     if not some:
         raise ValueError("A figure of lengths needs at least one answer, got none.")
     ax = _axes(ax)
-    edges = np.linspace(0, max(float(np.percentile(np.concatenate(list(some.values())), WIDEST)), 1.0), BINS + 1)
+    top = max(float(np.percentile(np.concatenate(list(some.values())), WIDEST)), 1.0)
+    # lengths are whole numbers: no bin is narrower than one
+    edges = np.linspace(0, top, BINS + 1) if top > BINS else np.arange(-0.5, np.ceil(top) + 1)
     for number, (name, values) in enumerate(some.items()):
         colour = COLOURS[number % len(COLOURS)]
         weights = np.full(len(values), 1 / len(values))  # systems may have different numbers of answers
@@ -150,4 +156,6 @@ def _distances(row: Row, key: str) -> np.ndarray:
     """`(2, 1)` from the value down and up to the bounds of its interval."""
     value = float(row[key])
     low, high = (_number(row, f"{key}_{end}") for end in ("low", "high"))
-    return np.array([[0.0 if low is None else max(0.0, value - low)], [0.0 if high is None else max(0.0, high - value)]])
+    return np.array(
+        [[0.0 if low is None else max(0.0, value - low)], [0.0 if high is None else max(0.0, high - value)]]
+    )

@@ -17,7 +17,7 @@ from .sections import Estimate, number
 SAMPLES = 6  # prompts whose answers are shown
 SYSTEMS = 6  # of answers, in figures and side by side
 PROMPT_CHARS, ANSWER_CHARS = 2000, 4000  # of a text that are shown
-VERBOSITY = {  # measure -> head of its column, how it is shown
+VERBOSITY: dict[str, tuple[str, str | int]] = {  # measure -> head of its column, how it is shown
     "tokens_mean": ("tokens, mean", 1),
     "tokens_median": ("median", 0),
     "characters_mean": ("characters, mean", 0),
@@ -54,7 +54,8 @@ def _judged(section: Section, runs: Sequence[JudgedRun], compared: Sequence[Comp
     origins = tuple(origin for run in runs for origin in origins_of(run.records, run.file))
     section.add(Heading(f"Against {first['baseline']}, by {first['judge']}"))
     section.add(Listing([run.sentence for run in runs]))
-    _tables_and_figures(section, rows, origins, drawn=not _covered(rows, compared))
+    if not _covered(rows, compared):
+        _tables_and_figures(section, rows, origins)
 
 
 def _covered(rows: Sequence[Row], compared: Sequence[Compared]) -> bool:
@@ -68,18 +69,20 @@ def _compared(section: Section, file: Compared) -> None:
     rows = [row for row in file.systems if row.get("win_rate") is not None]
     if rows:
         section.add(Heading(f"Compared: {', '.join(str(row['system']) for row in rows)}"))
-        _tables_and_figures(section, rows, origins, drawn=True)
+        _tables_and_figures(section, rows, origins)
     if file.duels:
         section.add(_duel_table(file.duels, origins))
 
 
-def _tables_and_figures(section: Section, rows: Sequence[Row], origins: tuple[Origin, ...], *, drawn: bool) -> None:
+def _tables_and_figures(section: Section, rows: Sequence[Row], origins: tuple[Origin, ...]) -> None:
     n = f"{', '.join(dict.fromkeys(_count(row.get('prompts')) for row in rows))} prompts"
     section.add(_win_rate_table(rows, origins, n))
     if notes := list(dict.fromkeys(f"{row['system']}: {row['notes']}" for row in rows if row.get("notes"))):
         section.add(Listing(notes))
-    if not drawn:
-        return
+    _win_rate_figures(section, rows, origins, n)
+
+
+def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Origin, ...], n: str) -> None:
     shown = [{**row, "system": shorten(str(row["system"])), "baseline": shorten(str(row["baseline"]))} for row in rows]
     shown = shown[:SYSTEMS]
     said = "; ".join(
@@ -92,7 +95,7 @@ def _tables_and_figures(section: Section, rows: Sequence[Row], origins: tuple[Or
         section.draw(
             lambda figure: evaluation_figures.frontier(shown, ax=figure.add_subplot()),
             title=f"Verbosity and win rate against {shown[0]['baseline']}",
-            description=f"Each system at the mean length of its answers and its win rate, with 95 % intervals. {said}.",
+            description=f"Each system at the mean length of its answers and its win rate (95 % intervals). {said}.",
             origins=origins,
             n=n,
         )
@@ -181,7 +184,9 @@ def _origin(one: AnswerSet) -> Origin:
     words = [f"answers of {first.model}"] if first.model else []
     words += [f"{key} {value}" for key, value in sorted(first.sampling.items())]
     words += [f"seed {first.seed}"] if first.seed is not None else []
-    return Origin(plain(one.file), versions=shorten(plain(", ".join(map(str, words))), 200), dates=f"file of {one.date}")
+    return Origin(
+        plain(one.file), versions=shorten(plain(", ".join(map(str, words))), 200), dates=f"file of {one.date}"
+    )
 
 
 def _lengths(section: Section, sets: Mapping[str, AnswerSet]) -> None:
@@ -211,7 +216,11 @@ def _length_figure(
 
 def _verbosity_table(found: Sequence[Verbosity], origins: tuple[Origin, ...], n: str) -> Table:
     rows = [
-        [one.system, f"{one.prompts:,}", *(number(one.measures.get(name), how) for name, (_, how) in VERBOSITY.items())]
+        [
+            one.system,
+            f"{one.prompts:,}",
+            *(number(one.measures.get(name), how) for name, (_, how) in VERBOSITY.items()),
+        ]
         for one in found
     ]
     heads = ["system", "prompts", *(head for head, _ in VERBOSITY.values())]

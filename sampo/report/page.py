@@ -69,7 +69,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under heads; the first cell of a row is its head, the first `names` are words. `n`: of what the numbers are."""
+    """Rows under heads; the first cell of a row is its head, the first `names` cells are words.
+
+    `n` says of what the numbers are.
+    """
 
     caption: str
     heads: Sequence[str]

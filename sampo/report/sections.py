@@ -34,11 +34,11 @@ def estimate(record: Record) -> Estimate:
 
 
 def number(one: Estimate | None, how: str | int = 3, *, sign: bool = False) -> str:
-    """A value with its interval: `0.123 (0.100 to 0.150)`, `12.3 % (11.0 % to 14.0 %)`, or a dash."""
+    """A value with its interval: `0.123 (0.100 to 0.150)`, `12.3 % (11.0 to 14.0)`, or a dash."""
     if one is None or one.value is None:
         return "–"
     plus = "+" if sign and one.value > 0 else ""
-    bounds = interval_shown(one.interval, how)
+    bounds = interval_shown(one.interval, how).replace(" %", "")
     return plus + shown(one.value, how) + (f" ({bounds})" if bounds else "")
 
 
@@ -117,7 +117,7 @@ def _audit_figures(section: Section, path: Path, unit: str, origins: tuple[Origi
         raise ValueError(f"{path.name} must have at most {MAX_PAIRS:,} pairs to be drawn, got {rows:,}")
     table = pq.read_table(path, columns=["chosen", "rejected", "prompt_hash"])
     chosen, rejected, prompts = (table.column(name).to_numpy() for name in table.column_names)
-    about = {"origins": origins, "n": f"{len(chosen):,} pairs"}
+    about: dict[str, Any] = {"origins": origins, "n": f"{len(chosen):,} pairs"}
     section.draw(
         lambda figure: figures.length_histogram(chosen, rejected, unit=unit, ax=figure.add_subplot()),
         title="How long the responses are",
@@ -133,9 +133,7 @@ def _audit_figures(section: Section, path: Path, unit: str, origins: tuple[Origi
         **about,
     )
     section.draw(
-        lambda figure: figures.preference_by_difference(
-            chosen, rejected, prompts, unit=unit, ax=figure.add_subplot()
-        ),
+        lambda figure: figures.preference_by_difference(chosen, rejected, prompts, unit=unit, ax=figure.add_subplot()),
         title="How often the longer response is preferred",
         description="Share of pairs whose longer response is the chosen one, by the difference of lengths, with 95 % "
         "intervals and a logistic curve; the table has its slope.",
@@ -165,7 +163,8 @@ def _training(section: Section, runs: Sequence[TrainingRun], found: Found) -> No
     origins = tuple(_origin(run) for run in runs)
     columns = list(dict.fromkeys(name for run in runs for name in run.settings))
     rows = [
-        [run.name, f"{run.step:,}", _last(run, "loss"), *(run.settings.get(name, "–") for name in columns)] for run in runs
+        [run.name, f"{run.step:,}", _last(run, "loss"), *(run.settings.get(name, "–") for name in columns)]
+        for run in runs
     ]
     section.add(Table("Runs", ["run", "steps", "last loss", *columns], rows, origins, f"{len(runs)} runs"))
     steps = " and ".join(dict.fromkeys(f"{run.step:,}" for run in runs))
@@ -173,12 +172,16 @@ def _training(section: Section, runs: Sequence[TrainingRun], found: Found) -> No
     for name, curve in training_figures.CURVES.items():
         if training_figures.has_curve(logs, name):
             section.draw(
-                lambda figure, name=name: training_figures.training_curve(logs, name, ax=figure.add_subplot()),
+                partial(_draw_curve, logs, name),
                 title=curve.title,
                 description=_ends(logs, curve),
                 origins=origins,
                 n=n,
             )
+
+
+def _draw_curve(logs: Mapping[str, training_figures.Log], name: str, figure: Any) -> None:
+    training_figures.training_curve(logs, name, ax=figure.add_subplot())
 
 
 def _origin(run: TrainingRun) -> Origin:
@@ -200,7 +203,9 @@ def _ends(logs: Mapping[str, Any], curve: training_figures.Curve) -> str:
                 steps, values = training_figures.points(log, metric, evaluation=held_out)
                 if steps:
                     name = ", ".join(text for text in (run, part, "evaluation" if held_out else "") if text)
-                    said.append(f"{name}: {values[0]:.3g} at step {steps[0]:.0f}, {values[-1]:.3g} at {steps[-1]:.0f}.")
+                    said.append(
+                        f"{name}: {values[0]:.3g} at step {steps[0]:.0f}, {values[-1]:.3g} at {steps[-1]:.0f}."
+                    )
     return f"Curves over the steps of training. {' '.join(said)}"
 
 
@@ -272,7 +277,9 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
             size=(5.0, 5.2),
         )
     if rewarded:
-        _reward_figures(section, {name: some for name, some in drawn.items() if name in rewarded}, page, file, origins, n)
+        _reward_figures(
+            section, {name: some for name, some in drawn.items() if name in rewarded}, page, file, origins, n
+        )
 
 
 def _draw_pressure(found: Sequence[Finding], figure: Any) -> None:
@@ -297,7 +304,9 @@ def _pressure_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origi
         for name, some in found.items()
         for method in _labels({name: some}, "pressure", "method")
     ]
-    return Table("Length pressure; below 0, training lengthens", ["checkpoint", "method", *groups], rows, origins, n, names=2)
+    return Table(
+        "Length pressure; below 0, training lengthens", ["checkpoint", "method", *groups], rows, origins, n, names=2
+    )
 
 
 def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
@@ -346,9 +355,7 @@ def _reward_figures(
         if (paths := _shards(file.folder, page[name][0])) and slope is not None:
             beta = float(page[name][0].config["beta"])
             section.draw(
-                lambda figure, some=some, paths=paths, beta=beta: diagnostic_figures.reward_against_length(
-                    some, read_scores(paths), beta=beta, axes=figure.add_subplot()
-                ),
+                partial(_draw_rewards, some, paths, beta),
                 title=f"Implicit reward against length: {name}",
                 description=f"A point per response, and the means of bins of equal size. Slope per 100 tokens "
                 f"{number(slope)}; length explains {number(explained, '%')} of the variance.",
@@ -356,12 +363,21 @@ def _reward_figures(
             )
         for draw, title in _PROFILES.items():
             section.draw(
-                lambda figure, draw=draw, some=some: draw(some, axes=figure.add_subplot()),
+                partial(_draw_profile, draw, some),
                 title=f"{title}: {name}",
                 description="Mean log-ratio of policy and reference in nats, chosen and rejected responses, with 95 % "
                 "intervals.",
                 **about,
             )
+
+
+def _draw_rewards(found: Sequence[Finding], paths: Sequence[Path], beta: float, figure: Any) -> None:
+    axes = figure.add_subplot()
+    diagnostic_figures.reward_against_length(found, read_scores(paths), beta=beta, axes=axes)
+
+
+def _draw_profile(draw: Callable[..., Any], found: Sequence[Finding], figure: Any) -> None:
+    draw(found, axes=figure.add_subplot())
 
 
 _PROFILES: dict[Callable[..., Any], str] = {
@@ -396,12 +412,15 @@ def _lab(section: Section, file: RecordFile) -> None:
     n = f"{len(outcomes)} runs"
     heads = [head.replace("\n", " ") for head in lab.heads()]
     rows = [[line.title, line.group or "–", *lab.cells(line)[2:]] for line in lines]
-    section.add(Table("Methods against the truth", [heads[1], heads[0], *heads[2:]], rows, origins, n), Text(lab.LEGEND))
+    section.add(
+        Table("Methods against the truth", [heads[1], heads[0], *heads[2:]], rows, origins, n), Text(lab.LEGEND)
+    )
     section.draw(
         lambda figure: lab.draw_into(figure, lines),
         title="Length and win rate of each method",
-        description="Two panels: tokens per answer, and win rate against the start judged by the truth, of each method "
-        "on each group of pairs: mean, a dot per seed, and a dashed line for the start. The table has the numbers.",
+        description="Two panels: tokens per answer, and win rate against the start judged by the truth, of each "
+        "method on each group of pairs: mean, a dot per seed, and a dashed line for the start. The table has the "
+        "numbers.",
         origins=origins,
         n=n,
         size=lab.FIGURE_SIZE,

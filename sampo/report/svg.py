@@ -1,4 +1,4 @@
-"""matplotlib figures as SVG elements that stand in a page: named, without styles of their own, with ids of their own."""
+"""matplotlib figures as SVG elements that stand in a page: named, with ids of their own, and without styles."""
 
 import io
 import re
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SIZE = (5.0, 3.3)  # inches; at 400 px of width a letter of it is as large as one of the text
 LETTERS_PER_INCH = 10  # of a label beside or below the axes
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: found by a search, read aloud, half the size
     "text.parse_math": False,  # a dollar in the name of a group is a dollar
     "font.size": 10,
