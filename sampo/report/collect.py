@@ -1,7 +1,7 @@
 """What lies in a folder: the outputs of the other commands, known by their names and contents, and read.
 
-Nothing here is trusted. A file that is broken, or is not what its name says, is named with the reason and left out; the
-others are read all the same. No pickle is opened, no link to a folder is followed, and there are bounds on everything.
+Nothing here is trusted. A file that is broken, or is not what its name says, is named with the reason and left out;
+the others are read all the same. No pickle is opened, no link to a folder is followed, and everything has bounds.
 """
 
 import json

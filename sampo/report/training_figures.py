@@ -109,19 +109,19 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
         colour = COLOURS[number % len(COLOURS)]
         for line, (metric, part) in zip(LINES, curve.metrics.items(), strict=False):
             label = ", ".join(text for text in (run if len(runs) > 1 else "", part) if text)
-            for held_out, style in ((False, {"linestyle": line}), (True, {"linestyle": line, "marker": "o"})):
+            for held_out in (False, True):
                 steps, values = points(log, metric, evaluation=held_out)
                 if steps:
                     words = [text for text in (label, "evaluation" if held_out else "") if text]
-                    style = {"marker": "o"} | style if len(steps) == 1 else style
                     ax.plot(
                         steps,
                         values,
+                        linestyle=line,
                         color=colour,
+                        marker="o" if held_out or len(steps) == 1 else "",
                         markersize=4,
                         linewidth=0.8 if held_out else 1.4,
                         label=", ".join(words) or "training",
-                        **style,
                     )
     if curve.level is not None:
         ax.axhline(curve.level, color="grey", linewidth=0.8, linestyle=":")
