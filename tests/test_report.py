@@ -2,12 +2,16 @@
 
 import base64
 import hashlib
+import html
+import http.server
 import itertools
 import json
 import math
 import random
 import re
 import shutil
+import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -41,14 +45,14 @@ class Page(HTMLParser):
 
     VOID = ("meta", "br", "img", "link", "input", "hr")
 
-    def __init__(self, html: str):
+    def __init__(self, text: str):
         super().__init__()
         self.tags: list[tuple[str, dict]] = []
         self.said: list[str] = []
         self.texts: list[tuple[str, str]] = []
         self.open: list[str] = []
         self.depth_of_said = None
-        self.feed(html)
+        self.feed(text)
         self.close()
         assert not self.open, "every element that is opened is closed"
 
@@ -501,3 +505,93 @@ def test_the_histogram_of_answers_holds_every_answer_once(scale):
         expected = np.histogram(np.minimum(values, edges.max()), edges)[0] / len(values)
         assert heights == pytest.approx(expected)
         assert heights.sum() == pytest.approx(1)
+
+
+# --- in a browser
+
+CHROMIUM = shutil.which("chromium")
+HARNESS = """<!doctype html><title>harness</title><pre id="found"></pre><script>
+const frame = document.createElement("iframe");
+frame.width = 400; frame.height = 900; frame.src = "/page.html";
+frame.onload = () => {
+  const inner = frame.contentDocument, root = inner.documentElement;
+  const pictures = [...inner.querySelectorAll(".paper svg")];
+  document.getElementById("found").textContent = JSON.stringify({
+    title: inner.title, wide: root.scrollWidth, elements: inner.querySelectorAll("script, img, iframe, b, i").length,
+    said: [...inner.querySelectorAll(".said")].map(one => one.textContent),
+    drawn: pictures.filter(svg => svg.getBoundingClientRect().height > 100).length,
+    background: frame.contentWindow.getComputedStyle(inner.body).backgroundColor,
+  });
+};
+document.body.append(frame);
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def server(report, tmp_path_factory):
+    """The page and the harness on the loop-back, and the paths that are asked for."""
+    asked: list[str] = []
+    contents = {"/page.html": report.html, "/harness.html": HARNESS}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            content = contents.get(self.path)
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write((content or "").encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", asked
+        running.shutdown()
+
+
+def browse(tmp_path: Path, url: str, *options: str) -> subprocess.CompletedProcess:
+    """A fresh headless browser that can reach the loop-back alone; what it wrote, and its console among the errors."""
+    words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    words += " --disable-component-update --disable-sync --disable-dev-shm-usage --enable-logging=stderr --v=0"
+    words += " --proxy-server=127.0.0.1:9 --virtual-time-budget=20000"  # nobody listens there; loop-back goes past it
+    command = [CHROMIUM, *words.split(), f"--user-data-dir={tmp_path / 'profile'}", *options, url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def console(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize(("scheme", "background"), [(1, "rgb(255, 255, 255)"), (0, "rgb(22, 24, 27)")])
+def test_a_browser_runs_nothing_asks_for_nothing_and_finds_no_fault(server, page, tmp_path, scheme, background):
+    url, asked = server
+    asked.clear()
+    dark = f"--blink-settings=preferredColorScheme={scheme}"
+    done = browse(tmp_path, f"{url}/harness.html", "--dump-dom", dark, "--window-size=1000,1000")
+    assert console(done) == []
+    assert [path for path in asked if path != "/favicon.ico"] == ["/harness.html", "/page.html"]
+    dumped = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
+    found = json.loads(html.unescape(dumped[1]))
+    assert found["title"].startswith("sampo report")
+    assert found["elements"] == 0
+    assert found["said"] == page.said
+    assert found["wide"] <= 400, "no sideways scrolling on a small screen"
+    assert found["drawn"] == len(page.of("svg"))
+    assert found["background"] == background
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_it_opens_from_the_disk_and_prints(report, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(report.html, encoding="utf-8")
+    printed = tmp_path / "page.pdf"
+    done = browse(tmp_path, file.as_uri(), f"--print-to-pdf={printed}", "--no-pdf-header-footer")
+    assert console(done) == []
+    content = printed.read_bytes()
+    assert content.startswith(b"%PDF")
+    assert 5 < len(re.findall(rb"/Type\s*/Page\b", content)) < 80
