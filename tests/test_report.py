@@ -417,7 +417,8 @@ def test_what_is_inside_of_a_file_may_be_anything(folder, tmp_path):
         place = tmp_path / "one"
         shutil.rmtree(place, ignore_errors=True)
         (place / name).parent.mkdir(parents=True)
-        for beside in (folder / name).parent.glob(f"{(folder / name).name.split('.')[0].split('-')[0]}*"):
+        start = "*" if "/" in name else name.split(".")[0].split("-")[0] + "*"
+        for beside in (folder / name).parent.glob(start):
             if beside.is_file():
                 shutil.copy(beside, (place / name).parent)
         lines = (folder / name).read_text().splitlines() if name.endswith("jsonl") else [(folder / name).read_text()]

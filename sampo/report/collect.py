@@ -232,6 +232,14 @@ def _object(value: Any, *keys: str) -> dict[str, Any]:
     return value
 
 
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a result whose names are words."""
+    wrong = [name for name in ("system", "baseline", "judge") if not isinstance(row.get(name), str | None)]
+    if wrong:
+        raise ValueError(f"a result must have words in {wrong}, got {[type(row[name]).__name__ for name in wrong]}")
+    return row
+
+
 def _records(path: Path) -> list[Record]:
     return [_checked(Record(**plain(asdict(record)))) for record in results.read(path)]
 
@@ -316,7 +324,7 @@ def _judged(path: Path, folder: Path, found: Found) -> bool:
     places = [path.with_name(name) for name in (f"{stem}.jsonl", stem)]
     run = judged.read(next((place for place in places if place.is_file()), places[0]))
     records = _records(path.with_name(f"{stem}.records.jsonl"))
-    row = _object(about["result"], "system", "baseline", "judge", "win_rate")
+    row = _named(_object(about["result"], "system", "baseline", "judge", "win_rate"))
     found.judged.append(JudgedRun(_name(path, folder), run, row, str(about["sentence"]), records))
     return True
 
@@ -331,6 +339,7 @@ def _compared(path: Path, folder: Path, found: Found) -> bool:
     for name in ("systems", "duels"):
         if not isinstance(about[name], list) or not all(isinstance(row, dict) for row in about[name]):
             raise ValueError(f"{table.name} must have a list of rows in `{name}`")
+    about["systems"] = [_named(_object(row, "system")) for row in about["systems"]]
     found.compared.append(Compared(_name(table, folder), about["systems"], about["duels"], records))
     return True
 

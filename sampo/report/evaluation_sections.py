@@ -41,7 +41,7 @@ def win_rate_section(found: Found) -> Section:
         section.guarded(file.file, partial(_compared, section, file))
     groups: dict[tuple[str, str, str], list[JudgedRun]] = {}
     for run in found.judged:
-        key = (run.run.baseline.sha256, str(run.row["judge"]), str(run.row.get("length_unit")))
+        key = (str(run.run.baseline.sha256), str(run.row["judge"]), str(run.row.get("length_unit")))
         groups.setdefault(key, []).append(run)
     for runs in groups.values():
         section.guarded(runs[0].file, partial(_judged, section, runs, found.compared))

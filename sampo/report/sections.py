@@ -166,9 +166,9 @@ def _training(section: Section, runs: Sequence[TrainingRun], found: Found) -> No
         [run.name, f"{run.step:,}", _last(run, "loss"), *(run.settings.get(name, "–") for name in columns)]
         for run in runs
     ]
-    section.add(Table("Runs", ["run", "steps", "last loss", *columns], rows, origins, f"{len(runs)} runs"))
+    section.add(Table("Runs", ["run", "steps", "last loss", *columns], rows, origins, _runs(len(runs))))
     steps = " and ".join(dict.fromkeys(f"{run.step:,}" for run in runs))
-    n = f"{len(runs)} run{'s' * (len(runs) > 1)} of {steps} steps"
+    n = f"{_runs(len(runs))} of {steps} steps"
     for name, curve in training_figures.CURVES.items():
         if training_figures.has_curve(logs, name):
             section.draw(
@@ -178,6 +178,10 @@ def _training(section: Section, runs: Sequence[TrainingRun], found: Found) -> No
                 origins=origins,
                 n=n,
             )
+
+
+def _runs(count: int) -> str:
+    return f"{count} run" if count == 1 else f"{count:,} runs"
 
 
 def _draw_curve(logs: Mapping[str, training_figures.Log], name: str, figure: Any) -> None:
@@ -409,7 +413,7 @@ def _lab(section: Section, file: RecordFile) -> None:
     outcomes = lab.outcomes_of(file.records)
     lines = lab.collect(outcomes)
     origins = origins_of(file.records, file.file)
-    n = f"{len(outcomes)} runs"
+    n = _runs(len(outcomes))
     heads = [head.replace("\n", " ") for head in lab.heads()]
     rows = [[line.title, line.group or "–", *lab.cells(line)[2:]] for line in lines]
     section.add(
