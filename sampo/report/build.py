@@ -77,14 +77,17 @@ def build_report(folder: str | Path, *, title: str | None = None) -> Report:
     sections = [make(found) for make in SECTIONS]
     missing = [COMMANDS[section.name] for section in sections if not section.blocks and section.name in COMMANDS]
     name = plain(folder.resolve().name)
-    html = render(sections, found, title=title or f"sampo report: {name}", folder=name, missing=missing)
+    problems = _problems(found, sections, folder)
+    title = title or f"sampo report: {name}"
     return Report(
-        html=html,
+        html=render(sections, found, title=title, folder=name, missing=missing, problems=problems),
         shown=[section.title for section in sections if section.blocks],
-        problems=_problems(found, sections),
+        problems=problems,
         missing=[what for what, _ in missing],
     )
 
 
-def _problems(found: Found, sections: list[Section]) -> list[Problem]:
-    return [*found.problems, *(problem for section in sections for problem in section.problems)]
+def _problems(found: Found, sections: list[Section], folder: Path) -> list[Problem]:
+    """All of them; where the folder lies on this machine does not go onto a page that is sent to others."""
+    every = [*found.problems, *(problem for section in sections for problem in section.problems)]
+    return [Problem(one.file, one.reason.replace(f"{folder}/", "")) for one in every]

@@ -19,10 +19,10 @@ SYSTEMS = 6  # of answers, in figures and side by side
 PROMPT_CHARS, ANSWER_CHARS = 2000, 4000  # of a text that are shown
 VERBOSITY: dict[str, tuple[str, str | int]] = {  # measure -> head of its column, how it is shown
     "tokens_mean": ("tokens, mean", 1),
-    "tokens_median": ("median", 0),
+    "tokens_median": ("tokens, median", 0),
     "characters_mean": ("characters, mean", 0),
-    "characters_median": ("median", 0),
-    "characters_p90": ("90th percentile", 0),
+    "characters_median": ("characters, median", 0),
+    "characters_p90": ("characters, 90th percentile", 0),
     "cut": ("cut off", "%"),
     "empty": ("empty", "%"),
     "distinct_3": ("distinct-3", 2),
@@ -215,16 +215,18 @@ def _length_figure(
 
 
 def _verbosity_table(found: Sequence[Verbosity], origins: tuple[Origin, ...], n: str) -> Table:
+    """Measures that no system has, such as tokens of an unknown tokenizer, have no column."""
+    known = [name for name in VERBOSITY if any(_value(one, name) is not None for one in found)]
     rows = [
-        [
-            one.system,
-            f"{one.prompts:,}",
-            *(number(one.measures.get(name), how) for name, (_, how) in VERBOSITY.items()),
-        ]
+        [one.system, f"{one.prompts:,}", *(number(one.measures.get(name), VERBOSITY[name][1]) for name in known)]
         for one in found
     ]
-    heads = ["system", "prompts", *(head for head, _ in VERBOSITY.values())]
+    heads = ["system", "prompts", *(VERBOSITY[name][0] for name in known)]
     return Table("Length and repetition (95 % intervals)", heads, rows, origins, n)
+
+
+def _value(one: Verbosity, name: str) -> float | None:
+    return one.measures[name].value if name in one.measures else None
 
 
 def _judged_lengths(section: Section, runs: Sequence[JudgedRun]) -> None:

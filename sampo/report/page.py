@@ -166,15 +166,24 @@ class Section:
             self.problems.append(Problem(file, reason(error)))
 
 
-def render(sections: Sequence[Section], found: Found, *, title: str, folder: str, missing: Sequence[Any]) -> str:
+def render(
+    sections: Sequence[Section],
+    found: Found,
+    *,
+    title: str,
+    folder: str,
+    missing: Sequence[tuple[str, str]],
+    problems: Sequence[Problem],
+) -> str:
     """The page as HTML.
 
     Args:
         sections: those with blocks are shown.
-        found: for problems, notes and files that were not used.
+        found: for notes and files that were not used.
         title: of the page.
         folder: that was looked at.
         missing: `(what, command)` of what there is none of.
+        problems: files that were left out.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup, escape
@@ -199,7 +208,7 @@ def render(sections: Sequence[Section], found: Found, *, title: str, folder: str
         sections=shown,
         origins=origins,
         missing=missing,
-        problems=[*found.problems, *(problem for section in sections for problem in section.problems)],
+        problems=problems,
         unused=found.unused,
         notes=list(dict.fromkeys(found.notes)),
         made_by=results.provenance(),
