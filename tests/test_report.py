@@ -37,6 +37,7 @@ HOSTILE = [
     "word" * 3000,
 ]
 NAME = "<b>&\"'{{ 7*7 }}$x^2$"  # of a group, a run, a policy
+OTHER = "<b>other`<i>`"  # of a system
 PROMPTS = 24
 
 
@@ -137,18 +138,18 @@ def write_diagnosis(folder: Path) -> list[results.Record]:
 
 def write_answers_and_judgements(folder: Path) -> None:
     rng = random.Random(1)
-    for name in ("mine", "other", "base"):
+    for name in ("mine", OTHER, "base"):
         answers = [
             Answer(
                 prompt=HOSTILE[i % len(HOSTILE)] + f" {i}",
-                answer=f"{HOSTILE[(i + len(name)) % len(HOSTILE)]} town{i if rng.random() < 0.6 else ''}",
+                answer=f"{HOSTILE[(i + 4 + (name == OTHER)) % len(HOSTILE)]} town{i if rng.random() < 0.6 else ''}",
                 extra={"reference": f"town{i}"},
                 model=NAME,
             )
             for i in range(PROMPTS)
         ]
         write_answers(folder / f"{name}.jsonl", answers)
-    for name in ("mine", "other"):
+    for name in ("mine", OTHER):
         files = [str(folder / f"{n}.jsonl") for n in (name, "base")]
         out = str(folder / f"{name}-judged.jsonl")
         assert main(["judge", "--system", files[0], "--baseline", files[1], "--judge", "contains", "--out", out]) == 0
@@ -164,7 +165,7 @@ def folder(tmp_path_factory) -> Path:
     write_run(place / "runs" / "dpo" / "checkpoint-5", steps=5)
     write_diagnosis(place / "diagnosis")
     write_answers_and_judgements(place)
-    judged = [str(place / f"{name}-judged.jsonl") for name in ("mine", "other")]
+    judged = [str(place / f"{name}-judged.jsonl") for name in ("mine", OTHER)]
     assert main(["compare", "--judgements", *judged, "--out", str(place / "both")]) == 0
     (place / "lab").mkdir()
     lab = (ROOT / "docs" / "lab" / "records.jsonl").read_text().splitlines(keepends=True)
@@ -244,7 +245,7 @@ def test_every_figure_and_table_says_of_how_many_and_from_what(page, folder, rep
 
 def test_answers_stand_side_by_side_as_they_were_given(page, folder):
     answers = {}
-    for name in ("mine", "other", "base"):
+    for name in ("mine", OTHER, "base"):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         answers |= {row["answer"]: row for row in rows} | {row["prompt"]: row for row in rows}
     limits = {plain(text)[:4000] for text in answers} | {plain(text)[:2000] for text in answers}
@@ -298,6 +299,8 @@ def test_no_element_can_run_or_load_anything(page, report):
 def test_hostile_names_are_text_in_tables_and_figures(page, report):
     assert NAME in page.text()
     assert "<b>" not in report.html
+    assert "<i>" not in report.html
+    assert "<b>other <i> wins " in page.text()  # what stands in backticks is code, and text all the same
     drawn = [data for tag, data in page.texts if tag == "text"]
     assert any(NAME in text for text in drawn)
 
@@ -337,8 +340,10 @@ def test_headings_are_in_order_and_tables_have_heads(page):
     assert page.of("html") == [{"lang": "en"}]
 
 
-def test_the_same_files_give_the_same_page(folder, report):
-    assert build_report(folder).html == report.html
+def test_the_same_files_give_the_same_page_also_beside_an_earlier_one(folder, report):
+    for _ in range(2):
+        assert main(["report", str(folder)]) == 0
+        assert (folder / "report.html").read_text(encoding="utf-8") == report.html
 
 
 # --- what is not there, or not what it should be
@@ -364,6 +369,7 @@ def test_what_is_no_folder_is_refused_in_one_sentence(tmp_path, capsys):
 BROKEN = {
     "audit/audit.json": b'{"data": "x", "splits": [], "conclusion": "y"}',
     "run/trainer_state.json": b'{"log_history": [1]}',
+    "step/trainer_state.json": b'{"log_history": [], "global_step": "<b>"}',
     "other/trainer_state.json": b"\xff\xfe{",
     "deep/trainer_state.json": b"[" * 100_000,
     "x.summary.json": b'{"result": 1}',
@@ -388,6 +394,7 @@ def test_broken_files_are_named_and_the_others_are_shown(tmp_path):
     made = build_report(tmp_path)
     assert made.shown == ["Training"]
     assert sorted(problem.file for problem in made.problems) == sorted(BROKEN)
+    assert "<b>" not in made.html
     text = Page(made.html).text()
     for problem in made.problems:
         assert problem.file in text

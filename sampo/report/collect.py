@@ -184,7 +184,8 @@ def _files(folder: Path, found: Found) -> Iterator[Path]:
             if seen > MAX_FILES:
                 found.notes.append(f"Only the first {MAX_FILES:,} files were looked at.")
                 return
-            if (path := Path(place) / name).is_file():
+            path = Path(place) / name
+            if path.suffix != ".html" and path.is_file():  # an earlier page is no reason for another one
                 yield path
 
 

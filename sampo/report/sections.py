@@ -315,13 +315,16 @@ def _pressure_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origi
 
 def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
     groups = _labels(found, "accuracy", "group")
+    columns = {"correlation": "corr(margin, T_w − T_l)", "partial": "at equal quality"}
+    if not any(f.quantity == "margin_partial" for some in found.values() for f in some):
+        del columns["partial"]
     rows = []
     for name, some in found.items():
         for method in _labels({name: some}, "accuracy", "method"):
             shares = [number(_one(some, "accuracy", method=method, group=group), "%") for group in groups]
-            more = [number(_one(some, f"margin_{what}", method=method), 2) for what in ("correlation", "partial")]
+            more = [number(_one(some, f"margin_{what}", method=method), 2) for what in columns]
             rows.append([name, method, *shares, *more])
-    heads = ["checkpoint", "method", *groups, "corr(margin, T_w − T_l)", "at equal quality"]
+    heads = ["checkpoint", "method", *groups, *columns.values()]
     return Table("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n, names=2)
 
 
