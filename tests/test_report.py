@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -253,6 +254,18 @@ def test_answers_stand_side_by_side_as_they_were_given(page, folder):
     assert set(page.said) <= limits
     assert any("<script>" in text for text in page.said)
     assert any(len(text) == 4000 for text in page.said)
+
+
+def test_experiments_of_the_lab_with_other_settings_are_shown_each_by_itself(folder, tmp_path):
+    records = results.read(folder / "lab" / "records.jsonl")
+    others = [replace(r, config=r.config | {"beta": 0.5}) for r in records if r.config["method"] != "sft"]
+    results.append(tmp_path / "records.jsonl", [*records, *others])
+    made = build_report(tmp_path)
+    assert (made.shown, made.problems) == (["The lab"], [])
+    text = Page(made.html).text()
+    assert text.count("Methods against the truth") == text.count("SFT (start) –") == 2
+    assert "beta 0.1," in text
+    assert "beta 0.5," in text
 
 
 # --- nothing runs, nothing is loaded

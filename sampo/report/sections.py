@@ -4,6 +4,7 @@ Numbers are those of the records; nothing is measured here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..audit.report import CUT_COUNTS, GROUP_COLUMNS, MEASURES, PART_KEYS, inter
 from ..diagnostics import PLAIN, Finding, read_scores
 from ..evaluation.intervals import Estimate
 from ..lab import report as lab
-from ..lab.settings import SFT
+from ..lab.settings import SFT, Settings
 from ..pair_rows import Fault
 from ..results import Record
 from . import diagnostic_figures, figures, training_figures
@@ -413,9 +414,31 @@ def lab_section(found: Found) -> Section:
 
 
 def _lab(section: Section, file: RecordFile) -> None:
-    outcomes = lab.outcomes_of(file.records)
+    experiments = _experiments(file.records)
+    for records in experiments[:MAX_RUNS]:
+        _experiment(section, records, file.file)
+    if len(experiments) > MAX_RUNS:
+        section.add(Text(f"These are {MAX_RUNS} of {len(experiments)} experiments in {file.file}."))
+
+
+def _experiments(records: Sequence[Record]) -> list[list[Record]]:
+    """Runs with the same settings, each with the starts that they were made from; none of starts alone."""
+    names = [field.name for field in fields(Settings)]
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record.config["method"] != SFT:
+            found.setdefault(repr([record.config.get(name) for name in names]), []).append(record)
+    starts = [(r, {k: v for k, v in r.config.items() if k in names}) for r in records if r.config["method"] == SFT]
+    return [
+        [*(start for start, shared in starts if shared.items() <= some[0].config.items()), *some]
+        for some in found.values()
+    ]
+
+
+def _experiment(section: Section, records: Sequence[Record], file: str) -> None:
+    outcomes = lab.outcomes_of(records)
     lines = lab.collect(outcomes)
-    origins = origins_of(file.records, file.file)
+    origins = origins_of(records, file)
     n = _runs(len(outcomes))
     heads = [head.replace("\n", " ") for head in lab.heads()]
     rows = [[line.title, line.group or "–", *lab.cells(line)[2:]] for line in lines]
@@ -432,8 +455,7 @@ def _lab(section: Section, file: RecordFile) -> None:
         n=n,
         size=lab.FIGURE_SIZE,
     )
-    if any(run.method != SFT for run, _ in outcomes):
-        section.add(Listing(lab.findings(lines)), Text(lab.describe(outcomes, file.records[-1].command)))
+    section.add(Listing(lab.findings(lines)), Text(lab.describe(outcomes, records[-1].command)))
 
 
 def benchmark_section(found: Found) -> Section:
