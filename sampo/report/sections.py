@@ -415,6 +415,8 @@ def lab_section(found: Found) -> Section:
 
 def _lab(section: Section, file: RecordFile) -> None:
     experiments = _experiments(file.records)
+    if not experiments:
+        raise ValueError("records of the lab must be of runs, got those of starts alone")
     for records in experiments[:MAX_RUNS]:
         _experiment(section, records, file.file)
     if len(experiments) > MAX_RUNS:
