@@ -16,6 +16,7 @@ COMMANDS = {
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
     "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
+    "report": ("commands.report", "one HTML page from what the other commands wrote into a folder"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }

@@ -51,7 +51,7 @@ ARROWS = {
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results", "whole_files"},
-    "report": {"audit", "diagnostics", "evaluation", "report", "results"},
+    "report": {"audit", "diagnostics", "evaluation", "lab", "pair_rows", "report", "results"},
     "cli": {"commands"},
 }
 

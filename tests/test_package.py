@@ -60,6 +60,7 @@ def test_the_wheel_holds_code_recipes_configurations_and_licence_and_no_tests(bu
         ours = {path.relative_to(ROOT / kind).as_posix() for path in (ROOT / kind).rglob("*") if path.is_file()}
         assert inside(f"sampo/_data/{kind}/", (".yaml", ".json")) == ours
         assert ours
+    assert {"sampo/report/page.html.j2", "sampo/report/page.css"} <= set(names)
     code = {path.relative_to(ROOT / "sampo").as_posix() for path in (ROOT / "sampo").rglob("*.py")}
     assert inside("sampo/", ".py") == code
     assert {name.split("/")[0] for name in names} == {"sampo", f"sampo_dpo-{sampo.__version__}.dist-info"}

@@ -4,10 +4,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..results import Record
 from .methods import METHODS
 from .settings import GROUPS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = {  # record -> head of its column, digits
     "tokens": ("tokens", 1),
@@ -21,6 +25,7 @@ COLUMNS = {  # record -> head of its column, digits
     "kl": ("KL", 1),
 }
 COLOURS = ("#666666", "#0072b2", "#d55e00")  # of the methods; told apart by the colour-blind
+FIGURE_SIZE = (9.0, 3.4)  # inches
 LEGEND = (
     "tokens: mean length of a sampled answer, end token included. stops: share of answers that end before the cap. "
     "true quality: distinct requested facts stated rightly minus distinct facts stated wrongly. win rate: true "
@@ -192,36 +197,39 @@ def weak_start(lines: Sequence[Line]) -> str | None:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Length and win rate per group and method: a bar for the mean, a dot per seed, a dashed line for the start.
-
-    Of one seed, a thin line gives the 95 % interval. Needs matplotlib (`pip install "sampo-dpo[report]"`).
-    """
+    """The figure as an SVG file. Needs matplotlib (`pip install "sampo-dpo[report]"`)."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    with rc_context({"svg.hashsalt": "sampo", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw_into(figure, lines)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
+    """Length and win rate per group and method: a bar for the mean, a dot per seed, a dashed line for the start.
+
+    Of one seed, a thin line gives the 95 % interval.
+    """
     panels = {"tokens": "tokens per answer", "win_rate": "win rate against the start, judged by the truth"}
     groups = [group for group in GROUPS if any(line.group == group for line in lines)]
     methods = [method for method in METHODS if any(line.method == method for line in lines)]
-    with rc_context({"svg.hashsalt": "sampo", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
-        FigureCanvasSVG(figure)
-        for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-            for line in lines[1:]:
-                x = groups.index(line.group) + 0.25 * (methods.index(line.method) - (len(methods) - 1) / 2)
-                _mark(
-                    axes, line, name, x, COLOURS[list(METHODS).index(line.method)], in_legend=line.group == groups[0]
-                )
-            axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")
-            names = {"all": "all\nmixed pairs", "short": "short\nchosen shorter", "long": "long\nchosen longer"}
-            axes.set_xticks(range(len(groups)), [names[group] for group in groups])
-            axes.set_xlim(-0.5, len(groups) - 0.5)
-            axes.set_title(title, fontsize=10)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_ylim(0, axes.get_ylim()[1] * 1.12)  # room for the last figure
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.savefig(path, metadata={"Date": None})
+    for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for line in lines[1:]:
+            x = groups.index(line.group) + 0.25 * (methods.index(line.method) - (len(methods) - 1) / 2)
+            _mark(axes, line, name, x, COLOURS[list(METHODS).index(line.method)], in_legend=line.group == groups[0])
+        axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")
+        names = {"all": "all\nmixed pairs", "short": "short\nchosen shorter", "long": "long\nchosen longer"}
+        axes.set_xticks(range(len(groups)), [names[group] for group in groups])
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)  # room for the last figure
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
 def _mark(axes, line: Line, name: str, x: float, colour: str, *, in_legend: bool) -> None:

@@ -1,0 +1,93 @@
+"""`build_report`: from a folder of outputs to one HTML page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .collect import Found, Problem, collect, plain
+from .evaluation_sections import answer_section, win_rate_section
+from .page import Section, render
+from .sections import (
+    benchmark_section,
+    data_section,
+    diagnosis_section,
+    lab_section,
+    other_section,
+    training_section,
+)
+
+SECTIONS = (
+    *(data_section, training_section, diagnosis_section, win_rate_section, answer_section, lab_section),
+    *(benchmark_section, other_section),
+)
+COMMANDS = {  # section -> what is not there without it, and the command that makes it
+    "data": ("an audit of the preference data", "sampo audit DATA --out DIR/audit"),
+    "training": ("the log of a training run (trainer_state.json)", "sampo train … --output_dir DIR/run"),
+    "model": (
+        "what length says of a model",
+        "sampo diagnose --policy MODEL --reference BASE --data HELD_OUT --out DIR/diagnosis",
+    ),
+    "win-rate": (
+        "win rates, the frontier of verbosity, win rates by length",
+        "sampo judge --system DIR/A.jsonl --baseline DIR/B.jsonl --judge … --out DIR/judgements.jsonl",
+    ),
+    "answers": ("answers to look at", "sampo generate MODEL --prompts PROMPTS --out DIR/A.jsonl"),
+    "lab": ("the lab", "sampo lab --out DIR/lab"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page and what it was made from.
+
+    Attributes:
+        html: the page.
+        shown: titles of its sections.
+        problems: files that were left out, and why.
+        missing: what there is none of.
+    """
+
+    html: str
+    shown: list[str]
+    problems: list[Problem]
+    missing: list[str]
+
+
+def build_report(folder: str | Path, *, title: str | None = None) -> Report:
+    """Everything that sampo's commands wrote below a folder, on one HTML page that loads nothing and runs nothing.
+
+    The same files give the same page. Files that are broken or foreign are named on it. Needs the extra `report`.
+
+    Args:
+        folder: with the outputs, at most eight folders deep.
+        title: of the page.
+
+    Raises:
+        NotADirectoryError: `folder` is none.
+        ImportError: matplotlib or jinja2 is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"A report needs matplotlib and jinja2, got: {error}. Install them: pip install 'sampo-dpo[report]'"
+        ) from None
+    folder = Path(folder)
+    found = collect(folder)
+    sections = [make(found) for make in SECTIONS]
+    missing = [COMMANDS[section.name] for section in sections if not section.blocks and section.name in COMMANDS]
+    name = plain(folder.resolve().name)
+    problems = _problems(found, sections, folder)
+    title = title or f"sampo report: {name}"
+    return Report(
+        html=render(sections, found, title=title, folder=name, missing=missing, problems=problems),
+        shown=[section.title for section in sections if section.blocks],
+        problems=problems,
+        missing=[what for what, _ in missing],
+    )
+
+
+def _problems(found: Found, sections: list[Section], folder: Path) -> list[Problem]:
+    """All of them; where the folder lies on this machine does not go onto a page that is sent to others."""
+    every = [*found.problems, *(problem for section in sections for problem in section.problems)]
+    return [Problem(one.file, one.reason.replace(f"{folder}/", "")) for one in every]

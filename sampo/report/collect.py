@@ -1,0 +1,395 @@
+"""What lies in a folder: the outputs of the other commands, known by their names and contents, and read.
+
+Nothing here is trusted. A file that is broken, or is not what its name says, is named with the reason and left out;
+the others are read all the same. No pickle is opened, no link to a folder is followed, and everything has bounds.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .. import results
+from ..evaluation import judged
+from ..evaluation.answers import ANSWER_NAMES, PROMPT_NAMES, Answer, read_answers
+from ..results import Record
+
+MAX_FILES = 20_000  # looked at in all
+MAX_DEPTH = 8  # folders below the first
+MAX_BYTES = 256 * 2**20  # of a file that is read as text
+FIRST_LINE = 16 * 2**20  # bytes in which the first line of a JSONL file must end
+SETTINGS = (  # of a training run, those that are shown
+    *("token_weighting", "sampled_sides", "keep_end_token", "length_penalty", "loss_type", "beta", "learning_rate"),
+    *("max_length", "seed"),
+)
+# control characters and halves of surrogate pairs
+_UNFIT = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# what reading a file of any content may raise; a `KeyboardInterrupt` or a lack of memory is nobody's broken file
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that was left out, or a part of it, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Audited:
+    """An audit: its records, the numbers of single pairs, and what it says in words."""
+
+    file: str
+    records: list[Record]
+    pairs: Path | None
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The log of a training run, its last step, and the settings and versions that a checkpoint of it names."""
+
+    file: str
+    name: str
+    date: str
+    step: int
+    log: list[dict[str, Any]]
+    settings: dict[str, str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """A file of answers."""
+
+    file: str
+    name: str
+    date: str
+    sha256: str
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A run of `sampo judge`: its judgements, its result as one row, and its records."""
+
+    file: str
+    run: judged.Judged
+    row: dict[str, Any]
+    sentence: str
+    records: list[Record]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `sampo compare` wrote."""
+
+    file: str
+    systems: list[dict[str, Any]]
+    duels: list[dict[str, Any]]
+    records: list[Record]
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A file of records: of `sampo diagnose`, of the lab, of benchmarks, or of something else."""
+
+    file: str
+    folder: Path
+    records: list[Record]
+
+
+@dataclass
+class Found:
+    """Everything that was found below a folder.
+
+    `unused` are files that belong to none of the commands, or of which another file says everything.
+    """
+
+    audits: list[Audited] = field(default_factory=list)
+    runs: list[TrainingRun] = field(default_factory=list)
+    answers: list[AnswerSet] = field(default_factory=list)
+    judged: list[JudgedRun] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
+    diagnoses: list[RecordFile] = field(default_factory=list)
+    labs: list[RecordFile] = field(default_factory=list)
+    benchmarks: list[RecordFile] = field(default_factory=list)
+    others: list[RecordFile] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def collect(folder: Path) -> Found:
+    """Read what is there.
+
+    Raises:
+        NotADirectoryError: `folder` is none.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"`{folder}` must be a folder with outputs of sampo's commands, and is none.")
+    found = Found()
+    files = dict.fromkeys(_files(folder, found))
+    claimed: set[Path] = set()  # those that lie beside another one and are read with it
+    for path in files:
+        claimed |= {other for other in _beside(path) if other in files}
+    for path in files:
+        if path in claimed:
+            continue
+        try:
+            if not _read(path, folder, found):
+                found.unused.append(_name(path, folder))
+        except BROKEN as error:
+            found.problems.append(Problem(_name(path, folder), reason(error)))
+    found.runs = _last_of_each(found.runs)
+    return found
+
+
+def reason(error: Exception) -> str:
+    """Why, for a reader, in one line."""
+    text = " ".join(str(error).split())
+    return plain(f"{type(error).__name__}: {text}" if not isinstance(error, ValueError | OSError) else text)[:500]
+
+
+def plain(value: Any) -> Any:
+    """The same value without letters that no page and no file in UTF-8 can hold, whatever it is made of."""
+    if isinstance(value, str):
+        return _UNFIT.sub("�", value)
+    if isinstance(value, dict):
+        return {plain(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return value
+
+
+# --- walking ---------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path, found: Found) -> Iterator[Path]:
+    """Regular files, those of a folder in the order of their names; hidden ones are left out."""
+    seen = 0
+    for place, folders, names in os.walk(folder):
+        deep = len(Path(place).relative_to(folder).parts)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if deep >= MAX_DEPTH and folders:
+            found.notes.append(f"Folders more than {MAX_DEPTH} below the first were not looked into.")
+            folders.clear()
+        for name in sorted(name for name in names if not name.startswith(".")):
+            seen += 1
+            if seen > MAX_FILES:
+                found.notes.append(f"Only the first {MAX_FILES:,} files were looked at.")
+                return
+            path = Path(place) / name
+            if path.suffix != ".html" and path.is_file():  # an earlier page is no reason for another one
+                yield path
+
+
+def _name(path: Path, folder: Path) -> str:
+    return plain(path.relative_to(folder).as_posix())
+
+
+def _beside(path: Path) -> list[Path]:
+    """What is read together with a file, and not by itself."""
+    if path.name == "audit.json":
+        return [path.with_name("records.jsonl"), path.with_name("pairs.parquet")]
+    if path.name.endswith(".summary.json"):
+        stem = path.name.removesuffix(".summary.json")
+        return [path.with_name(stem + e) for e in (".jsonl", ".control.jsonl", ".records.jsonl", ".csv")]
+    if path.name.endswith(".records.jsonl"):
+        stem = path.name.removesuffix(".records.jsonl")
+        return [path.with_name(f"{stem}{ending}") for ending in (".csv", ".json")]
+    return []
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, folder: Path, found: Found) -> bool:
+    """Read one file into what was found; False where it is none of ours."""
+    for fits, read in _READERS:
+        if fits(path):
+            size = path.stat().st_size
+            if size > MAX_BYTES:
+                raise ValueError(f"it must be at most {MAX_BYTES:,} bytes to be read, got {size:,}")
+            return read(path, folder, found)
+    return False
+
+
+def _json(path: Path) -> Any:
+    try:
+        return plain(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"it must be JSON in UTF-8, got: {error}") from None
+
+
+def _object(value: Any, *keys: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise ValueError(f"it must be a JSON object with {list(keys)}")
+    return value
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a result whose names are words."""
+    wrong = [name for name in ("system", "baseline", "judge") if not isinstance(row.get(name), str | None)]
+    if wrong:
+        raise ValueError(f"a result must have words in {wrong}, got {[type(row[name]).__name__ for name in wrong]}")
+    return row
+
+
+def _records(path: Path) -> list[Record]:
+    return [_checked(Record(**plain(asdict(record)))) for record in results.read(path)]
+
+
+def _checked(record: Record) -> Record:
+    """A record whose fields are of the types that they are declared with; JSON may hold anything."""
+    wrong = [
+        name
+        for name, kinds in (
+            ("name", str),
+            ("command", str),
+            ("created", str),
+            ("config", dict),
+            ("versions", dict),
+            ("n", int),
+            ("commit", str | None),
+            ("value", int | float | None),
+        )
+        if not isinstance(getattr(record, name), kinds)
+    ]
+    if wrong or (record.interval is not None and len(record.interval) != 2):
+        raise ValueError(f"a record must have fields of their types, got others in {wrong or ['interval']}")
+    return record
+
+
+def _date(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
+
+
+def _audit(path: Path, folder: Path, found: Found) -> bool:
+    about = _object(_json(path), "data", "splits", "conclusion")
+    records = _records(path.with_name("records.jsonl"))
+    if not records:
+        raise ValueError("it must lie beside the `records.jsonl` of the same audit, and there are no records")
+    pairs = path.with_name("pairs.parquet")
+    name = _name(path.parent, folder)
+    found.audits.append(Audited(name, records, pairs if pairs.is_file() else None, about))
+    return True
+
+
+def _training(path: Path, folder: Path, found: Found) -> bool:
+    state = _object(_json(path), "log_history")
+    log = state["log_history"]
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        raise ValueError("its `log_history` must be a list of JSON objects")
+    step = state.get("global_step", 0)
+    if not isinstance(step, int):
+        raise ValueError(f"its `global_step` must be a whole number, got {step!r}")
+    place = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+    inside = place == folder or folder in place.parents
+    name = _name(place, folder) if inside and place != folder else place.resolve().name
+    manifest = path.with_name("sampo_manifest.json")
+    settings, packages = _manifest(_json(manifest)) if manifest.is_file() else ({}, {})
+    found.runs.append(TrainingRun(_name(path, folder), plain(name), _date(path), step, log, settings, packages))
+    return True
+
+
+def _manifest(content: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Settings and versions that a checkpoint was written with."""
+    run = _object(_object(content, "run")["run"], "must", "rounding")
+    must, rounding = _object(run["must"]), _object(run["rounding"])
+    some = {name: must[f"`{name}`"] for name in SETTINGS if must.get(f"`{name}`") is not None}
+    settings = {k: " + ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in some.items()}
+    start = "the version of "
+    return settings, {k.removeprefix(start): str(v) for k, v in rounding.items() if k.startswith(start)}
+
+
+def _last_of_each(runs: list[TrainingRun]) -> list[TrainingRun]:
+    """Of several logs of one run, the run's own and its checkpoints', the longest."""
+    last: dict[str, TrainingRun] = {}
+    for run in sorted(runs, key=lambda run: run.step):
+        known = last.get(run.name)
+        if known and not run.settings:  # only checkpoints name them
+            run = replace(run, settings=known.settings, versions=known.versions)
+        last[run.name] = run
+    return [last[name] for name in sorted(last)]
+
+
+def _judged(path: Path, folder: Path, found: Found) -> bool:
+    about = _object(_json(path), "result", "sentence", "system", "baseline")
+    stem = path.name.removesuffix(".summary.json")
+    places = [path.with_name(name) for name in (f"{stem}.jsonl", stem)]
+    run = judged.read(next((place for place in places if place.is_file()), places[0]))
+    records = _records(path.with_name(f"{stem}.records.jsonl"))
+    row = _named(_object(about["result"], "system", "baseline", "judge", "win_rate"))
+    found.judged.append(JudgedRun(_name(path, folder), run, row, str(about["sentence"]), records))
+    return True
+
+
+def _compared(path: Path, folder: Path, found: Found) -> bool:
+    """`OUT.records.jsonl` and `OUT.json`; with another file of that name they are records of something else."""
+    table = path.with_name(f"{path.name.removesuffix('.records.jsonl')}.json")
+    records = _records(path)
+    if not table.is_file():
+        return _sort_records(path, folder, records, found)
+    about = _object(_json(table), "systems", "duels", "command")
+    for name in ("systems", "duels"):
+        if not isinstance(about[name], list) or not all(isinstance(row, dict) for row in about[name]):
+            raise ValueError(f"{table.name} must have a list of rows in `{name}`")
+    about["systems"] = [_named(_object(row, "system")) for row in about["systems"]]
+    found.compared.append(Compared(_name(table, folder), about["systems"], about["duels"], records))
+    return True
+
+
+def _lines(path: Path, folder: Path, found: Found) -> bool:
+    """A JSONL file, by its first row: records or answers."""
+    with path.open("rb") as file:
+        line = file.readline(FIRST_LINE)
+    if not line.strip():
+        return False
+    try:
+        first = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its first line must be JSON in UTF-8, got: {error}") from None
+    if not isinstance(first, dict):
+        return False
+    if {"schema", "name", "value", "config"} <= set(first):
+        return _sort_records(path, folder, _records(path), found)
+    if {"prompt_id", "order", "preference"} <= set(first):
+        raise ValueError("judgements must lie beside the `.summary.json` of their run, and there is none")
+    if not any(name in first for name in PROMPT_NAMES) or not any(name in first for name in ANSWER_NAMES):
+        return False
+    about = _name(path, folder), plain(path.stem), _date(path), judged.content_hash(path)
+    found.answers.append(AnswerSet(*about, read_answers(path)))
+    return True
+
+
+def _sort_records(path: Path, folder: Path, records: list[Record], found: Found) -> bool:
+    """Records by what they are of; one file may hold several kinds."""
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(_kind(record), []).append(record)
+    for kind, some in kinds.items():
+        getattr(found, kind).append(RecordFile(_name(path, folder), path.parent, some))
+    return True
+
+
+def _kind(record: Record) -> str:
+    if record.name.startswith("diagnose/"):
+        return "diagnoses"
+    if record.config.get("experiment") == "lab":
+        return "labs"
+    return "benchmarks" if "benchmark" in record.config else "others"
+
+
+_READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Path, Found], bool]], ...] = (
+    (lambda path: path.name == "audit.json", _audit),
+    (lambda path: path.name == "trainer_state.json", _training),
+    (lambda path: path.name.endswith(".summary.json"), _judged),
+    (lambda path: path.name.endswith(".records.jsonl"), _compared),
+    (lambda path: path.suffix == ".jsonl", _lines),
+)
