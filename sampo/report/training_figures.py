@@ -69,15 +69,11 @@ def points(log: Log, metric: str, *, evaluation: bool = False) -> tuple[list[flo
     steps, values = [], []
     for entry in log:
         for name, value in entry.items():
-            wanted = name.startswith("eval_") and _of_evaluation(name, metric) if evaluation else name == metric
+            wanted = name.startswith("eval_") and name.endswith(f"_{metric}") if evaluation else name == metric
             if wanted and _finite(value) and _finite(entry.get("step")):
                 steps.append(float(entry["step"]))
                 values.append(float(value))
     return steps, values
-
-
-def _of_evaluation(name: str, metric: str) -> bool:
-    return name == f"eval_{metric}" or name.endswith(f"_{metric}")
 
 
 def has_curve(runs: Mapping[str, Log], name: str) -> bool:
