@@ -1,18 +1,16 @@
-"""Run the notebooks whole, from their sources, and keep their outputs: `python notebooks/execute.py [NOTEBOOK ...]`.
+"""Run the notebooks, all or those named, and keep their outputs: `python notebooks/execute.py [NOTEBOOK ...]`.
 
-What is kept is light: no time stamps, no name of a kernel, and in the metadata one hash of the cells and of the records
-that they read, by which the tests see that the outputs belong to them.
+What is kept is light: no time stamps, nothing of the machine, and in the metadata one hash of the code and of the
+records that it reads, by which the tests see that the outputs belong to them.
 """
 
 import hashlib
 import os
 import re
-import socket
 import sys
 from pathlib import Path
 
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
@@ -24,17 +22,17 @@ KEPT_METADATA = {
 READS = re.compile(r"\"(\.\./docs/[^\"]+)\"")
 
 
-def execute(notebook: NotebookNode, *, timeout: int = 600) -> NotebookNode:
-    """The notebook with outputs of this run alone, run in this folder.
+def execute(notebook: NotebookNode, *, fast: bool = False, timeout: int = 600) -> NotebookNode:
+    """The notebook with outputs of this run alone, run in this folder; `fast` with little of everything, for tests.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell fails.
     """
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc" if hasattr(socket, "AF_UNIX") else "tcp")
     about = {"metadata": {"path": str(FOLDER)}}
-    client = NotebookClient(notebook, km=kernel, timeout=timeout, record_timing=False, resources=about)
+    client = NotebookClient(notebook, timeout=timeout, record_timing=False, resources=about)
     # tqdm asks for widgets, which nothing here needs
-    client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
+    settings = {"SAMPO_NOTEBOOK_FAST": "1" if fast else "", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    client.execute(env={**os.environ, **settings})
     return light(notebook)
 
 
