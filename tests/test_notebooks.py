@@ -131,7 +131,12 @@ def test_a_whole_notebook_runs_and_stays_light(name):
 def write_pairs(path, count=60):
     rng = np.random.default_rng(0)
     rows = [
-        {"prompt": f"Name {i} things.", "chosen": "thing " * int(a), "rejected": "thing " * int(b), "source": "ab"[i % 2]}
+        {
+            "prompt": f"Name {i} things.",
+            "chosen": "thing " * int(a),
+            "rejected": "thing " * int(b),
+            "source": "ab"[i % 2],
+        }
         for i, (a, b) in enumerate(rng.integers(1, 30, size=(count, 2)))
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
