@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-all check format format-check clean
+.PHONY: help install quickstart test test-slow test-all notebooks check format format-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-slow: install  ## the slow tests
 test-all: install  ## all tests
 	$(TEST)
 
+notebooks: install  ## run the notebooks anew and keep their outputs
+	$(BIN)/python notebooks/execute.py
+
 check: install  ## lint, format and types, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,7 +48,10 @@ format: install  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-format-check: install  ## what `make format` would change
+format-notebooks: install  ## run the notebooks anew and keep their outputs
+	$(BIN)/python notebooks/execute.py
+
+check: install  ## what `make format` would change
 	$(BIN)/ruff format --check .
 
 clean:  ## remove what was built; .venv and results stay
