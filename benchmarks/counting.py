@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.backbone, self._tiles, self._inside = 0, 0, False
         self._vocab = models[0].get_output_embeddings().weight.size(0)
-        # by address: a head that works in tiles multiplies by views of its weight
-        self._weights = {model.get_output_embeddings().weight.untyped_storage().data_ptr() for model in models}
+        # by address: a head that works in tiles multiplies by views of its weight. A weight that is gone counts no more:
+        # its address may be another tensor's
+        weights = [model.get_output_embeddings().weight for model in models]
+        self._weights = {_address(weight): weakref.ref(weight) for weight in weights}
         for model in models:
             model.get_input_embeddings().register_forward_pre_hook(self._count_ids)
 
@@ -55,9 +58,17 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in PRODUCTS and torch._C._current_graph_task_id() == -1:  # not in a backward pass
             left, right = args[-2:]
-            if any(x.untyped_storage().data_ptr() in self._weights for x in (left, right)):
+            if self._is_head(left) or self._is_head(right):
                 self._tiles += left.size(0) * right.size(1)
         return func(*args, **(kwargs or {}))
+
+    def _is_head(self, tensor) -> bool:
+        weight = self._weights.get(_address(tensor))
+        return weight is not None and weight() is not None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @dataclass

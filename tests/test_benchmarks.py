@@ -1,5 +1,6 @@
 """The short form of the benchmark runs, and what it counts is right; its times mean nothing here."""
 
+import gc
 import itertools
 import json
 import math
@@ -203,6 +204,18 @@ def test_the_counter_sees_ids_and_rows_of_the_head_in_forward_passes_only(tied):
     with torch.no_grad():
         model(input_ids=ids)
     assert (counter.backbone, counter.head) == (21, 6)
+
+
+def test_the_counter_forgets_a_model_that_is_gone():
+    memory = torch.rand(69, 16)  # outlives the model, as memory that the next tensor gets
+    model = make_model(tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(memory)
+    counter = counting.Counter([model])
+    del model
+    gc.collect()
+    with counter:
+        torch.rand(5, 69) @ memory
+    assert counter.head == 0
 
 
 @pytest.mark.parametrize("live", [True, False])
