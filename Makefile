@@ -48,12 +48,6 @@ format: install  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-format-notebooks: install  ## run the notebooks anew and keep their outputs
-	$(BIN)/python notebooks/execute.py
-
-check: install  ## what `make format` would change
-	$(BIN)/ruff format --check .
-
 clean:  ## remove what was built; .venv and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

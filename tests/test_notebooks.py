@@ -1,4 +1,4 @@
-"""The notebooks run, small on every test run and whole among the slow ones; what is committed is what they last said."""
+"""The notebooks run, small in every test run and whole among the slow ones; what is committed is what they said."""
 
 import json
 import re
