@@ -30,7 +30,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.backbone, self._tiles, self._inside = 0, 0, False
         self._vocab = models[0].get_output_embeddings().weight.size(0)
-        # by address: a head that works in tiles multiplies by views of its weight. One that is gone counts no more, for
+        # by address: a head that works in tiles multiplies by views of its weight. One that is gone counts no more:
         # its address may be another tensor's
         weights = [model.get_output_embeddings().weight for model in models]
         self._weights = {_address(weight): weakref.ref(weight) for weight in weights}
