@@ -205,14 +205,15 @@ def probe(args, name: str) -> None:
         log.write("useful_flops", useful_flops(side, counter), n, side=name)
 
 
-def profile_sides(args) -> None:
-    """Shares of a pass by groups of operations."""
+def profile_side(args, name: str) -> None:
+    """Shares of a pass of one side by groups of operations; in a process of its own, for it takes much memory."""
     from profiling import profile_pass
 
     log = Log(args)
-    names = [name for name in args.sides if not log.has("profiled_seconds", side=name)]
+    if log.has("profiled_seconds", side=name):
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        for name, side in build(prepare(args, scratch), names).items() if names else ():
+        for side in build(prepare(args, scratch), [name]).values():
             warm_up(side)
             groups, table = profile_pass(side, run_pass)
             print(f"\n{name}\n{table}")
@@ -327,7 +328,8 @@ def main() -> None:
         sys.exit(f"`--sides` must be among {list(SIDES)}, got {args.sides}.")
     if args.profile:
         args.purpose = "profile"
-        in_process(context, profile_sides, args)
+        for name in args.sides:
+            in_process(context, profile_side, args, name)
     elif args.sweep:
         args.no_memory = True
         for run in sweep_of(args):

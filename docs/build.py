@@ -69,6 +69,15 @@ def real_model() -> str:
     return table(records) if records else "Not measured yet."
 
 
+def balanced_end() -> str:
+    """What an end token of no length pressure does in the lab, from the records of benchmarks/balanced_end.py."""
+    from balanced_end import table
+
+    from sampo import results
+
+    return table(results.read(ROOT / "docs" / "study" / "balanced_end.jsonl"))
+
+
 def speed() -> str:
     """README's few lines of the benchmark of a training step, from the records of its last run."""
     from tables import readme_table
@@ -292,7 +301,7 @@ PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "merging": merging},
-    **{"real_model": real_model, "lab_judged": lab_judged, "diagnosed": diagnosed},
+    **{"real_model": real_model, "balanced_end": balanced_end, "lab_judged": lab_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
 }

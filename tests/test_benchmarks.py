@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import counting  # noqa: E402
 import profiling  # noqa: E402
+import real_model_judged  # noqa: E402
 import real_model_study  # noqa: E402
 import sides  # noqa: E402
 import step_time  # noqa: E402
@@ -341,3 +342,24 @@ def test_the_study_on_a_real_model_runs_nothing_twice_and_says_what_is_missing(r
         real_model_study.main([*command, "--pairs", "1000"])
     with pytest.raises(SystemExit, match="`--steps` must be at least 1, got 0"):
         real_model_study.main([*command, "--steps", "0"])
+
+
+def test_its_answers_are_judged_by_a_model_of_other_pairs_and_by_a_ruler(real_study, capsys):
+    command, out = real_study
+    real_model_judged.main([*command, "--judge_pairs", "16"])
+    folder = out / "judged"
+    rows = {name: [json.loads(x) for x in (folder / f"{name}.jsonl").open()] for name in ("train", "held_out")}
+    assert len(rows["train"]) == 16
+    prompts = {name: {json.dumps(row["prompt"]) for row in found} for name, found in rows.items()}
+    assert not prompts["train"] & prompts["held_out"]
+    answers = {
+        name: {row["prompt_id"]: row["tokens"] for row in map(json.loads, (folder / f"{name}.jsonl").open())}
+        for name in ("start", "sampo_rejected_learned")
+    }
+    judged = json.loads((folder / "comparison-longer.json").read_text())["systems"]
+    assert [row["system"] for row in judged[:1]] == ["sampo_rejected_learned"]
+    assert answers["start"].keys() == answers["sampo_rejected_learned"].keys()
+    assert (folder / "comparison-implicit.json").exists()
+    capsys.readouterr()
+    real_model_judged.main([*command, "--judge_pairs", "16"])
+    assert "$ sampo train" not in capsys.readouterr().out
