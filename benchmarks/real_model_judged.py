@@ -1,4 +1,4 @@
-"""The answers of a real model's study through the commands of evaluation: judge them, by a model and by a ruler; compare.
+"""Answers of the study on a real model through the commands of evaluation: judged by a model and by a ruler, compared.
 
     python benchmarks/real_model_study.py --model FOLDER --data PAIRS.jsonl.gz --out real-results
     python benchmarks/real_model_judged.py --model FOLDER --data PAIRS.jsonl.gz --out real-results

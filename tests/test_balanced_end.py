@@ -13,7 +13,7 @@ from sampo.weighting import length_pressure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import balanced_end  # noqa: E402
+import balanced_end
 
 
 @pytest.mark.parametrize("seed", range(3))
