@@ -301,7 +301,7 @@ PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "merging": merging},
-    **{"real_model": real_model, "balanced_end": balanced_end, "lab_judged": lab_judged, "diagnosed": diagnosed},
+    **{"real_model": real_model, "lab_judged": lab_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
 }
