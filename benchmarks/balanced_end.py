@@ -26,7 +26,7 @@ from sampo.lab import model as lm
 from sampo.lab.analysis import over_seeds
 from sampo.lab.experiment import Bench, unseen
 from sampo.lab.settings import GROUPS, Run, Settings
-from sampo.lab.study_page import spread_text
+from sampo.lab.study_page import NONE, spread_text
 from sampo.lab.study_page import table as markdown
 from sampo.trainer import SamPOTrainer
 
@@ -90,6 +90,8 @@ def table(records: Sequence[results.Record]) -> str:
 
 def _change(kept: dict[int, float], other: dict[int, float], digits: int) -> str:
     seeds = sorted(kept.keys() & other.keys())
+    if not seeds:
+        return NONE
     means = " → ".join(f"{mean(numbers[seed] for seed in seeds):.{digits}f}" for numbers in (kept, other))
     difference = over_seeds([other[seed] - kept[seed] for seed in seeds])
     return f"{means} ({spread_text(difference, digits, sign=True)})"

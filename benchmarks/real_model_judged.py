@@ -42,15 +42,16 @@ def write_pairs(args: argparse.Namespace, folder: Path) -> None:
     used = args.pairs or args.steps * args.batch_size
     taken = {json.dumps(row["prompt"]) for row in bench.train.shuffle(seed=0).select(range(used))}
     others = [row for row in bench.train.shuffle(seed=JUDGE_SEED) if json.dumps(row["prompt"]) not in taken]
-    for name, rows in (("train", others[: args.judge_pairs]), ("held_out", bench.held_out)):
+    folder.mkdir()
+    for name, rows in (("train", others[: args.judge_pairs]), ("test", bench.held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def commands(args: argparse.Namespace, folder: Path, answers: dict[str, Path]) -> list[list[str]]:
     """What is run, in this order."""
     training = {
-        **{"--model_name_or_path": args.model, "--dataset_name": folder / "train.jsonl", "--dtype": args.dtype},
-        **{"--eval_dataset_name": folder / "held_out.jsonl", "--output_dir": folder / "adapter"},
+        **{"--model_name_or_path": args.model, "--dataset_name": folder / "pairs", "--dtype": args.dtype},
+        **{"--output_dir": folder / "adapter"},
         **{"--token_weighting": "all", "--length_penalty": "learned", "--beta": "0.1", "--use_peft": "true"},
         **{"--lora_r": "16", "--lora_alpha": "32", "--lora_target_modules": "all-linear", "--bf16": "false"},
         **{"--learning_rate": "2e-4", "--warmup_steps": "6", "--num_train_epochs": "1", "--use_cpu": "true"},
@@ -87,8 +88,8 @@ def main(words: Sequence[str] | None = None) -> None:
     answers = answers_of(args.out, folder, seed=0)
     if study.START not in answers or len(answers) < 2:
         raise SystemExit(f"real_model_judged: `--out` must hold a study with answers, got {sorted(answers)}.")
-    if not (folder / "held_out.jsonl").exists():
-        write_pairs(args, folder)
+    if not (folder / "pairs").exists():
+        write_pairs(args, folder / "pairs")
     for command in commands(args, folder, answers):
         if command[0] == "train" and (folder / "adapter" / "adapter_config.json").exists():
             continue

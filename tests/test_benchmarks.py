@@ -293,6 +293,7 @@ def test_tables_state_medians_and_ratios_within_repeats(tmp_path):
 
 # --- the study on a real model --------------------------------------------------------------------------------------
 
+METHOD = "sampo_rejected_learned"
 TINY_STUDY = "--steps 2 --batch_size 2 --held_out_pairs 10 --prompts 4 --max_tokens 8 --seeds 1 --threads 1"
 
 
@@ -309,7 +310,7 @@ def real_study(tmp_path_factory):
         "--out",
         str(folder / "out"),
     ]
-    command = [*paths, *TINY_STUDY.split(), "--max_length", "64", "--methods", "sampo_rejected_learned"]
+    command = [*paths, *TINY_STUDY.split(), "--max_length", "64", "--methods", METHOD]
     real_model_study.main(command)
     return command, folder / "out"
 
@@ -348,17 +349,18 @@ def test_its_answers_are_judged_by_a_model_of_other_pairs_and_by_a_ruler(real_st
     command, out = real_study
     real_model_judged.main([*command, "--judge_pairs", "16"])
     folder = out / "judged"
-    rows = {name: [json.loads(x) for x in (folder / f"{name}.jsonl").open()] for name in ("train", "held_out")}
-    assert len(rows["train"]) == 16
-    prompts = {name: {json.dumps(row["prompt"]) for row in found} for name, found in rows.items()}
-    assert not prompts["train"] & prompts["held_out"]
-    answers = {
-        name: {row["prompt_id"]: row["tokens"] for row in map(json.loads, (folder / f"{name}.jsonl").open())}
-        for name in ("start", "sampo_rejected_learned")
-    }
+
+    def rows(name: str) -> list[dict]:
+        return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+    trained, tested = rows("pairs/train"), rows("pairs/test")
+    assert len(trained) == 16
+    assert not {json.dumps(row["prompt"]) for row in trained} & {json.dumps(row["prompt"]) for row in tested}
+    answers = {name: {row["prompt_id"]: row["tokens"] for row in rows(name)} for name in ("start", METHOD)}
+    assert answers["start"].keys() == answers[METHOD].keys()
     judged = json.loads((folder / "comparison-longer.json").read_text())["systems"]
-    assert [row["system"] for row in judged[:1]] == ["sampo_rejected_learned"]
-    assert answers["start"].keys() == answers["sampo_rejected_learned"].keys()
+    assert judged[0]["system"] == METHOD
+    assert judged[0]["tokens_mean"] == pytest.approx(sum(answers[METHOD].values()) / len(answers[METHOD]))
     assert (folder / "comparison-implicit.json").exists()
     capsys.readouterr()
     real_model_judged.main([*command, "--judge_pairs", "16"])
