@@ -61,6 +61,14 @@ class SamPOConfig(DPOConfig):
             "For `sampo`, `expected` and `top_k`. A truncated completion has no end token: all its tokens are equal."
         },
     )
+    balance_end_token: bool = field(
+        default=False,
+        metadata={
+            "help": "The end token weighs what makes the length pressure of each response 0 under the reference: "
+            "sum_t w_t p_end(t) / (1 - p_end(T)) over the other tokens. For every method; `keep_end_token` is implied "
+            "where there is one. Costs one more forward pass of a live reference."
+        },
+    )
     mask_sharing: str = field(
         default="shared",
         metadata={
@@ -180,6 +188,11 @@ class SamPOConfig(DPOConfig):
         return self.length_penalty == "learned"
 
     @property
+    def is_plain_dpo(self) -> bool:
+        """Whether all tokens weigh 1, so that TRL can weigh by itself."""
+        return self.token_weighting == "all" and not self.balance_end_token
+
+    @property
     def has_length_penalty(self) -> bool:
         """Whether anything is added to the margin."""
         return self.learns_length_penalty or self.length_penalty != 0
@@ -276,6 +289,16 @@ class SamPOConfig(DPOConfig):
                 f"`keep_end_token` is for {methods('can_keep_end')}, got `token_weighting: {name}`.",
             ),
             (
+                self.balance_end_token and self.precompute_ref_log_probs,
+                "`balance_end_token` asks the reference for the probability of the end token, which a cache of "
+                "`precompute_ref_log_probs` does not have. Unset one of them.",
+            ),
+            (
+                self.balance_end_token and self.max_tokens_per_forward is not None,
+                "`balance_end_token` takes whole batches, got `max_tokens_per_forward: "
+                f"{self.max_tokens_per_forward}`. Unset one of them.",
+            ),
+            (
                 self.length_penalty_start != 0 and not self.learns_length_penalty,
                 f"`length_penalty_start: {self.length_penalty_start}` is for `length_penalty: learned`, got "
                 f"`{self.length_penalty}`.",
@@ -291,34 +314,38 @@ class SamPOConfig(DPOConfig):
                 f"`token_weighting: {name}`.",
             ),
             (
-                name != "all" and self.ld_alpha is not None,
-                f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`. Unset "
-                "it, or use `all`.",
+                not self.is_plain_dpo and self.ld_alpha is not None,
+                f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
+                f"{' and `balance_end_token`' if self.balance_end_token else ''}. Unset it, or use `all` alone.",
             ),
         ]
 
     def _loss_rows(self, method: Weighting) -> list[tuple[bool, str]]:
         """(wrong?, message) of losses, divergences, WPO and the length penalty."""
         name, losses = self.token_weighting, set(self.loss_type)
+        subset = method.subset and not self.balance_end_token
+        name += " with balance_end_token" if self.balance_end_token else ""
         divergence = self.f_divergence_type != "reverse_kl"
         not_of_margin = sorted(losses - {"sft"} - MARGIN_LOSSES)
         return [
             (
-                not method.subset and bool(losses & COUNT_LOSSES),
+                not subset and bool(losses & COUNT_LOSSES),
                 f"`loss_type: {sorted(losses & COUNT_LOSSES)}` divides by the number of counted tokens, which has no "
                 f"meaning for the fractional weights of `token_weighting: {name}`. Use a subset method.",
             ),
             (
-                not method.subset and divergence,
+                not subset and divergence,
                 f"`f_divergence_type: {self.f_divergence_type}` needs a likelihood ratio, and the fractional weights "
                 f"of `token_weighting: {name}` do not give one. Use `reverse_kl` or a subset method.",
             ),
             (
-                not method.subset and self.use_weighting,
+                not subset and self.use_weighting,
                 f"`use_weighting` (WPO) has no meaning for the fractional weights of `token_weighting: {name}`.",
             ),
             (
-                (name != "all" or self.max_tokens_per_forward is not None) and self.use_weighting and "sft" in losses,
+                (not self.is_plain_dpo or self.max_tokens_per_forward is not None)
+                and self.use_weighting
+                and "sft" in losses,
                 "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` without "
                 "`max_tokens_per_forward` only, because `sft` sees all chosen tokens and the WPO weights only the "
                 "counted ones.",

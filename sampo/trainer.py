@@ -60,6 +60,7 @@ from .run_state import RunState
 from .weighting import (
     EVAL_EPOCH,
     WEIGHTINGS,
+    balance_end,
     draw_keys,
     fingerprints,
     last_end_tokens,
@@ -88,6 +89,7 @@ class _Pairs:
         known: weights of policy and reference for each draw, `(2B, N)` each; None if they depend on log-ratios.
         places: `(2B, N)` bool, the tokens that go through the LM head of the policy.
         ref_places: and of the reference.
+        end_probs: `(2B, N)` the reference's probability of the end token, if weights depend on it.
     """
 
     inputs: dict[str, Any]
@@ -97,6 +99,7 @@ class _Pairs:
     known: list[tuple[Tensor, Tensor]] | None
     places: Tensor
     ref_places: Tensor
+    end_probs: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -239,11 +242,11 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
         self._refuse_wrong_tokens()
         self._weighting = WEIGHTINGS[args.token_weighting]
-        if args.token_weighting == "all":
+        if args.is_plain_dpo:
             self._name, self._paper = DPOTrainer._name, DPOTrainer._paper
         # TRL would give `sft` the counted tokens of a piece, but it is the mean of all: we add that term ourselves.
         self._sft_weight = 0.0
-        if (args.token_weighting != "all" or args.max_tokens_per_forward) and "sft" in self.loss_types:
+        if (not args.is_plain_dpo or args.max_tokens_per_forward) and "sft" in self.loss_types:
             terms = list(zip(self.loss_types, self.loss_weights, strict=True))
             self._sft_weight = sum(weight for name, weight in terms if name == "sft")
             self.loss_types = [name for name, _ in terms if name != "sft"]
@@ -339,6 +342,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         end = last_end_tokens(inputs["input_ids"], mask, end_ids)
         epoch = self._run_state.epoch if mode == "train" else EVAL_EPOCH
         pairs = _Pairs(inputs, mask, end, epoch, known=None, places=mask, ref_places=mask)
+        if self.args.balance_end_token:
+            pairs.end_probs = self._reference_end_probs(pairs)
         if not self._weighting.needs_log_ratios:
             pairs.known = [self._weigh(pairs, k) for k in range(self._n_draws)]
             self._choose_places(pairs, pairs.known, mode)
@@ -346,29 +351,31 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
     def _weigh(self, pairs: _Pairs, draw: int, log_ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights of the policy's and of the reference's log-probs, each `(2B, N)`; the same tensor if shared."""
+        implied = self.args.balance_end_token and self._weighting.can_keep_end
 
         def weights(stream: int) -> Tensor:
             keys = None
             if self._weighting.random:
                 ids, real = pairs.inputs["input_ids"], pairs.inputs["attention_mask"]
                 keys = draw_keys(ids, real, seed=self.args.seed, epoch=pairs.epoch, stream=stream)
-            return token_weights(
+            weighed = token_weights(
                 self.args.token_weighting,
                 pairs.mask,
                 end=pairs.end,
                 keys=keys,
                 log_ratios=log_ratios,
                 sampled_sides=self.args.sampled_sides,
-                keep_end_token=self.args.keep_end_token,
+                keep_end_token=self.args.keep_end_token or implied,
                 gamma=self.args.decay_gamma,
             )
+            return weighed if pairs.end_probs is None else balance_end(weighed, pairs.end, pairs.end_probs)
 
         policy = weights(draw)
         return policy, weights(self._n_draws + draw) if self.args.mask_sharing == "independent" else policy
 
     def _choose_places(self, pairs: _Pairs, known: list[tuple[Tensor, Tensor]], mode: str) -> None:
         """In training the counted tokens alone go through the LM head, if they are known before."""
-        if mode == "eval" or len(known) > 1 or self._sft_weight or self.args.token_weighting == "all":
+        if mode == "eval" or len(known) > 1 or self._sft_weight or self.args.is_plain_dpo:
             return
         pairs.places = known[0][0] > 0
         independent = self.args.mask_sharing == "independent"
@@ -432,19 +439,22 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         The first token of a row is never predicted. TRL counts it where the prompt is empty, and with `all` so do we.
         """
         first = inputs["completion_mask"][:, :1]
-        if self.args.token_weighting != "all":
+        if not self.args.is_plain_dpo:
             first = torch.zeros_like(first)
         return torch.cat((first, mask.to(first.dtype)), dim=1)
 
-    def _score_reference(self, pairs: _Pairs, reference=None) -> tuple[Tensor, Tensor | None]:
-        """`(2B, N)` log π_ref, of the scored tokens at least; and, of a live reference, TRL's `(2B,)` sums."""
+    def _score_reference(self, pairs: _Pairs, reference=None, targets=None) -> tuple[Tensor, Tensor | None]:
+        """`(2B, N)` log π_ref, of the scored tokens at least; and, of a live reference, TRL's `(2B,)` sums.
+
+        Of the `(2B, N)` `targets` in place of the completion's tokens, if they are given.
+        """
         if CACHED_REF_LOGPS in pairs.inputs:
             return pairs.inputs[CACHED_REF_LOGPS], None
         reference = reference or self.ref_model or self.model
         seen = []
 
         def reference_seen(**kwargs):
-            output = self._forward(reference, pairs, pairs.ref_places)
+            output = self._forward(reference, pairs, pairs.ref_places, targets)
             seen.append(output.log_probs)
             return output
 
@@ -452,6 +462,14 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         batch = {**pairs.inputs, "completion_mask": self._widen(pairs.inputs, pairs.ref_places)}
         sums = self.compute_ref_log_probs(reference_seen, batch)
         return seen[0][:, -pairs.mask.size(1) :], torch.cat(sums)
+
+    def _reference_end_probs(self, pairs: _Pairs) -> Tensor:
+        """`(2B, N)` the reference's probability of the end token at each place of the completions."""
+        everywhere = replace(pairs)  # with a stream of its own, for this one needs all places
+        if self._streams.to_be_compared:
+            self._compare_streams(self.ref_model or self.model, everywhere)
+        targets = torch.full_like(pairs.inputs["input_ids"][:, 1:], self._end_id(pairs))
+        return self._score_reference(everywhere, targets=targets)[0].exp() * pairs.mask
 
     def _reference_logps(self, reference, inputs: dict[str, Any]) -> Tensor:
         mask = inputs["completion_mask"][:, 1:].bool()
@@ -471,7 +489,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         return [self._make_draw(w, v, logps, ref_logps, ref_sums, pairs) for w, v in known]
 
     def _make_draw(self, weights, ref_weights, logps, ref_logps, ref_sums, pairs: _Pairs) -> _Draw:
-        if self.args.token_weighting != "all":
+        if not self.args.is_plain_dpo:
             ref_sums = sequence_logps(ref_logps, ref_weights)
         elif self.ld_alpha is None:
             ref_sums = sequence_logps(ref_logps, weights) if ref_sums is None else ref_sums
@@ -486,7 +504,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _trl_loss(self, model, pairs: _Pairs, scored: _Scored, draw: _Draw, shift, return_outputs: bool, mode: str):
         """TRL's loss and metrics of the weighted log-probs, as if they were a model's."""
         weighted = copy.copy(scored.output)
-        if self.args.token_weighting != "all":
+        if not self.args.is_plain_dpo:
             weighted.log_probs = draw.weights * scored.logps  # TRL takes the sum over a row
         if not self.args.log_token_statistics:
             for name in _TOKEN_STATISTICS:
@@ -507,7 +525,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         batch = {
             **{name: value for name, value in pairs.inputs.items() if name != CACHED_REF_LOGPS},
             "completion_mask": self._widen(pairs.inputs, draw.weights > 0)
-            if self.args.token_weighting != "all"
+            if not self.args.is_plain_dpo
             else pairs.inputs["completion_mask"],
             "ref_chosen_logps": ref_chosen if shift is None else ref_chosen - shift,
             "ref_rejected_logps": ref_rejected,
@@ -707,12 +725,15 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     @torch.no_grad()
     def _pressure(self, model, pairs: _Pairs, weights: Tensor) -> Tensor:
         """`(B,)`; the end token takes the place of each counted label, which is a forward pass of its own."""
-        targets = pairs.inputs["input_ids"][:, 1:]
-        # the end token of these data; a batch in which every completion was cut falls back to EOS
-        end_id = targets[pairs.end][0].item() if pairs.end.any() else self._end_token_ids[0]
+        targets, end_id = pairs.inputs["input_ids"][:, 1:], self._end_id(pairs)
         output = self._forward(model, pairs, weights > 0, torch.full_like(targets, end_id))
         end_probs = output.log_probs[:, -pairs.mask.size(1) :].exp()
         return length_pressure(weights, pairs.mask & (targets == end_id), end_probs)
+
+    def _end_id(self, pairs: _Pairs) -> int:
+        """The end token of these data; a batch in which every completion was cut falls back to EOS."""
+        ends = pairs.inputs["input_ids"][:, 1:][pairs.end]
+        return int(ends[0]) if len(ends) else self._end_token_ids[0]
 
     def _check_finite(self, loss: Tensor, pairs: _Pairs, draws: list[_Draw], mode: str) -> None:
         if not torch.isfinite(loss):

@@ -13,7 +13,7 @@ Where we leave the SamPO paper (arXiv 2406.10957), and its released code:
    the trainer does so too.
 3. A subset is no draw from a generator but a hash of (seed, epoch, tokens of the row, position): the same after a
    resume, for any batch size and on any number of processes.
-4. `keep_end_token` and `sampled_sides: rejected` are ours (docs/concepts.md).
+4. `keep_end_token`, `balance_end_token` and `sampled_sides: rejected` are ours (docs/concepts.md).
 
 To add a method: one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that dict.
 """
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
+_LEAST_SURPRISE = 0.01  # a reference that is surer of an end than by this is taken at this, or one token weighs all
 _INT64_MAX = torch.iinfo(torch.int64).max
 
 
@@ -235,6 +236,25 @@ def length_pressure(weights: Tensor, end: Tensor, end_probs: Tensor) -> Tensor:
     """
     chosen, rejected = (weights * (end.float() - end_probs)).sum(dim=1).chunk(2)
     return chosen - rejected
+
+
+def balance_end(weights: Tensor, end: Tensor, end_probs: Tensor) -> Tensor:
+    """The weights with the end token's such that the length pressure of every response is 0 under `end_probs`.
+
+    Σ_t w_t·(1[y_t = end] − p_end(t)) = 0 if the end token weighs Σ_{other t} w_t·p_end(t) / (1 − p_end(T)). A response
+    without an end token keeps its weights.
+
+    Args:
+        weights: `(2B, N)`, 0 outside the completion; what they are at the end token does not matter.
+        end: `(2B, N)` bool, the end token of each completion (`last_end_tokens`).
+        end_probs: `(2B, N)`, the reference's probability of the end token; any number where the weight is 0 and no
+            response ends.
+
+    Returns:
+        `(2B, N)`, ≥ 0.
+    """
+    others = (weights * end_probs).masked_fill(end, 0.0).sum(dim=1, keepdim=True)
+    return torch.where(end, others / (1 - end_probs).clamp(min=_LEAST_SURPRISE), weights)
 
 
 def last_end_tokens(input_ids: Tensor, mask: Tensor, end_token_ids: Tensor) -> Tensor:

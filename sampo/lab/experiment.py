@@ -385,7 +385,7 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
     """The trainer's options; those that only save time change results by rounding."""
     from ..config import SamPOConfig
 
-    settings = run.settings
+    settings, options = run.settings, bench.options(run)
     return SamPOConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -402,7 +402,7 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
         activation_checkpointing=False,
         dataloader_pin_memory=False,
         pair_stream="true",
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=not options.get("balance_end_token"),
         ref_cache_dir=bench.reference_cache,
         ref_cache_check=0,
         log_token_statistics=False,
@@ -410,5 +410,5 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **bench.options(run),
+        **options,
     )

@@ -25,10 +25,12 @@ class Method(NamedTuple):
 
 _SAMPO = {"token_weighting": "sampo"}
 _REJECTED = {**_SAMPO, "sampled_sides": "rejected"}
+_OURS = {**_REJECTED, "length_penalty": "learned"}
+_BALANCED = {"balance_end_token": True}
 METHODS = {  # of `sampo lab`
     "dpo": Method("DPO", {"token_weighting": "all"}),
     "sampo": Method("SamPO", _SAMPO),
-    "sampo_rejected_learned": Method("SamPO, rejected + learned", {**_REJECTED, "length_penalty": "learned"}),
+    "sampo_rejected_learned": Method("SamPO, rejected + learned", _OURS),
 }
 STUDY_METHODS = {  # of `sampo lab study`, too
     **METHODS,
@@ -46,6 +48,14 @@ STUDY_METHODS = {  # of `sampo lab study`, too
     "sampo_end": Method("SamPO, end kept", {**_SAMPO, "keep_end_token": True}),
     "expected_end": Method("expected, end kept", {"token_weighting": "expected", "keep_end_token": True}),
     "top_k_end": Method("SamPO-TopK, end kept", {"token_weighting": "top_k", "keep_end_token": True}),
+    "rejected_learned_end": Method("SamPO, rejected + learned, end kept", {**_OURS, "keep_end_token": True}),
+    "dpo_balanced": Method("DPO, end balanced", {"token_weighting": "all", **_BALANCED}),
+    "sampo_balanced": Method("SamPO, end balanced", {**_SAMPO, **_BALANCED}),
+    "expected_balanced": Method("expected, end balanced", {"token_weighting": "expected", **_BALANCED}),
+    "rejected_learned_balanced": Method("SamPO, rejected + learned, end balanced", {**_OURS, **_BALANCED}),
+    "dpo_learned_balanced": Method(
+        "DPO + learned, end balanced", {"token_weighting": "all", "length_penalty": "learned", **_BALANCED}
+    ),
     "sampo_independent": Method("SamPO, independent", {**_SAMPO, "mask_sharing": "independent"}),
     "sampo_iterative": Method("Iterative SamPO", _SAMPO, rounds=3),
 }

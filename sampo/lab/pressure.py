@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..weighting import length_pressure, token_weights
+from ..weighting import WEIGHTINGS, balance_end, length_pressure, token_weights
 from .world import EOS
 
 
 def mean_weights(lengths: Sequence[int], options: dict[str, Any]) -> Tensor:
     """`(2B, T)` mean weight of each answer token over all draws; that of a random subset is `expected`'s.
+
+    Under `balance_end_token` the end tokens' weights are still to be balanced.
 
     Args:
         lengths: of 2B answers, chosen ones first; the last token of each is its end token.
@@ -21,13 +23,13 @@ def mean_weights(lengths: Sequence[int], options: dict[str, Any]) -> Tensor:
     counts = torch.tensor(lengths)
     position = torch.arange(int(counts.max()))
     mask, end = position < counts[:, None], position == counts[:, None] - 1  # (2B, T)
-    name = options["token_weighting"]
+    name, balanced = options["token_weighting"], options.get("balance_end_token", False)
     weights = token_weights(
         {"sampo": "expected"}.get(name, name),
         mask,
         end=end,
         sampled_sides=options.get("sampled_sides", "both"),
-        keep_end_token=options.get("keep_end_token", False),
+        keep_end_token=options.get("keep_end_token", False) or (balanced and WEIGHTINGS[name].can_keep_end),
         gamma=options.get("decay_gamma", 1.0),
     )
     if "ld_alpha" in options:  # LD-DPO, arXiv 2409.06411: the tokens after T_m weigh alpha
@@ -59,6 +61,8 @@ def mean_pressures(
     for row, (answer, p) in enumerate(zip(answers, end_probs, strict=True)):
         ends[row, : len(answer)] = torch.tensor(answer) == EOS
         probs[row, : len(answer)] = torch.from_numpy(p)
+    if options.get("balance_end_token"):
+        weights = balance_end(weights, ends, probs)
     pressure = length_pressure(weights, ends, probs).numpy()
     difference = np.array([len(a) - len(b) for a, b in zip(chosen, rejected, strict=True)])
     penalty = options.get("length_penalty", 0.0)

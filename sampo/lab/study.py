@@ -16,7 +16,10 @@ GRID = tuple((rate, beta) for rate in (2e-4, 5e-4) for beta in (0.05, 0.1, 0.3))
 # on pairs of equal length the weights of all other methods are DPO's, and a length penalty is 0; SamPO is the check
 EQUAL_METHODS = ("dpo", "sampo", "mean", "decay", "sampo_iterative")
 BIASES = (0.0, 1.0, 2.0, 4.0)  # beside the headline's
-BIAS_METHODS = ("dpo", "sampo", "sampo_rejected_learned", "dpo_learned", "sampo_rejected")
+BIAS_METHODS = (
+    *("dpo", "sampo", "sampo_rejected_learned", "dpo_learned", "sampo_rejected"),
+    *("dpo_balanced", "rejected_learned_balanced"),
+)
 PENALTY_METHODS = ("sampo_rejected_learned", "dpo_learned")
 PENALTY_BIASES = (0.5, 2.0)
 PENALTY_RATES = (0.01, 0.05, 0.2)
