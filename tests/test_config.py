@@ -84,6 +84,20 @@ REFUSED = [
     ({"loss_type": ["sigmoid", "sigmoyd"]}, r"`loss_type` must be among .* got \['sigmoyd'\]"),
     ({"token_weighting": "mean", "sampled_sides": "rejected"}, "`sampled_sides: rejected` needs a method that thins"),
     ({"token_weighting": "prefix", "keep_end_token": True}, "`keep_end_token` is for"),
+    ({"balance_end_token": True, "precompute_ref_log_probs": True}, "a cache of `precompute_ref_log_probs` does not"),
+    (
+        {"balance_end_token": True, "max_tokens_per_forward": 99},
+        "takes whole batches, got `max_tokens_per_forward: 99`",
+    ),
+    (
+        {"balance_end_token": True, "loss_type": "ipo"},
+        "fractional weights of `token_weighting: sampo with balance_end",
+    ),
+    ({"balance_end_token": True, "use_weighting": True}, r"`use_weighting` \(WPO\) has no meaning"),
+    (
+        {"balance_end_token": True, "token_weighting": "all", "ld_alpha": 0.5},
+        "with `token_weighting: all` and `balance_end_token`. Unset it, or use `all` alone",
+    ),
     ({"token_weighting": "expected", "mask_sharing": "independent"}, "`mask_sharing: independent` needs random"),
     ({"token_weighting": "top_k", "mask_samples": 2}, "`mask_samples: 2` needs random"),
     ({"token_weighting": "decay", "use_weighting": True}, r"`use_weighting` \(WPO\) has no meaning"),

@@ -108,11 +108,12 @@ def token_logps(model, prompt, answer):
     return logits.log_softmax(dim=1)[range(len(answer)), answer].numpy()
 
 
-def naive_weights(t_w, t_l, options):
+def naive_weights(t_w, t_l, options, end_probs):
     """Weights of the chosen and of the rejected answer, token by token, from the descriptions of the methods."""
+    balanced = options.get("balance_end_token", False)
     shorter, sides = min(t_w, t_l), []
     for length, is_chosen in ((t_w, True), (t_l, False)):
-        name, keep = options["token_weighting"], options.get("keep_end_token", False)
+        name, keep = options["token_weighting"], options.get("keep_end_token", balanced)
         budget = length if is_chosen and options.get("sampled_sides") == "rejected" else shorter
         side = []
         for t in range(length):
@@ -130,6 +131,9 @@ def naive_weights(t_w, t_l, options):
                         "decay": options.get("decay_gamma", 1.0) ** t,
                     }[name]
                 )
+        if balanced:
+            p = end_probs[len(sides)]
+            side[-1] = sum(w * q for w, q in zip(side[:-1], p[:-1], strict=True)) / (1 - p[-1])
         sides.append(np.array(side))
     return sides
 
@@ -142,10 +146,11 @@ def test_the_pressure_is_the_derivative_of_the_weighted_margin_by_the_end_logit(
     options = STUDY_METHODS[name].options
     pairs = world.annotated_pairs(25, bias=0.5)
     rows = [(p.question.prompt, p.chosen) for p in pairs] + [(p.question.prompt, p.rejected) for p in pairs]
-    found = mean_pressures([p.chosen for p in pairs], [p.rejected for p in pairs], lm.end_probs(start, rows), options)
+    probs = lm.end_probs(start, rows)
+    found = mean_pressures([p.chosen for p in pairs], [p.rejected for p in pairs], probs, options)
     step = 0.05  # the logits are float32
     for i, pair in enumerate(pairs):
-        weights = naive_weights(len(pair.chosen), len(pair.rejected), options)
+        weights = naive_weights(len(pair.chosen), len(pair.rejected), options, (probs[i], probs[25 + i]))
         margins = []
         for shift in (-step, step):
             model = Shifted(start, shift)
@@ -153,6 +158,8 @@ def test_the_pressure_is_the_derivative_of_the_weighted_margin_by_the_end_logit(
                 token_logps(model, pair.question.prompt, side) for side in (pair.chosen, pair.rejected)
             )
             margins.append((weights[0] * chosen).sum() - (weights[1] * rejected).sum())
+        if options.get("balance_end_token"):
+            assert found["pressure"][i] == pytest.approx(0, abs=1e-6)
         assert found["pressure"][i] == pytest.approx((margins[1] - margins[0]) / (2 * step), abs=2e-3)
         penalty = options.get("length_penalty", 0.0)
         logit = 0.0 if penalty == "learned" else penalty * pair.length_difference

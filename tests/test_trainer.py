@@ -162,8 +162,13 @@ def token_logps(model, row) -> list[float]:
     return logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
 
 
+def end_probs(model, row, end_id) -> list[float]:
+    with torch.no_grad():
+        return model(torch.tensor([row])).logits[0, :-1].double().softmax(-1)[:, end_id].tolist()
+
+
 def oracle_scores(
-    policy, reference, pair, *, name, seed, epoch, end_ids, keep_end=False, sides="both", gamma=1.0, k=0
+    policy, reference, pair, *, name, seed, epoch, end_ids, keep_end=False, sides="both", gamma=1.0, k=0, balance=False
 ):
     """(S_w, S_l) of one pair, and the log-probs of the chosen tokens, from the equations."""
     result, chosen_logps = [], None
@@ -182,6 +187,10 @@ def oracle_scores(
             whole=sides == "rejected" and side == "chosen_ids",
             gamma=gamma,
         )
+        if balance and ends:
+            at = ends[-1]
+            p = end_probs(reference, row, pair[side][at])[n_prompt - 1 :]
+            w[at] = sum(w[t] * p[t] for t in range(own) if t != at) / max(1 - p[at], 0.01)
         result.append(sum(x * (a - b) for x, a, b in zip(w, logps, ref, strict=True)))
         chosen_logps = chosen_logps or logps
     return *result, chosen_logps
@@ -202,6 +211,10 @@ ORACLE_CASES = [
     {"token_weighting": "sampo", "mask_samples": 5},
     {"token_weighting": "sampo", "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.3]},
     {"token_weighting": "expected", "loss_type": ["sft"]},
+    *({"token_weighting": name, "balance_end_token": True} for name in WEIGHTINGS),
+    {"token_weighting": "sampo", "balance_end_token": True, "sampled_sides": "rejected", "length_penalty": 0.05},
+    {"token_weighting": "sampo", "balance_end_token": True, "mask_samples": 3},
+    {"token_weighting": "all", "balance_end_token": True, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.3]},
 ]
 
 
@@ -209,12 +222,13 @@ ORACLE_CASES = [
 @pytest.mark.parametrize("case", ORACLE_CASES, ids=lambda c: ",".join(str(v) for v in c.values()))
 def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, training):
     reference, policy = make_model(seed=1), make_model(seed=2)
+    balance = case.get("balance_end_token", False)
     trainer = make_trainer(
         policy,
         tmp_path,
         ref_model=reference,
         processing_class=make_tokenizer(),
-        data=make_pairs(6, conversational=case.get("keep_end_token", False)),
+        data=make_pairs(6, conversational=case.get("keep_end_token", False) or balance),
         decay_gamma=0.9,
         **case,
     )
@@ -236,7 +250,8 @@ def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, tr
                 seed=7,
                 epoch=0 if training else -1,
                 end_ids={1, 3},
-                keep_end=case.get("keep_end_token", False),
+                keep_end=case.get("keep_end_token", balance),
+                balance=balance,
                 sides=case.get("sampled_sides", "both"),
                 gamma=0.9,
                 k=k,
@@ -344,6 +359,42 @@ def test_policy_equal_to_reference_gives_ln_2_and_zero_margins(model_folder, tmp
     assert losses(log)[-1] != pytest.approx(LN2, abs=1e-5)  # and then it learns
     assert f"reference: {KINDS[kind]}" in caplog.text
     assert "The first loss is" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_balanced_end_token_leaves_no_pressure_at_the_start_whatever_the_reference(
+    model_folder, tmp_path, kind, stream
+):
+    pressures = {}
+    for balance in (True, False):
+        setup = references(kind, model_folder)
+        log = history(
+            make_trainer(
+                setup.pop("model"),
+                tmp_path / str(balance),
+                data=make_pairs(32, conversational=True),
+                balance_end_token=balance,
+                log_length_pressure=True,
+                pair_stream=stream,
+                **setup,
+            )
+        )
+        assert log[0]["loss"] == pytest.approx(LN2, abs=1e-7)
+        assert losses(log)[-1] != pytest.approx(LN2, abs=1e-5)
+        pressures[balance] = log[0]["length_gap/pressure"]
+    assert pressures[True] == pytest.approx(0, abs=1e-6)
+    assert abs(pressures[False]) > 1e-3
+
+
+def test_a_balanced_end_token_is_asked_of_the_reference_and_not_of_the_policy_in_evaluation_too(tmp_path):
+    options = {"ref_model": make_model(seed=1), "processing_class": make_tokenizer(), "balance_end_token": True}
+    data = make_pairs(6, conversational=True)
+    found = [
+        make_trainer(make_model(seed=2), tmp_path, data=data, eval_data=data, pair_stream=stream, **options).evaluate()
+        for stream in ("true", "false")
+    ]
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], abs=1e-5)
 
 
 def test_independent_subsets_start_with_the_spread_of_the_formula(model_folder, tmp_path, caplog):

@@ -13,6 +13,7 @@ from scipy import stats
 from sampo.weighting import (
     WEIGHTINGS,
     _mix,
+    balance_end,
     draw_keys,
     fingerprints,
     last_end_tokens,
@@ -90,6 +91,28 @@ def test_weights_equal_a_loop_over_tokens_written_from_the_equations(name, sides
         )
         assert got[row][mask[row]].tolist() == pytest.approx(expected, rel=1e-6)
         assert got[row][~mask[row]].sum() == 0
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=2), seed=st.integers(0, 10**6), sure=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_a_balanced_end_token_leaves_no_length_pressure_in_any_response(lengths, seed, sure):
+    rng = torch.Generator().manual_seed(seed)
+    position, counts = torch.arange(12).expand(4, 12), torch.tensor([*lengths, *reversed(lengths)])[:, None]
+    mask, end = position < counts, position == counts - 1
+    end[3] = False  # cut: no end token
+    end_probs = torch.rand(4, 12, generator=rng) * 0.98
+    if sure:
+        end_probs[1, counts[1] - 1] = 0.9999
+    weights = mask * torch.rand(4, 12, generator=rng)
+    got = balance_end(weights, end, end_probs)
+    assert (got[~end] == weights[~end]).all()
+    for row in range(3):
+        at, w, p = int(counts[row]) - 1, weights[row].tolist(), end_probs[row].tolist()
+        expected = sum(w[t] * p[t] for t in range(at)) / max(1 - p[at], 0.01)
+        assert got[row, at].item() == pytest.approx(expected, rel=1e-5)
+    if not sure:
+        pair = [0, 2]
+        assert length_pressure(got[pair], end[pair], end_probs[pair]).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_the_hash_is_the_published_splitmix64_and_equals_big_integers_bit_for_bit():
