@@ -16,6 +16,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 COLLAPSED = 0.45  # win rate against the start, below which a policy has collapsed
 HALF_STOPS = 0.5  # or share of answers that end
 MARGIN = 0.02  # of win rate: a loss that is worth less is none
+BALANCED = "rejected_learned_balanced"
 LEAN = 0.1  # correlation of margin and length difference that counts as none
 
 
@@ -227,6 +228,11 @@ def _beta_claim(study: Study, source: str) -> Claim:
     )
 
 
+def _change_of_length(study: Study, method: str, group: str) -> dict[int, float]:
+    tokens = study.headline(method, group, "tokens")
+    return {seed: abs(value - study.starts[seed]["tokens"]) for seed, value in tokens.items()}
+
+
 def _questions_of_ours(study: Study) -> list[Claim]:
     ours = "sampo_rejected_learned"
 
@@ -245,19 +251,23 @@ def _questions_of_ours(study: Study) -> list[Claim]:
 
         return judge
 
-    def kept(group: str) -> tuple[str, str]:
-        tokens = _difference(study, "sampo_end", "sampo", group, "tokens")
-        wins = _difference(study, "sampo_end", "sampo", group, "win_rate")
-        change = {
-            name: {
-                seed: abs(value - study.starts[seed]["tokens"])
-                for seed, value in study.headline(name, group, "tokens").items()
-            }
-            for name in ("sampo_end", "sampo")
-        }
-        spread = paired(change["sampo_end"], change["sampo"])
-        evidence = f"change of length {words(spread)}; {words(tokens)} tokens; win rate {words(wins, 3)}"
-        return both(below(spread), above(wins, -MARGIN)), evidence
+    def calmer(changed: str, plain: str) -> Callable[[str], tuple[str, str]]:
+        def judge(group: str) -> tuple[str, str]:
+            tokens = _difference(study, changed, plain, group, "tokens")
+            wins = _difference(study, changed, plain, group, "win_rate")
+            spread = paired(*(_change_of_length(study, name, group) for name in (changed, plain)))
+            evidence = f"change of length {words(spread)}; {words(tokens)} tokens; win rate {words(wins, 3)}"
+            return both(below(spread), above(wins, -MARGIN)), evidence
+
+        return judge
+
+    def balanced_beats(other: str) -> Callable[[str], tuple[str, str]]:
+        def judge(group: str) -> tuple[str, str]:
+            wins = _difference(study, BALANCED, other, group, "win_rate")
+            kl = _difference(study, BALANCED, other, group, "kl")
+            return above(wins, -MARGIN), f"win rate {words(wins, 3)}; KL {words(kl)}"
+
+        return judge
 
     def predicts(name: str, where: Callable[[Cell], bool]) -> tuple[str, str]:
         spread = prediction(study, name, where)
@@ -286,12 +296,29 @@ def _questions_of_ours(study: Study) -> list[Claim]:
             "Its accuracy on held-out pairs minus DPO's lies above 0.",
             _of_groups(accurate("dpo")),
         ),
-        Claim(
-            "`keep_end_token` changes length less than plain SamPO, at no loss of quality.",
-            "sampo",
-            "The absolute change of length against the start, end kept minus plain, lies below 0, and the "
-            f"difference of win rates above -{MARGIN}.",
-            _of_groups(kept),
+        *(
+            Claim(
+                f"{what}, at no loss of quality.",
+                "sampo",
+                f"The absolute change of length against the start, of {STUDY_METHODS[changed].title} minus "
+                f"{STUDY_METHODS[plain].title}, lies below 0, and the difference of win rates above -{MARGIN}.",
+                _of_groups(calmer(changed, plain)),
+            )
+            for what, changed, plain in (
+                ("`keep_end_token` changes length less than plain SamPO", "sampo_end", "sampo"),
+                ("With `balance_end_token` DPO changes length less", "dpo_balanced", "dpo"),
+                ("With `balance_end_token` SamPO changes length less", "sampo_balanced", "sampo"),
+                ("With `balance_end_token` `rejected` + `learned` changes length less", BALANCED, ours),
+            )
+        ),
+        *(
+            Claim(
+                f"`rejected` + `learned` + `balance_end_token` is at least as good as {STUDY_METHODS[other].title}.",
+                "sampo",
+                f"Difference of win rates above -{MARGIN}.",
+                _of_groups(balanced_beats(other)),
+            )
+            for other in ("dpo", "sampo", ours, "dpo_balanced", "dpo_learned_balanced")
         ),
         *(
             Claim(
