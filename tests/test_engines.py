@@ -28,6 +28,8 @@ from sampo.commands import train
 from sampo.memory import ENGINES as MEMORY
 
 OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
+# The reference of an adapter is the policy, which FSDP2 cannot ask before training: it takes a cache that is filled.
+LORA_CACHED = {"lora": True, "slow": True, "not_under": ("fsdp2",)}
 # Name of a mode: what is trained. `batch` is that of one process alone; two have half of it each.
 MODES = {
     "full": {"options": OURS, "save": True},
@@ -39,7 +41,7 @@ MODES = {
     "subsets": {"options": {"mask_samples": 3, "keep_end_token": True}, "slow": True},
     "balanced": {"options": {"balance_end_token": True}, "slow": True},
     "lora_stream": {"options": {"learning_rate": 1e-2, "pair_stream": "true"}, "lora": True, "slow": True},
-    "lora_cached": {"options": {"learning_rate": 1e-2, "precompute_ref_log_probs": True}, "lora": True, "slow": True},
+    "lora_cached": {"options": {"learning_rate": 1e-2, "precompute_ref_log_probs": True}, **LORA_CACHED},
 }
 # 22 pairs in batches of 4: transformers fills the last batch up with the first pairs, so its loss has no equal.
 UNEVEN = {"uneven": {"options": {"max_steps": -1, "num_train_epochs": 1}, "pairs": 22}}
@@ -65,6 +67,7 @@ def cases(modes=MODES):
         )
         for engine in ENGINES
         for mode in modes
+        if engine not in MODES.get(mode, {}).get("not_under", ())
     ]
 
 
@@ -91,13 +94,14 @@ def config_of(engine, folder):
     return config
 
 
-def runs_of(slow, processes, **more):
+def runs_of(slow, processes, engine=None, **more):
     """The modes of one launch; those that are slow are launched apart."""
     chosen = {name: mode for name, mode in MODES.items() if mode.get("slow", False) == slow}
+    chosen = {name: mode for name, mode in chosen.items() if engine not in mode.get("not_under", ())}
     chosen |= {} if slow else UNEVEN
     runs = {}
     for name, mode in chosen.items():
-        settings = {key: value for key, value in mode.items() if key != "slow"}
+        settings = {key: value for key, value in mode.items() if key not in ("slow", "not_under")}
         batch = 4 // processes // settings["options"].get("gradient_accumulation_steps", 1)
         runs[name] = {"batch": batch, **settings, "options": {**settings["options"], **more}}
     return runs
@@ -114,7 +118,9 @@ def launched(model_folder, tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"{engine}{'_slow' if slow else ''}")
             processes = 1 if engine is None else 2
             config = None if engine is None else config_of(engine, folder)
-            runs = launch_runs(model_folder, folder, runs_of(slow, processes), processes=processes, config=config)
+            runs = launch_runs(
+                model_folder, folder, runs_of(slow, processes, engine), processes=processes, config=config
+            )
             known[engine, slow] = folder, runs
         folder, runs = known[engine, slow]
         return folder / mode, runs[mode]
@@ -160,7 +166,11 @@ def test_two_processes_train_as_one(launched, engine, mode):
 @every_case
 def test_the_subsets_of_two_processes_are_those_of_one(launched, engine, mode):
     one, ranks = launched(None, mode)[1][0], launched(engine, mode)[1]
-    assert sorted(ranks[0]["subsets"] + ranks[1]["subsets"]) == one["subsets"]
+    for (*ours, kept), (*theirs, expected) in zip(
+        sorted(ranks[0]["subsets"] + ranks[1]["subsets"]), one["subsets"], strict=True
+    ):
+        assert ours == theirs
+        assert kept == pytest.approx(expected, abs=1e-6)  # what is not 0 or 1 is a balanced end token's
     assert any(0.0 in kept[len(kept) // 2 :] and 1.0 in kept for _, _, kept in one["subsets"])
 
 
