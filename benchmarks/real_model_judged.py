@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +78,17 @@ def commands(args: argparse.Namespace, folder: Path, answers: dict[str, Path]) -
     return found
 
 
+def note_accuracy(folder: Path, command: str) -> None:
+    """Record on what share of the held-out pairs the judge agrees with people, as its training ended."""
+    log = json.loads((folder / "adapter" / "trainer_state.json").read_text())["log_history"]
+    accuracy = [entry["eval_rewards/accuracies"] for entry in log if "eval_rewards/accuracies" in entry][-1]
+    n = len((folder / "pairs" / "test.jsonl").read_text().splitlines())
+    about = {"config": {"judge": "implicit"}, "command": command, **results.provenance()}
+    (folder / "judge.records.jsonl").write_text(
+        results.lines([results.Record(name="judge_accuracy", value=accuracy, n=n, **about)])
+    )
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Train the judge, judge, compare."""
     parser = study.make_parser()
@@ -95,6 +107,8 @@ def main(words: Sequence[str] | None = None) -> None:
             continue
         print(f"$ sampo {shlex.join(command)}", flush=True)
         sampo(command)
+    given = sys.argv[1:] if words is None else words
+    note_accuracy(folder, shlex.join(["python", "benchmarks/real_model_judged.py", *given]))
 
 
 if __name__ == "__main__":

@@ -137,27 +137,44 @@ def _audited() -> Any:
 
 def lab_judged() -> str:
     """The lab's models by the truth and by a ruler, from the records of benchmarks/lab_judged.py."""
+    return _judged("lab_judged.jsonl", {"lab": "the truth", "longer": "a ruler"}, empty="lab")
+
+
+def real_judged() -> str:
+    """The real model's answers by a model and by a ruler, from the records of benchmarks/real_model_judged.py."""
+    from sampo import results
+
+    table = _judged(
+        "real_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
+    )
+    records = results.read(ROOT / "docs" / "evaluation" / "real_judged.jsonl")
+    (accuracy,) = (record for record in records if record.name == "judge_accuracy")
+    agrees = f"The judge agrees with people on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
+    return f"{table}\n\n{agrees} `{accuracy.command}`"
+
+
+def _judged(file: str, judges: dict[str, str], empty: str) -> str:
+    """Verbosity, and win rates by each judge, of each system."""
     from sampo import results
 
     cells: dict[str, dict[str, str]] = {}
-    for record in results.read(ROOT / "docs" / "evaluation" / "lab_judged.jsonl"):
-        judge = record.config.get("judge", "")
-        number, form = (record.value, ".1f") if record.name == "verbosity/tokens_mean" else (100 * record.value, ".1f")
-        if record.name == "verbosity/tokens_ratio":
-            number, form = record.value, ".2f"
-        low, high = record.interval or (None, None)
-        scale = number / record.value if record.value else 1
-        bounds = f" [{low * scale:{form}}, {high * scale:{form}}]" if low is not None else ""
-        cells.setdefault(record.config["system"], {})[f"{judge} {record.name}".strip()] = f"{number:{form}}{bounds}"
-    columns = {
-        "verbosity/tokens_mean": "tokens",
-        "verbosity/tokens_ratio": "ratio",
-        "lab win_rate": "win rate by the truth, %",
-        "lab win_rate/equal_length": "at equal length, %",
-        "lab win_rate/control_empty": "an empty answer, %",
-        "longer win_rate": "by a ruler, %",
-        "longer win_rate/equal_length": "at equal length, %",
-    }
+    for record in results.read(ROOT / "docs" / "evaluation" / file):
+        if "system" not in record.config:  # of the judge, or of two systems
+            continue
+        scale = 1 if record.name.startswith("verbosity/") else 100
+        form = ".2f" if record.name == "verbosity/tokens_ratio" else ".1f"
+        bounds = " [{}, {}]".format(*(f"{scale * x:{form}}" for x in record.interval)) if record.interval else ""
+        name = f"{record.config.get('judge', '')} {record.name}".strip()
+        value = "–" if record.value is None else f"{scale * record.value:{form}}"
+        cells.setdefault(record.config["system"], {})[name] = value + bounds
+    columns = {"verbosity/tokens_mean": "tokens", "verbosity/tokens_ratio": "ratio"}
+    for judge, title in judges.items():
+        columns |= {
+            f"{judge} win_rate": f"win rate by {title}, %",
+            f"{judge} win_rate/equal_length": "at equal length, %",
+        }
+        if judge == empty:
+            columns[f"{judge} win_rate/control_empty"] = "an empty answer, %"
     lines = ["| system | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
     for system, found in cells.items():
         lines.append(f"| {system} | " + " | ".join(found.get(name, "") for name in columns) + " |")
@@ -301,7 +318,7 @@ PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "merging": merging},
-    **{"real_model": real_model, "lab_judged": lab_judged, "diagnosed": diagnosed},
+    **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
 }
