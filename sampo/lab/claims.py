@@ -16,7 +16,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 COLLAPSED = 0.45  # win rate against the start, below which a policy has collapsed
 HALF_STOPS = 0.5  # or share of answers that end
 MARGIN = 0.02  # of win rate: a loss that is worth less is none
-BALANCED = "rejected_learned_balanced"
+OURS, BALANCED = "sampo_rejected_learned", "rejected_learned_balanced"
 LEAN = 0.1  # correlation of margin and length difference that counts as none
 
 
@@ -234,23 +234,44 @@ def _change_of_length(study: Study, method: str, group: str) -> dict[int, float]
 
 
 def _questions_of_ours(study: Study) -> list[Claim]:
-    ours = "sampo_rejected_learned"
+    return [*_claims_of_the_combination(study), *_claims_of_the_end_token(study), *_claims_of_the_pressure(study)]
 
-    def beats(other: str) -> Callable[[str], tuple[str, str]]:
-        def judge(group: str) -> tuple[str, str]:
-            wins = _difference(study, ours, other, group, "win_rate")
-            tokens = _difference(study, ours, other, group, "tokens")
-            return above(wins, -MARGIN), f"win rate {words(wins, 3)}; {words(tokens)} tokens"
 
-        return judge
+def _at_least_as_good(study: Study, ours: str, other: str) -> list[Finding]:
+    def judge(group: str) -> tuple[str, str]:
+        wins, tokens, kl = (_difference(study, ours, other, group, name) for name in ("win_rate", "tokens", "kl"))
+        return above(wins, -MARGIN), f"win rate {words(wins, 3)}; {words(tokens)} tokens; KL {words(kl)}"
 
-    def accurate(other: str) -> Callable[[str], tuple[str, str]]:
-        def judge(group: str) -> tuple[str, str]:
-            spread = _difference(study, ours, other, group, "accuracy")
-            return above(spread), f"accuracy {words(spread, 3)}"
+    return _of_groups(judge)
 
-        return judge
 
+def _claims_of_the_combination(study: Study) -> list[Claim]:
+    def accurate(group: str) -> tuple[str, str]:
+        spread = _difference(study, OURS, "dpo", group, "accuracy")
+        return above(spread), f"accuracy {words(spread, 3)}"
+
+    names = {"dpo": "DPO", "sampo": "SamPO", "rdpo_02": "R-DPO .02", "dpo_learned": "the penalty alone"}
+    names |= {"sampo_rejected": "the sampling alone"}
+    return [
+        *(
+            Claim(
+                f"`rejected` + `learned` is at least as good as {title}.",
+                "sampo",
+                f"Win rate of {STUDY_METHODS[OURS].title} minus {title} lies above -{MARGIN}.",
+                _at_least_as_good(study, OURS, other),
+            )
+            for other, title in names.items()
+        ),
+        Claim(
+            "The implicit reward of `rejected` + `learned` is right more often than DPO's.",
+            "sampo",
+            "Its accuracy on held-out pairs minus DPO's lies above 0.",
+            _of_groups(accurate),
+        ),
+    ]
+
+
+def _claims_of_the_end_token(study: Study) -> list[Claim]:
     def calmer(changed: str, plain: str) -> Callable[[str], tuple[str, str]]:
         def judge(group: str) -> tuple[str, str]:
             tokens = _difference(study, changed, plain, group, "tokens")
@@ -261,14 +282,36 @@ def _questions_of_ours(study: Study) -> list[Claim]:
 
         return judge
 
-    def balanced_beats(other: str) -> Callable[[str], tuple[str, str]]:
-        def judge(group: str) -> tuple[str, str]:
-            wins = _difference(study, BALANCED, other, group, "win_rate")
-            kl = _difference(study, BALANCED, other, group, "kl")
-            return above(wins, -MARGIN), f"win rate {words(wins, 3)}; KL {words(kl)}"
+    changes = (
+        ("`keep_end_token` changes length less than plain SamPO", "sampo_end", "sampo"),
+        ("With `balance_end_token` DPO changes length less", "dpo_balanced", "dpo"),
+        ("With `balance_end_token` SamPO changes length less", "sampo_balanced", "sampo"),
+        ("With `balance_end_token` `rejected` + `learned` changes length less", BALANCED, OURS),
+    )
+    return [
+        *(
+            Claim(
+                f"{what}, at no loss of quality.",
+                "sampo",
+                f"The absolute change of length against the start, of {STUDY_METHODS[changed].title} minus "
+                f"{STUDY_METHODS[plain].title}, lies below 0, and the difference of win rates above -{MARGIN}.",
+                _of_groups(calmer(changed, plain)),
+            )
+            for what, changed, plain in changes
+        ),
+        *(
+            Claim(
+                f"`rejected` + `learned` + `balance_end_token` is at least as good as {STUDY_METHODS[other].title}.",
+                "sampo",
+                f"Difference of win rates above -{MARGIN}.",
+                _at_least_as_good(study, BALANCED, other),
+            )
+            for other in ("dpo", "sampo", OURS, "dpo_balanced", "dpo_learned_balanced")
+        ),
+    ]
 
-        return judge
 
+def _claims_of_the_pressure(study: Study) -> list[Claim]:
     def predicts(name: str, where: Callable[[Cell], bool]) -> tuple[str, str]:
         spread = prediction(study, name, where)
         return below(spread), f"rank correlation {words(spread, 2)}"
@@ -278,59 +321,17 @@ def _questions_of_ours(study: Study) -> list[Claim]:
 
     conditions: dict[str, Callable[[Cell], bool]] = {"all runs": lambda cell: True}
     conditions |= {f"`{group}`": of_group(group) for group in GROUPS}
-    names = {"dpo": "DPO", "sampo": "SamPO", "rdpo_02": "R-DPO .02", "dpo_learned": "the penalty alone"}
-    names |= {"sampo_rejected": "the sampling alone"}
+    whats = {
+        "pressure": "The length pressure of the weights",
+        "push": "The length pressure, pairs weighted as in the first gradient,",
+    }
     return [
-        *(
-            Claim(
-                f"`rejected` + `learned` is at least as good as {title}.",
-                "sampo",
-                f"Win rate of {STUDY_METHODS[ours].title} minus {title} lies above -{MARGIN}.",
-                _of_groups(beats(other)),
-            )
-            for other, title in names.items()
-        ),
         Claim(
-            "The implicit reward of `rejected` + `learned` is right more often than DPO's.",
+            f"{what} before training predicts the change of length after it.",
             "sampo",
-            "Its accuracy on held-out pairs minus DPO's lies above 0.",
-            _of_groups(accurate("dpo")),
-        ),
-        *(
-            Claim(
-                f"{what}, at no loss of quality.",
-                "sampo",
-                f"The absolute change of length against the start, of {STUDY_METHODS[changed].title} minus "
-                f"{STUDY_METHODS[plain].title}, lies below 0, and the difference of win rates above -{MARGIN}.",
-                _of_groups(calmer(changed, plain)),
-            )
-            for what, changed, plain in (
-                ("`keep_end_token` changes length less than plain SamPO", "sampo_end", "sampo"),
-                ("With `balance_end_token` DPO changes length less", "dpo_balanced", "dpo"),
-                ("With `balance_end_token` SamPO changes length less", "sampo_balanced", "sampo"),
-                ("With `balance_end_token` `rejected` + `learned` changes length less", BALANCED, ours),
-            )
-        ),
-        *(
-            Claim(
-                f"`rejected` + `learned` + `balance_end_token` is at least as good as {STUDY_METHODS[other].title}.",
-                "sampo",
-                f"Difference of win rates above -{MARGIN}.",
-                _of_groups(balanced_beats(other)),
-            )
-            for other in ("dpo", "sampo", ours, "dpo_balanced", "dpo_learned_balanced")
-        ),
-        *(
-            Claim(
-                f"{what} before training predicts the change of length after it.",
-                "sampo",
-                "Spearman's correlation with log(tokens / tokens of the start), of each seed over its runs, lies "
-                "below 0 (negative pressure lengthens).",
-                [Finding(condition, *predicts(name, where)) for condition, where in conditions.items()],
-            )
-            for name, what in {
-                "pressure": "The length pressure of the weights",
-                "push": "The length pressure, pairs weighted as in the first gradient,",
-            }.items()
-        ),
+            "Spearman's correlation with log(tokens / tokens of the start), of each seed over its runs, lies "
+            "below 0 (negative pressure lengthens).",
+            [Finding(condition, *predicts(name, where)) for condition, where in conditions.items()],
+        )
+        for name, what in whats.items()
     ]
