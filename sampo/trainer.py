@@ -834,7 +834,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _method_in_words(self) -> str:
         args = self.args
         words = f"{self._weighting.title} (`token_weighting: {args.token_weighting}`, {self._weighting.source})"
-        for name in ("sampled_sides", "keep_end_token", "mask_sharing", "mask_samples", "length_penalty"):
+        options = ("sampled_sides", "keep_end_token", "balance_end_token", "mask_sharing", "mask_samples")
+        for name in (*options, "length_penalty"):
             default = SamPOConfig.__dataclass_fields__[name].default
             if getattr(args, name) != default:
                 words += f", `{name}: {getattr(args, name)}`"

@@ -808,7 +808,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(model_folder
 
 
 def test_the_model_card_names_method_weighting_and_paper(model_folder, tmp_path):
-    trainer = make_trainer(model_folder, tmp_path, sampled_sides="rejected", length_penalty="learned")
+    options = {"sampled_sides": "rejected", "length_penalty": "learned", "balance_end_token": True}
+    trainer = make_trainer(model_folder, tmp_path, **options)
     trainer.create_model_card(model_name="x")
     card = (Path(tmp_path) / "README.md").read_text()
     for text in (
@@ -817,6 +818,7 @@ def test_the_model_card_names_method_weighting_and_paper(model_folder, tmp_path)
         "`token_weighting: sampo`",
         "`sampled_sides: rejected`",
         "`length_penalty: learned`",
+        "`balance_end_token: True`",
     ):
         assert text in card
     trainer = make_trainer(model_folder, tmp_path, token_weighting="all")
