@@ -69,15 +69,6 @@ def real_model() -> str:
     return table(records) if records else "Not measured yet."
 
 
-def balanced_end() -> str:
-    """What an end token of no length pressure does in the lab, from the records of benchmarks/balanced_end.py."""
-    from balanced_end import table
-
-    from sampo import results
-
-    return table(results.read(ROOT / "docs" / "study" / "balanced_end.jsonl"))
-
-
 def speed() -> str:
     """README's few lines of the benchmark of a training step, from the records of its last run."""
     from tables import readme_table

@@ -467,7 +467,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         """`(2B, N)` the reference's probability of the end token at each place of the completions."""
         everywhere = replace(pairs)  # with a stream of its own, for this one needs all places
         if self._streams.to_be_compared:
-            self._compare_streams(self.ref_model or self.model, everywhere)
+            self._compare_streams(self.model, everywhere)
         targets = torch.full_like(pairs.inputs["input_ids"][:, 1:], self._end_id(pairs))
         return self._score_reference(everywhere, targets=targets)[0].exp() * pairs.mask
 
