@@ -33,11 +33,13 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from .config import SamPOConfig
-from .ref_key import ID_COLUMNS, RefKey, data_hash, identity_of_files, identity_of_model
+from .ref_key import ID_COLUMNS, OWN_TOKENS, RefKey, data_hash, identity_of_files, identity_of_model
 from .ref_logps import (
     CHOSEN,
+    END,
     REJECTED,
     STORAGE,
+    TOKENS,
     RefCache,
     RefCacheError,
     RefCollator,
@@ -51,7 +53,7 @@ logger = get_logger(__name__)
 
 
 class Filled(NamedTuple):
-    """What became of one data set: its cache, how many rows were computed now, and the seconds that took."""
+    """What became of one cache of a data set: how many rows were computed now, and the seconds that took."""
 
     name: str
     cache: RefCache
@@ -85,20 +87,35 @@ class CachedReferenceTrainer(DPOTrainer):
         if args.precompute_ref_log_probs:
             self.data_collator = RefCollator(self.data_collator, args.ref_cache_dtype)
 
-    def _reference_logps(self, reference, inputs: dict[str, Any]) -> Tensor:
-        """`(2B, L − 1)` log π_ref of all completion tokens of a collated batch; zero or anything elsewhere."""
+    def _reference_logps(self, reference, inputs: dict[str, Any], targets: str) -> Tensor:
+        """`(2B, L − 1)` log π_ref at all completion tokens of a collated batch; zero or anything elsewhere.
+
+        Of what is in `_cached_targets`.
+        """
         raise NotImplementedError
+
+    @property
+    def _cached_targets(self) -> list[str]:
+        """A cache for each: the completion's own tokens, and more in the trainer's words."""
+        return [OWN_TOKENS]
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), CHOSEN, REJECTED]))
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *TOKENS[:2], *END[:2]]))
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         if not isinstance(dataset, Dataset):  # TRL says why not
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        started = time.monotonic()
         dataset = without_ref_logps(dataset)
-        cache = RefCache(cache_root(self.args.ref_cache_dir), self._ref_key(dataset), len(dataset))
+        for targets in self._cached_targets:
+            dataset = self._with_cache(dataset, targets, name, batch_size)
+        return dataset
+
+    def _with_cache(self, dataset: Dataset, targets: str, name: str, batch_size: int) -> Dataset:
+        started = time.monotonic()
+        key = self._ref_key(dataset, targets)
+        cache = RefCache(cache_root(self.args.ref_cache_dir), key, len(dataset))
+        name += "" if targets == OWN_TOKENS else f" ({targets})"
         if self._rebuild_ref_cache:
             self._on_main(cache.remove)
         computed = self._fill(cache, dataset, name, batch_size)
@@ -110,12 +127,13 @@ class CachedReferenceTrainer(DPOTrainer):
         )
         with self.args.main_process_first(local=False, desc="joining the reference log-probs"):
             joined = cache.attach(dataset)
-        self._check_rows(joined, set(range(len(dataset))) - _rows_of(computed), cache, name, batch_size)
+        if targets == OWN_TOKENS:
+            self._check_rows(joined, set(range(len(dataset))) - _rows_of(computed), cache, name, batch_size)
         return joined
 
     # --- the key -------------------------------------------------------------------------------------------------
 
-    def _ref_key(self, dataset: Dataset) -> RefKey:
+    def _ref_key(self, dataset: Dataset, targets: str) -> RefKey:
         if self._ref_identity is None:
             self._ref_identity = self._identify_reference()
         return RefKey(
@@ -124,6 +142,7 @@ class CachedReferenceTrainer(DPOTrainer):
             max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode,
             storage_dtype=self.args.ref_cache_dtype,
+            targets=targets,
         )
 
     def _identify_reference(self) -> dict[str, Any]:
@@ -184,11 +203,11 @@ class CachedReferenceTrainer(DPOTrainer):
         return (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self.model_wrapped is self.model
 
     @torch.no_grad()
-    def _score_rows(self, reference, dataset: Dataset, rows: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    def _score_rows(self, reference, dataset: Dataset, rows: list[int], targets: str) -> tuple[list[Tensor], ...]:
         """Per-token log-probs of chosen and of rejected, each `(T,)` float32 on the CPU."""
         inputs = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
         mask = inputs["completion_mask"][:, 1:].bool()
-        logps = self._reference_logps(reference, inputs).float()
+        logps = self._reference_logps(reference, inputs, targets).float()
         each = [row[kept].cpu() for row, kept in zip(logps, mask, strict=True)]
         return each[: len(rows)], each[len(rows) :]
 
@@ -229,7 +248,7 @@ class CachedReferenceTrainer(DPOTrainer):
             n_batches = max(-(-(shard.stop - shard.start) // batch_size) for shard in turn)
 
             def work(mine=mine, n_batches=n_batches, turn=turn):
-                scored = self._score_shard(reference, ids, mine or turn[0], batch_size, n_batches)
+                scored = self._score_shard(reference, ids, mine or turn[0], batch_size, n_batches, cache.key.targets)
                 return [cache.write(mine, *scored)] if mine else []
 
             written = self._together(work)
@@ -237,14 +256,14 @@ class CachedReferenceTrainer(DPOTrainer):
             bar.update(sum(shard.stop - shard.start for shard in turn))
         bar.close()
 
-    def _score_shard(self, reference, ids: Dataset, shard: Shard, batch_size: int, n_batches: int):
+    def _score_shard(self, reference, ids: Dataset, shard: Shard, batch_size: int, n_batches: int, targets: str):
         """Rows of like length together; the last batch is repeated until there are `n_batches`."""
         lengths = {row: sum(map(len, ids[row].values())) for row in range(shard.start, shard.stop)}
         rows = sorted(lengths, key=lengths.__getitem__, reverse=True)
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for batch in batches + batches[-1:] * (n_batches - len(batches)):
-            scored = self._score_rows(reference, ids, batch)
+            scored = self._score_rows(reference, ids, batch, targets)
             found.update(zip(batch, zip(*scored, strict=True), strict=True))
         chosen, rejected = zip(*(found[row] for row in range(shard.start, shard.stop)), strict=True)
         return list(chosen), list(rejected)
@@ -276,10 +295,11 @@ class CachedReferenceTrainer(DPOTrainer):
         with self._scoring() as reference:
             for i in range(0, len(rows), batch_size):
                 part = rows[i : i + batch_size]
-                live = [torch.cat(both) for both in zip(*self._score_rows(reference, ids, part), strict=True)]
-                for row, now in zip(part, live, strict=True):
+                live = self._score_rows(reference, ids, part, OWN_TOKENS)
+                for row, *sides_now in zip(part, *live, strict=True):
                     sides = (joined[row][column] for column in (CHOSEN, REJECTED))
                     stored = torch.cat([decode(side, cache.key.storage_dtype) for side in sides])
+                    now = torch.cat(sides_now)
                     excess.append(((now - stored).abs() - rounding * now.abs()).mean().item())
         excess = self.accelerator.gather(torch.tensor([excess], device=self.accelerator.device)).amax(dim=0).tolist()
         limit = 1e-3 if cache.key.compute_dtype == "float32" else 0.1  # rounding is 1e-5, and some hundredths in bf16

@@ -66,7 +66,7 @@ class SamPOConfig(DPOConfig):
         metadata={
             "help": "The end token weighs what makes the length pressure of each response 0 under the reference: "
             "sum_t w_t p_end(t) / (1 - p_end(T)) over the other tokens. For every method; `keep_end_token` is implied "
-            "where there is one. Costs one more forward pass of a live reference."
+            "where there is one. Costs one more forward pass of the reference, with `precompute_ref_log_probs` once."
         },
     )
     mask_sharing: str = field(
@@ -289,14 +289,11 @@ class SamPOConfig(DPOConfig):
                 f"`keep_end_token` is for {methods('can_keep_end')}, got `token_weighting: {name}`.",
             ),
             (
-                self.balance_end_token and self.precompute_ref_log_probs,
-                "`balance_end_token` asks the reference for the probability of the end token, which a cache of "
-                "`precompute_ref_log_probs` does not have. Unset one of them.",
-            ),
-            (
-                self.balance_end_token and self.max_tokens_per_forward is not None,
-                "`balance_end_token` takes whole batches, got `max_tokens_per_forward: "
-                f"{self.max_tokens_per_forward}`. Unset one of them.",
+                self.balance_end_token
+                and self.max_tokens_per_forward is not None
+                and not self.precompute_ref_log_probs,
+                "`balance_end_token` asks a live reference about whole batches, got `max_tokens_per_forward: "
+                f"{self.max_tokens_per_forward}`. Set `precompute_ref_log_probs: true`, or unset one of them.",
             ),
             (
                 self.length_penalty_start != 0 and not self.learns_length_penalty,

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 SCHEMA = 1
+OWN_TOKENS = "tokens"  # as `targets` of a key
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 # of a model's config: what says where it came from or what else it can do, and nothing about its log-probs
@@ -47,6 +48,7 @@ class RefKey:
         max_length: tokens of prompt and response together, or None.
         truncation_mode: which end is cut.
         storage_dtype: type of the numbers on disk.
+        targets: whose log-probs they are: `tokens`, those of the completion; or, in words, the end token's.
         schema: version of this list and of the files.
     """
 
@@ -58,6 +60,7 @@ class RefKey:
     max_length: int | None
     truncation_mode: str
     storage_dtype: str
+    targets: str = OWN_TOKENS
     schema: int = SCHEMA
 
     def as_dict(self) -> dict[str, Any]:

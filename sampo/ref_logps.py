@@ -1,7 +1,8 @@
 """Per-token reference log-probs on disk: shards of rows, a manifest, and how a batch gets its numbers.
 
 TRL's cache holds one sum per response, from which no subset of tokens can be taken; ours holds one number per
-completion token that survives truncation. A cache is a folder, named by its key (`sampo.ref_key`):
+completion token that survives truncation: the token's own log-prob, or the end token's in its place. A cache is a
+folder, named by its key (`sampo.ref_key`):
 
     <ref_cache_dir>/<digest>/manifest.json        the key, and file, size and SHA-256 of each finished shard
                              shard-00000.arrow    Arrow stream, one row per pair, memory-mapped when it is read
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,11 +31,20 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .ref_key import SCHEMA, RefKey
+from .ref_key import OWN_TOKENS, SCHEMA, RefKey
 from .whole_files import write_whole
 
-CHOSEN, REJECTED = "ref_chosen_token_logps", "ref_rejected_token_logps"  # columns of a data set
-BATCH = "ref_logps"  # what the collator makes of them: `(2B, L − 1)`
+
+class Names(NamedTuple):
+    """Two columns of a data set, and what the collator makes of them: `(2B, L − 1)`."""
+
+    chosen: str
+    rejected: str
+    batch: str
+
+
+TOKENS = CHOSEN, REJECTED, BATCH = Names("ref_chosen_token_logps", "ref_rejected_token_logps", "ref_logps")
+END = Names("ref_chosen_end_logps", "ref_rejected_end_logps", "ref_end_logps")  # `balance_end_token` needs them
 
 ROWS_PER_SHARD = 512  # what a killed build loses at most, per process
 
@@ -74,10 +84,12 @@ class RefCache:
         folder: where it lies.
         key: what its numbers depend on.
         n_rows: rows of the data set.
+        names: of its columns.
     """
 
     def __init__(self, root: Path, key: RefKey, n_rows: int):
         self.folder, self.key, self.n_rows = root / key.digest, key, n_rows
+        self.names = TOKENS if key.targets == OWN_TOKENS else END
         self._lock = FileLock(root / f"{key.digest}.lock", timeout=10)
 
     @property
@@ -127,7 +139,8 @@ class RefCache:
             RefCacheError: a number is not finite, or does not fit into the type on disk.
         """
         kind = self.key.storage_dtype
-        table = pa.table({CHOSEN: _column(chosen, kind, shard), REJECTED: _column(rejected, kind, shard)})
+        columns = [_column(rows, kind, shard) for rows in (chosen, rejected)]
+        table = pa.table(columns, names=list(self.names[:2]))
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
@@ -147,7 +160,7 @@ class RefCache:
         self._write_manifest(manifest)
 
     def attach(self, dataset: Dataset) -> Dataset:
-        """The data set with the columns `CHOSEN` and `REJECTED`, memory-mapped from the shards.
+        """The data set with two more columns (`names`), memory-mapped from the shards.
 
         Raises:
             RefCacheError: a shard is missing.
@@ -163,7 +176,7 @@ class RefCache:
                 "folder that all machines share."
             )
         logps = concatenate_datasets([Dataset.from_file(str(self._path(shard))) for shard in shards])
-        dataset = without_ref_logps(dataset)
+        dataset = without_ref_logps(dataset, [self.names])
         if dataset._indices is not None:  # else `datasets` would copy the shards with it
             dataset = dataset.flatten_indices()
         return concatenate_datasets([dataset, logps], axis=1)
@@ -250,9 +263,10 @@ def cache_folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("*") if path.is_dir() and _FOLDER.fullmatch(path.name))
 
 
-def without_ref_logps(dataset: Dataset) -> Dataset:
+def without_ref_logps(dataset: Dataset, kinds: Sequence[Names] = (TOKENS, END)) -> Dataset:
     """The data set without columns of an earlier cache."""
-    return dataset.remove_columns([name for name in (CHOSEN, REJECTED) if name in dataset.column_names])
+    columns = [name for names in kinds for name in names[:2]]
+    return dataset.remove_columns([name for name in columns if name in dataset.column_names])
 
 
 def _cure(path: Path) -> str:
@@ -284,7 +298,7 @@ def decode(values: list, kind: str) -> Tensor:
 
 @dataclass
 class RefCollator:
-    """The trainer's collator, and `ref_logps` beside what it makes of a batch.
+    """The trainer's collator, and `ref_logps` (and `ref_end_logps`) beside what it makes of a batch.
 
     Example, rows of two and of one completion token after prompts of two and three:
 
@@ -305,11 +319,16 @@ class RefCollator:
         Raises:
             RefCacheError: a row has another number of completion tokens than the cache.
         """
-        if CHOSEN not in examples[0]:
-            return self.collate(examples)
-        batch = self.collate([{k: v for k, v in e.items() if k not in (CHOSEN, REJECTED)} for e in examples])
-        rows = [decode(e[name], self.kind) for name in (CHOSEN, REJECTED) for e in examples]
-        mask = batch["completion_mask"][:, 1:].bool()  # (2B, L − 1)
+        kinds = [names for names in (TOKENS, END) if names.chosen in examples[0]]
+        cached = {name for names in kinds for name in names[:2]}
+        batch = self.collate([{k: v for k, v in e.items() if k not in cached} for e in examples])
+        for names in kinds:
+            batch[names.batch] = self._batch(examples, names, batch["completion_mask"][:, 1:].bool())
+        return batch
+
+    def _batch(self, examples: list[dict[str, Any]], names: Names, mask: Tensor) -> Tensor:
+        """`(2B, L − 1)` of rows, at the completion tokens of `mask`."""
+        rows = [decode(e[name], self.kind) for name in names[:2] for e in examples]
         counts, cached = mask.sum(dim=1).tolist(), [len(row) for row in rows]
         if counts != cached:
             raise RefCacheError(
@@ -317,5 +336,4 @@ class RefCollator:
                 "collator cuts rows otherwise than `max_length` and `truncation_mode` say; use TRL's, or unset "
                 "`precompute_ref_log_probs`."
             )
-        batch[BATCH] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(rows))
-        return batch
+        return torch.zeros(mask.shape).masked_scatter(mask, torch.cat(rows))

@@ -54,7 +54,9 @@ from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
+from .ref_key import OWN_TOKENS
 from .ref_logps import BATCH as CACHED_REF_LOGPS
+from .ref_logps import END
 from .resuming import ResumableTrainer
 from .run_state import RunState
 from .weighting import (
@@ -71,7 +73,7 @@ from .weighting import (
 
 logger = get_logger(__name__)
 
-_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS)
+_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS, END.batch)
 _TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
 _WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
 _TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")  # what TRL makes of them
@@ -251,7 +253,6 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             self._sft_weight = sum(weight for name, weight in terms if name == "sft")
             self.loss_types = [name for name, _ in terms if name != "sft"]
             self.loss_weights = [weight for name, weight in terms if name != "sft"]
-        self._end_token_ids = end_token_ids(self._tokenizer, self.model.generation_config)
         self._length_scale = self._find_length_scale()
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
@@ -337,17 +338,19 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         return self.args.mask_samples
 
     def _see_pairs(self, inputs: dict[str, Any], mode: str) -> _Pairs:
-        mask = inputs["completion_mask"][:, 1:].bool()
-        end_ids = torch.tensor(self._end_token_ids, device=mask.device)
-        end = last_end_tokens(inputs["input_ids"], mask, end_ids)
-        epoch = self._run_state.epoch if mode == "train" else EVAL_EPOCH
-        pairs = _Pairs(inputs, mask, end, epoch, known=None, places=mask, ref_places=mask)
+        pairs = self._find_completions(inputs, self._run_state.epoch if mode == "train" else EVAL_EPOCH)
         if self.args.balance_end_token:
             pairs.end_probs = self._reference_end_probs(pairs)
         if not self._weighting.needs_log_ratios:
             pairs.known = [self._weigh(pairs, k) for k in range(self._n_draws)]
             self._choose_places(pairs, pairs.known, mode)
         return pairs
+
+    def _find_completions(self, inputs: dict[str, Any], epoch: int) -> _Pairs:
+        """A batch of which all completion tokens are scored."""
+        mask = inputs["completion_mask"][:, 1:].bool()
+        end = last_end_tokens(inputs["input_ids"], mask, torch.tensor(self._end_token_ids, device=mask.device))
+        return _Pairs(inputs, mask, end, epoch, known=None, places=mask, ref_places=mask)
 
     def _weigh(self, pairs: _Pairs, draw: int, log_ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights of the policy's and of the reference's log-probs, each `(2B, N)`; the same tensor if shared."""
@@ -448,7 +451,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
         Of the `(2B, N)` `targets` in place of the completion's tokens, if they are given.
         """
-        if CACHED_REF_LOGPS in pairs.inputs:
+        if targets is None and CACHED_REF_LOGPS in pairs.inputs:
             return pairs.inputs[CACHED_REF_LOGPS], None
         reference = reference or self.ref_model or self.model
         seen = []
@@ -465,22 +468,30 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
     def _reference_end_probs(self, pairs: _Pairs) -> Tensor:
         """`(2B, N)` the reference's probability of the end token at each place of the completions."""
+        if END.batch in pairs.inputs:
+            return pairs.inputs[END.batch].exp() * pairs.mask
         everywhere = replace(pairs)  # with a stream of its own, for this one needs all places
         if self._streams.to_be_compared:
             self._compare_streams(self.model, everywhere)
-        targets = torch.full_like(pairs.inputs["input_ids"][:, 1:], self._end_id(pairs))
-        return self._score_reference(everywhere, targets=targets)[0].exp() * pairs.mask
+        return self._score_reference(everywhere, targets=self._end_targets(pairs))[0].exp() * pairs.mask
 
-    def _reference_logps(self, reference, inputs: dict[str, Any]) -> Tensor:
-        mask = inputs["completion_mask"][:, 1:].bool()
-        # nothing is drawn: all completion tokens are scored
-        pairs = _Pairs(inputs, mask, end=mask, epoch=EVAL_EPOCH, known=None, places=mask, ref_places=mask)
+    @cached_property
+    def _end_token_ids(self) -> list[int]:
+        return end_token_ids(self._tokenizer, self.model.generation_config)
+
+    @property
+    def _cached_targets(self) -> list[str]:
+        end = f"end token {' or '.join(map(str, self._end_token_ids))}"
+        return [OWN_TOKENS, end] if self.args.balance_end_token else [OWN_TOKENS]
+
+    def _reference_logps(self, reference, inputs: dict[str, Any], targets: str) -> Tensor:
+        pairs = self._find_completions(inputs, EVAL_EPOCH)
         if not hasattr(self, "_streams"):  # TRL fills the cache within its `__init__`; the run gets its own below
             self._streams = PairStreams(self.args.pair_stream, [self.accelerator.unwrap_model(reference)])
         if self._streams.to_be_compared:
             with self.accelerator.autocast():
                 self._compare_streams(reference, pairs)
-        return self._score_reference(pairs, reference)[0]
+        return self._score_reference(pairs, reference, None if targets == OWN_TOKENS else self._end_targets(pairs))[0]
 
     def _make_draws(self, pairs: _Pairs, logps: Tensor, ref_logps: Tensor, ref_sums: Tensor | None) -> list[_Draw]:
         known = pairs.known
@@ -523,7 +534,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
         ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
         batch = {
-            **{name: value for name, value in pairs.inputs.items() if name != CACHED_REF_LOGPS},
+            **{name: value for name, value in pairs.inputs.items() if name not in (CACHED_REF_LOGPS, END.batch)},
             "completion_mask": self._widen(pairs.inputs, draw.weights > 0)
             if not self.args.is_plain_dpo
             else pairs.inputs["completion_mask"],
@@ -725,15 +736,20 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     @torch.no_grad()
     def _pressure(self, model, pairs: _Pairs, weights: Tensor) -> Tensor:
         """`(B,)`; the end token takes the place of each counted label, which is a forward pass of its own."""
-        targets, end_id = pairs.inputs["input_ids"][:, 1:], self._end_id(pairs)
-        output = self._forward(model, pairs, weights > 0, torch.full_like(targets, end_id))
+        targets = self._end_targets(pairs)
+        output = self._forward(model, pairs, weights > 0, targets)
         end_probs = output.log_probs[:, -pairs.mask.size(1) :].exp()
-        return length_pressure(weights, pairs.mask & (targets == end_id), end_probs)
+        return length_pressure(weights, pairs.mask & (pairs.inputs["input_ids"][:, 1:] == targets), end_probs)
 
-    def _end_id(self, pairs: _Pairs) -> int:
-        """The end token of these data; a batch in which every completion was cut falls back to EOS."""
-        ends = pairs.inputs["input_ids"][:, 1:][pairs.end]
-        return int(ends[0]) if len(ends) else self._end_token_ids[0]
+    def _end_targets(self, pairs: _Pairs) -> Tensor:
+        """`(2B, N)` the end token of each completion, at all its places.
+
+        One that was cut has none, and takes the batch's first; in a batch of cut completions it is EOS.
+        """
+        ids, ended = pairs.inputs["input_ids"][:, 1:], pairs.end.any(dim=1, keepdim=True)
+        ends = ids[pairs.end]  # (number of rows that end,), for no row has two
+        other = ends[0] if len(ends) else ids.new_tensor(self._end_token_ids[0])
+        return torch.where(ended, (ids * pairs.end).sum(dim=1, keepdim=True), other).expand_as(ids)
 
     def _check_finite(self, loss: Tensor, pairs: _Pairs, draws: list[_Draw], mode: str) -> None:
         if not torch.isfinite(loss):

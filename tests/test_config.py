@@ -84,10 +84,9 @@ REFUSED = [
     ({"loss_type": ["sigmoid", "sigmoyd"]}, r"`loss_type` must be among .* got \['sigmoyd'\]"),
     ({"token_weighting": "mean", "sampled_sides": "rejected"}, "`sampled_sides: rejected` needs a method that thins"),
     ({"token_weighting": "prefix", "keep_end_token": True}, "`keep_end_token` is for"),
-    ({"balance_end_token": True, "precompute_ref_log_probs": True}, "a cache of `precompute_ref_log_probs` does not"),
     (
         {"balance_end_token": True, "max_tokens_per_forward": 99},
-        "takes whole batches, got `max_tokens_per_forward: 99`",
+        "a live reference about whole batches, got `max_tokens_per_forward: 99`. Set `precompute_ref_log_probs: true`",
     ),
     (
         {"balance_end_token": True, "loss_type": "ipo"},

@@ -40,6 +40,7 @@ MODES = {
     "log_ratios": {"options": {"token_weighting": "top_k"}, "slow": True},
     "subsets": {"options": {"mask_samples": 3, "keep_end_token": True}, "slow": True},
     "balanced": {"options": {"balance_end_token": True}, "slow": True},
+    "balanced_cached": {"options": {"balance_end_token": True, "precompute_ref_log_probs": True}, "slow": True},
     "lora_stream": {"options": {"learning_rate": 1e-2, "pair_stream": "true"}, "lora": True, "slow": True},
     "lora_cached": {"options": {"learning_rate": 1e-2, "precompute_ref_log_probs": True}, **LORA_CACHED},
 }

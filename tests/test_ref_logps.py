@@ -20,7 +20,7 @@ from sampo import SamPOConfig, SamPOTrainer, cached_reference, ref_key, ref_logp
 from sampo.commands import cache as command
 from sampo.commands import train
 from sampo.ref_key import RefKey, data_hash, files_hash, weights_hash
-from sampo.ref_logps import CHOSEN, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
+from sampo.ref_logps import CHOSEN, END, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
 from sampo.weighting import WEIGHTINGS
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -109,7 +109,55 @@ def test_the_cache_holds_one_log_prob_per_completion_token_that_survives_truncat
     assert seen > 100
 
 
+@pytest.mark.parametrize(
+    ("end_id", "options"), [(1, {"max_length": 14}), (3, {"pair_stream": "true"}), (3, {"max_length": 25})]
+)
+def test_the_cache_holds_the_end_tokens_log_prob_at_each_place_of_a_row_that_ends(root, end_id, options):
+    """Of EOS, or of what ends a turn in the template. What is kept of a row that was cut nobody asks."""
+    reference = make_model(seed=1)
+    trainer = make_trainer(
+        make_model(seed=2),
+        root,
+        data=make_pairs(20, conversational=end_id == 3),
+        ref_model=reference,
+        processing_class=make_tokenizer(),
+        balance_end_token=True,
+        **options,
+    )
+    assert [filled.computed for filled in trainer.ref_caches] == [20, 20]
+    whole = 0
+    for row in trainer.train_dataset:
+        for name, column in (("chosen_ids", END.chosen), ("rejected_ids", END.rejected)):
+            ids = (row["prompt_ids"] + row[name])[: options.get("max_length")]
+            n_kept = len(ids) - len(row["prompt_ids"])
+            assert len(row[column]) == n_kept
+            if end_id in ids[-n_kept:]:
+                with torch.no_grad():
+                    logps = reference(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)[:, end_id]
+                assert row[column] == pytest.approx(logps[-n_kept:].tolist(), abs=2e-5)
+                whole += 1
+    assert whole == 40 if "max_length" not in options else 5 < whole < 40
+
+
+def test_the_end_tokens_log_probs_are_added_to_a_cache_that_has_the_others(model_folder, root):
+    make_trainer(model_folder, root)
+    model, calls = counted(load(model_folder))
+    options = {"processing_class": make_tokenizer(), "balance_end_token": True, "ref_cache_check": 0}
+    trainer = make_trainer(model, root, **options)
+    assert [(filled.name, filled.computed) for filled in trainer.ref_caches] == [
+        ("train", 0),
+        ("train (end token 1 or 3)", 20),
+    ]
+    assert len(calls) == 5
+    again = make_trainer(model_folder, root, balance_end_token=True)
+    assert [filled.computed for filled in again.ref_caches] == [0, 0]
+    assert END.chosen not in make_trainer(model_folder, root).train_dataset.column_names
+
+
 RUNS = [{"token_weighting": name} for name in WEIGHTINGS] + [
+    *({"token_weighting": name, "balance_end_token": True} for name in ("all", "sampo", "top_k")),
+    {"balance_end_token": True, "mask_samples": 2, "peft_config": LoraConfig(**LORA), "pair_stream": "auto"},
+    {"balance_end_token": True, "max_length": 14, "log_length_pressure": True},
     {"token_weighting": "all", "ld_alpha": 0.3},
     {"mask_sharing": "independent"},
     {"mask_samples": 3, "loss_type": ["sigmoid", "sft"]},
@@ -301,6 +349,7 @@ CHANGES = {
     "max_length": lambda: {"max_length": 63},
     "truncation_mode": lambda: {"truncation_mode": "keep_end"},
     "storage_dtype": lambda: {"ref_cache_dtype": "float16"},
+    "targets": lambda: {"balance_end_token": True},
 }
 
 
@@ -310,10 +359,11 @@ def test_each_field_of_the_key_sees_what_it_is_for_and_nothing_else(model_folder
     first = make_trainer(model_folder, root, **BASE)
     options = BASE | CHANGES[field]()
     second = make_trainer(options.pop("model", model_folder), root, **options)
-    one, two = asdict(key_of(first)), asdict(key_of(second))
+    new = second.ref_caches[-1]
+    one, two = asdict(key_of(first)), asdict(new.cache.key)
     assert {name for name in one if one[name] != two[name]} == {field}
-    assert key_of(first).digest != key_of(second).digest
-    assert second.ref_caches[0].computed == 20
+    assert key_of(first).digest != new.cache.key.digest
+    assert new.computed == 20
 
 
 def test_every_field_of_the_key_has_a_test_and_a_part_in_the_digest():
@@ -395,7 +445,7 @@ def test_a_stored_number_is_off_by_no_more_than_its_bound(tmp_path, kind):
     generator = torch.Generator().manual_seed(0)
     rows = [-torch.empty(50).exponential_(generator=generator) * 10 ** (i - 4) for i in range(8)]  # up to 10^5 nats
     rows = [row.clamp(min=-65000) for row in rows] + [torch.zeros(3), torch.zeros(0)]
-    key = RefKey(**{f.name: 1 for f in fields(RefKey)} | {"storage_dtype": kind})
+    key = RefKey(**{f.name: 1 for f in fields(RefKey)} | {"storage_dtype": kind, "targets": "tokens"})
     cache = RefCache(tmp_path, key, len(rows))
     (shard,) = cache.begin({})
     cache.record([cache.write(shard, rows, rows[::-1])])

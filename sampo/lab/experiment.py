@@ -402,7 +402,7 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
         activation_checkpointing=False,
         dataloader_pin_memory=False,
         pair_stream="true",
-        precompute_ref_log_probs=not options.get("balance_end_token"),
+        precompute_ref_log_probs=True,
         ref_cache_dir=bench.reference_cache,
         ref_cache_check=0,
         log_token_statistics=False,
