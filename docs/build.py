@@ -303,7 +303,8 @@ def diagnosed() -> str:
 
 
 STUDY_PARTS = (
-    *("about", "verdicts", "details", "headline", "against_dpo", "equal_kl", "frontiers", "biases", "penalties"),
+    *("about", "verdicts", "details", "headline", "against_dpo"),
+    *("at_best", "equal_kl", "frontiers", "biases", "penalties"),
 )
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from sampo import results
-from sampo.lab.analysis import Spread, Study, at_equal, frontier, grid_at_equal, over_seeds, paired, prediction
+from sampo.lab.analysis import Spread, Study, at_equal, frontier, grid_at_equal, over_seeds, paired, prediction, tuned
 from sampo.lab.claims import FAILS, HOLDS, OPEN, Claim, Finding, above, below, both, claims, collapsed, within
 from sampo.lab.methods import STUDY_METHODS
 from sampo.lab.settings import SFT, STUDY_GROUPS, Settings
@@ -111,6 +111,49 @@ def test_numbers_at_equal_kl_lie_on_the_line_between_the_neighbours(study, level
             found += expected is not None
     assert found > 0 or level in (0.4, 9.0)
     assert at_equal(study.cells[:1], "win_rate", by="kl", level=study.cells[0].numbers["kl"]) is None  # of one point
+
+
+def test_each_seed_is_measured_in_the_cell_that_is_best_in_the_others(runs, study):
+    not_its_own_best = 0
+    for method, group in (("dpo", "all"), ("sampo", "short"), ("rejected_learned_balanced", "long")):
+        wins = {
+            (seed, rate, beta): next(
+                c.numbers["win_rate"]
+                for c in study.cells
+                if (c.method, c.group, c.seed, c.bias, c.changes) == (method, group, seed, 0.5, ())
+                and (c.learning_rate, c.beta) == (rate, beta)
+            )
+            for seed in range(4)
+            for rate in (2e-4, 5e-4)
+            for beta in (0.05, 0.1, 0.3)
+        }
+        found = tuned(study, method, group)
+        assert found.keys() == set(range(4))
+        for seed, cell in found.items():
+            sums: dict = {}
+            for (other, *place), value in wins.items():
+                if other != seed:
+                    sums[tuple(place)] = sums.get(tuple(place), 0) + value
+            assert sums[cell.learning_rate, cell.beta] == max(sums.values())
+            assert (cell.seed, cell.method, cell.group) == (seed, method, group)
+            own = max(value for (other, *_), value in wins.items() if other == seed)
+            not_its_own_best += wins[seed, cell.learning_rate, cell.beta] < own
+    assert not_its_own_best > 3
+
+
+def test_a_seed_whose_grid_is_not_whole_has_no_part_in_tuning(runs):
+    def without(missing):
+        kept = [run for run in runs if run not in missing]
+        return tuned(Study(records_of(kept, by_chance)), "dpo", "all")
+
+    cells = [
+        run
+        for run in runs
+        if (run.method, run.group, run.settings.bias, run.changes) == ("dpo", "all", 0.5, ()) and run.seed > 0
+    ]
+    assert len(cells) == 18
+    assert without([cells[0]]).keys() == {0, 1, 2, 3} - {cells[0].seed}
+    assert without(cells) == {}  # one seed alone has no others
 
 
 def test_the_frontier_has_the_points_that_no_other_one_beats():

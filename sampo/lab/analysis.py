@@ -8,6 +8,7 @@ import numpy as np
 
 from ..results import Record
 from .settings import SFT, Settings
+from .study import GRID
 
 FEW_SEEDS = 3  # with fewer nothing is decided
 HEADLINE = Settings()
@@ -116,6 +117,14 @@ class Study:
         """A number of each seed in the headline setting."""
         return self.values(name, lambda c: c.is_headline and c.method == method and c.group == group)
 
+    def grid(self, method: str, group: str) -> dict[int, list[Cell]]:
+        """Of each seed the runs in the cells of the grid of learning rate and beta."""
+        found: dict[int, list[Cell]] = {seed: [] for seed in self.starts}
+        for cell in self.cells:
+            if (cell.method, cell.group, cell.bias, cell.changes) == (method, group, HEADLINE.bias, ()):
+                found[cell.seed].append(cell)
+        return found
+
     def start(self, name: str) -> dict[int, float]:
         """A number of each seed's start."""
         return {seed: numbers[name] for seed, numbers in self.starts.items() if name in numbers}
@@ -148,17 +157,24 @@ def grid_at_equal(
     study: Study, method: str, group: str, name: str, *, level: float, by: str = "kl"
 ) -> dict[int, float]:
     """`at_equal` over the method's grid of learning rate and beta, one value per seed that has one."""
-    found = {}
-    for seed in study.starts:
-        cells = [
-            c
-            for c in study.cells
-            if (c.seed, c.method, c.group, c.bias, c.changes) == (seed, method, group, HEADLINE.bias, ())
-        ]
-        value = at_equal(cells, name, by=by, level=level)
-        if value is not None:
-            found[seed] = value
-    return found
+    values = {seed: at_equal(cells, name, by=by, level=level) for seed, cells in study.grid(method, group).items()}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def tuned(study: Study, method: str, group: str) -> dict[int, Cell]:
+    """Of each seed the run in the cell of the grid that has the highest mean win rate over the other seeds.
+
+    So a seed has no part in the choice of what it is measured by, and every method has the same cells to choose from.
+    Seeds in which the grid is not whole do not count; of a single one nothing is chosen.
+    """
+    grids = {seed: {(c.learning_rate, c.beta): c for c in cells} for seed, cells in study.grid(method, group).items()}
+    grids = {seed: cells for seed, cells in grids.items() if cells.keys() >= set(GRID)}
+
+    def best_without(seed: int) -> tuple[float, float]:
+        others = [cells for other, cells in grids.items() if other != seed]
+        return max(GRID, key=lambda place: sum(cells[place].numbers["win_rate"] for cells in others))
+
+    return {seed: cells[best_without(seed)] for seed, cells in grids.items()} if len(grids) > 1 else {}
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -7,7 +7,7 @@ where it does not, or where there are fewer than three seeds.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from .analysis import FEW_SEEDS, HEADLINE, Cell, Spread, Study, paired, prediction
+from .analysis import FEW_SEEDS, HEADLINE, Cell, Spread, Study, paired, prediction, tuned
 from .methods import STUDY_METHODS
 from .settings import GROUPS
 from .study import BIASES
@@ -234,12 +234,22 @@ def _change_of_length(study: Study, method: str, group: str) -> dict[int, float]
 
 
 def _questions_of_ours(study: Study) -> list[Claim]:
-    return [*_claims_of_the_combination(study), *_claims_of_the_end_token(study), *_claims_of_the_pressure(study)]
+    of_methods = [
+        *_claims_of_the_combination(study),
+        *_claims_of_the_end_token(study),
+        *_claims_of_tuned_methods(study),
+    ]
+    return [*of_methods, *_claims_of_the_pressure(study)]
 
 
-def _at_least_as_good(study: Study, ours: str, other: str) -> list[Finding]:
+Numbers = Callable[[str, str, str], dict[int, float]]  # (method, group, name) -> by seed
+
+
+def _at_least_as_good(numbers: Numbers, ours: str, other: str) -> list[Finding]:
     def judge(group: str) -> tuple[str, str]:
-        wins, tokens, kl = (_difference(study, ours, other, group, name) for name in ("win_rate", "tokens", "kl"))
+        wins, tokens, kl = (
+            paired(numbers(ours, group, name), numbers(other, group, name)) for name in ("win_rate", "tokens", "kl")
+        )
         return above(wins, -MARGIN), f"win rate {words(wins, 3)}; {words(tokens)} tokens; KL {words(kl)}"
 
     return _of_groups(judge)
@@ -258,7 +268,7 @@ def _claims_of_the_combination(study: Study) -> list[Claim]:
                 f"`rejected` + `learned` is at least as good as {title}.",
                 "sampo",
                 f"Win rate of {STUDY_METHODS[OURS].title} minus {title} lies above -{MARGIN}.",
-                _at_least_as_good(study, OURS, other),
+                _at_least_as_good(study.headline, OURS, other),
             )
             for other, title in names.items()
         ),
@@ -304,10 +314,27 @@ def _claims_of_the_end_token(study: Study) -> list[Claim]:
                 f"`rejected` + `learned` + `balance_end_token` is at least as good as {STUDY_METHODS[other].title}.",
                 "sampo",
                 f"Difference of win rates above -{MARGIN}.",
-                _at_least_as_good(study, BALANCED, other),
+                _at_least_as_good(study.headline, BALANCED, other),
             )
             for other in ("dpo", "sampo", OURS, "dpo_balanced", "dpo_learned_balanced")
         ),
+    ]
+
+
+def _claims_of_tuned_methods(study: Study) -> list[Claim]:
+    def numbers(method: str, group: str, name: str) -> dict[int, float]:
+        return {seed: cell.numbers[name] for seed, cell in tuned(study, method, group).items()}
+
+    compared = (("sampo", "dpo"), *((OURS, other) for other in ("dpo", "sampo", "rdpo_02", "dpo_learned")))
+    return [
+        Claim(
+            f"Both at their best cell of the grid, {STUDY_METHODS[ours].title} is at least as good as "
+            f"{STUDY_METHODS[other].title}.",
+            "sampo",
+            f"Difference of win rates above -{MARGIN}; each seed's cell is the best one of the other seeds.",
+            _at_least_as_good(numbers, ours, other),
+        )
+        for ours, other in (*compared, (BALANCED, "dpo"), (BALANCED, OURS))
     ]
 
 

@@ -1,10 +1,11 @@
 """Tables and figures of a study, made from its records alone. docs/build.py writes them into docs/results.md."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .analysis import HEADLINE, Cell, Spread, Study, frontier, grid_at_equal, over_seeds, paired
+from .analysis import HEADLINE, Cell, Spread, Study, frontier, grid_at_equal, over_seeds, paired, tuned
 from .claims import Claim, claims
 from .methods import STUDY_METHODS
 from .settings import GROUPS, STUDY_GROUPS
@@ -21,6 +22,7 @@ COLUMNS = {  # number -> head, digits
     "pressure": ("pressure before", 2),
 }
 KL_LEVELS = (1.0, 2.0, 4.0)
+_AT_BEST = {"win_rate": 3, "tokens": 1, "kl": 1}  # number -> digits
 NONE = "–"
 
 
@@ -110,6 +112,36 @@ def equal_kl(study: Study) -> str:
     if not rows:
         return "The grid has not been run yet."
     return table(["trained on", "method", *(f"KL {level:g}" for level in KL_LEVELS)], rows)
+
+
+def at_best(study: Study) -> str:
+    """Every method in its best cell of the grid, and what tells it there from DPO in its own."""
+    rows = []
+    for group in GROUPS:
+        dpo = tuned(study, "dpo", group)
+        for method in _methods_of(study, group):
+            best = tuned(study, method, group)
+            if not best:
+                continue
+            numbers = [mean_sd([c.numbers[n] for c in best.values()], d) for n, d in _AT_BEST.items()]
+            against = [
+                spread_text(
+                    paired(*({s: c.numbers[n] for s, c in cells.items()} for cells in (best, dpo))), d, sign=True
+                )
+                for n, d in _AT_BEST.items()
+                if n != "kl"
+            ]
+            chosen = Counter((c.learning_rate, c.beta) for c in best.values()).most_common()
+            places = ", ".join(
+                f"{rate:g} / {beta:g}" + (f" ({n})" if n < len(best) else "") for (rate, beta), n in chosen
+            )
+            title = STUDY_METHODS[method].title
+            compared = [NONE, NONE] if method == "dpo" else against
+            rows.append([f"`{group}`", title, str(len(best)), *numbers, *compared, places])
+    if not rows:
+        return "The grid has not been run with two seeds yet."
+    head = ["trained on", "method", "seeds", "win rate", "tokens", "KL", "win rate against DPO", "tokens against DPO"]
+    return table([*head, "learning rate / beta (seeds)"], rows)
 
 
 def frontiers(study: Study) -> str:
@@ -213,7 +245,7 @@ def _details(claim: Claim) -> str:
 
 PARTS: dict[str, Callable[[Study], str]] = {
     **{"about": about, "verdicts": verdicts, "details": details, "headline": headline, "against_dpo": against_dpo},
-    **{"equal_kl": equal_kl, "frontiers": frontiers, "biases": biases, "penalties": penalties},
+    **{"at_best": at_best, "equal_kl": equal_kl, "frontiers": frontiers, "biases": biases, "penalties": penalties},
 }
 # the methods that are told apart in figures; the others are grey
 COLOURS = {
