@@ -125,14 +125,6 @@ def _claims_of_the_paper(study: Study) -> list[Claim]:
         spread = paired(study.headline("sampo", group, "correlation"), dict.fromkeys(study.starts, 0.0))
         return within(spread, LEAN), f"correlation {words(spread, 2)}"
 
-    def against(other: str) -> Callable[[str], tuple[str, str]]:
-        def judge(group: str) -> tuple[str, str]:
-            wins = _difference(study, "sampo", other, group, "win_rate")
-            tokens = _difference(study, "sampo", other, group, "tokens")
-            return above(wins), f"SamPO minus the other: win rate {words(wins, 3)}; {words(tokens)} tokens"
-
-        return judge
-
     def iterated(group: str) -> tuple[str, str]:
         wins = _difference(study, "sampo_iterative", "sampo", group, "win_rate")
         tokens = _difference(study, "sampo_iterative", "sampo", group, "tokens")
@@ -162,19 +154,7 @@ def _claims_of_the_paper(study: Study) -> list[Claim]:
             _of_groups(no_lean),
         ),
         _collapse_claim(study, source),
-        *(
-            Claim(
-                f"Random subsets are better than {what}.",
-                source,
-                f"Win rate of SamPO minus `{name}` lies above 0.",
-                _of_groups(against(name)),
-            )
-            for what, name in {
-                "the tokens with the largest log-ratios": "top_k",
-                "averaging (DPO-SANorm)": "mean_rescaled",
-                "their own mean (`expected`)": "expected",
-            }.items()
-        ),
+        *_subset_claims(study, source),
         _beta_claim(study, source),
         Claim(
             "Iterative SamPO is better than SamPO.",
@@ -207,6 +187,27 @@ def _collapse_claim(study: Study, source: str) -> Claim:
         f"{HALF_STOPS:.0%} of the answers ending.",
         [Finding("`short`", verdict, evidence)],
     )
+
+
+def _subset_claims(study: Study, source: str) -> list[Claim]:
+    def against(other: str) -> Callable[[str], tuple[str, str]]:
+        def judge(group: str) -> tuple[str, str]:
+            wins = _difference(study, "sampo", other, group, "win_rate")
+            tokens = _difference(study, "sampo", other, group, "tokens")
+            return above(wins), f"SamPO minus the other: win rate {words(wins, 3)}; {words(tokens)} tokens"
+
+        return judge
+
+    others = {"the tokens with the largest log-ratios": "top_k", "averaging (DPO-SANorm)": "mean_rescaled"}
+    return [
+        Claim(
+            f"Random subsets are better than {what}.",
+            source,
+            f"Win rate of SamPO minus `{name}` lies above 0.",
+            _of_groups(against(name)),
+        )
+        for what, name in {**others, "their own mean (`expected`)": "expected"}.items()
+    ]
 
 
 def _beta_claim(study: Study, source: str) -> Claim:
