@@ -159,9 +159,12 @@ def test_two_processes_train_as_one(launched, engine, mode):
     assert ranks[0]["checksum"] == ranks[1]["checksum"]
     assert ranks[0]["checksum"] == pytest.approx(one["checksum"], rel=1e-7)
     assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-6)
-    assert (one["theta"] != 0) == ("length_penalty" in MODES[mode]["options"])
+    options = MODES[mode]["options"]
+    assert (one["theta"] != 0) == ("length_penalty" in options)
     # the training set and the evaluation set, each computed by this very engine
-    assert [rank["computed"] for rank in ranks] == [one["computed"]] * 2 == [[24, 11] if "cached" in mode else []] * 2
+    caches = options.get("precompute_ref_log_probs", 0) * (1 + options.get("balance_end_token", 0))
+    filled = [24] * caches + [11] * caches
+    assert [rank["computed"] for rank in ranks] == [one["computed"]] * 2 == [filled] * 2
 
 
 @every_case
