@@ -24,12 +24,18 @@ from typing import Any
 import numpy as np
 
 from sampo import results
-from sampo.lab.methods import METHODS, Method
+from sampo.lab.methods import METHODS, STUDY_METHODS, Method
 
 START = "start"
-CHOICES = {**METHODS, "rdpo_01": Method("R-DPO .01", {"token_weighting": "all", "length_penalty": 0.01})}
+CHOICES = {
+    **METHODS,
+    "rdpo_01": Method("R-DPO .01", {"token_weighting": "all", "length_penalty": 0.01}),
+    "rejected_learned_balanced": STUDY_METHODS["rejected_learned_balanced"],
+}
 GROUPS = ("all", "long", "short")
 HELD_OUT_SEED = 0  # of the split into prompts to train on and held-out ones, the same for all runs
+MEASURED = ("held_out_pairs", "prompts", "max_tokens", "max_length", "dtype")  # what all numbers depend on
+TRAINED = ("steps", "batch_size", "learning_rate", "beta", "lora_rank")  # and those of a run that trains
 LAST = "seconds"  # what is written last
 COLUMNS = {  # record -> head, digits
     "tokens": ("tokens", 1),
@@ -98,17 +104,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def config_of(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     """Everything that the numbers of a run depend on; a folder and a file by their names."""
-    names = ("held_out_pairs", "prompts", "max_tokens", "max_length", "dtype")
     config = {"experiment": "real model", "model": Path(args.model).name, "data": Path(args.data).name}
-    config |= {"method": method, "seed": seed, **{name: getattr(args, name) for name in names}}
+    config |= {"method": method, "seed": seed, **{name: getattr(args, name) for name in MEASURED}}
     if method == START:
         return config
-    trained = ("group", "steps", "batch_size", "learning_rate", "beta", "lora_rank")
-    return (
-        config
-        | {name: getattr(args, name) for name in trained}
-        | {"pairs": args.pairs or args.steps * args.batch_size, **CHOICES[method].options}
-    )
+    config |= {name: getattr(args, name) for name in ("group", *TRAINED)}
+    return config | {"pairs": args.pairs or args.steps * args.batch_size, **CHOICES[method].options}
 
 
 def Number(value: float | None, n: int, interval: tuple[float, float] | None = None) -> dict[str, Any]:
@@ -261,12 +262,32 @@ def _text(answer: Any) -> str:
 
 
 def table(records: list[results.Record]) -> str:
-    """Mean ± standard deviation over seeds, with how the runs were made."""
-    lines: dict[tuple[str, str], dict[str, list[float]]] = {}
+    """A table per experiment, that of the latest runs first."""
+    experiments: dict[tuple[str, ...], list[results.Record]] = {}
+    for record in records:
+        if record.config["method"] != START:
+            experiments.setdefault(tuple(str(record.config[name]) for name in (*MEASURED, *TRAINED)), []).append(
+                record
+            )
+    tables = []
+    for runs in reversed(experiments.values()):
+        starts = [r for r in records if r.config["method"] == START and _shared(r).items() <= runs[0].config.items()]
+        tables.append(_table([*starts, *runs]))
+    return "\n\n".join(tables)
+
+
+def _shared(start: results.Record) -> dict[str, Any]:
+    """What a start's numbers depend on."""
+    return {name: value for name, value in start.config.items() if name not in ("method", "seed")}
+
+
+def _table(records: list[results.Record]) -> str:
+    """Mean ± standard deviation over seeds, of a single one with its interval, and how the runs were made."""
+    lines: dict[tuple[str, str], dict[str, list[results.Record]]] = {}
     for record in records:
         if record.value is not None:
             line = lines.setdefault((record.config.get("group", ""), record.config["method"]), {})
-            line.setdefault(record.name, []).append(record.value)
+            line.setdefault(record.name, []).append(record)
     order = ["", *GROUPS], [START, *CHOICES]
     found = sorted(lines, key=lambda key: (order[0].index(key[0]), order[1].index(key[1])))
     head = ["trained on", "method", "seeds", *(title for title, _ in COLUMNS.values())]
@@ -276,15 +297,19 @@ def table(records: list[results.Record]) -> str:
         cells = [_cell(lines[group, method].get(name, []), digits) for name, (_, digits) in COLUMNS.items()]
         rows.append([f"`{group}`" if group else "–", title, str(len(lines[group, method]["tokens"])), *cells])
     settings = [{*r.config.items()} for r in records if r.config["method"] != START]
-    shared = set.intersection(*settings) if settings else set()
-    about = ", ".join(f"{name} {value}" for name, value in sorted(shared))
+    about = ", ".join(f"{name} {value}" for name, value in sorted(set.intersection(*settings)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{about}. `{records[-1].command}`"
 
 
-def _cell(values: list[float], digits: int) -> str:
-    if not values:
+def _cell(records: list[results.Record], digits: int) -> str:
+    if not records:
         return "–"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    values = [record.value for record in records if record.value is not None]
+    text = f"{mean(values):.{digits}f}"
+    if len(records) > 1:
+        return f"{text} ± {stdev(values):.{digits}f}"
+    interval = records[0].interval
+    return text if interval is None else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -330,8 +331,22 @@ def test_the_study_on_a_real_model_measures_the_start_and_a_method(real_study):
     assert trained["seconds_per_step"] > 0
     assert {"accuracy_chosen_longer", "accuracy_chosen_shorter", "correlation", "slope"} <= trained.keys()
     table = real_model_study.table(records)
-    assert f"| start | 1 | {numbers['start', 'tokens'].value:.1f} |" in table
+    (low, high) = numbers["start", "tokens"].interval
+    assert f"| start | 1 | {numbers['start', 'tokens'].value:.1f} [{low:.1f}, {high:.1f}] |" in table
     assert "steps 2" in table
+
+
+def test_runs_of_another_setting_get_a_table_of_their_own(real_study):
+    """One with more steps has the same start, one with shorter answers has another."""
+    records = results.read(real_study[1] / "records.jsonl")
+    trained = [r for r in records if r.config["method"] != "start"]
+    longer = [replace(r, config=r.config | {"steps": 9, "seed": seed}, value=2.0) for r in trained for seed in (0, 1)]
+    shorter = [replace(r, config=r.config | {"max_tokens": 3}) for r in trained]
+    first, second, third = real_model_study.table([*records, *longer, *shorter]).split("\n\n| trained on")
+    assert ("max_tokens 3" in first, "steps 9" in second, "steps 2" in third) == (True, True, True)
+    assert ["| start |" in table for table in (first, second, third)] == [False, True, True]
+    assert "| 2 | 2.0 ± 0.0 |" in second
+    assert second.count("± 0.0") == len([r for r in trained if r.name in real_model_study.COLUMNS])
 
 
 def test_the_study_on_a_real_model_runs_nothing_twice_and_says_what_is_missing(real_study):
