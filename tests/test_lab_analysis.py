@@ -12,7 +12,7 @@ from sampo import results
 from sampo.lab.analysis import Spread, Study, at_equal, frontier, grid_at_equal, over_seeds, paired, prediction, tuned
 from sampo.lab.claims import FAILS, HOLDS, OPEN, Claim, Finding, above, below, both, claims, collapsed, within
 from sampo.lab.methods import STUDY_METHODS
-from sampo.lab.settings import SFT, STUDY_GROUPS, Settings
+from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Settings
 from sampo.lab.study import study_plan
 from sampo.lab.study_page import PARTS, write_figures
 
@@ -253,6 +253,24 @@ def test_claims_hold_or_fail_as_the_effects_that_were_put_in(runs):
     assert "-8.0" in found["SamPO's answers are shorter than DPO's, at no loss of quality."].findings[0].evidence
     both_collapse = made(runs, effect | {("sampo", "short", "win_rate"): -0.5})
     assert both_collapse[collapse.text].verdict == FAILS
+
+
+def test_claims_at_equal_kl_see_the_difference_along_the_grid(runs):
+    """Win rates lie on log KL, a line for each method; all methods move by other amounts."""
+
+    def value(run, name):
+        kl = 40 * run.settings.beta * run.settings.learning_rate * 1e3 * (0.7 if run.method == "dpo" else 1.0)
+        gain = {"sampo": -0.1, "sampo_rejected_learned": 0.03}.get(run.method, 0.0)
+        noise = 1e-4 * random.Random(f"{run.seed} {run.method} {name} {run.group}").random()
+        return {"kl": kl, "win_rate": 0.5 + 0.1 * math.log(kl) + gain + noise}.get(name, 1.0 + noise)
+
+    found = {claim.text: claim for claim in claims(Study(records_of(runs, value)))}
+    worse = found["At the same KL, SamPO is at least as good as DPO."]
+    better = found["At the same KL, SamPO, rejected + learned is at least as good as DPO."]
+    assert (worse.verdict, better.verdict) == (FAILS, HOLDS)
+    assert [f.condition for f in worse.findings] == [f"`{group}` at KL {kl}" for group in GROUPS for kl in (1, 2, 4)]
+    assert "win rate -0.100" in worse.findings[4].evidence
+    assert "win rate +0.030" in better.findings[4].evidence
 
 
 def test_with_two_seeds_nothing_is_decided():

@@ -12,6 +12,7 @@ from .study import GRID
 
 FEW_SEEDS = 3  # with fewer nothing is decided
 HEADLINE = Settings()
+KL_LEVELS = (1.0, 2.0, 4.0)  # at which methods are compared
 _FREE = ("seed", "group", "method", "learning_rate", "beta", "bias")  # what may differ between the runs of a study
 _CHANGES = ("length_penalty_start", "length_penalty_lr")
 

@@ -7,7 +7,7 @@ where it does not, or where there are fewer than three seeds.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from .analysis import FEW_SEEDS, HEADLINE, Cell, Spread, Study, paired, prediction, tuned
+from .analysis import FEW_SEEDS, HEADLINE, KL_LEVELS, Cell, Spread, Study, grid_at_equal, paired, prediction, tuned
 from .methods import STUDY_METHODS
 from .settings import GROUPS
 from .study import BIASES
@@ -240,7 +240,7 @@ def _questions_of_ours(study: Study) -> list[Claim]:
         *_claims_of_the_end_token(study),
         *_claims_of_tuned_methods(study),
     ]
-    return [*of_methods, *_claims_of_the_pressure(study)]
+    return [*of_methods, *_claims_at_equal_kl(study), *_claims_of_the_pressure(study)]
 
 
 Numbers = Callable[[str, str, str], dict[int, float]]  # (method, group, name) -> by seed
@@ -336,6 +336,33 @@ def _claims_of_tuned_methods(study: Study) -> list[Claim]:
             _at_least_as_good(numbers, ours, other),
         )
         for ours, other in (*compared, (BALANCED, "dpo"), (BALANCED, OURS))
+    ]
+
+
+def _claims_at_equal_kl(study: Study) -> list[Claim]:
+    def judge(ours: str, other: str, group: str, level: float) -> Finding | None:
+        def difference(name: str) -> Spread | None:
+            values = (grid_at_equal(study, method, group, name, level=level) for method in (ours, other))
+            return paired(*values)
+
+        wins, tokens = difference("win_rate"), difference("tokens")
+        if wins is None:
+            return None
+        evidence = f"win rate {words(wins, 3)}; {words(tokens)} tokens"
+        return Finding(f"`{group}` at KL {level:g}", above(wins, -MARGIN), evidence)
+
+    def findings(ours: str, other: str) -> list[Finding]:
+        found = (judge(ours, other, group, level) for group in GROUPS for level in KL_LEVELS)
+        return [finding for finding in found if finding is not None]
+
+    return [
+        Claim(
+            f"At the same KL, {STUDY_METHODS[ours].title} is at least as good as {STUDY_METHODS[other].title}.",
+            "sampo",
+            f"Difference of win rates above -{MARGIN}, both interpolated along the grid; where both reach that KL.",
+            findings(ours, other),
+        )
+        for ours, other in (("sampo", "dpo"), (OURS, "dpo"), (OURS, "dpo_learned"), (BALANCED, "dpo"))
     ]
 
 

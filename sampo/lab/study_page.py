@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .analysis import HEADLINE, Cell, Spread, Study, frontier, grid_at_equal, over_seeds, paired, tuned
+from .analysis import HEADLINE, KL_LEVELS, Cell, Spread, Study, frontier, grid_at_equal, over_seeds, paired, tuned
 from .claims import Claim, claims
 from .methods import STUDY_METHODS
 from .settings import GROUPS, STUDY_GROUPS
@@ -21,7 +21,6 @@ COLUMNS = {  # number -> head, digits
     "correlation": ("corr. with length", 2),
     "pressure": ("pressure before", 2),
 }
-KL_LEVELS = (1.0, 2.0, 4.0)
 _AT_BEST = {"win_rate": 3, "tokens": 1, "kl": 1}  # number -> digits
 NONE = "–"
 
