@@ -87,16 +87,16 @@ class CachedReferenceTrainer(DPOTrainer):
         if args.precompute_ref_log_probs:
             self.data_collator = RefCollator(self.data_collator, args.ref_cache_dtype)
 
-    def _reference_logps(self, reference, inputs: dict[str, Any], targets: str) -> Tensor:
-        """`(2B, L − 1)` log π_ref at all completion tokens of a collated batch; zero or anything elsewhere.
+    def _reference_logps(self, reference, inputs: dict[str, Any], of_end: bool) -> Tensor:
+        """`(2B, L − 1)` log π_ref of all completion tokens of a collated batch; zero or anything elsewhere.
 
-        Of what is in `_cached_targets`.
+        Of each row's end token in their places, if `of_end`.
         """
         raise NotImplementedError
 
     @property
     def _cached_targets(self) -> list[str]:
-        """A cache for each: the completion's own tokens, and more in the trainer's words."""
+        """A cache for each: the completion's own tokens, and the end token in the trainer's words."""
         return [OWN_TOKENS]
 
     def _set_signature_columns_if_needed(self):
@@ -207,7 +207,7 @@ class CachedReferenceTrainer(DPOTrainer):
         """Per-token log-probs of chosen and of rejected, each `(T,)` float32 on the CPU."""
         inputs = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
         mask = inputs["completion_mask"][:, 1:].bool()
-        logps = self._reference_logps(reference, inputs, targets).float()
+        logps = self._reference_logps(reference, inputs, of_end=targets != OWN_TOKENS).float()
         each = [row[kept].cpu() for row, kept in zip(logps, mask, strict=True)]
         return each[: len(rows)], each[len(rows) :]
 

@@ -54,7 +54,6 @@ from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
-from .ref_key import OWN_TOKENS
 from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .ref_logps import END
 from .resuming import ResumableTrainer
@@ -482,16 +481,16 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     @property
     def _cached_targets(self) -> list[str]:
         end = f"end token {' or '.join(map(str, self._end_token_ids))}"
-        return [OWN_TOKENS, end] if self.args.balance_end_token else [OWN_TOKENS]
+        return [*super()._cached_targets, *([end] if self.args.balance_end_token else [])]
 
-    def _reference_logps(self, reference, inputs: dict[str, Any], targets: str) -> Tensor:
+    def _reference_logps(self, reference, inputs: dict[str, Any], of_end: bool) -> Tensor:
         pairs = self._find_completions(inputs, EVAL_EPOCH)
         if not hasattr(self, "_streams"):  # TRL fills the cache within its `__init__`; the run gets its own below
             self._streams = PairStreams(self.args.pair_stream, [self.accelerator.unwrap_model(reference)])
         if self._streams.to_be_compared:
             with self.accelerator.autocast():
                 self._compare_streams(reference, pairs)
-        return self._score_reference(pairs, reference, None if targets == OWN_TOKENS else self._end_targets(pairs))[0]
+        return self._score_reference(pairs, reference, self._end_targets(pairs) if of_end else None)[0]
 
     def _make_draws(self, pairs: _Pairs, logps: Tensor, ref_logps: Tensor, ref_sums: Tensor | None) -> list[_Draw]:
         known = pairs.known
