@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 from dataclasses import MISSING
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,20 @@ def lab() -> str:
     return markdown_table(lines, LAB_COLUMNS)
 
 
-def study(part: str) -> str:
-    """One part of the study, from the records of its last run."""
+@cache
+def _study():
     from sampo import results
     from sampo.lab.analysis import Study
-    from sampo.lab.study_page import PARTS as parts
 
     records = results.read(ROOT / "docs" / "study" / "records.jsonl.gz")
-    return parts[part](Study(records)) if records else "Not measured yet."
+    return Study(records) if records else None
+
+
+def study(part: str) -> str:
+    """One part of the study, from the records of its last run."""
+    from sampo.lab.study_page import PARTS as parts
+
+    return parts[part](_study()) if _study() else "Not measured yet."
 
 
 def real_model() -> str:
