@@ -266,9 +266,8 @@ def table(records: list[results.Record]) -> str:
     experiments: dict[tuple[str, ...], list[results.Record]] = {}
     for record in records:
         if record.config["method"] != START:
-            experiments.setdefault(tuple(str(record.config[name]) for name in (*MEASURED, *TRAINED)), []).append(
-                record
-            )
+            key = tuple(str(record.config[name]) for name in ("model", "data", *MEASURED, *TRAINED))
+            experiments.setdefault(key, []).append(record)
     tables = []
     for runs in reversed(experiments.values()):
         starts = [r for r in records if r.config["method"] == START and _shared(r).items() <= runs[0].config.items()]
