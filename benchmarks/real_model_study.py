@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=list(CHOICES), default=list(CHOICES))
     parser.add_argument("--group", choices=GROUPS, default="all", help="pairs to train on")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0, help="to share the seeds among processes")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--pairs", type=int, help="pairs to train on; as many as the steps take once, if not given")
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     path, bench = args.out / "records.jsonl", None
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for method in [START, *args.methods] if seed == 0 else args.methods:
             config = config_of(args, method, seed)
             key = results.config_key(config)
