@@ -310,7 +310,7 @@ def diagnosed() -> str:
 
 STUDY_PARTS = (
     *("about", "verdicts", "details", "headline", "against_dpo"),
-    *("at_best", "equal_kl", "frontiers", "biases", "penalties"),
+    *("at_best", "equal_kl", "equal_win_rate", "frontiers", "biases", "penalties"),
 )
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},

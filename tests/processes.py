@@ -51,22 +51,8 @@ def environment(**extra) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": modules, "PATH": programs, **extra}
 
 
-def launch(
-    model,
-    out,
-    *,
-    processes,
-    batch,
-    config=None,
-    check=True,
-    shim=True,
-    resume=None,
-    disk=None,
-    no_shard_on=None,
-    **options,
-):
+def launch(model, out, *, processes, batch, config=None, check=True, no_shard_on=None, **options):
     """One run, in the folder `run`; what each rank wrote, or without `check` the ended process."""
-    run = {"batch": batch, "options": options, "resume": resume and str(resume), "disk": disk and str(disk)}
-    run["no_shard_on"] = no_shard_on
-    done = launch_runs(model, out, {"run": run}, processes=processes, config=config, check=check, shim=shim)
+    runs = {"run": {"batch": batch, "options": options, "no_shard_on": no_shard_on}}
+    done = launch_runs(model, out, runs, processes=processes, config=config, check=check)
     return done["run"] if check else done

@@ -9,7 +9,18 @@ import pytest
 from scipy import stats
 
 from sampo import results
-from sampo.lab.analysis import Spread, Study, at_equal, frontier, grid_at_equal, over_seeds, paired, prediction, tuned
+from sampo.lab.analysis import (
+    Spread,
+    Study,
+    at_equal,
+    first_reaching,
+    frontier,
+    grid_at_equal,
+    over_seeds,
+    paired,
+    prediction,
+    tuned,
+)
 from sampo.lab.claims import FAILS, HOLDS, OPEN, Claim, Finding, above, below, both, claims, collapsed, within
 from sampo.lab.methods import STUDY_METHODS
 from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Settings
@@ -156,6 +167,35 @@ def test_a_seed_whose_grid_is_not_whole_has_no_part_in_tuning(runs):
     assert without(cells) == {}  # one seed alone has no others
 
 
+def walk(points, win_rate):
+    """KL and tokens where a walk along the points in steps of √KL first has a win rate; None if it never has."""
+    distances, wins, tokens = zip(*sorted((math.sqrt(kl), wins, tokens) for kl, wins, tokens in points), strict=True)
+    steps = np.linspace(0, distances[-1], 200_001)
+    (there, *_) = [*np.flatnonzero(np.interp(steps, distances, wins) >= win_rate), None]
+    if there is None:
+        return None
+    return {"kl": steps[there] ** 2, "tokens": np.interp(steps[there], distances, tokens)}
+
+
+def test_a_win_rate_is_first_reached_where_a_walk_from_the_start_has_it(runs, study):
+    start = {name: {**numbers, "win_rate": 0.5} for name, numbers in study.starts.items()}
+    found, never, study = 0, 0, Study(records_of(runs, by_chance))
+    study.starts = start
+    for method, level in (("dpo", 0.6), ("sampo", 0.75), ("rdpo_02", 0.9)):
+        reached = first_reaching(study, method, "short", level)
+        for seed, cells in study.grid(method, "short").items():
+            numbers = [(c.numbers["kl"], c.numbers["win_rate"], c.numbers["tokens"]) for c in cells]
+            expected = walk([(0.0, 0.5, start[seed]["tokens"]), *numbers], level)
+            assert (seed in reached) == (expected is not None)
+            if expected is not None:
+                assert reached[seed] == pytest.approx(expected, rel=1e-3)
+            found, never = found + (expected is not None), never + (expected is None)
+    assert found > 3
+    assert never > 1
+    assert first_reaching(study, "dpo", "all", 0.4) == {}  # the start has it already
+    assert first_reaching(study, "dpo", "equal", 0.6) == {}  # there is no grid
+
+
 def test_the_frontier_has_the_points_that_no_other_one_beats():
     rng = random.Random(0)
     for _ in range(200):
@@ -271,6 +311,26 @@ def test_claims_at_equal_kl_see_the_difference_along_the_grid(runs):
     assert [f.condition for f in worse.findings] == [f"`{group}` at KL {kl}" for group in GROUPS for kl in (1, 2, 4)]
     assert "win rate -0.100" in worse.findings[4].evidence
     assert "win rate +0.030" in better.findings[4].evidence
+
+
+def test_claims_at_equal_win_rate_see_who_changes_length_less(runs):
+    """Win rates grow with √KL alike; tokens go up with it, by an amount that is each method's own."""
+    lengthening = {"sampo": 2.0, "sampo_rejected_learned": 12.0}
+
+    def value(run, name):
+        distance = 0 if run.method == SFT else math.sqrt(4e3 * run.settings.beta * run.settings.learning_rate)
+        noise = 1e-3 * random.Random(f"{run.seed} {run.method} {name} {run.group}").random()
+        tokens = 20 + lengthening.get(run.method, 6.0) * distance
+        return {"kl": distance**2, "win_rate": 0.5 + 0.4 * distance, "tokens": tokens}.get(name, 1.0) + noise
+
+    found = {claim.text: claim for claim in claims(Study(records_of(runs, value)))}
+    less = found["At the same win rate, SamPO changes length less than DPO."]
+    more = found["At the same win rate, SamPO, rejected + learned changes length less than DPO."]
+    assert (less.verdict, more.verdict) == (HOLDS, FAILS)
+    assert [f.condition for f in less.findings] == [f"`{group}`" for group in GROUPS]
+    at_all, at_short = less.findings[0].evidence, less.findings[1].evidence
+    assert "change of length -2.0" in at_all  # 4 tokens for each step of √KL, half a step to a win rate of 0.7
+    assert "change of length -1.0" in at_short
 
 
 def test_with_two_seeds_nothing_is_decided():

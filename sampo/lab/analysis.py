@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from .study import GRID
 FEW_SEEDS = 3  # with fewer nothing is decided
 HEADLINE = Settings()
 KL_LEVELS = (1.0, 2.0, 4.0)  # at which methods are compared
+WIN_RATES = {"all": 0.7, "long": 0.6, "short": 0.6}  # and on each group, chosen so that most reach them
 _FREE = ("seed", "group", "method", "learning_rate", "beta", "bias")  # what may differ between the runs of a study
 _CHANGES = ("length_penalty_start", "length_penalty_lr")
 
@@ -162,20 +164,47 @@ def grid_at_equal(
     return {seed: value for seed, value in values.items() if value is not None}
 
 
+def whole_grids(study: Study, method: str, group: str) -> dict[int, dict[tuple[float, float], Cell]]:
+    """Of each seed in which the grid of a method is whole its runs by learning rate and beta."""
+    grids = {seed: {(c.learning_rate, c.beta): c for c in cells} for seed, cells in study.grid(method, group).items()}
+    return {seed: cells for seed, cells in grids.items() if cells.keys() >= set(GRID)}
+
+
 def tuned(study: Study, method: str, group: str) -> dict[int, Cell]:
     """Of each seed the run in the cell of the grid that has the highest mean win rate over the other seeds.
 
     So a seed has no part in the choice of what it is measured by, and every method has the same cells to choose from.
     Seeds in which the grid is not whole do not count; of a single one nothing is chosen.
     """
-    grids = {seed: {(c.learning_rate, c.beta): c for c in cells} for seed, cells in study.grid(method, group).items()}
-    grids = {seed: cells for seed, cells in grids.items() if cells.keys() >= set(GRID)}
+    grids = whole_grids(study, method, group)
 
     def best_without(seed: int) -> tuple[float, float]:
         others = [cells for other, cells in grids.items() if other != seed]
         return max(GRID, key=lambda place: sum(cells[place].numbers["win_rate"] for cells in others))
 
     return {seed: cells[best_without(seed)] for seed, cells in grids.items()} if len(grids) > 1 else {}
+
+
+def first_reaching(study: Study, method: str, group: str, win_rate: float) -> dict[int, dict[str, float]]:
+    """`kl` and `tokens` where a method first reaches a win rate, of each seed in which it does.
+
+    A seed's runs over the whole grid are ordered by KL, from its start on, and win rate and tokens interpolated
+    between neighbours, linearly in √KL, with which a reward grows (Gao et al. 2023). A seed whose start has that win
+    rate already says nothing.
+    """
+    found = {}
+    for seed, cells in whole_grids(study, method, group).items():
+        runs = [{**study.starts[seed], "kl": 0.0}, *(cell.numbers for cell in cells.values())]
+        points = sorted((max(run["kl"], 0.0) ** 0.5, run["win_rate"], run["tokens"]) for run in runs)
+        for (d0, wins0, tokens0), (d1, wins1, tokens1) in pairwise(points):
+            if wins0 >= win_rate:
+                break
+            if wins1 >= win_rate:
+                share = (win_rate - wins0) / (wins1 - wins0)
+                distance = d0 + share * (d1 - d0)
+                found[seed] = {"kl": distance**2, "tokens": tokens0 + share * (tokens1 - tokens0)}
+                break
+    return found
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

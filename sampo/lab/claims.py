@@ -7,7 +7,20 @@ where it does not, or where there are fewer than three seeds.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from .analysis import FEW_SEEDS, HEADLINE, KL_LEVELS, Cell, Spread, Study, grid_at_equal, paired, prediction, tuned
+from .analysis import (
+    FEW_SEEDS,
+    HEADLINE,
+    KL_LEVELS,
+    WIN_RATES,
+    Cell,
+    Spread,
+    Study,
+    first_reaching,
+    grid_at_equal,
+    paired,
+    prediction,
+    tuned,
+)
 from .methods import STUDY_METHODS
 from .settings import GROUPS
 from .study import BIASES
@@ -17,6 +30,7 @@ COLLAPSED = 0.45  # win rate against the start, below which a policy has collaps
 HALF_STOPS = 0.5  # or share of answers that end
 MARGIN = 0.02  # of win rate: a loss that is worth less is none
 OURS, BALANCED = "sampo_rejected_learned", "rejected_learned_balanced"
+_AT_THE_SAME = (("sampo", "dpo"), (OURS, "dpo"), (OURS, "dpo_learned"), (BALANCED, "dpo"))  # KL, or win rate
 LEAN = 0.1  # correlation of margin and length difference that counts as none
 
 
@@ -240,7 +254,8 @@ def _questions_of_ours(study: Study) -> list[Claim]:
         *_claims_of_the_end_token(study),
         *_claims_of_tuned_methods(study),
     ]
-    return [*of_methods, *_claims_at_equal_kl(study), *_claims_of_the_pressure(study)]
+    at_the_same = [*_claims_at_equal_kl(study), *_claims_at_equal_win_rate(study)]
+    return [*of_methods, *at_the_same, *_claims_of_the_pressure(study)]
 
 
 Numbers = Callable[[str, str, str], dict[int, float]]  # (method, group, name) -> by seed
@@ -362,7 +377,35 @@ def _claims_at_equal_kl(study: Study) -> list[Claim]:
             f"Difference of win rates above -{MARGIN}, both interpolated along the grid; where both reach that KL.",
             findings(ours, other),
         )
-        for ours, other in (("sampo", "dpo"), (OURS, "dpo"), (OURS, "dpo_learned"), (BALANCED, "dpo"))
+        for ours, other in _AT_THE_SAME
+    ]
+
+
+def _claims_at_equal_win_rate(study: Study) -> list[Claim]:
+    def change(method: str, group: str) -> tuple[dict[int, float], dict[int, float]]:
+        found = first_reaching(study, method, group, WIN_RATES[group])
+        tokens = {seed: abs(there["tokens"] - study.starts[seed]["tokens"]) for seed, there in found.items()}
+        return tokens, {seed: there["kl"] for seed, there in found.items()}
+
+    def judge(ours: str, other: str) -> Callable[[str], tuple[str, str]]:
+        def of_group(group: str) -> tuple[str, str]:
+            (tokens, kl), (tokens_of_other, kl_of_other) = change(ours, group), change(other, group)
+            spread = paired(tokens, tokens_of_other)
+            return below(spread), f"change of length {words(spread)}; KL {words(paired(kl, kl_of_other))}"
+
+        return of_group
+
+    levels = ", ".join(f"{rate:g} on `{group}`" for group, rate in WIN_RATES.items())
+    return [
+        Claim(
+            f"At the same win rate, {STUDY_METHODS[ours].title} changes length less than "
+            f"{STUDY_METHODS[other].title}.",
+            "sampo",
+            "The absolute change of tokens against the start, of the first minus the other, lies below 0 where each "
+            f"first reaches a win rate of {levels}.",
+            _of_groups(judge(ours, other)),
+        )
+        for ours, other in _AT_THE_SAME
     ]
 
 

@@ -5,7 +5,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .analysis import HEADLINE, KL_LEVELS, Cell, Spread, Study, frontier, grid_at_equal, over_seeds, paired, tuned
+from .analysis import (
+    HEADLINE,
+    KL_LEVELS,
+    WIN_RATES,
+    Cell,
+    Spread,
+    Study,
+    first_reaching,
+    frontier,
+    grid_at_equal,
+    over_seeds,
+    paired,
+    tuned,
+    whole_grids,
+)
 from .claims import Claim, claims
 from .methods import STUDY_METHODS
 from .settings import GROUPS, STUDY_GROUPS
@@ -111,6 +125,22 @@ def equal_kl(study: Study) -> str:
     if not rows:
         return "The grid has not been run yet."
     return table(["trained on", "method", *(f"KL {level:g}" for level in KL_LEVELS)], rows)
+
+
+def equal_win_rate(study: Study) -> str:
+    """Tokens and KL where a method first reaches a win rate."""
+    rows = []
+    for group, level in WIN_RATES.items():
+        for method in _methods_of(study, group):
+            seeds = len(whole_grids(study, method, group))
+            there = first_reaching(study, method, group, level).values()
+            if seeds:
+                numbers = [mean_sd([numbers[name] for numbers in there], 1) for name in ("tokens", "kl")]
+                reached = f"{len(there)} of {seeds}"
+                rows.append([f"`{group}`", f"{level:g}", STUDY_METHODS[method].title, reached, *numbers])
+    if not rows:
+        return "The grid has not been run yet."
+    return table(["trained on", "win rate", "method", "seeds that reach it", "tokens", "KL"], rows)
 
 
 def at_best(study: Study) -> str:
@@ -244,7 +274,8 @@ def _details(claim: Claim) -> str:
 
 PARTS: dict[str, Callable[[Study], str]] = {
     **{"about": about, "verdicts": verdicts, "details": details, "headline": headline, "against_dpo": against_dpo},
-    **{"at_best": at_best, "equal_kl": equal_kl, "frontiers": frontiers, "biases": biases, "penalties": penalties},
+    **{"at_best": at_best, "equal_kl": equal_kl, "equal_win_rate": equal_win_rate, "frontiers": frontiers},
+    **{"biases": biases, "penalties": penalties},
 }
 # the methods that are told apart in figures; the others are grey
 COLOURS = {
