@@ -1,6 +1,9 @@
 """Shared by all tests. Helper modules (`tiny`, `oracles`, …) lie beside them and are imported by name."""
 
 import atexit
+import functools
+import gc
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -16,3 +19,12 @@ if "SAMPO_CACHE" not in os.environ:  # no test may touch the user's
 import torch
 
 torch.set_num_threads(1)
+
+# accelerate asks for the same packages in every trainer that is made, and each time a file is parsed
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what was imported: every `Trainer.train` runs it, which takes longer than a tiny run."""
+    gc.collect()
+    gc.freeze()
