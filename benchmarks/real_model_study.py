@@ -298,7 +298,8 @@ def _table(records: list[results.Record]) -> str:
         rows.append([f"`{group}`" if group else "–", title, str(len(lines[group, method]["tokens"])), *cells])
     settings = [{*r.config.items()} for r in records if r.config["method"] != START]
     about = ", ".join(f"{name} {value}" for name, value in sorted(set.intersection(*settings)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{about}. `{records[-1].command}`"
+    commands = "\n".join(f"- `{command}`" for command in dict.fromkeys(r.command for r in records))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{about}. Run by\n\n{commands}"
 
 
 def _cell(records: list[results.Record], digits: int) -> str:

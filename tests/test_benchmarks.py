@@ -340,12 +340,17 @@ def test_runs_of_another_setting_get_a_table_of_their_own(real_study):
     """One with more steps has the same start, one with shorter answers has another."""
     records = results.read(real_study[1] / "records.jsonl")
     trained = [r for r in records if r.config["method"] != "start"]
-    longer = [replace(r, config=r.config | {"steps": 9, "seed": seed}, value=2.0) for r in trained for seed in (0, 1)]
+    longer = [
+        replace(r, config=r.config | {"steps": 9, "seed": seed}, value=2.0, command=f"again {seed}")
+        for r in trained
+        for seed in (0, 1)
+    ]
     shorter = [replace(r, config=r.config | {"max_tokens": 3}) for r in trained]
     first, second, third = real_model_study.table([*records, *longer, *shorter]).split("\n\n| trained on")
     assert ("max_tokens 3" in first, "steps 9" in second, "steps 2" in third) == (True, True, True)
     assert ["| start |" in table for table in (first, second, third)] == [False, True, True]
     assert "| 2 | 2.0 ± 0.0 |" in second
+    assert [second.count(f"- `again {seed}`") for seed in (0, 1)] == [1, 1]
     assert second.count("± 0.0") == len([r for r in trained if r.name in real_model_study.COLUMNS])
 
 
