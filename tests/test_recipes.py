@@ -35,7 +35,7 @@ ORDER = [
     *("model_name_or_path", "dtype", "chat_template", "use_peft", "load_in_4bit", "lora_r", "lora_alpha"),
     *("use_dora", "use_rslora", "lora_dropout", "lora_target_modules"),
     *("dataset_name", "dataset_train_split", "dataset_test_split", "on_bad_rows"),
-    *("token_weighting", "sampled_sides", "length_penalty", "beta", "rounds", "data", "reference"),
+    *("token_weighting", "sampled_sides", "balance_end_token", "length_penalty", "beta", "rounds", "data", "reference"),
     *("pair_stream", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps"),
     *("per_device_eval_batch_size", "save_steps", "save_total_limit", "output_dir"),
@@ -46,7 +46,7 @@ VARIANTS = {
     "rslora": ("lora", {"use_rslora"}),
     "qlora": ("lora", {"load_in_4bit"}),
     "iterative": ("full", {"rounds", "data", "reference"}),
-    "onesided": ("full", {"sampled_sides", "length_penalty"}),
+    "onesided": ("full", {"sampled_sides", "balance_end_token", "length_penalty"}),
 }
 ITERATIVE = [name for name in RECIPES if name.endswith("iterative")]
 SINGLE = [name for name in RECIPES if kind_of(name) not in VARIANTS]
