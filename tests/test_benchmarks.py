@@ -354,6 +354,15 @@ def test_runs_of_another_setting_get_a_table_of_their_own(real_study):
     assert second.count("± 0.0") == len([r for r in trained if r.name in real_model_study.COLUMNS])
 
 
+def test_processes_can_share_the_seeds_of_the_study_on_a_real_model(real_study, tmp_path):
+    command, folder = real_study
+    (tmp_path / "records.jsonl").write_bytes((folder / "records.jsonl").read_bytes())
+    real_model_study.main([*command, "--out", str(tmp_path), "--first_seed", "1"])
+    records = results.read(tmp_path / "records.jsonl")
+    assert {(r.config["method"], r.seed) for r in records} == {("start", 0), (METHOD, 0), (METHOD, 1)}
+    assert "| 2 |" in real_model_study.table(records)
+
+
 def test_the_study_on_a_real_model_runs_nothing_twice_and_says_what_is_missing(real_study):
     command, folder = real_study
     before = (folder / "records.jsonl").read_bytes()

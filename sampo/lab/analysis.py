@@ -189,8 +189,8 @@ def first_reaching(study: Study, method: str, group: str, win_rate: float) -> di
     """`kl` and `tokens` where a method first reaches a win rate, of each seed in which it does.
 
     A seed's runs over the whole grid are ordered by KL, from its start on, and win rate and tokens interpolated
-    between neighbours, linearly in √KL, with which a reward grows (Gao et al. 2023). A seed whose start has that win
-    rate already says nothing.
+    between neighbours, linearly in √KL, the distance of arXiv 2210.10760. A seed whose start has that win rate already
+    says nothing.
     """
     found = {}
     for seed, cells in whole_grids(study, method, group).items():
