@@ -140,3 +140,16 @@ def test_links_between_documents_lead_to_files():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_papers_has_an_entry_for_every_source_in_the_registry():
+    from sampo.weighting import WEIGHTINGS
+
+    papers = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    missing = {
+        name: identifier
+        for name, method in WEIGHTINGS.items()
+        for identifier in re.findall(r"\d{4}\.\d{5}", method.source)
+        if identifier not in papers or f"`{name}`" not in papers and f"`token_weighting: {name}`" not in papers
+    }
+    assert not missing, f"add to docs/papers.md: {missing}"
