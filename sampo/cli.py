@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
     "report": ("commands.report", "one HTML page from what the other commands wrote into a folder"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
+    "env": ("commands.env", "versions, devices, extras and engines of this installation, for an issue report"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
 

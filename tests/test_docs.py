@@ -150,6 +150,6 @@ def test_papers_has_an_entry_for_every_source_in_the_registry():
         name: identifier
         for name, method in WEIGHTINGS.items()
         for identifier in re.findall(r"\d{4}\.\d{5}", method.source)
-        if identifier not in papers or f"`{name}`" not in papers and f"`token_weighting: {name}`" not in papers
+        if identifier not in papers or (f"`{name}`" not in papers and f"`token_weighting: {name}`" not in papers)
     }
     assert not missing, f"add to docs/papers.md: {missing}"
