@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import sampo
 
@@ -88,3 +89,14 @@ def test_the_lab_runs_from_an_empty_folder(installed, tmp_path):
     assert "DPO" in printed
     assert "SamPO" in printed
     assert any((tmp_path / "lab-results").rglob("*.json*"))
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+)
+def test_files_for_tools_are_valid_yaml(path):
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_the_citation_has_the_version_of_the_package():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == sampo.__version__
