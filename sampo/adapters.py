@@ -7,13 +7,12 @@ saved. So the difference is what saving in `dtype` has rounded away, and nothing
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .whole_files import sync
+from .io.files import new_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -151,17 +150,10 @@ def merge(
         logger.info("The adapter names %s as its base; it is merged into %s, as asked.", named, base)
         revision = None
     revision = base_revision or revision
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
-    try:
+    with new_folder(out) as aside:
         report = _merge_into(aside, adapter, base or named, revision, dtype, texts, quantization_config)
         _judge(report)
         (aside / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        for path in [*aside.rglob("*"), aside]:  # on the disk before the folder gets its name
-            sync(path)
-        os.replace(aside, out)  # over an empty folder too
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return report
 
 

@@ -3,35 +3,63 @@
 A checkpoint is written into `_saving/checkpoint-N` below the output folder. When all processes have written, each file
 is synced to the disk, its size and sha256 go into `sampo_manifest.json`, and a rename makes it `checkpoint-N`. Only
 then older checkpoints are removed, again by a rename first. So a run may be killed at any moment: what is called
-`checkpoint-N` is whole, unless something else has damaged it, and then the manifest tells.
+`checkpoint-N` is whole, unless something else has damaged it, and then the manifest tells. The manifest has a checksum
+of its own: one that was damaged makes no whole checkpoint, whatever it says.
+
+`checkpoint-N` may be a symbolic link to a folder. A run goes on from it; what is replaced or removed is the link.
 
 Nothing here knows of models or trainers, and nothing but the standard library is needed.
 """
 
 import contextlib
-import hashlib
-import json
+import errno
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .whole_files import sync, write_whole
+from .io.files import Content, contents, disk_is_full, fault_of_contents, sealed, sync, unsealed, write_whole
+from .io.schemas import named, parse_json, typed
 
 MANIFEST = "sampo_manifest.json"
 STAGING = "_saving"  # transformers leaves what begins with "_" out of what it pushes to the hub
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum of the manifest itself
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = "it was still being written when its run ended"
 
 
 class CheckpointNotSavedError(OSError):
     """A checkpoint could not be written; the former ones are untouched."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What tells one run from another: see `sampo.run_identity`. `length` is `max_steps` and `num_train_epochs`."""
+
+    must: dict[str, Any] = field(default_factory=dict)
+    rounding: dict[str, Any] = field(default_factory=dict)
+    length: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        format: of the manifest.
+        resumable: whether the state of the training is there, not the model alone.
+        run: that wrote it.
+        files: what each file must hold.
+    """
+
+    format: int
+    resumable: bool
+    run: RunRecord
+    files: dict[str, Content]
 
 
 @dataclass
@@ -91,34 +119,29 @@ def fault_of(folder: str | Path) -> str | None:
         return f"it has no {MANIFEST}: it is half written, or was not written by sampo"
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
-    if not manifest["resumable"]:
+    if not manifest.resumable:
         return "it was saved with `save_only_model` and has no optimizer state"
-    for name, expected in manifest["files"].items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        size = (folder / name).stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size:,} bytes in place of {expected['size']:,}"
-    digests = _sha256_of_files(folder, list(manifest["files"]))
-    wrong = [name for name, digest in digests.items() if digest != manifest["files"][name]["sha256"]]
-    return f"the content of {wrong[0]} is not what was written" if wrong else None
+    return fault_of_contents(folder, manifest.files)
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no manifest of a format that we know.
+        WrongFile: it is no manifest of a format that we know, or was damaged.
     """
-    manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-    keys = {"format", "resumable", "run", "files"}
-    if not isinstance(manifest, dict) or not keys <= manifest.keys() or manifest["format"] != FORMAT:
-        raise ValueError(f"it must be a JSON object of format {FORMAT} with {sorted(keys)}")
-    return manifest
+    path = Path(folder) / MANIFEST
+    with named(path):
+        content = typed(dict[str, Any], parse_json(path.read_bytes()))
+        if content.get("format") not in (1, FORMAT):
+            raise ValueError(f"`format` must be 1 or {FORMAT}, got {str(content.get('format'))[:40]}")
+        if content["format"] == FORMAT:
+            content = unsealed(content)
+        return typed(Manifest, content, complete=True)
 
 
-def write_manifest(folder: str | Path, run: dict[str, Any], *, resumable: bool = True) -> None:
+def write_manifest(folder: str | Path, run: RunRecord, *, resumable: bool = True) -> None:
     """Sync all files of a folder to the disk and list them with their sizes and checksums.
 
     Args:
@@ -128,11 +151,8 @@ def write_manifest(folder: str | Path, run: dict[str, Any], *, resumable: bool =
     """
     folder = Path(folder)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name != MANIFEST]
-    digests = _sha256_of_files(folder, names, sync=True)
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": digests[name]} for name in names}
-    manifest = {"format": FORMAT, "resumable": resumable, "run": run, "files": files}
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    files = contents(folder, (name for name in names if name != MANIFEST), sync=True)
+    write_whole(folder / MANIFEST, sealed(asdict(Manifest(FORMAT, resumable, run, files))))
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
 
@@ -142,7 +162,7 @@ def publish(staged: Path, target: Path) -> None:
 
     A process killed between the two renames leaves the staged one whole, and `finish_interrupted` goes on.
     """
-    if target.exists():
+    if os.path.lexists(target):
         remove(target)
     os.rename(staged, target)
     sync(target.parent)
@@ -158,16 +178,19 @@ def finish_interrupted(output_dir: str | Path) -> None:
 
 
 def clear_staging(output_dir: str | Path) -> None:
-    """Remove what is half written, and what is half removed."""
-    shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+    """Remove what is half written, and what is half removed. Of a link in its place, the link."""
+    staging = Path(output_dir) / STAGING
+    if staging.is_symlink():
+        staging.unlink(missing_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint: first its name, in one step, then its files."""
+    """Remove a checkpoint: first its name, in one step, then its files. Of a link, the link."""
     bin_ = checkpoint.parent / STAGING
     bin_.mkdir(exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix="removed-", dir=bin_))
-    os.rename(checkpoint, aside)  # onto an empty folder
+    os.rename(checkpoint, aside / checkpoint.name)  # whatever has this name
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -206,6 +229,13 @@ def fault_of_output_folder(output_dir: str | Path) -> str | None:
             f"`output_dir` must be a folder that can be written to, got {str(folder)!r}: {error.strerror}. Choose "
             "another one, or change who may write there."
         )
+    links = [path.name for path in folder.iterdir() if path.is_symlink() and not path.is_dir()]
+    links = [name for name in links if not _NAME.fullmatch(name)]  # those are replaced
+    if links:  # transformers and TRL write through them
+        return (
+            f"`output_dir` must have no links to files, got {links} in {folder}: what they point to would be "
+            "overwritten. Remove them, or choose another folder."
+        )
     return None
 
 
@@ -220,22 +250,25 @@ def told_in_one_error(checkpoint: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk is an OSError in Python, a RuntimeError in torch, another in safetensors
         folder = checkpoint.parent
+        full = disk_is_full(error) or _has_no_room(folder)
         clear_staging(folder)
         whole = [path.name for path in numbered_checkpoints(folder) if (path / MANIFEST).exists()]
         left = f"{', '.join(whole)} in {folder} stay as they are" if whole else "There is no earlier one"
-        room = f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free now)" if folder.is_dir() else ""
+        room = f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free now)" if full and folder.is_dir() else ""
+        advice = "Make room, and go on" if full else "Once the cause is gone, go on"
         raise CheckpointNotSavedError(
             f"{checkpoint.name} must be written whole, got {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            f"{room}. {left}. Make room, and go on with `resume_from_checkpoint: true`."
+            f"{room}. {left}. {advice} with `resume_from_checkpoint: true`."
         ) from error
 
 
-def _sha256_of_files(folder: Path, names: list[str], *, sync: bool = False) -> dict[str, str]:
-    def digest(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            if sync:
-                os.fsync(file.fileno())
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter's lock
-        return dict(zip(names, pool.map(digest, names), strict=True))
+def _has_no_room(folder: Path) -> bool:
+    """Whether a trial says that the disk is full; torch's own errors do not say why a file could not be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False

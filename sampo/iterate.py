@@ -13,8 +13,6 @@ reference are the model of the round before. What is ours:
 Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
 """
 
-import ctypes
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -25,19 +23,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import numbered_checkpoints
-from .whole_files import write_whole
+from .io.files import write_whole
+from .io.locks import alone_in
 
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
-LOCK = ".iterate.lock"
-PATIENCE = 30.0  # seconds in which a round may end whose `sampo iterate` was killed
 DATA = ("full", "shards")
 REFERENCES = ("previous", "initial")
 OF_THE_MACHINE = ("gpu_ids", "main_process_port")  # launcher's options that change nothing in the weights
@@ -185,11 +181,12 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
         after: Is called with each round that has finished now.
 
     Raises:
-        RefusedIteration: the folder belongs to other rounds, or another process works in it.
+        RefusedIteration: the folder belongs to other rounds.
+        FolderInUseError: another process works in it.
         RoundFailed: a round's command has failed.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(plan.folder) as lock:
+    with alone_in(plan.folder) as lock:
         rounds = _take_up(plan)
         write_whole(plan.folder / RECIPE, _as_yaml(plan.recipe))
         for one in rounds:
@@ -301,7 +298,7 @@ def _step(plan, rounds: list[Round], one: Round, status: str, command: list[str]
 
 # In the process of a round, before anything else happens in it.
 _IN_A_ROUND = (
-    "import sys; from sampo.iterate import end_with_parent; end_with_parent(int(sys.argv.pop(1))); "
+    "import sys; from sampo.io.locks import end_with_parent; end_with_parent(int(sys.argv.pop(1))); "
     "from sampo.cli import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -319,38 +316,6 @@ def _launch(command: list[str], lock: int) -> int:
                 continue
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel send this process SIGTERM when its parent is gone: no orphan trains beside its successor."""
-    if sys.platform != "linux":
-        return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it was gone before
-        sys.exit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[int]:
-    """Holds the lock of the folder; its descriptor is for the processes that are started."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # a round whose `sampo iterate` was killed may still be ending
-                if time.monotonic() > until:
-                    raise RefusedIteration(
-                        f"Only one `sampo iterate` can work in {folder}, got another, or a round that it has started. "
-                        "Wait for it, or end it."
-                    ) from None
-                time.sleep(0.2)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 # --- what a round has left -------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 One forward pass gives two numbers for each completion token: log π of the token that is there, and log π of the end
 token in its place. With the reference's log-probs (`sampo.ref_logps`, computed once for all policies) they give every
-weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, each written aside and
-renamed: a run that is killed goes on with the shards that are missing. What is made of them is in `sampo.diagnostics`.
+weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, and a manifest names what
+each must hold: a run that is killed goes on with the shards that it does not name, and a shard whose bytes are others
+is refused, never read. What is made of them is in `sampo.diagnostics`.
 
 The pairs are tokenised and cut as in training, by TRL itself: `DPOTrainer._prepare_dataset` asks its `self` for
 `_tokenizer` alone, and `DataCollatorForPreference` does the rest (pinned by tests/test_diagnostics.py).
@@ -27,6 +28,8 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from .io.files import Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
+from .io.schemas import WrongFile, named, parse_json, typed
 from .ref_key import ID_COLUMNS
 from .ref_logps import BATCH, CHOSEN, REJECTED, RefCache, RefCacheError, RefCollator
 from .token_scorer import TokenScorer
@@ -40,9 +43,9 @@ from .weighting import (
     sequence_logps,
     token_weights,
 )
-from .whole_files import write_whole
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 ROWS_PER_SHARD = 512  # what a killed run loses at most
 Progress = Callable[[int, int], None]
 
@@ -145,6 +148,14 @@ class ScoreKey:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
 
 
+@dataclass(frozen=True)
+class ScoreManifest:
+    """What the folder of a policy says about itself: the key as a dictionary, and what each finished shard holds."""
+
+    key: dict[str, Any]
+    shards: dict[str, Content]
+
+
 def score_pairs(
     dataset: Dataset,
     folder: Path,
@@ -169,11 +180,13 @@ def score_pairs(
         batch_size: pairs at a time.
         rows_per_shard: pairs in a file.
         progress: told (done, of) in pairs.
+
+    Raises:
+        WrongFile: the manifest is damaged, or a shard is not what it names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.part"):  # of a run that was killed
-        left_over.unlink()
-    write_whole(folder / "key.json", json.dumps(asdict(key), indent=1).encode())
+    remove_left_overs(folder)
+    known = _known_shards(folder, key)
     starts = range(0, len(dataset), rows_per_shard)
     paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
     names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN, REJECTED)]
@@ -182,16 +195,39 @@ def score_pairs(
     score_tokens: TokenScorer | None = None
     for start, path in zip(starts, paths, strict=True):
         stop = min(start + rows_per_shard, len(dataset))
-        if not path.exists():
+        if path.name not in known:
             score_tokens = score_tokens or scorer()
             parts = []
             for batch in _alike(rows, start, stop, batch_size):
                 inputs = collate([rows[row] for row in batch])
                 parts.append(_columns(batch, inputs, score_tokens, key))
-            _write_shard(path, parts)
+            known[path.name] = _write_shard(path, parts)
+            _write_manifest(folder, key, known)
         if progress is not None:
             progress(stop, len(dataset))
     return paths
+
+
+def _known_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
+    """What the shards that are there must hold, after they were compared with it."""
+    path, again = folder / MANIFEST, f"Delete {folder}, and it is computed again"
+    try:
+        with named(path, again):
+            manifest = typed(ScoreManifest, unsealed(typed(dict[str, Any], parse_json(path.read_bytes()))))
+            if manifest.key != asdict(key):
+                raise ValueError("its `key` must be that of this run, got another one")
+    except FileNotFoundError:
+        _write_manifest(folder, key, {})
+        return {}
+    known = {name: content for name, content in manifest.shards.items() if (folder / name).exists()}
+    for name, content in known.items():
+        if fault := fault_of_contents(folder, {name: content}):
+            raise WrongFile(f"{folder / name} must be as it was written, and {fault}. Delete it, and run again.")
+    return known
+
+
+def _write_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> None:
+    write_whole(folder / MANIFEST, sealed(asdict(ScoreManifest(asdict(key), shards))))
 
 
 def _alike(rows: Dataset, start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
@@ -246,7 +282,7 @@ def _sides(name: str, values: Tensor) -> dict[str, np.ndarray]:
     return {f"chosen_{name}": chosen.numpy(), f"rejected_{name}": rejected.numpy()}
 
 
-def _write_shard(path: Path, parts: list[dict[str, Any]]) -> None:
+def _write_shard(path: Path, parts: list[dict[str, Any]]) -> Content:
     order = np.argsort(np.concatenate([part["row"] for part in parts]))
     columns = {}
     for name in parts[0]:
@@ -254,7 +290,9 @@ def _write_shard(path: Path, parts: list[dict[str, Any]]) -> None:
         columns[name] = pa.array([values[i] for i in order])
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    write_whole(path, sink.getvalue())
+    content = sink.getvalue().to_pybytes()
+    write_whole(path, content)
+    return content_of(content)
 
 
 def cached_reference(

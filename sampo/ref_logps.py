@@ -13,13 +13,11 @@ build that is killed at any point goes on with the shards that are missing. A sh
 manifest names is refused, never read.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +29,9 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from .io.files import SEAL, Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
+from .io.schemas import WrongFile, named, parse_json, typed
 from .ref_key import OWN_TOKENS, SCHEMA, RefKey
-from .whole_files import write_whole
 
 
 class Names(NamedTuple):
@@ -110,21 +109,20 @@ class RefCache:
             return None
         return [shard for shard in self._shards(manifest) if not self._verify(shard, manifest)]
 
-    def begin(self, about: dict[str, Any], processes: int = 1) -> list[Shard]:
+    def begin(self, about: dict[str, str], processes: int = 1) -> list[Shard]:
         """Lay down the manifest if there is none; returns the shards to compute.
 
         Args:
-            about: for people who look into the manifest.
+            about: the fields of `About`, for people who look into the manifest.
             processes: that share the work; a small data set is cut into so many shards.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(".*.part"):  # of a build that was killed
-            left_over.unlink()
+        remove_left_overs(self.folder)
         if self._read_manifest() is None:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             size = min(ROWS_PER_SHARD, max(1, -(-self.n_rows // processes)))
-            content = {"schema": SCHEMA, "key": self.key.as_dict(), "rows": self.n_rows, "rows_per_shard": size}
-            self._write_manifest({**content, "created": created, "about": about, "shards": {}})
+            key = self.key.as_dict()
+            self._write_manifest(RefManifest(SCHEMA, key, self.n_rows, size, created, About(**about), {}))
         return self.missing() or []
 
     def write(self, shard: Shard, chosen: list[Tensor], rejected: list[Tensor]) -> dict[str, Any]:
@@ -144,11 +142,10 @@ class RefCache:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
-        content = sink.getvalue()
-        write_whole(self._path(shard), content)
-        digest = hashlib.sha256(content).hexdigest()
-        tokens = sum(map(len, chosen)) + sum(map(len, rejected))
-        return {"index": shard.number, "sha256": digest, "bytes": len(content), "tokens": tokens}
+        whole = sink.getvalue().to_pybytes()
+        write_whole(self._path(shard), whole)
+        tokens, content = sum(map(len, chosen)) + sum(map(len, rejected)), content_of(whole)
+        return {"index": shard.number, "sha256": content.sha256, "bytes": content.size, "tokens": tokens}
 
     def record(self, written: list[dict[str, Any]]) -> None:
         """Name finished shards in the manifest."""
@@ -156,7 +153,7 @@ class RefCache:
         if manifest is None:
             raise RefCacheError(f"{self.manifest_path} must stay while the cache is filled, got none. Start again.")
         for entry in written:
-            manifest["shards"][str(entry["index"])] = {k: v for k, v in entry.items() if k != "index"}
+            manifest.shards[str(entry["index"])] = ShardEntry(**{k: v for k, v in entry.items() if k != "index"})
         self._write_manifest(manifest)
 
     def attach(self, dataset: Dataset) -> Dataset:
@@ -183,12 +180,17 @@ class RefCache:
 
     def size(self) -> tuple[int, int]:
         """(bytes, tokens) of all shards."""
-        shards = (self._read_manifest() or {"shards": {}})["shards"].values()
-        return sum(shard["bytes"] for shard in shards), sum(shard["tokens"] for shard in shards)
+        manifest = self._read_manifest()
+        shards = manifest.shards.values() if manifest else ()
+        return sum(shard.bytes for shard in shards), sum(shard.tokens for shard in shards)
 
     def remove(self) -> None:
-        """Delete everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete everything.
+
+        Raises:
+            RefCacheError: another run fills it.
+        """
+        remove_cache(self.folder)
 
     def lock(self) -> bool:
         """Try for ten seconds to be the only run that fills this cache; the system releases it if we die."""
@@ -206,41 +208,70 @@ class RefCache:
     def _path(self, shard: Shard) -> Path:
         return self.folder / f"shard-{shard.number:05d}.arrow"
 
-    def _shards(self, manifest: dict[str, Any]) -> list[Shard]:
-        size = manifest["rows_per_shard"]
+    def _shards(self, manifest: "RefManifest") -> list[Shard]:
+        size = manifest.rows_per_shard
         starts = range(0, self.n_rows, size)
         return [Shard(i, start, min(start + size, self.n_rows)) for i, start in enumerate(starts)]
 
-    def _read_manifest(self) -> dict[str, Any] | None:
+    def _read_manifest(self) -> "RefManifest | None":
         manifest = read_manifest(self.manifest_path)
-        if manifest is not None and (manifest["key"] != self.key.as_dict() or manifest["rows"] != self.n_rows):
-            differing = [k for k, v in self.key.as_dict().items() if manifest["key"].get(k) != v] or ["rows"]
+        if manifest is not None and (manifest.key != self.key.as_dict() or manifest.rows != self.n_rows):
+            differing = [k for k, v in self.key.as_dict().items() if manifest.key.get(k) != v] or ["rows"]
             raise RefCacheError(
                 f"{self.manifest_path} must be that of this run, got one of another cache (`{'`, `'.join(differing)}` "
                 f"differ). {_cure(self.folder)}"
             )
         return manifest
 
-    def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_whole(self.manifest_path, json.dumps(manifest, indent=1).encode())
+    def _write_manifest(self, manifest: "RefManifest") -> None:
+        write_whole(self.manifest_path, sealed(asdict(manifest)))
 
-    def _verify(self, shard: Shard, manifest: dict[str, Any]) -> bool:
+    def _verify(self, shard: Shard, manifest: "RefManifest") -> bool:
         """Whether the shard is there and whole."""
-        entry, path = manifest["shards"].get(str(shard.number)), self._path(shard)
+        entry, path = manifest.shards.get(str(shard.number)), self._path(shard)
         if entry is None or not path.exists():
             return False
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry["sha256"]:
-            raise RefCacheError(
-                f"{path} must have the SHA-256 {entry['sha256'][:16]}… that its manifest names, got {found[:16]}… "
-                f"({path.stat().st_size:,} bytes instead of {entry['bytes']:,}): it was damaged, or is another "
-                f"cache's. {_cure(path)}"
-            )
+        if fault := fault_of_contents(self.folder, {path.name: Content(entry.bytes, entry.sha256)}):
+            raise RefCacheError(f"{path} must be what its manifest names, and {fault}. {_cure(path)}")
         return True
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class ShardEntry:
+    """A finished shard: what its file holds, and the number of log-probs in it."""
+
+    sha256: str
+    bytes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class About:
+    """Of which data set a cache is, of which reference, and which run has begun it. Nothing depends on it."""
+
+    data: str = ""
+    model: str = ""
+    output_dir: str = ""
+
+
+@dataclass(frozen=True)
+class RefManifest:
+    """What a cache says about itself: key, rows, and what is trusted."""
+
+    schema: int
+    key: dict[str, Any]
+    rows: int
+    rows_per_shard: int
+    created: str
+    about: About
+    shards: dict[str, ShardEntry]
+
+    def __post_init__(self):
+        if self.rows_per_shard < 1:
+            raise ValueError(f"`rows_per_shard` must be at least 1, got {self.rows_per_shard}")
+
+
+def read_manifest(path: Path) -> RefManifest | None:
     """The manifest at this place; None if there is none.
 
     Raises:
@@ -249,13 +280,31 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RefCacheError(f"{path} must be JSON, got {error}. {_cure(path.parent)}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        schema = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise RefCacheError(f"{path} must be a manifest of schema {SCHEMA}, got {schema}. {_cure(path.parent)}")
-    return manifest
+        with named(path, _cure(path.parent).removesuffix(".")):
+            content = typed(dict[str, Any], parse_json(path.read_bytes()))
+            if content.get("schema") != SCHEMA:
+                raise ValueError(f"it must be a manifest of schema {SCHEMA}, got {str(content.get('schema'))[:20]}")
+            # caches of earlier versions have no checksum of the manifest, and the same content
+            return typed(RefManifest, unsealed(content) if SEAL in content else content, complete=True)
+    except (OSError, WrongFile) as error:
+        raise RefCacheError(str(error)) from None
+
+
+def remove_cache(folder: Path) -> None:
+    """Delete a cache and its lock.
+
+    Raises:
+        RefCacheError: a run fills it.
+    """
+    if not folder.parent.is_dir():
+        return
+    lock = Path(f"{folder}.lock")
+    try:
+        with FileLock(lock, timeout=10):
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    except Timeout:
+        raise RefCacheError(f"A cache must not be deleted while a run fills it, got {folder}. Wait for it.") from None
 
 
 def cache_folders(root: Path) -> list[Path]:

@@ -18,6 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .io.files import open_to_append
+from .io.locks import wait_for_lock
+
 SCHEMA = 1
 PACKAGES = ("sampo-dpo", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
@@ -101,13 +104,18 @@ def lines(records: Iterable[Record]) -> str:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Append records in one write. A last line that an interrupted writer left unfinished is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    """Append records in one write. A last line that an interrupted writer left unfinished is cut off first.
+
+    Processes that append to one file wait for each other: what one is writing is no unfinished line to another.
+    """
+    with open_to_append(path) as file:
+        wait_for_lock(file.fileno())
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)
-        file.write(lines(records).encode())
+        rest = lines(records).encode()
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 def read(path: Path) -> list[Record]:

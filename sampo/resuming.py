@@ -28,6 +28,8 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from . import checkpoints
+from .io.files import write_whole
+from .io.locks import FolderInUseError, alone_in
 from .lengths import LengthSums
 from .run_identity import changes, identity
 
@@ -150,8 +152,13 @@ class ResumableTrainer(Trainer):
         Raises:
             ResumeRefusedError: no whole checkpoint, or one of another run; what has changed is named.
             CheckpointNotSavedError: a checkpoint could not be written.
+            FolderInUseError: another process trains into `output_dir`.
             Preempted: SIGTERM came, and a checkpoint was saved.
         """
+        with self._alone_in_output_dir():
+            return self._train_alone(resume_from_checkpoint, *rest, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *rest, **kwargs):
         checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._log_window = None
         if checkpoint is not None:
@@ -162,6 +169,25 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             raise Preempted(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
         return result
+
+    @contextlib.contextmanager
+    def _alone_in_output_dir(self) -> Iterator[None]:
+        """A run that saves has the folder for itself. The first process takes the lock, the others are told."""
+        if self.args.save_strategy == "no":
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            told: list[Any] = [None]
+            if self.is_world_process_zero():
+                try:
+                    stack.enter_context(alone_in(Path(str(self.args.output_dir))))
+                except FolderInUseError as error:
+                    told[0] = str(error)
+            if self.args.world_size > 1:
+                broadcast_object_list(told)
+            if told[0] is not None:
+                raise FolderInUseError(told[0])
+            yield
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> Path | None:
         """The first process looks and decides, the others are told: they must not go on from different steps."""
@@ -208,23 +234,23 @@ class ResumableTrainer(Trainer):
         return checkpoint
 
     def _refuse_other_run(self, checkpoint: Path) -> None:
-        before = checkpoints.read_manifest(checkpoint)["run"]
+        before = checkpoints.read_manifest(checkpoint).run
         if self.args.sync_ref_model:
             raise ResumeRefusedError(
                 "A run with `sync_ref_model` cannot be resumed, got one to resume: its reference has moved, and "
                 "checkpoints hold the policy alone. Begin anew, or unset the option in a new run."
             )
-        changed = changes(before["must"], self._identity["must"])
+        changed = changes(before.must, self._identity["must"])
         if changed:
             raise ResumeRefusedError(
                 f"A resumed run must be the run that wrote {checkpoint}, got one that differs: {'; '.join(changed)}. "
                 "Set this back, or begin anew in another `output_dir`."
             )
-        rounding = changes(before["rounding"], self._identity["rounding"])
+        rounding = changes(before.rounding, self._identity["rounding"])
         if rounding:
             logger.warning(f"The resumed run equals an uninterrupted one but for rounding: {'; '.join(rounding)}.")
         length = {"`max_steps`": self.args.max_steps, "`num_train_epochs`": self.args.num_train_epochs}
-        lengthened = changes(before["length"], length)
+        lengthened = changes(before.length, length)
         if lengthened and not self.args.lr_scheduler_type.value.startswith("constant"):
             logger.warning(
                 f"{'; '.join(lengthened)}: from here on the learning rate follows the schedule of the new length, "
@@ -280,7 +306,7 @@ class ResumableTrainer(Trainer):
     def _publish(self, staged: Path, target: Path) -> None:
         """The first process gives the checkpoint its name; on machines with a disk of their own, one process each."""
         length = {"`max_steps`": self.args.max_steps, "`num_train_epochs`": self.args.num_train_epochs}
-        run = {**self._identity, "length": length}
+        run = checkpoints.RunRecord(**self._identity, length=length)
         first = self.is_world_process_zero()
         for its_turn in (first, self.args.local_process_index == 0 and not first):
             if its_turn and staged.is_dir():
@@ -317,7 +343,7 @@ class ResumableTrainer(Trainer):
                 "num_tokens": self._total_train_tokens,
                 "length_sums": self._length_sums["train"].columns,
             }
-            (folder / LOG_WINDOW).write_text(json.dumps(window), encoding="utf-8")
+            write_whole(folder / LOG_WINDOW, json.dumps(window))
 
     def _restore_log_window(self, window: dict[str, Any]) -> None:
         sums, mine = window["loss_sums"], self.args.process_index

@@ -50,6 +50,7 @@ from .config import SamPOConfig
 from .end_tokens import end_token_ids
 from .guards import check_data, refuse_another_engine, refuse_separate_processes
 from .head import score_places
+from .io.files import write_whole
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
@@ -884,4 +885,4 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         if self.is_world_process_zero() and path.exists():
             section = f"\n## Method\n\nTrained with sampo. Method: {self._method_in_words()}.\n"
             section += f"Reference: {self._reference_in_words()}. Beta {self.beta}, loss {self.args.loss_type}.\n"
-            path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
+            write_whole(path, path.read_text(encoding="utf-8") + section)

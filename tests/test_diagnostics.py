@@ -305,7 +305,7 @@ import sampo.{module} as module
 write = module.{write}
 def dying(path, content):
     if {last!r} in str(path):
-        path.with_name("." + path.name + ".part").write_bytes(bytes(content)[:99])
+        path.with_name(".sampo-0-0.part").write_bytes(bytes(content)[:99])
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
 module.{write} = dying
@@ -346,6 +346,41 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
     assert all(path.stat().st_mtime_ns == when for path, when in there.items())
     assert table_of(again) == table_of(shards)
     assert not list((tmp_path / "pairs").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "the manifest"])
+def test_a_shard_that_is_not_as_it_was_written_is_refused_and_its_deletion_is_the_cure(data, tmp_path, damage):
+    def scored():
+        return score_pairs(
+            data,
+            tmp_path,
+            key_of(data),
+            lambda: TokenScorer(make_model(seed=1), pair_stream="true"),
+            pad_id=0,
+            rows_per_shard=5,
+        )
+
+    before = table_of(scored())
+    shard = tmp_path / "rows-0000005-0000010.parquet"
+    content = bytearray(shard.read_bytes())
+    if damage == "cut off":
+        del content[-1:]
+    else:
+        content[len(content) // 2] ^= 4
+    if damage == "the manifest":
+        (tmp_path / "manifest.json").write_text(
+            (tmp_path / "manifest.json").read_text().replace('"size": ', '"size": 1')
+        )
+        with pytest.raises(
+            ValueError, match=r"manifest.json: its entries must have the checksum .*Delete .*computed again"
+        ):
+            scored()
+        return
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows-0000005-0000010.parquet must be as it was written, and .*Delete it"):
+        scored()
+    shard.unlink()
+    assert table_of(scored()) == before
 
 
 def refuse_to_load():

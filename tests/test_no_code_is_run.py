@@ -145,7 +145,7 @@ def test_the_files_of_a_checkpoint(tmp_path, checkpoint, marker, name):
     if name == "pytorch_model.bin":
         (forged / "model.safetensors").unlink()
     torch.save({"state": Payload(marker)}, forged / name)
-    write_manifest(forged, read_manifest(checkpoint)["run"])
+    write_manifest(forged, read_manifest(checkpoint).run)
     trainer = make_run(str(checkpoint.parents[1] / "model"), tmp_path / "out", max_steps=2)
     with pytest.raises(ResumeRefusedError, match="that would run code when it is loaded"):
         trainer.train(resume_from_checkpoint=str(forged))
@@ -154,5 +154,5 @@ def test_the_files_of_a_checkpoint(tmp_path, checkpoint, marker, name):
 def test_the_rest_of_a_checkpoint_is_not_unpickled(tmp_path, checkpoint, marker):
     forged = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
     torch.save(Payload(marker), forged / "training_args.bin")
-    write_manifest(forged, read_manifest(checkpoint)["run"])
+    write_manifest(forged, read_manifest(checkpoint).run)
     make_run(str(checkpoint.parents[1] / "model"), tmp_path / "out", max_steps=2).train(str(forged))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from sampo import SamPOConfig, SamPOTrainer, cached_reference, ref_key, ref_logps
 from sampo.commands import cache as command
 from sampo.commands import train
+from sampo.io.files import SEAL, sealed, unsealed
 from sampo.ref_key import RefKey, data_hash, files_hash, weights_hash
 from sampo.ref_logps import CHOSEN, END, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
 from sampo.weighting import WEIGHTINGS
@@ -545,6 +546,11 @@ def filled(model_folder, root, monkeypatch):
     return cache_of(trainer).folder, columns(trainer), lambda: make_trainer(model_folder, root)
 
 
+def resealed(text):
+    """As if the manifest had been written so."""
+    return sealed({name: value for name, value in json.loads(text).items() if name != SEAL})
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -564,7 +570,9 @@ def test_a_shard_with_other_bytes_is_refused_and_its_deletion_is_the_cure(filled
     folder, before, again = filled
     shard = folder / "shard-00003.arrow"
     damage(shard)
-    with pytest.raises(RefCacheError, match=r"shard-00003.arrow must have the SHA-256 .*Delete .*shard-00003.arrow"):
+    with pytest.raises(
+        RefCacheError, match=r"shard-00003.arrow must be what its manifest names, and .*Delete .*shard-00003.arrow"
+    ):
         again()
     shard.unlink()  # what the message says
     trainer = again()
@@ -577,7 +585,7 @@ def test_a_shard_of_another_cache_is_refused(filled, tmp_path, model_folder):
     other = make_trainer(make_model(seed=8), tmp_path / "other", processing_class=make_tokenizer())
     foreign = cache_of(other).folder / "shard-00001.arrow"
     (folder / "shard-00001.arrow").write_bytes(foreign.read_bytes())
-    with pytest.raises(RefCacheError, match=r"shard-00001.arrow must have .* or is another cache's"):
+    with pytest.raises(RefCacheError, match=r"shard-00001.arrow must be what its manifest names, and"):
         again()
 
 
@@ -591,16 +599,30 @@ def test_without_a_manifest_nothing_is_trusted_and_all_is_computed(filled):
     assert columns(trainer) == before
 
 
+def test_a_manifest_without_a_checksum_of_its_own_is_that_of_an_earlier_version(filled):
+    folder, before, again = filled
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(unsealed(json.loads(manifest.read_text()))))
+    trainer = again()
+    assert (trainer.ref_caches[0].computed, columns(trainer)) == (0, before)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: text[: len(text) // 2], "must be JSON, got"),
-        (lambda text: "[]", "must be a manifest of schema 1, got None"),
+        (lambda text: text[: len(text) // 2], "must be JSON in UTF-8, got"),
+        (lambda text: "[]", "must be an object, got a list of 0"),
         (lambda text: text.replace('"schema": 1', '"schema": 0'), "must be a manifest of schema 1, got 0"),
-        (lambda text: text.replace('"max_length": 1024', '"max_length": 7'), "`max_length` differ"),
-        (lambda text: text.replace('"rows": 20', '"rows": 21'), "`rows` differ"),
+        (lambda text: text.replace('"rows": 20', '"rows": 21'), "it was damaged or edited"),
+        (lambda text: text.replace('"sha256_of_the_rest"', '"sha257_of_the_rest"'), "without other keys than"),
+        (lambda text: resealed(text.replace('"max_length": 1024', '"max_length": 7')), "`max_length` differ"),
+        (lambda text: resealed(text.replace('"rows": 20', '"rows": 21')), "`rows` differ"),
+        (
+            lambda text: resealed(text.replace('"rows_per_shard": 4', '"rows_per_shard": 0')),
+            "must be at least 1, got 0",
+        ),
+        (lambda text: resealed(text.replace('"rows": 20', '"rows": "20"')), "`rows` must be a whole number, got '20'"),
     ],
-    ids=["cut", "no manifest", "another schema", "another key", "another number of rows"],
 )
 def test_a_manifest_that_is_not_this_caches_is_refused_with_the_cure(filled, change, said):
     folder, _, again = filled

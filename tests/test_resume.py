@@ -161,6 +161,11 @@ def flip(path):
     path.write_bytes(content)
 
 
+def edit(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGES = {
     "a file cut off": (lambda f: cut(f / "model.safetensors"), "model.safetensors has .* bytes in place of"),
     "an empty file": (lambda f: (f / "optimizer.pt").write_bytes(b""), "optimizer.pt has 0 bytes in place of"),
@@ -169,6 +174,18 @@ DAMAGES = {
     "the random state lost": (lambda f: (f / "rng_state.pth").unlink(), "rng_state.pth is missing"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), f"it has no {MANIFEST}: it is half written, or was not"),
     "half a manifest": (lambda f: cut(f / MANIFEST), f"its {MANIFEST} cannot be read"),
+    "a number of the run changed": (
+        lambda f: edit(f / MANIFEST, '"`seed`": 7', '"`seed`": 8'),
+        "its entries must have the checksum",
+    ),
+    "a key of the run lost": (lambda f: edit(f / MANIFEST, '"must"', '"most"'), "its entries must have the checksum"),
+    "the checksum lost": (lambda f: edit(f / MANIFEST, '"sha256_of_the_rest"', '"sha256"'), "must have the checksum"),
+    "another format": (lambda f: edit(f / MANIFEST, '"format": 2', '"format": 1'), "without other keys than"),
+    "a manifest that is a list": (lambda f: (f / MANIFEST).write_text("[]"), "must be an object, got a list of 0"),
+    "a manifest nested too deep": (
+        lambda f: (f / MANIFEST).write_text("[" * 100_000 + "]" * 100_000),
+        "must be JSON that is not nested deeper",
+    ),
     "an empty folder": (lambda f: [path.unlink() for path in f.iterdir()], f"it has no {MANIFEST}"),
 }
 
@@ -198,6 +215,27 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_which_it_skips_an
     assert "checkpoint-4 is skipped: scheduler.pt is missing." in caplog.text
     assert f"Going on from {folder / 'checkpoint-2'}." in caplog.text
     assert find_whole_checkpoint(folder).path == folder / "checkpoint-4"  # written anew over the damaged one
+
+
+@pytest.mark.parametrize("last", ["4", "nowhere"])
+def test_a_checkpoint_that_is_a_link_is_gone_on_from_and_replaced_as_a_link(model, finished, tmp_path, last):
+    """Whatever is replaced or removed is the link; what it points to stays as it is."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for step in (2, 4):
+        (folder / f"checkpoint-{step}").rename(elsewhere / str(step))
+    (folder / "checkpoint-2").symlink_to(elsewhere / "2")
+    (folder / "checkpoint-4").symlink_to(elsewhere / last)
+    (folder / STAGING).symlink_to(elsewhere)
+    before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
+    options = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
+    assert find_whole_checkpoint(folder).path == folder / f"checkpoint-{'4' if last == '4' else '2'}"
+    seen, _ = run(model, folder, resume=str(folder / "checkpoint-2"), **options)
+    assert [line["step"] for line in seen] == [2, 3, 3]
+    left = [path for path in folder.iterdir() if path.name.startswith(("checkpoint-", "_"))]
+    assert [(path.name, path.is_symlink()) for path in left] == [("checkpoint-4", False)]
+    assert {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")} == before
 
 
 def test_without_a_whole_checkpoint_true_is_refused_and_auto_begins(model, tmp_path):
@@ -252,7 +290,7 @@ def test_half_checkpoints_go_first_and_the_best_and_the_new_one_stay(tmp_path):
     for step in (1, 2, 3, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step != 9:
-            checkpoints.write_manifest(tmp_path / f"checkpoint-{step}", {})
+            checkpoints.write_manifest(tmp_path / f"checkpoint-{step}", checkpoints.RunRecord())
     new, best = tmp_path / "checkpoint-3", tmp_path / "checkpoint-1"
     assert checkpoints.remove_older(new, None) == checkpoints.remove_older(new, 4) == []
     assert checkpoints.remove_older(new, 3, keep=str(best)) == [tmp_path / "checkpoint-9"]
@@ -278,11 +316,11 @@ FULL_DISK = """
 import os, shutil, subprocess, sys
 sys.path.insert(0, {tests!r})
 import test_resume
-test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}))
+test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}), "Make room, and")
 """
 
 
-def run_until_full(model, folder, fill):
+def run_until_full(model, folder, fill, advice):
     """Saves the checkpoints 1 and 2, of which the last stays, and fails at 3."""
 
     class Fill(TrainerCallback):
@@ -296,7 +334,8 @@ def run_until_full(model, folder, fill):
         trainer.train()
     said = str(failed.value)
     assert said.startswith("checkpoint-3 must be written whole, got ")
-    assert f"checkpoint-2 in {folder}/run stay as they are. Make room, and go on with `resume_from_check" in said
+    assert f"checkpoint-2 in {folder}/run stay as they are. {advice} go on with `resume_from_check" in said
+    assert ("MB are free now" in said) == ("Make room" in said)
     left = Path(folder) / "run"
     assert [path.name for path in checkpoints.numbered_checkpoints(left)] == ["checkpoint-2"]
     assert not (left / STAGING).exists()
@@ -311,7 +350,8 @@ def fill_disk(folder):
 def test_a_file_that_cannot_grow_ends_in_one_error_and_the_former_checkpoint_stays(model, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        run_until_full(model, tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, before[1])))
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, before[1]))  # noqa: E731
+        run_until_full(model, tmp_path, limit, "Once the cause is gone,")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

@@ -1,7 +1,6 @@
 """An audit as files: all of it as JSON, every number as a record, and the numbers of every pair as Parquet."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from .. import results
-from ..whole_files import write_whole
+from ..io.files import replacing, write_whole
 from .audit import Audit
 from .report import conclusion, records
+from .scan import SplitScan
 
 
 def write(audit: Audit, folder: Path, *, command: str = "") -> list[Path]:
@@ -82,10 +82,9 @@ def _write_pairs(audit: Audit, path: Path) -> None:
     def encoded(codes: np.ndarray, names: list[str]) -> Any:
         return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(names, pa.string()))
 
-    aside = path.with_name(f".{path.name}.part")
-    writer = None
     group_names = audit.group_names
-    for scan in audit.scans:
+
+    def table(scan: SplitScan) -> Any:
         columns = {"split": encoded(np.zeros(len(scan.pairs), np.int32), [scan.name])}
         for name in PAIR_COLUMNS:
             if name == "group":
@@ -94,9 +93,10 @@ def _write_pairs(audit: Audit, path: Path) -> None:
             elif name != "split":
                 columns[name] = pa.array(getattr(scan.pairs, name))
         columns["split"] = columns["split"].cast(pa.string())
-        table = pa.table(columns).replace_schema_metadata({"unit": audit.unit, "data": audit.label})
-        writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd")
-        writer.write_table(table)
-    assert writer is not None  # an audit has at least one split
-    writer.close()
-    os.replace(aside, path)
+        return pa.table(columns).replace_schema_metadata({"unit": audit.unit, "data": audit.label})
+
+    first = table(audit.scans[0])  # an audit has at least one split
+    with replacing(path) as file, pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for scan in audit.scans[1:]:
+            writer.write_table(table(scan))

@@ -50,6 +50,7 @@ def _audit(args: argparse.Namespace) -> int:
 
     from ..audit import files, report
     from ..audit.audit import audit_preferences
+    from ..io.locks import alone_in
     from .progress import progress
 
     columns = _columns(args.columns)
@@ -76,7 +77,8 @@ def _audit(args: argparse.Namespace) -> int:
     for line in [*report.fault_lines(audit), "", report.clean(report.conclusion(audit))]:
         console.print(line, markup=False, soft_wrap=True)
     if args.out:
-        written = files.write(audit, args.out, command=_command(args))
+        with alone_in(args.out):
+            written = files.write(audit, args.out, command=_command(args))
         console.print(f"Written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     return FAULTY if audit.has_faults else 0
 

@@ -8,7 +8,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from .options import RecipeParser
 from .options import make_parser as make_train_parser
@@ -86,21 +85,19 @@ def _list(folder: str | None) -> int:
         if manifest is None:
             print(f"{path.name}  without a manifest")
             continue
-        shards, about = manifest["shards"].values(), manifest["about"]
-        wanted = -(-manifest["rows"] // manifest["rows_per_shard"])
+        shards, about = manifest.shards.values(), manifest.about
+        wanted = -(-manifest.rows // manifest.rows_per_shard)
         print(
-            f"{path.name}  {manifest['created'][:16]}  {manifest['rows']:>9,} pairs  "
-            f"{sum(shard['bytes'] for shard in shards) / 1e6:>8.1f} MB  "
+            f"{path.name}  {manifest.created[:16]}  {manifest.rows:>9,} pairs  "
+            f"{sum(shard.bytes for shard in shards) / 1e6:>8.1f} MB  "
             f"{'complete' if len(shards) == wanted else f'{len(shards)} of {wanted} shards'}  "
-            f"{about['data']} of {about['output_dir']}, {manifest['key']['storage_dtype']}, {about['model']}"
+            f"{about.data} of {about.output_dir}, {manifest.key.get('storage_dtype')}, {about.model}"
         )
     return 0
 
 
 def _remove(folder: str | None, names: list[str]) -> int:
-    import shutil
-
-    from ..ref_logps import cache_folders, cache_root
+    from ..ref_logps import RefCacheError, cache_folders, cache_root, remove_cache
 
     caches = {path.name: path for path in cache_folders(cache_root(folder))}
     chosen = list(caches) if names == ["all"] else names
@@ -109,8 +106,11 @@ def _remove(folder: str | None, names: list[str]) -> int:
         print(f"sampo cache: `--rm` must name caches of `sampo cache --ls`, got {unknown}.", file=sys.stderr)
         return 2
     for name in chosen:
-        shutil.rmtree(caches[name])
-        Path(f"{caches[name]}.lock").unlink(missing_ok=True)
+        try:
+            remove_cache(caches[name])
+        except RefCacheError as error:
+            print(f"sampo cache: error: {error}", file=sys.stderr)
+            return 2
         print(f"deleted {caches[name]}")
     return 0
 

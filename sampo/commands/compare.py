@@ -143,8 +143,9 @@ def _finish(
     from ..evaluation.judged import csv_text
     from ..evaluation.summary import summary_table
     from ..evaluation.verbosity import verbosity_table
+    from ..io.files import write_whole
+    from ..io.locks import alone_at
     from ..results import lines
-    from ..whole_files import write_whole
     from .shown import command_line, console, say
 
     screen = console()
@@ -162,6 +163,7 @@ def _finish(
     whole = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}
     made = comparing.all_records(summaries, lengths, duels, configs=configs, seed=args.seed, command=command)
     places = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("csv", "json", "records.jsonl")]
-    for place, text in zip(places, (csv_text(rows), json.dumps(whole, indent=2) + "\n", lines(made)), strict=True):
-        write_whole(place, text)
+    with alone_at(args.out):
+        for place, text in zip(places, (csv_text(rows), json.dumps(whole, indent=2) + "\n", lines(made)), strict=True):
+            write_whole(place, text)
     print(f"Written: {', '.join(map(str, places))}")

@@ -59,18 +59,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Compute what is not there yet, and say what was found."""
+    from ..io.locks import alone_in
     from ..pair_rows import PreferenceDataError
     from ..ref_logps import RefCacheError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
-        _diagnose(args)
+        command = _command(args)
+        _fill_defaults(args)
+        with alone_in(args.out):
+            _diagnose(args, command)
     except (PreferenceDataError, RefCacheError, ValueError, OSError) as error:
         raise SystemExit(f"sampo diagnose: error: {error}") from None
 
 
-def _diagnose(args: argparse.Namespace) -> None:
+def _diagnose(args: argparse.Namespace, command: str) -> None:
     import datasets
     import transformers
     from accelerate import PartialState
@@ -82,8 +86,6 @@ def _diagnose(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     PartialState(cpu=args.use_cpu)
-    command = _command(args)
-    _fill_defaults(args)
     setup = _prepare(args)
     page = []
     for policy, name in zip(setup.policies, _names(args.policy), strict=True):

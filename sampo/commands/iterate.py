@@ -5,12 +5,12 @@ YAML file too. Each round is a launch of its own; see `sampo.iterate`.
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..io.locks import FolderInUseError
 from ..iterate import (
     DATA,
     OF_THE_MACHINE,
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
     try:
         plan, cleans = make_plan({name: value for name, value in vars(own).items() if value is not None}, rest)
         rounds = iterate(plan, _say, after=cleans)
-    except (RefusedIteration, RoundFailed) as error:
+    except (RefusedIteration, FolderInUseError, RoundFailed) as error:
         print(f"sampo iterate: error: {error}", file=sys.stderr)
         return error.status if isinstance(error, RoundFailed) else 2
     for one in rounds:
@@ -122,19 +122,17 @@ def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
     """Delete the caches that a round has made, and with one reference for all rounds only after the last."""
     if plan.reference == "initial" and one.number < plan.rounds:
         return
-    from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest
+    from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest, remove_cache
 
     made_by = {str(plan.round_folder(number)) for number in range(1, one.number + 1)}
     for path in cache_folders(cache_root(folder)):
         try:
             manifest = read_manifest(path / "manifest.json")
+            if manifest is not None and manifest.about.output_dir in made_by:
+                remove_cache(path)
+                _say(f"deleted the cache of reference log-probs {path}")
         except RefCacheError as error:
             _say(f"left alone: {error}")
-            continue
-        if manifest is not None and manifest["about"]["output_dir"] in made_by:
-            shutil.rmtree(path)
-            Path(f"{path}.lock").unlink(missing_ok=True)
-            _say(f"deleted the cache of reference log-probs {path}")
 
 
 def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> list[str]:

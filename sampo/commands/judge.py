@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import human_judge, judges, rule_judges, templates
+from ..io.locks import alone_at
 from . import endpoints
 
 INCOMPLETE, STOPPED = 3, 4  # exit codes: some judgements failed; the run was given up and can be gone on with
@@ -76,6 +77,7 @@ def main(args: argparse.Namespace) -> None:
             return
         judge = JUDGES[args.judge](args)
         with ExitStack() as stack:
+            stack.enter_context(alone_at(args.out))
             stack.callback(getattr(judge, "close", lambda: None))
             code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs, files)
     except (ValueError, OSError, ImportError) as error:

@@ -14,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..io.files import write_whole
+from ..io.locks import FolderInUseError, alone_in
 from ..lab.methods import METHODS
 from ..lab.settings import GROUPS, Settings, plan
 
@@ -74,8 +76,12 @@ def main(args: argparse.Namespace) -> None:
     command = _command(args, settings)
     console.print(f"{len(runs)} runs into {args.out}; finished ones are kept.")
     began = time.perf_counter()
-    outcomes = _run(runs, args.out, command, console)
-    _show(outcomes, args.out, command, console)
+    try:
+        with alone_in(args.out):
+            outcomes = _run(runs, args.out, command, console)
+            _show(outcomes, args.out, command, console)
+    except FolderInUseError as error:
+        raise SystemExit(f"sampo lab: error: {error}") from None
     console.print(f"{time.perf_counter() - began:.0f} seconds.")
 
 
@@ -170,7 +176,7 @@ def _show(outcomes, folder: Path, command: str, console) -> None:
         console.print(table)
 
     about = report.describe(outcomes, command)
-    (folder / "table.md").write_text(report.markdown(lines, about=about), encoding="utf-8")
+    write_whole(folder / "table.md", report.markdown(lines, about=about))
     console.print(about + "\n", soft_wrap=True)
     for sentence in report.findings(lines):
         console.print(f"- {sentence}", soft_wrap=True, markup=False)

@@ -12,6 +12,8 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+from ..io.files import write_whole
+from ..io.locks import FolderInUseError, alone_in
 from ..lab.settings import Settings
 from ..lab.study import SEEDS, study_plan
 
@@ -46,9 +48,13 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as fault:
         raise SystemExit(f"sampo lab study: {fault}") from None
     plan = study_plan(settings, seeds=args.seeds)
-    if not args.report:
-        _run(plan[: args.runs], len(plan), settings, args)
-    _report(args.out)
+    try:
+        with alone_in(args.out):
+            if not args.report:
+                _run(plan[: args.runs], len(plan), settings, args)
+            _report(args.out)
+    except FolderInUseError as error:
+        raise SystemExit(f"sampo lab study: error: {error}") from None
 
 
 def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> None:
@@ -93,7 +99,7 @@ def _report(folder: Path) -> None:
     if not study.cells:
         raise SystemExit(f"sampo lab study: `--out` must hold finished runs to analyse, got none in {folder}.")
     text = "\n\n".join(f"## {name.replace('_', ' ')}\n\n{part(study)}" for name, part in PARTS.items())
-    (folder / "study.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / "study.md", text + "\n")
     print(verdicts(study))
     try:
         figures = [path.name for path in write_figures(study, folder)]

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from ..adapters import BOUNDS, DTYPES, TEXTS
+from ..io.locks import alone_at
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,15 +49,16 @@ def main(args: argparse.Namespace) -> None:
         texts = [text for text in texts if text.strip()]
         if not texts:
             raise ValueError(f"`texts` must hold at least one line of text, got none in {args.texts}.")
-        report = merge(
-            args.adapter,
-            args.out,
-            base=args.base,
-            base_revision=args.base_revision,
-            dtype=args.dtype,
-            texts=texts,
-            quantization_config=_quantization(args),
-        )
+        with alone_at(args.out):
+            report = merge(
+                args.adapter,
+                args.out,
+                base=args.base,
+                base_revision=args.base_revision,
+                dtype=args.dtype,
+                texts=texts,
+                quantization_config=_quantization(args),
+            )
     except (ValueError, ArithmeticError, ImportError, OSError) as error:
         raise SystemExit(f"sampo merge: error: {error}") from None
     print(report.in_words())

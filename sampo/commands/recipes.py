@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
-import shutil
+import os
 from pathlib import Path
+
+from ..io.files import write_whole
 
 
 def packaged(kind: str) -> Path:
@@ -73,9 +75,9 @@ def _list() -> None:
 
 def _copy(recipe: Path, dest: Path) -> None:
     target = dest / recipe.name if dest.is_dir() else dest
-    if target.exists():
+    if os.path.lexists(target):
         raise SystemExit(f"sampo recipes: `dest` must not exist yet, got {target}. Choose another name or remove it.")
     if not target.parent.is_dir():
         raise SystemExit(f"sampo recipes: `dest` must lie in an existing folder, got {target}. Make {target.parent}.")
-    shutil.copyfile(recipe, target)
+    write_whole(target, recipe.read_bytes())
     print(target)

@@ -21,8 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Write the page and say what is on it."""
+    from ..io.files import write_whole
     from ..report.build import build_report
-    from ..whole_files import write_whole
 
     out = args.out or args.folder / "report.html"
     try:

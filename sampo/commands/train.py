@@ -14,9 +14,11 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
+from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..model_checks import faults_of_model_folder
 from ..pair_rows import PreferenceDataError
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
@@ -33,11 +35,16 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         PreferenceDataError: the data cannot be trained on.
         RefCacheError: the reference cache cannot be used.
         ResumeRefusedError: there is no whole checkpoint to go on from, or it is of another run.
+        FolderInUseError: another run works in `output_dir`.
         CheckpointNotSavedError: a checkpoint could not be written.
         Preempted: SIGTERM came, and a checkpoint was saved.
     """
     resume = _resume(script_args.resume or training_args.resume_from_checkpoint)
-    _refuse_output_folder(training_args, resume)
+    with _output_folder(training_args, resume):
+        _train(script_args, training_args, model_args, dataset_args, resume)
+
+
+def _train(script_args, training_args, model_args, dataset_args, resume: str | bool | None) -> None:
     trainer = make_trainer(script_args, training_args, model_args, dataset_args)
     if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
@@ -113,17 +120,21 @@ def _faults_in_one_line() -> Iterator[None]:
         raise RefusedRun(str(error)) from error
 
 
-def _refuse_output_folder(training_args, resume: str | bool | None) -> None:
-    """Before the data and the model: is there a place to save, and is it free."""
+@contextlib.contextmanager
+def _output_folder(training_args, resume: str | bool | None) -> Iterator[None]:
+    """Before the data and the model: is there a place to save, and is it free. It stays ours until the end."""
     folder = str(training_args.output_dir)
     if fault := fault_of_output_folder(folder):
         raise RefusedRun(fault)
-    there = [path.name for path in numbered_checkpoints(folder)]
-    if there and not resume and training_args.save_strategy != "no":
-        raise RefusedRun(
-            f"A run that begins must not mix its checkpoints with those of another one, got `output_dir` {folder} "
-            f"with {', '.join(there)}. Set `resume: auto` to go on from the last one, or choose another folder."
-        )
+    first = training_args.process_index == 0
+    with alone_in(Path(folder)) if first else contextlib.nullcontext():
+        there = [path.name for path in numbered_checkpoints(folder)]
+        if there and not resume and training_args.save_strategy != "no":
+            raise RefusedRun(
+                f"A run that begins must not mix its checkpoints with those of another one, got `output_dir` {folder} "
+                f"with {', '.join(there)}. Set `resume: auto` to go on from the last one, or choose another folder."
+            )
+        yield
 
 
 def _finish(trainer, script_args) -> None:
@@ -252,6 +263,7 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
     """Parse the options and do the work; what is refused is said in one line."""
     from ..ref_logps import RefCacheError
 
+    end_with_launcher()
     # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is leaving behind, anew in each step.
@@ -262,7 +274,7 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
 
     try:
         work(*parsed)
-    except (RefusedRun, PreferenceDataError, RefCacheError, ResumeRefusedError) as error:
+    except (RefusedRun, PreferenceDataError, RefCacheError, ResumeRefusedError, FolderInUseError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except CheckpointNotSavedError as error:
@@ -308,6 +320,7 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
         parser.refuse_unknown(rest)  # once here rather than once per process
         # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+        os.environ[LAUNCHER] = str(os.getpid())
         sys.stdout.flush()
         os.execv(launcher[0], [*launcher, "-m", module, *more, *rest])
     return rest

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..io.files import write_whole
 from ..pair_rows import without_nulls
-from ..whole_files import write_whole
 from .journal import read_rows
 
 Prompt = str | list[dict[str, Any]]

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..whole_files import write_whole
+from ..io.files import write_whole
 from .answers import prompt_id, prompt_text
 from .judges import ORDERS, Comparison, Pair, Progress, Verdict
 

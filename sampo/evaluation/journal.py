@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..whole_files import sync
+from ..io.files import open_to_append, remove_left_overs, replacing, sync
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ class Journal:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._file = self.path.open("ab+", buffering=0)  # else what failed to be written is tried again
+        self._file = open_to_append(self.path)
         try:
             _lock_file(self._file.fileno(), self.path)
+            remove_left_overs(self.path.parent, self.path)
             self._file.seek(0)
             content = self._file.read()
             self.rows, self._end = _parse(content, self.path)
@@ -58,14 +58,12 @@ class Journal:
         """Put other rows in place of all: the file is whole at any moment, the old one or the new one."""
         rows = list(rows)
         content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii")
-        aside = self.path.with_name(f".{self.path.name}.part")
         with self._lock:
-            aside.unlink(missing_ok=True)
-            file = aside.open("ab+", buffering=0)
-            _lock_file(file.fileno(), aside)
-            _write_all(file, content)
-            os.replace(aside, self.path)
-            sync(self.path.parent)
+            with replacing(self.path, append=True) as new:
+                new.write(content)
+                new.flush()
+                file = open(os.dup(new.fileno()), "ab+", buffering=0)  # noqa: SIM115, it stays open
+                _lock_file(file.fileno(), self.path)
             self._file.close()
             self._file, self._end, self.rows = file, len(content), rows
 

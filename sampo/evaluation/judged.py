@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..io.files import write_whole
 from ..results import lines
-from ..whole_files import write_whole
 from .answers import Answer
 from .judges import Judgement, drawn_prompts, read_judgements, write_judgements
 from .summary import Summary, records, summarise

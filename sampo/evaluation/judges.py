@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..whole_files import write_whole
+from ..io.files import write_whole
 from .answers import Answer
 from .journal import read_rows
 

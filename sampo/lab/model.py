@@ -4,7 +4,6 @@ A row is a prompt and an answer. All prompts have the same length and batches ar
 model needs no attention mask anywhere. B rows, T answer tokens (padded), V words.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..io.files import new_folder
 from .world import BOS, EOS, PAD, PROMPT_TOKENS, WORDS
 
 Row = tuple[list[int], list[int]]  # prompt ids, answer ids
@@ -94,11 +94,9 @@ def train_supervised(
 
 def save(model: PreTrainedModel, folder: Path) -> None:
     """Write model and tokenizer; the folder appears under its name only when it is complete."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    build_tokenizer().save_pretrained(partial)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        build_tokenizer().save_pretrained(partial)
 
 
 @torch.no_grad()

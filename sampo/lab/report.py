@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..io.files import replacing
 from ..results import Record
 from .methods import METHODS
 from .settings import GROUPS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
@@ -206,7 +207,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
         FigureCanvasSVG(figure)
         draw_into(figure, lines)
-        figure.savefig(path, metadata={"Date": None})
+        with replacing(path) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..io.files import replacing
 from .analysis import (
     HEADLINE,
     KL_LEVELS,
@@ -308,7 +309,8 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
             handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
             path = folder / f"{name}.svg"
-            figure.savefig(path, metadata={"Date": None})
+            with replacing(path) as file:
+                figure.savefig(file, format="svg", metadata={"Date": None})
             written.append(path)
     return written
 
