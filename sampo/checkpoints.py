@@ -62,6 +62,14 @@ class Manifest:
     files: dict[str, Content]
 
 
+@dataclass(frozen=True)
+class TrainerState:
+    """What we read of transformers' `trainer_state.json`."""
+
+    log_history: list[dict[str, Any]]
+    global_step: int
+
+
 @dataclass
 class Found:
     """Outcome of the search for a checkpoint to go on from.

@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .checkpoints import numbered_checkpoints
-from .io.files import write_whole
+from .checkpoints import TrainerState, numbered_checkpoints
+from .io.files import sealed, unsealed, write_whole
 from .io.locks import alone_in
+from .io.schemas import WrongFile, named, parse_json, read_json, typed
 
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
@@ -39,6 +40,9 @@ REFERENCES = ("previous", "initial")
 OF_THE_MACHINE = ("gpu_ids", "main_process_port")  # launcher's options that change nothing in the weights
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 PACKAGES = ("sampo-dpo", "trl", "transformers", "torch", "peft", "datasets", "accelerate")
+
+
+Status = Literal["waiting", "training", "merging", "failed", "finished"]
 
 
 class RefusedIteration(ValueError):
@@ -147,7 +151,7 @@ class Round:
 
     Attributes:
         number: 1, 2, …
-        status: `waiting`, `training`, `merging`, `failed`, `finished`.
+        status: what is being done, or how it has ended.
         commands: what gives this round's model, one line each, from the model of the round before.
         config_sha256: of the recipe and the commands.
         model: the whole model at its end.
@@ -160,7 +164,7 @@ class Round:
     """
 
     number: int
-    status: str = "waiting"
+    status: Status = "waiting"
     commands: list[str] = field(default_factory=list)
     config_sha256: str = ""
     model: str = ""
@@ -170,6 +174,18 @@ class Round:
     attempts: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """What `iterate_state.json` holds."""
+
+    plan: Plan
+    rounds: list[Round]
+
+    def __post_init__(self):
+        if [one.number for one in self.rounds] != list(range(1, self.plan.rounds + 1)):
+            raise ValueError(f"`rounds` must be the {self.plan.rounds} rounds of the plan in their order")
 
 
 def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], None] | None = None) -> list[Round]:
@@ -203,12 +219,10 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
 def _take_up(plan: Plan) -> list[Round]:
     """The rounds as the state file knows them, or new ones."""
     path = plan.folder / STATE
-    saved = _read_json(path) if path.exists() else None
-    if path.exists() and saved is None:
-        raise RefusedIteration(f"{path} must be the state of an iteration, got something else. Move it away.")
+    saved = _read_state(path)
     if saved is not None:
-        rounds = [Round(**entry) for entry in saved["rounds"]]
-        changes = list(_changes(saved["plan"], json.loads(json.dumps(asdict(plan)))))
+        rounds = saved.rounds
+        changes = list(_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
         if not changes:
             return rounds
         if any(one.status == "finished" for one in rounds) or _has_begun(plan.round_folder(1)):
@@ -277,7 +291,7 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
     say(f"round {one.number} of {plan.rounds} finished after {one.seconds:.0f} s: {one.model}")
 
 
-def _step(plan, rounds: list[Round], one: Round, status: str, command: list[str], say, lock: int) -> None:
+def _step(plan, rounds: list[Round], one: Round, status: Status, command: list[str], say, lock: int) -> None:
     """One launch, with the state before and after it on the disk."""
     one.status = status
     one.attempts.append(shlex.join(command))
@@ -323,7 +337,7 @@ def _launch(command: list[str], lock: int) -> int:
 
 def _is_trained(folder: Path) -> bool:
     """Whether a training has come to its end: the last thing it writes is the state, after the model."""
-    return _read_json(folder / "trainer_state.json") is not None
+    return _read(folder / "trainer_state.json", TrainerState) is not None
 
 
 def _has_begun(folder: Path) -> bool:
@@ -332,17 +346,21 @@ def _has_begun(folder: Path) -> bool:
 
 def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:
     """The lines of a round's log that tell most, and what merging has changed."""
-    state = _read_json(folder / "trainer_state.json") or {"log_history": [], "global_step": 0}
-    log = state["log_history"]
+    state = _read(folder / "trainer_state.json", TrainerState) or TrainerState([], 0)
+    log = [{name: value for name, value in entry.items() if _is_number(value)} for entry in state.log_history]
     trained = [entry for entry in log if "loss" in entry]
-    evaluated = [entry for entry in log if any(name.startswith("eval_") for name in entry)]
-    found: dict[str, Any] = {"steps": state["global_step"]}
+    evaluated = [entry for entry in log if "eval_loss" in entry]
+    found: dict[str, Any] = {"steps": state.global_step}
     if trained:
         found |= {"first": trained[0], "last": trained[-1]}
     if evaluated:
         found["eval"] = evaluated[-1]
-    merged = _read_json(model / "sampo_merge.json") if model is not None else None
+    merged = _read(model / "sampo_merge.json", dict[str, Any]) if model is not None else None
     return found if merged is None else {**found, "merge": merged}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def hash_model(folder: str | Path) -> str:
@@ -376,15 +394,25 @@ def _versions() -> dict[str, str]:
 
 
 def _save(plan: Plan, rounds: list[Round]) -> None:
-    state = {"plan": asdict(plan), "rounds": [asdict(one) for one in rounds]}
-    write_whole(plan.folder / STATE, json.dumps(state, indent=2) + "\n")
+    write_whole(plan.folder / STATE, sealed(asdict(State(plan, rounds))))
 
 
-def _read_json(path: Path) -> Any:
+def _read_state(path: Path) -> State | None:
+    """What is remembered of the rounds; None where nothing is."""
+    try:
+        with named(path, "Restore it, or move it and the rounds away"):
+            return typed(State, unsealed(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, WrongFile) as error:
+        raise RefusedIteration(str(error)) from None
+
+
+def _read(path: Path, kind: Any) -> Any:
     """What the file holds; None where it is not there or not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, kind, ignore_unknown=True)
+    except (OSError, WrongFile):
         return None
 
 

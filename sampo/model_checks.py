@@ -5,8 +5,11 @@ Each function returns sentences, one a fault; nothing is changed, and no weights
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .io.schemas import parse_json, typed
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
@@ -43,16 +46,34 @@ def faults_of_model_folder(
     return [fault(what) for what in _faults_of_kind(folder, trust_remote_code)]
 
 
+@dataclass(frozen=True)
+class ModelKind:
+    """What is read of a model's configuration."""
+
+    model_type: str | None = None
+    auto_map: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """What is read of an index of weights in several files: the file of each tensor."""
+
+    weight_map: dict[str, str] = field(default_factory=dict)
+
+
 def _faults_of_json(folder: Path) -> list[str]:
     faults = []
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            faults.append(f"{path.name} is no valid JSON: {error}. Fetch or save it again.")
+            content = parse_json(path.read_bytes())
+            if path.name == "config.json":
+                typed(ModelKind, content, ignore_unknown=True)
+            shards: set[str] = set()
+            if path.name.endswith(".index.json"):
+                shards = set(typed(WeightIndex, content, ignore_unknown=True).weight_map.values())
+        except ValueError as error:
+            faults.append(f"{path.name} is not as it must be: {error}. Fetch or save it again.")
             continue
-        lists = isinstance(content, dict) and path.name.endswith(".index.json")
-        shards = set(content.get("weight_map", {}).values()) if lists else set()
         if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
             faults.append(f"{missing} of {path.name} are missing. Fetch or save them again.")
     return faults

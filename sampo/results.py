@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import subprocess
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -20,6 +21,7 @@ from typing import Any
 
 from .io.files import open_to_append
 from .io.locks import wait_for_lock
+from .io.schemas import WrongFile, named, parse_json, typed
 
 SCHEMA = 1
 PACKAGES = ("sampo-dpo", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
@@ -47,11 +49,13 @@ class Record:
     schema: int = SCHEMA
 
     def __post_init__(self):
+        if self.schema != SCHEMA:
+            raise ValueError(f"`schema` must be {SCHEMA}, got {self.schema}")
         numbers = [x for x in (self.value, *(self.interval or ())) if x is not None]
         if not all(math.isfinite(x) for x in numbers):
             raise ValueError(f"A record's `value` and `interval` must be finite, got {numbers} for {self.name!r}.")
         if self.interval is not None:
-            object.__setattr__(self, "interval", tuple(self.interval))  # JSON knows lists only
+            object.__setattr__(self, "interval", tuple(self.interval))
 
     @property
     def key(self) -> str:
@@ -125,21 +129,13 @@ def read(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    known = {f.name for f in fields(Record)}
     records = []
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    *whole, _unfinished = content.decode().split("\n")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error) as error:  # a damaged header is an OSError
+        raise WrongFile(f"{path} must be a whole gzip file, got: {error}. Restore it.") from None
+    *whole, _unfinished = content.split(b"\n")
     for number, line in enumerate(whole, 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} must be a JSON record, got: {error}. Restore or delete it."
-            ) from None
-        if entry.get("schema") != SCHEMA or set(entry) != known:
-            raise ValueError(
-                f"{path}, line {number} must be a record of schema {SCHEMA}, got schema {entry.get('schema')} with "
-                f"{sorted(set(entry) ^ known) or 'the same fields'} differing. Write to another folder."
-            )
-        records.append(Record(**entry))
+        with named(path, "Restore or delete it, or write to another folder", line=number):
+            records.append(typed(Record, parse_json(line), complete=True))
     return records

@@ -17,6 +17,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +31,37 @@ from transformers.trainer_utils import has_length
 from . import checkpoints
 from .io.files import write_whole
 from .io.locks import FolderInUseError, alone_in
+from .io.schemas import WrongFile, read_json
 from .lengths import LengthSums
 from .run_identity import changes, identity
 
 logger = get_logger(__name__)
 
-LOG_WINDOW = "log_window.json"  # what was measured since the last line of the log
+LOG_WINDOW = "log_window.json"
 STOPPED_BY_SIGTERM = 143  # 128 + 15, what shells report of a process that the signal has ended
+
+
+@dataclass(frozen=True)
+class LogWindow:
+    """What was measured since the last line of the log.
+
+    Attributes:
+        last_logged_step: the step of that line.
+        loss_sums: of each process.
+        metrics: values of each metric of TRL's.
+        num_tokens: trained on so far.
+        length_sums: columns of `LengthSums`.
+    """
+
+    last_logged_step: int
+    loss_sums: list[float]
+    metrics: dict[str, list[float]]
+    num_tokens: float
+    length_sums: dict[str, float]
+
+    def __post_init__(self):
+        if not self.loss_sums:
+            raise ValueError("`loss_sums` must hold a number for each process, got none")
 
 
 class ResumeRefusedError(ValueError):
@@ -123,7 +148,7 @@ class ResumableTrainer(Trainer):
     _length_sums: dict[str, LengthSums]
 
     _staging = False
-    _log_window: dict[str, Any] | None = None
+    _log_window: "LogWindow | None" = None
     _sigterm: SaveOnSigterm
     _identity: dict[str, Any]
 
@@ -162,7 +187,10 @@ class ResumableTrainer(Trainer):
         checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._log_window = None
         if checkpoint is not None:
-            self._log_window = json.loads((checkpoint / LOG_WINDOW).read_text(encoding="utf-8"))
+            try:
+                self._log_window = read_json(checkpoint / LOG_WINDOW, LogWindow, complete=True)
+            except (OSError, WrongFile) as error:
+                raise ResumeRefusedError(f"{error} Use another checkpoint.") from None
         with self._sigterm.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint):
             result = super().train(str(checkpoint) if checkpoint else None, *rest, **kwargs)
         if self._sigterm.stopped:
@@ -336,22 +364,22 @@ class ResumableTrainer(Trainer):
     def _save_log_window(self, folder: Path) -> None:
         losses = gather_object([self._tr_loss.item()])
         if self.args.should_save:
-            window = {
-                "last_logged_step": self._globalstep_last_logged,
-                "loss_sums": losses,  # of each process
-                "metrics": dict(self._metrics["train"]),
-                "num_tokens": self._total_train_tokens,
-                "length_sums": self._length_sums["train"].columns,
-            }
-            write_whole(folder / LOG_WINDOW, json.dumps(window))
+            window = LogWindow(
+                last_logged_step=self._globalstep_last_logged,
+                loss_sums=losses,
+                metrics=dict(self._metrics["train"]),
+                num_tokens=self._total_train_tokens,
+                length_sums=self._length_sums["train"].columns,
+            )
+            write_whole(folder / LOG_WINDOW, json.dumps(asdict(window)))
 
-    def _restore_log_window(self, window: dict[str, Any]) -> None:
-        sums, mine = window["loss_sums"], self.args.process_index
+    def _restore_log_window(self, window: "LogWindow") -> None:
+        sums, mine = window.loss_sums, self.args.process_index
         same = len(sums) == self.args.world_size
         self._tr_loss += sums[mine] if same else sum(sums) / len(sums)
         self._total_loss_scalar -= sum(sums) / len(sums)  # the last line of the log is about this launch alone
-        self._globalstep_last_logged = window["last_logged_step"]
-        for name, values in window["metrics"].items():
+        self._globalstep_last_logged = window.last_logged_step
+        for name, values in window.metrics.items():
             self._metrics["train"][name] = list(values)
-        self._total_train_tokens = window["num_tokens"]
-        self._length_sums["train"] = LengthSums(window["length_sums"])
+        self._total_train_tokens = window.num_tokens
+        self._length_sums["train"] = LengthSums(window.length_sums)

@@ -40,7 +40,7 @@ ARROWS = {
     "cached_reference": {"config", "ref_key", "ref_logps"},
     "checkpoints": {"io"},
     "run_identity": set(),
-    "model_checks": set(),
+    "model_checks": {"io"},
     "run_state": set(),
     "guards": {"config", "data"},
     "resuming": {"checkpoints", "io", "lengths", "run_identity"},
@@ -51,7 +51,7 @@ ARROWS = {
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "io", "lab"},
     "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results", "io"},
-    "report": {"audit", "diagnostics", "evaluation", "lab", "pair_rows", "report", "results"},
+    "report": {"audit", "checkpoints", "diagnostics", "evaluation", "io", "lab", "pair_rows", "report", "results"},
     "cli": {"commands"},
 }
 

@@ -4,10 +4,11 @@ import argparse
 import difflib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
-
+from ..io.schemas import WrongFile, read_yaml
 from .recipes import packaged
 
 # Options of `accelerate launch` that `sampo train` hands on. For the rest there is a configuration file.
@@ -20,6 +21,17 @@ OPTIONS = {
     "main_process_port": "port of machine 0; on a single machine a free one is found",
     "gpu_ids": "devices to use, as `0,1`",
 }
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    """What we look at in a configuration of accelerate."""
+
+    distributed_type: str | bool | None = None  # NO is a boolean in YAML
+    use_cpu: bool | None = None
+    num_machines: int | str | None = None
+    main_process_ip: str | None = None
+    main_process_port: int | str | None = None
 
 
 def split_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -49,19 +61,39 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
     if "accelerate_config" in options:
         path = accelerate_config(options.pop("accelerate_config"))
         words += ["--config_file", str(path)]
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        config = _read_config(path)
     if config.get("use_cpu") and not {"--use_cpu", "--use-cpu"} & set(rest):
         rest.append("--use_cpu")  # accelerate's launcher of several processes does not tell them
     _refuse_fsdp_without_devices(config, rest)
-    machines = int(options.get("num_machines") or config.get("num_machines") or 1)
+    machines = _number("num_machines", options.get("num_machines") or config.get("num_machines") or 1)
     _refuse_lone_machine(machines, config, options)
     if machines == 1 and not config.get("main_process_port"):
         options.setdefault("main_process_port", "0")  # a free one, so that two runs on one machine do not meet
     for name, value in options.items():
         words += [f"--{name}", value]
-    if not config and int(options.get("num_processes", 1)) > 1:
+    if not config and _number("num_processes", options.get("num_processes", 1)) > 1:
         words.append("--multi_gpu")
     return words
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A configuration of accelerate, which itself says what is wrong with the rest of it."""
+    try:
+        return vars(read_yaml(path, LauncherConfig, ignore_unknown=True))
+    except (OSError, WrongFile) as error:
+        raise SystemExit(
+            f"sampo train: `--accelerate_config` must be a configuration of accelerate. {error}"
+        ) from None
+
+
+def _number(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise SystemExit(f"sampo train: `--{name}` must be a whole number of at least 1, got {str(value)[:40]!r}.")
+    return number
 
 
 def accelerate_config(name: str) -> Path:

@@ -4,16 +4,19 @@ The options are those of TRL's `dpo.py`, with `SamPOConfig` in the place of `DPO
 an error with the nearest name, in the YAML file as on the command line; TRL's script drops it.
 """
 
+import datetime
 import difflib
 import importlib.util
 import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
-from typing import IO, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from trl.scripts.utils import ScriptArguments, TrlParser
 
+from ..io.schemas import WrongFile, named, read_yaml, typed
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 
@@ -130,7 +133,8 @@ class RecipeParser(TrlParser):
 
     def set_defaults_with_config(self, **config) -> list[str]:
         """Numbers of the YAML file go through the same conversion as those of the command line."""
-        texts = {key: str(value) if type(value) in (int, float) else value for key, value in config.items()}
+        as_text = (int, float, datetime.date, datetime.datetime)  # TRL's parser makes a date of a name like 2026-01-31
+        texts = {key: str(value) if type(value) in as_text else value for key, value in config.items()}
         return super().set_defaults_with_config(**texts)
 
     def refuse_unknown(self, args: list[str]) -> None:
@@ -173,8 +177,6 @@ class RecipeParser(TrlParser):
 
     def _read_config(self, args: list[str]) -> tuple[dict[str, Any], str]:
         """The mapping in the `--config` file and its path, which are taken out of `args`."""
-        import yaml
-
         if "--config" not in args:
             return {}, ""
         index = args.index("--config")
@@ -183,37 +185,25 @@ class RecipeParser(TrlParser):
         path = args[index + 1]
         del args[index : index + 2]
         try:
-            with open(path, encoding="utf-8") as file:
-                config = yaml.safe_load(file)
-                file.seek(0)
-                twice = _keys_given_twice(file)
+            config = read_yaml(Path(path), dict[Any, Any])
+            with named(path):
+                _check_env(config)
         except OSError as error:
             self.error(f"`--config` must be a YAML file that can be read, got {path}: {error.strerror}.")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"`--config` must be valid YAML, got {path}: {error}")
-        if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        except WrongFile as error:
+            self.error(f"`--config` must hold `option: value` lines. {error}")
+        if not all(isinstance(key, str) for key in config):
             self.error(f"`--config` must hold `option: value` lines, got {path} with something else.")
-        if twice:
-            self.error(f"Each option must stand once in {path}, got {', '.join(twice)}. Remove one of each.")
         return config, path
 
 
-def _keys_given_twice(file: IO[str]) -> list[str]:
-    """Keys that stand more than once in a mapping, of which YAML's loader would silently take the last."""
-    import yaml
-
-    def look(node: Any) -> list[str]:
-        if not isinstance(node, yaml.CollectionNode):
-            return []
-        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, value) for value in node.value]
-        lines: dict[str, list[int]] = {}
-        for key, _ in pairs:
-            if isinstance(key, yaml.ScalarNode):
-                lines.setdefault(key.value, []).append(key.start_mark.line + 1)
-        found = [f"`{key}` in lines {numbers}" for key, numbers in lines.items() if len(numbers) > 1]
-        return found + [each for _, value in pairs for each in look(value)]
-
-    return look(yaml.compose(file, Loader=yaml.SafeLoader))
+def _check_env(config: dict[str, Any]) -> None:
+    """What TRL's parser puts into the environment."""
+    if "env" in config:
+        env = typed(dict[str, str | int | float | bool], config["env"], field="env")
+        wrong = [name for name, value in env.items() if not re.fullmatch(r"\w+", name) or "\0" in str(value)]
+        if wrong:
+            raise ValueError(f"`env` must hold names and values of environment variables, got {wrong}")
 
 
 def _listed(faults: list[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import write_whole
+from ..io.schemas import named, read_json, typed
 from ..pair_rows import without_nulls
 from .journal import read_rows
 
@@ -70,8 +71,6 @@ class Answer:
                 "is filled in."
             )
         object.__setattr__(self, "prompt_id", right)
-        if not isinstance(self.answer, str):
-            raise ValueError(f"`answer` must be a string, got {type(self.answer).__name__}.")
         if self.stop not in STOPS:
             raise ValueError(f"`stop` must be one of {list(STOPS)}, got {self.stop!r}.")
         if self.tokens is not None and self.tokens < 0:
@@ -135,10 +134,8 @@ def read_answers(path: str | Path) -> list[Answer]:
     answers: list[Answer] = []
     seen: dict[tuple[str, int], int] = {}
     for number, row in enumerate(rows, 1):
-        try:
+        with named(f"{path}, row {number}"):
             answer = _answer_of(row)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
         if answer.key in seen:
             raise ValueError(
                 f"{path} must hold one answer per prompt and `sample`, got rows {seen[answer.key]} and {number} with "
@@ -150,16 +147,11 @@ def read_answers(path: str | Path) -> list[Answer]:
 
 
 def _read_list(path: Path) -> list[Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be a whole JSON list in UTF-8, got: {error}. Fetch it again.") from None
+    return read_json(path, list[Any], "Fetch it again")
 
 
 def _answer_of(row: Any) -> Answer:
-    if not isinstance(row, dict):
-        raise ValueError(f"an answer must be a JSON object, got {type(row).__name__}.")
-    row = dict(row)
+    row = dict(typed(dict[str, Any], row))
     for ours, names in (("prompt", PROMPT_NAMES), ("answer", ANSWER_NAMES)):
         name = next((name for name in names if name in row), None)
         if name is None:
@@ -168,8 +160,9 @@ def _answer_of(row: Any) -> Answer:
     if "generator" in row and "model" not in row:
         row["model"] = row.pop("generator")
     known = {f.name for f in fields(Answer)}
-    extra = {**row.pop("extra", {}), **{key: row.pop(key) for key in sorted(set(row) - known)}}
-    return Answer(**row, extra=extra)
+    extra = typed(dict[str, Any], row.pop("extra", {}), field="extra")
+    extra |= {key: row.pop(key) for key in sorted(set(row) - known)}
+    return typed(Answer, {**row, "extra": extra})
 
 
 def as_row(answer: Answer) -> dict[str, Any]:

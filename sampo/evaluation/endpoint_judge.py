@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..io.schemas import named, typed
 from .answers import prompt_text
 from .endpoint import Endpoint, Unanswered, read_reply, usage_of
 from .journal import Journal
@@ -20,6 +21,14 @@ from .judges import Comparison, Progress, Verdict
 from .templates import JudgePrompt
 
 CHARS_PER_TOKEN = 4  # of English, roughly; for the estimate of a dry run alone
+
+
+@dataclass(frozen=True)
+class KeptReply:
+    """What is read of a row of the cache: the hash of a request, and the server's reply as it came."""
+
+    key: str
+    reply: str
 
 
 @dataclass(frozen=True)
@@ -69,9 +78,9 @@ class EndpointJudge:
         self._replies: dict[str, list[str]] = {}
         try:
             for number, row in enumerate(self._journal.rows, 1):
-                if not isinstance(row.get("key"), str) or not isinstance(row.get("reply"), str):
-                    raise ValueError(f"{cache}, line {number} must be a kept reply, got {sorted(row)}.")
-                self._replies.setdefault(row["key"], []).append(row["reply"])
+                with named(cache, "Restore it, or delete the line", line=number):
+                    kept = typed(KeptReply, row, ignore_unknown=True)
+                self._replies.setdefault(kept.key, []).append(kept.reply)
         except ValueError:
             self.close()
             raise

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..io.schemas import named, typed
 from .answers import Answer, Prompt, as_row
 from .journal import Journal
 from .judges import Progress
@@ -192,7 +193,10 @@ def _settings(backend: Backend, sampling: Sampling) -> dict[str, Any]:
 
 def _checked(journal: Journal, backend: Backend, sampling: Sampling, questions: Sequence[Question]) -> list[Answer]:
     """The answers that are there, which must be of these settings and to these prompts."""
-    answers = [Answer(**row) for row in journal.rows]
+    answers = []
+    for number, row in enumerate(journal.rows, 1):
+        with named(journal.path, "Name another file", line=number):
+            answers.append(typed(Answer, row, complete=True))
     for name, value in _settings(backend, sampling).items():
         other = next((getattr(answer, name) for answer in answers if getattr(answer, name) != value), None)
         if other is not None:

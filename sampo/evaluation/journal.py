@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from ..io.files import open_to_append, remove_left_overs, replacing, sync
+from ..io.schemas import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = parse_json(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

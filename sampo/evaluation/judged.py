@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import write_whole
+from ..io.schemas import WrongFile, read_json
 from ..results import lines
 from .answers import Answer
 from .judges import Judgement, drawn_prompts, read_judgements, write_judgements
@@ -26,6 +27,7 @@ from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
 SCHEMA = 1
+AGAIN = "Run `sampo judge` again with the same cache: no reply is paid twice"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,23 @@ class AnswerFile:
     def name(self) -> str:
         """The file's name without its ending."""
         return Path(self.file).stem
+
+
+@dataclass(frozen=True)
+class JudgedFile:
+    """The part of the summary file that is read back; `Judged` has the meanings."""
+
+    schema: int
+    judgements_sha256: str
+    system: AnswerFile
+    baseline: AnswerFile
+    judge: dict[str, Any]
+    n: int | None
+    seed: int
+
+    def __post_init__(self):
+        if not isinstance(self.judge.get("name"), str):
+            raise ValueError(f"`judge` must have a text in `name`, got {str(self.judge.get('name'))[:40]}")
 
 
 def content_hash(path: str | Path) -> str:
@@ -184,21 +203,20 @@ def read(path: str | Path) -> Judged:
         if not needed.is_file():
             raise FileNotFoundError(
                 f"{path} must be what `sampo judge` wrote, with its other files beside it, and {needed} is not there. "
-                "Run `sampo judge` again with the same cache: no reply is paid twice."
+                f"{AGAIN}."
             )
-    about = json.loads(places["summary"].read_text(encoding="utf-8"))
-    if about.get("schema") != SCHEMA or about["judgements_sha256"] != content_hash(path):
-        raise ValueError(
-            f"{places['summary']} must be of schema {SCHEMA} and written with {path}, got schema "
-            f"{about.get('schema')}{' and other judgements' if about.get('schema') == SCHEMA else ''}. Run `sampo "
-            "judge` again with the same cache: no reply is paid twice."
+    about = read_json(places["summary"], JudgedFile, AGAIN, ignore_unknown=True)
+    if about.schema != SCHEMA or about.judgements_sha256 != content_hash(path):
+        raise WrongFile(
+            f"{places['summary']} must be of schema {SCHEMA} and written with {path}, got schema {about.schema}"
+            f"{' and other judgements' if about.schema == SCHEMA else ''}. {AGAIN}."
         )
     return Judged(
-        system=AnswerFile(**about["system"]),
-        baseline=AnswerFile(**about["baseline"]),
-        judge=about["judge"],
-        n=about["n"],
-        seed=about["seed"],
+        system=about.system,
+        baseline=about.baseline,
+        judge=about.judge,
+        n=about.n,
+        seed=about.seed,
         rows=read_judgements(path),
         empty=read_judgements(places["control"]),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..io.files import write_whole
+from ..io.schemas import named, typed
 from .answers import Answer
 from .journal import read_rows
 
@@ -121,6 +122,11 @@ class Judgement:
     baseline_chars: int
     baseline_stop: str
 
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise ValueError(f"`order` must be one of {list(ORDERS)}, got {self.order!r}")
+        Verdict(self.preference, self.failure)
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -198,8 +204,16 @@ def write_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
-    """The rows of such a file."""
-    return [Judgement(**row) for row in read_rows(path)]
+    """The rows of such a file.
+
+    Raises:
+        WrongFile: a row is no judgement.
+    """
+    rows = []
+    for number, row in enumerate(read_rows(path), 1):
+        with named(path, line=number):
+            rows.append(typed(Judgement, row, complete=True))
+    return rows
 
 
 def empty_answers(pairs: Sequence[Pair], n: int | None = None, seed: int = 0) -> list[Pair]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
+from ..io.schemas import read_yaml
 
 FOLDER = Path(__file__).parent / "prompts"
 REPLIES = ("text", "logprobs")
@@ -55,6 +55,14 @@ class JudgePrompt:
         missing = [f"${name}" for name in FIELDS if f"${name}" not in self.user]
         if missing:
             raise ValueError(f"`user` of the judge's prompt must hold all texts and the mark, got no {missing}.")
+        others = sorted(set(Template(self.user).get_identifiers()) - set(FIELDS))
+        if others or not Template(self.user).is_valid():
+            raise ValueError(
+                f"`user` of the judge's prompt must name no fields but {[f'${name}' for name in FIELDS]}, got "
+                f"{others or 'another `$`'}. Write `$$` for a dollar sign."
+            )
+        if self.max_tokens < 1:
+            raise ValueError(f"`max_tokens` of the judge's prompt must be at least 1, got {self.max_tokens}.")
         if self.reply not in REPLIES:
             raise ValueError(f"`reply` of the judge's prompt must be one of {list(REPLIES)}, got {self.reply!r}.")
         if self.reply == "text" and not self.prefix.strip():
@@ -134,10 +142,4 @@ def load(name: str | Path) -> JudgePrompt:
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"`template` must be one of {names()} or a YAML file, got {str(name)!r}.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold the fields of a judge's prompt, got {type(content).__name__}.")
-    try:
-        return JudgePrompt(**content)
-    except TypeError as error:
-        raise ValueError(f"{path} must hold the fields of a judge's prompt: {error}.") from None
+    return read_yaml(path, JudgePrompt)

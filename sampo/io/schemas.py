@@ -23,7 +23,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 MAX_BYTES_YAML = 2**20  # of a recipe or a judge's prompt
 MAX_NODES_YAML = 100_000  # with each alias counted as what it stands for
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+MAX_DIGITS_YAML = 40
+_NO_JSON = {f"tag:yaml.org,2002:{name}" for name in ("binary", "set", "omap", "pairs")}
+_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 class WrongFile(ValueError):
@@ -107,10 +109,15 @@ def parse_yaml(text: str | bytes) -> Any:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Texts, numbers, true and false, null, lists and mappings. A date is the text that stands there."""
+
+    Loader.yaml_constructors = {tag: make for tag, make in Loader.yaml_constructors.items() if tag not in _NO_JSON}
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
     if len(text) > MAX_BYTES_YAML:
         raise WrongShape("", f"YAML of at most {MAX_BYTES_YAML:,} bytes", f"{len(text):,}")
     try:
-        loader = yaml.SafeLoader(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        loader = Loader(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
         node = loader.get_single_node()
         if _size(node, {}) > MAX_NODES_YAML:
             raise WrongShape("", f"YAML of at most {MAX_NODES_YAML:,} values, aliases written out", "more")
@@ -130,6 +137,10 @@ def _size(node: Any, known: dict[int, float]) -> float:
     import yaml
 
     if not isinstance(node, yaml.CollectionNode):
+        if node is not None and node.tag.endswith(":int") and len(node.value) > MAX_DIGITS_YAML:
+            raise WrongShape(
+                "", f"YAML with whole numbers of at most {MAX_DIGITS_YAML} digits", f"{len(node.value):,}"
+            )
         return 1
     if id(node) not in known:
         known[id(node)] = float("inf")
@@ -266,4 +277,4 @@ def _below(field: str, key: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).replace('"<unicode string>", ', "").split())[:200] or type(error).__name__

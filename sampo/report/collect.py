@@ -4,7 +4,6 @@ Nothing here is trusted. A file that is broken, or is not what its name says, is
 the others are read all the same. No pickle is opened, no link to a folder is followed, and everything has bounds.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import results
+from ..checkpoints import MANIFEST, RunRecord, TrainerState, read_manifest
 from ..evaluation import judged
 from ..evaluation.answers import ANSWER_NAMES, PROMPT_NAMES, Answer, read_answers
+from ..io.schemas import parse_json, typed
 from ..results import Record
 
 MAX_FILES = 20_000  # looked at in all
@@ -221,49 +222,33 @@ def _read(path: Path, folder: Path, found: Found) -> bool:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return plain(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"it must be JSON in UTF-8, got: {error}") from None
+    return plain(parse_json(path.read_bytes()))
 
 
 def _object(value: Any, *keys: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not set(keys) <= set(value):
-        raise ValueError(f"it must be a JSON object with {list(keys)}")
-    return value
+    found = typed(dict[str, Any], value)
+    if missing := sorted(set(keys) - set(found)):
+        raise ValueError(f"it must be a JSON object with {missing}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a row of a result calls its parts."""
+
+    system: str | None = None
+    baseline: str | None = None
+    judge: str | None = None
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a result whose names are words."""
-    wrong = [name for name in ("system", "baseline", "judge") if not isinstance(row.get(name), str | None)]
-    if wrong:
-        raise ValueError(f"a result must have words in {wrong}, got {[type(row[name]).__name__ for name in wrong]}")
+    typed(_Names, row, ignore_unknown=True)
     return row
 
 
 def _records(path: Path) -> list[Record]:
-    return [_checked(Record(**plain(asdict(record)))) for record in results.read(path)]
-
-
-def _checked(record: Record) -> Record:
-    """A record whose fields are of the types that they are declared with; JSON may hold anything."""
-    wrong = [
-        name
-        for name, kinds in (
-            ("name", str),
-            ("command", str),
-            ("created", str),
-            ("config", dict),
-            ("versions", dict),
-            ("n", int),
-            ("commit", str | None),
-            ("value", int | float | None),
-        )
-        if not isinstance(getattr(record, name), kinds)
-    ]
-    if wrong or (record.interval is not None and len(record.interval) != 2):
-        raise ValueError(f"a record must have fields of their types, got others in {wrong or ['interval']}")
-    return record
+    return [Record(**plain(asdict(record))) for record in results.read(path)]
 
 
 def _date(path: Path) -> str:
@@ -282,26 +267,21 @@ def _audit(path: Path, folder: Path, found: Found) -> bool:
 
 
 def _training(path: Path, folder: Path, found: Found) -> bool:
-    state = _object(_json(path), "log_history")
-    log = state["log_history"]
-    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise ValueError("its `log_history` must be a list of JSON objects")
-    step = state.get("global_step", 0)
-    if not isinstance(step, int):
-        raise ValueError(f"its `global_step` must be a whole number, got {step!r}")
+    state = typed(TrainerState, _json(path), ignore_unknown=True)
     place = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     inside = place == folder or folder in place.parents
     name = _name(place, folder) if inside and place != folder else place.resolve().name
-    manifest = path.with_name("sampo_manifest.json")
-    settings, packages = _manifest(_json(manifest)) if manifest.is_file() else ({}, {})
-    found.runs.append(TrainingRun(_name(path, folder), plain(name), _date(path), step, log, settings, packages))
+    manifest = path.with_name(MANIFEST)
+    about = _settings(read_manifest(path.parent).run) if manifest.is_file() else ({}, {})
+    found.runs.append(
+        TrainingRun(_name(path, folder), plain(name), _date(path), state.global_step, state.log_history, *about)
+    )
     return True
 
 
-def _manifest(content: Any) -> tuple[dict[str, str], dict[str, str]]:
+def _settings(run: RunRecord) -> tuple[dict[str, str], dict[str, str]]:
     """Settings and versions that a checkpoint was written with."""
-    run = _object(_object(content, "run")["run"], "must", "rounding")
-    must, rounding = _object(run["must"]), _object(run["rounding"])
+    must, rounding = plain(run.must), plain(run.rounding)
     some = {name: must[f"`{name}`"] for name in SETTINGS if must.get(f"`{name}`") is not None}
     settings = {k: " + ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in some.items()}
     start = "the version of "
@@ -352,9 +332,9 @@ def _lines(path: Path, folder: Path, found: Found) -> bool:
     if not line.strip():
         return False
     try:
-        first = json.loads(line.decode("utf-8"))
+        first = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"its first line must be JSON in UTF-8, got: {error}") from None
+        raise ValueError(f"its first line: {error}") from None
     if not isinstance(first, dict):
         return False
     if {"schema", "name", "value", "config"} <= set(first):
