@@ -45,6 +45,7 @@ class Names(NamedTuple):
 TOKENS = CHOSEN, REJECTED, BATCH = Names("ref_chosen_token_logps", "ref_rejected_token_logps", "ref_logps")
 END = Names("ref_chosen_end_logps", "ref_rejected_end_logps", "ref_end_logps")  # `balance_end_token` needs them
 
+WAIT_S = 10.0  # for another run to finish with a cache, in one try
 ROWS_PER_SHARD = 512  # what a killed build loses at most, per process
 
 # name -> (type on disk, largest relative rounding error). Arrow knows no bfloat16: its bits are kept as int16.
@@ -89,7 +90,7 @@ class RefCache:
     def __init__(self, root: Path, key: RefKey, n_rows: int):
         self.folder, self.key, self.n_rows = root / key.digest, key, n_rows
         self.names = TOKENS if key.targets == OWN_TOKENS else END
-        self._lock = FileLock(root / f"{key.digest}.lock", timeout=10)
+        self._lock = FileLock(root / f"{key.digest}.lock", timeout=WAIT_S)
 
     @property
     def manifest_path(self) -> Path:
@@ -193,7 +194,7 @@ class RefCache:
         remove_cache(self.folder)
 
     def lock(self) -> bool:
-        """Try for ten seconds to be the only run that fills this cache; the system releases it if we die."""
+        """Try for some seconds to be the only run that fills this cache; the system releases it if we die."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
@@ -300,7 +301,7 @@ def remove_cache(folder: Path) -> None:
         return
     lock = Path(f"{folder}.lock")
     try:
-        with FileLock(lock, timeout=10):
+        with FileLock(lock, timeout=WAIT_S):
             shutil.rmtree(folder, ignore_errors=True)
             lock.unlink(missing_ok=True)
     except Timeout:

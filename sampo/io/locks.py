@@ -169,7 +169,7 @@ class _Lock:
             if locked is None:  # who makes the file anew has it
                 self.path.unlink(missing_ok=True)
                 self._close()
-                return False
+                return self._try()
         elif owner is not None:
             logger.info("%s was in use by %s, which has ended.", self.path.parent, _name(owner))
         return True
