@@ -20,7 +20,7 @@ from tiny import make_pairs, save_model
 
 from sampo import results
 from sampo.checkpoints import STAGING, find_whole_checkpoint
-from sampo.commands import cache, compare, diagnose, train
+from sampo.commands import audit, cache, compare, diagnose, lab_study, train
 from sampo.io import locks
 from sampo.io.locks import LOCK, FolderInUseError, Owner, alone_at, alone_in
 
@@ -85,7 +85,25 @@ def typed_owner(folder):
     return Owner(**json.loads((folder / LOCK).read_text()))
 
 
-def test_within_a_process_a_second_block_joins_the_first(tmp_path):
+def test_another_thread_of_the_process_is_another_one(tmp_path):
+    refused = []
+
+    def enter():
+        try:
+            with alone_in(tmp_path):
+                refused.append(False)
+        except FolderInUseError:
+            refused.append(True)
+
+    with alone_in(tmp_path):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    enter()
+    assert refused == [True, False]
+
+
+def test_within_a_thread_a_second_block_joins_the_first(tmp_path):
     with alone_in(tmp_path) as outer:
         with alone_in(tmp_path / ".." / tmp_path.name) as inner:
             assert inner == outer
@@ -235,6 +253,10 @@ def test_commands_whose_folder_is_in_use_say_so_in_one_line(tmp_path, holder, mo
     words = ["--model_name_or_path", model, "--dataset_name", str(data), "--output_dir", str(tmp_path), "--use_cpu"]
     assert train.start([*words, "--report_to", "none", "--bf16", "false"]) == 2
     assert "sampo train: error: One process at a time can write into" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="sampo audit: error: One process at a time"):
+        audit.main(audit.make_parser().parse_args([str(data), "--out", str(tmp_path)]))
+    with pytest.raises(SystemExit, match="sampo lab study: error: One process at a time"):
+        lab_study.main(lab_study.make_parser().parse_args(["--report", "--out", str(tmp_path)]))
     with pytest.raises(SystemExit, match="sampo diagnose: error: One process at a time"):
         diagnose.main(
             diagnose.make_parser().parse_args(["--policy", model, "--data", str(data), "--out", str(tmp_path)])

@@ -83,7 +83,7 @@ class Owner:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
-    """Be the only process that works in a folder, which is made; within a process a second block joins the first.
+    """Be the only process that works in a folder, which is made; within a thread a second block joins the first.
 
     Args:
         folder: whose files are written.
@@ -98,7 +98,7 @@ def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / name
     held = _held.get(path)
-    if held is not None:
+    if held is not None and held.thread == threading.get_ident():
         yield held.descriptor
         return
     lock = _Lock(path)
@@ -109,7 +109,8 @@ def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
             remove_left_overs(folder)
         yield lock.descriptor
     finally:
-        del _held[path]
+        if _held.get(path) is lock:
+            del _held[path]
         lock.release()
 
 
@@ -138,6 +139,7 @@ class _Lock:
 
     def __init__(self, path: Path):
         self.path, self.descriptor, self._over = path, -1, threading.Event()
+        self.thread = threading.get_ident()
 
     def take(self) -> None:
         until, told = time.monotonic() + PATIENCE, False
