@@ -68,14 +68,12 @@ def _faults_of_json(folder: Path) -> list[str]:
             content = parse_json(path.read_bytes())
             if path.name == "config.json":
                 typed(ModelKind, content, ignore_unknown=True)
-            shards: set[str] = set()
             if path.name.endswith(".index.json"):
                 shards = set(typed(WeightIndex, content, ignore_unknown=True).weight_map.values())
-        except ValueError as error:
+                if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+                    faults.append(f"{missing} of {path.name} are missing. Fetch or save them again.")
+        except (OSError, ValueError) as error:
             faults.append(f"{path.name} is not as it must be: {error}. Fetch or save it again.")
-            continue
-        if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-            faults.append(f"{missing} of {path.name} are missing. Fetch or save them again.")
     return faults
 
 

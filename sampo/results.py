@@ -137,5 +137,5 @@ def read(path: Path) -> list[Record]:
     *whole, _unfinished = content.split(b"\n")
     for number, line in enumerate(whole, 1):
         with named(path, "Restore or delete it, or write to another folder", line=number):
-            records.append(typed(Record, parse_json(line), complete=True))
+            records.append(typed(Record, parse_json(line, finite=True), complete=True))
     return records

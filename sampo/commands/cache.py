@@ -87,12 +87,13 @@ def _list(folder: str | None) -> int:
             continue
         shards, about = manifest.shards.values(), manifest.about
         wanted = -(-manifest.rows // manifest.rows_per_shard)
-        print(
+        line = (
             f"{path.name}  {manifest.created[:16]}  {manifest.rows:>9,} pairs  "
             f"{sum(shard.bytes for shard in shards) / 1e6:>8.1f} MB  "
             f"{'complete' if len(shards) == wanted else f'{len(shards)} of {wanted} shards'}  "
             f"{about.data} of {about.output_dir}, {manifest.key.get('storage_dtype')}, {about.model}"
         )
+        print(line.encode("utf-8", "backslashreplace").decode())
     return 0
 
 

@@ -10,13 +10,15 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from trl.scripts.utils import ScriptArguments, TrlParser
+from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
 
-from ..io.schemas import WrongFile, named, read_yaml, typed
+from ..io.schemas import WrongFile, named, read_yaml, shown, typed
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 
@@ -125,7 +127,7 @@ class RecipeParser(TrlParser):
         for kind in self.dataclass_types:
             try:
                 built.append(kind(**{f.name: getattr(namespace, f.name) for f in fields(kind) if f.init}))
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 faults.append(str(error))
         if faults:
             self.error(_listed(faults))
@@ -152,6 +154,7 @@ class RecipeParser(TrlParser):
             for key, value in config.items()
             if choices.get(key) and value is not None and value not in choices[key]
         ]
+        faults += _wrong_shapes(config, self.dataclass_types, path)
         faults += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
         if faults:
             self.error(_listed(faults))
@@ -195,6 +198,37 @@ class RecipeParser(TrlParser):
         if not all(isinstance(key, str) for key in config):
             self.error(f"`--config` must hold `option: value` lines, got {path} with something else.")
         return config, path
+
+
+def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> list[str]:
+    """Lists, mappings, true, false and null where they do not belong; argparse converts texts alone."""
+    known = {f.name: (get_type_hints(kind)[f.name], f.default) for kind in kinds for f in fields(kind)}
+    faults = []
+    for key, value in config.items():
+        if key in known and (expected := _expected_shape(value, *known[key])):
+            faults.append(f"`{key}` in {path} must be {expected}, got {shown(value)}.")
+    try:
+        typed(list[DatasetConfig], config.get("datasets", []), field="datasets")
+    except ValueError as error:
+        faults.append(f"In {path} {error}.")
+    return faults
+
+
+def _expected_shape(value: Any, hint: Any, default: Any) -> str | None:
+    """What must be there if not this value; None where its shape is right, or nothing is known."""
+    is_union = get_origin(hint) in (Union, UnionType)
+    members = {get_origin(member) or member for member in (get_args(hint) if is_union else (hint,))}
+    if members == {list} and isinstance(value, dict):
+        return "a list"
+    if not members <= {str, int, float, bool, type(None)}:  # a list or a mapping too, or something else
+        return None
+    if isinstance(value, list | dict):
+        return "a single value"
+    if isinstance(value, bool) and not members & {bool, str}:
+        return "a number"
+    if value is None and type(None) not in members and default is not None:
+        return "a value, or left out"
+    return None
 
 
 def _check_env(config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,18 +84,23 @@ def named(path: Path | str, advice: str = "", line: int | None = None) -> Iterat
         raise
     except ValueError as error:
         place = f"{path}{'' if line is None else f', line {line}'}"
-        end = f". {advice}" if advice else "."
-        raise WrongFile(f"{place}: {str(error).removesuffix('.')}{end}") from None
+        end = f". {advice}." if advice else "."
+        raise WrongFile(_printable(f"{place}: {str(error).removesuffix('.')}{end}")) from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """JSON in UTF-8, with or without a byte order mark.
+
+    Args:
+        text: the whole of it.
+        finite: refuse NaN and infinite numbers, which are no JSON, but which Python writes and reads.
 
     Raises:
         WrongShape: it is something else, nested too deep, or has a number of thousands of digits.
     """
     try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        options: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **options)
     except RecursionError:
         raise WrongShape("", "JSON that is not nested deeper than a few hundred levels", "deeper nesting") from None
     except ValueError as error:
@@ -274,6 +280,17 @@ def _kinds(kind: Any) -> dict[str, Any]:
 def _below(field: str, key: Any) -> str:
     name = key if isinstance(key, str) and re.fullmatch(r"[\w/@.+-]{1,60}", key) else shown(key)
     return f"{field}.{name}" if field else name
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"numbers must be finite, and {text[:20]} is not")
+    return float(text)
+
+
+def _printable(text: str) -> str:
+    """Without control characters and halves of surrogate pairs, which a terminal must not get."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _one_line(error: Exception) -> str:
