@@ -205,7 +205,7 @@ def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> l
     known = {f.name: (get_type_hints(kind)[f.name], f.default) for kind in kinds for f in fields(kind)}
     faults = []
     for key, value in config.items():
-        if key in known and (expected := _expected_shape(value, *known[key])):
+        if key in known and (expected := _expected_shape(key, value, *known[key])):
             faults.append(f"`{key}` in {path} must be {expected}, got {shown(value)}.")
     try:
         typed(list[DatasetConfig], config.get("datasets", []), field="datasets")
@@ -214,7 +214,7 @@ def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> l
     return faults
 
 
-def _expected_shape(value: Any, hint: Any, default: Any) -> str | None:
+def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | None:
     """What must be there if not this value; None where its shape is right, or nothing is known."""
     is_union = get_origin(hint) in (Union, UnionType)
     members = {get_origin(member) or member for member in (get_args(hint) if is_union else (hint,))}
@@ -224,8 +224,8 @@ def _expected_shape(value: Any, hint: Any, default: Any) -> str | None:
         return None
     if isinstance(value, list | dict):
         return "a single value"
-    if isinstance(value, bool) and not members & {bool, str}:
-        return "a number"
+    if isinstance(value, bool) and bool not in members and name != "resume_from_checkpoint":  # which takes `true`
+        return "a string, in quotes" if str in members else "a number"
     if value is None and type(None) not in members and default is not None:
         return "a value, or left out"
     return None

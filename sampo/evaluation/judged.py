@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import write_whole
-from ..io.schemas import WrongFile, named, read_json
+from ..io.schemas import WrongFile, read_json
 from ..results import lines
 from .answers import Answer
 from .judges import Judgement, drawn_prompts, read_judgements, write_judgements
@@ -211,14 +211,10 @@ def read(path: str | Path) -> Judged:
             f"{places['summary']} must be of schema {SCHEMA} and written with {path}, got schema {about.schema}"
             f"{' and other judgements' if about.schema == SCHEMA else ''}. {AGAIN}."
         )
-    rows, empty = read_judgements(path), read_judgements(places["control"])
-    for place, some in ((path, rows), (places["control"], empty)):
-        with named(place, AGAIN):
-            Verdicts.of(some)
     return Judged(
         **{"system": about.system, "baseline": about.baseline, "judge": about.judge, "n": about.n, "seed": about.seed},
-        rows=rows,
-        empty=empty,
+        rows=read_judgements(path),
+        empty=read_judgements(places["control"]),
     )
 
 

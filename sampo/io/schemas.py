@@ -48,27 +48,28 @@ class WrongShape(ValueError):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, kind: Any, advice: str = "", **options: bool) -> Any:
+def read_json(path: Path, kind: Any, advice: str = "", *, complete: bool = False, ignore_unknown: bool = False) -> Any:
     """What a JSON file holds, as an object of `kind`.
 
     Args:
         path: the file.
         kind: a dataclass, or a type made of JSON's own.
         advice: a sentence that says what to do if the file is wrong.
-        options: those of `typed`.
+        complete: as in `typed`.
+        ignore_unknown: as in `typed`.
 
     Raises:
         WrongFile: the file is no JSON in UTF-8, or something else than `kind`.
         OSError: it cannot be read.
     """
     with named(path, advice):
-        return typed(kind, parse_json(path.read_bytes()), **options)
+        return typed(kind, parse_json(path.read_bytes()), complete=complete, ignore_unknown=ignore_unknown)
 
 
-def read_yaml(path: Path, kind: Any = Any, advice: str = "", **options: bool) -> Any:
+def read_yaml(path: Path, kind: Any, advice: str = "", *, ignore_unknown: bool = False) -> Any:
     """The same of a YAML file, whose aliases, size and depth are bounded."""
     with named(path, advice):
-        return typed(kind, parse_yaml(path.read_bytes()), **options)
+        return typed(kind, parse_yaml(path.read_bytes()), ignore_unknown=ignore_unknown)
 
 
 @contextlib.contextmanager
