@@ -56,7 +56,7 @@ class LogWindow:
     last_logged_step: int
     loss_sums: list[float]
     metrics: dict[str, list[float]]
-    num_tokens: float
+    num_tokens: int
     length_sums: dict[str, float]
 
     def __post_init__(self):

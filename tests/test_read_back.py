@@ -175,7 +175,7 @@ def manifest_of_checkpoint(folder):
 
 
 def log_window(folder):
-    window = LogWindow(2, [0.5, 0.25], {"rewards/margins": [0.1, 0.2]}, 120.0, {"n": 4.0})
+    window = LogWindow(2, [0.5, 0.25], {"rewards/margins": [0.1, 0.2]}, 120, {"n": 4.0})
     (folder / LOG_WINDOW).write_text(json.dumps(asdict(window)))
     return folder / LOG_WINDOW, lambda: read_json(folder / LOG_WINDOW, LogWindow, complete=True)
 
