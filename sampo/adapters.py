@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .io.files import new_folder
+from .model_checks import differing_tokens
+from .model_loading import add_adapter, base_of, check_model, create_model, opening, refuse_weights_not_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,23 +77,6 @@ class Merge:
         )
 
 
-def base_of(adapter: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Name and revision of the model below an adapter, as its configuration says.
-
-    Raises:
-        ValueError: it says nothing.
-    """
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(adapter, revision=revision)
-    if not config.base_model_name_or_path:
-        raise ValueError(
-            f"The adapter in {adapter} must name its base model, got no `base_model_name_or_path` in its "
-            "adapter_config.json. Write it in."
-        )
-    return config.base_model_name_or_path, config.revision
-
-
 def load_trainable(adapter: str, *, revision: str | None = None, autocast: bool = True, **init_kwargs) -> "PeftModel":
     """The base model with its adapter, to be trained on.
 
@@ -101,14 +86,10 @@ def load_trainable(adapter: str, *, revision: str | None = None, autocast: bool 
         autocast: Keep the adapter in float32 on a base of lower precision.
         init_kwargs: For `from_pretrained` of the base, as TRL's `create_model_from_path` takes them.
     """
-    from peft import PeftModel
-    from trl.trainer.utils import create_model_from_path
-
     base, base_revision = base_of(adapter, revision)
-    model = create_model_from_path(base, **{**init_kwargs, "revision": base_revision or "main"})
-    return PeftModel.from_pretrained(
-        model, adapter, is_trainable=True, revision=revision, autocast_adapter_dtype=autocast
-    )
+    option = f"base model of {adapter}"
+    model = create_model(base, option=option, **{**init_kwargs, "revision": base_revision or "main"})
+    return add_adapter(model, adapter, is_trainable=True, revision=revision, autocast_adapter_dtype=autocast)
 
 
 def merge(
@@ -145,6 +126,12 @@ def merge(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"`out` must not exist or be an empty folder, got {out}. Choose another or remove it.")
+    check_model(adapter, option="adapter", base=base)
+    if os.path.isdir(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
+        raise ValueError(
+            f"`adapter` must be a folder with an adapter, got {adapter}, which holds a whole model. There is nothing "
+            "to merge."
+        )
     named, revision = base_of(adapter)
     if base is not None and base != named:
         logger.info("The adapter names %s as its base; it is merged into %s, as asked.", named, base)
@@ -195,7 +182,9 @@ def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dty
     """Merge, save in `folder`, load what was saved, compare."""
     processor = _processor(adapter, base, revision)
     tokenizer = getattr(processor, "tokenizer", processor)
+    _refuse_another_vocabulary(tokenizer, base, revision)
     model = _with_adapter(_load(base, revision, quantization), adapter)
+    refuse_weights_not_finite(model.named_parameters(), f"{base} with {adapter}")
     stays_quantized = quantization is None and bool(getattr(model.config, "quantization_config", None))
     with model.disable_adapter():
         plain = token_logps(model, tokenizer, texts)
@@ -222,6 +211,28 @@ def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dty
     )
 
 
+def _refuse_another_vocabulary(tokenizer: Any, base: str, revision: str | None) -> None:
+    """The tokenizer that comes with the adapter must be that of the base: token numbers mean what they meant."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with opening(base, "base"):
+        rows = AutoConfig.from_pretrained(base, revision=revision or "main").get_text_config().vocab_size
+    if max(tokenizer.get_vocab().values()) >= rows:
+        raise ValueError(
+            f"The base must have the vocabulary that the adapter was trained with, got {base} with {rows:,} rows of "
+            f"embeddings for token numbers up to {max(tokenizer.get_vocab().values()):,}. Name the right `base`."
+        )
+    try:
+        theirs = AutoTokenizer.from_pretrained(base, revision=revision or "main").get_vocab()
+    except (OSError, ValueError):  # a base without a tokenizer of its own
+        return
+    if differing := differing_tokens(tokenizer.get_vocab(), theirs):
+        raise ValueError(
+            f"The base must have the vocabulary that the adapter was trained with, got {base} with {differing}. Name "
+            "the right `base`."
+        )
+
+
 def _named(quantization: "BitsAndBytesConfig") -> str:
     if quantization.load_in_8bit:
         return "8bit"
@@ -245,19 +256,15 @@ def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str
 
 def _load(name: str, revision: str | None = None, quantization=None) -> "PreTrainedModel":
     """The model in float32 on the CPU; if asked for with the weights that quantising leaves of it."""
-    from trl.trainer.utils import create_model_from_path
-
     options: dict[str, Any] = {"dtype": "float32", "device_map": {"": "cpu"}, "revision": revision or "main"}
     if quantization is None:
-        return create_model_from_path(name, **options).eval()
+        return create_model(name, option="base", **options).eval()
     # the products with quantised weights round on their own, by device and kernel
-    return create_model_from_path(name, quantization_config=quantization, **options).dequantize().eval()
+    return create_model(name, option="base", quantization_config=quantization, **options).dequantize().eval()
 
 
 def _with_adapter(model: "PreTrainedModel", adapter: str) -> "PeftModel":
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(model, adapter)
+    adapted = add_adapter(model, adapter)
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type
         raise ValueError(f"`adapter` must be of a kind that can be merged, as LoRA, got {kind} in {adapter}.")
@@ -268,6 +275,7 @@ def _processor(adapter: str, base: str, revision: str | None) -> Any:
     """The tokenizer (or processor) that lies with the adapter, else that of its base."""
     from transformers import AutoProcessor
 
-    if not os.path.isdir(adapter) or os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
-        return AutoProcessor.from_pretrained(adapter)
-    return AutoProcessor.from_pretrained(base, revision=revision or "main")
+    own = not os.path.isdir(adapter) or os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+    name, revision = (adapter, None) if own else (base, revision)
+    with opening(name, "tokenizer of the merged model"):
+        return AutoProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)

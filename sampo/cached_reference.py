@@ -30,9 +30,10 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path
+from trl.trainer.utils import add_fused_lm_head
 
 from .config import SamPOConfig
+from .model_loading import create_model
 from .ref_key import ID_COLUMNS, OWN_TOKENS, RefKey, data_hash, identity_of_files, identity_of_model
 from .ref_logps import (
     CHOSEN,
@@ -360,7 +361,7 @@ def _load(path: str | Path, args: SamPOConfig):
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         settings["device_map"] = None  # a map of its own would place one model over all processes' devices
     settings.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(str(path), **settings)
+    return create_model(str(path), option="ref_model", **settings)
 
 
 def _loading(args: SamPOConfig) -> dict[str, Any]:

@@ -22,6 +22,8 @@ COMMANDS = {
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
 
+GO_ON = ("iterate", "cache", "diagnose", "generate", "judge", "bench", "lab")  # what was written is not made again
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -40,10 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         hint = f" Did you mean `{near[0]}`?" if near else ""
         print(f"sampo: the command must be one of {list(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
         return 2
-    module = import_module(f".{COMMANDS[name][0]}", __package__)
-    if hasattr(module, "run"):  # its options are TRL's, and it may have to start several processes
-        return module.run(rest)
-    module.main(module.make_parser().parse_args(rest))
+    try:
+        module = import_module(f".{COMMANDS[name][0]}", __package__)
+        if hasattr(module, "run"):  # its options are TRL's, and it may have to start several processes
+            return module.run(rest)
+        module.main(module.make_parser().parse_args(rest))
+    except KeyboardInterrupt:
+        again = " The same command goes on where it stopped." if name in GO_ON else ""
+        print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,7 +3,9 @@
 Each function returns sentences, one a fault; nothing is changed, and no weights are loaded.
 """
 
+import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +32,11 @@ def faults_of_model_folder(
         return f"`{option}` must be a folder with a model, or a model id on the hub, got {name!r}, and {what}"
 
     if not folder.exists():
-        looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-        return [fault("there is no such folder. Check the spelling.")] if looks_like_path else []
+        return [fault(f"there is no such folder.{_near(folder)} Check the spelling.")] if _is_path(name) else []
     if not folder.is_dir():
         return [fault("it is a file. Name the folder that holds the model.")]
+    if inside := _models_inside(folder):
+        return [fault(f"it holds no model itself; {', '.join(inside)} below it {_do(inside)}. Name {_one(inside)}.")]
     faults = [fault(what) for what in _faults_of_json(folder)]
     weights = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
     if not weights:
@@ -44,6 +47,39 @@ def faults_of_model_folder(
     if faults or any(path.suffix == ".gguf" for path in weights):
         return faults
     return [fault(what) for what in _faults_of_kind(folder, trust_remote_code)]
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can be no model id: by its form, or since its first folder is here."""
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        return True
+    first, slash, _ = name.partition("/")
+    return bool(slash) and Path(first).is_dir()
+
+
+def _near(folder: Path) -> str:
+    """The folder beside it that is probably meant."""
+    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, beside, n=1)
+    return f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
+
+
+def _models_inside(folder: Path) -> list[str]:
+    """Names of the sub-folders with a model or an adapter, of a folder that holds none itself."""
+    marks = ("config.json", "adapter_config.json")
+    if any((folder / mark).is_file() for mark in marks) or any(folder.glob("*.gguf")):
+        return []
+    inside = [path for path in folder.iterdir() if any((path / mark).is_file() for mark in marks)]
+    by_number = sorted(inside, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)] or [-1])
+    return [path.name for path in by_number][-5:]
+
+
+def _do(names: list[str]) -> str:
+    return "does" if len(names) == 1 else "do"
+
+
+def _one(names: list[str]) -> str:
+    return "that one" if len(names) == 1 else "one of them"
 
 
 @dataclass(frozen=True)
@@ -187,6 +223,22 @@ def faults_of_tokens(datasets: Mapping[str, Any], *, vocabulary: int | None, tok
             "more ids with `resize_token_embeddings`."
         )
     return faults
+
+
+def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """How another vocabulary differs from ours, tokens that one of them has beyond the other's left aside.
+
+    Training adds special tokens at the end; those change no number of the others.
+    """
+    shared = ours.keys() & theirs.keys()
+    differ = sorted(token for token in shared if ours[token] != theirs[token])
+    only = min(len(ours), len(theirs)) - len(shared)
+    if not differ and only <= 0:
+        return ""
+    if differ:
+        first = differ[0]
+        return f"{len(differ):,} tokens of other numbers, the first: {first!r} is {theirs[first]}, not {ours[first]}"
+    return f"{only:,} tokens that are not in the other vocabulary"
 
 
 def _begins_twice(ids: Any, bos: int | None) -> bool:

@@ -16,6 +16,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,12 +34,13 @@ from .io.files import write_whole
 from .io.locks import FolderInUseError, alone_in
 from .io.schemas import WrongFile, read_json
 from .lengths import LengthSums
+from .model_loading import not_finite
 from .run_identity import changes, identity
 
 logger = get_logger(__name__)
 
 LOG_WINDOW = "log_window.json"
-STOPPED_BY_SIGTERM = 143  # 128 + 15, what shells report of a process that the signal has ended
+ONE_KEY_PRESS = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
 
 
 @dataclass(frozen=True)
@@ -64,58 +66,73 @@ class LogWindow:
             raise ValueError("`loss_sums` must hold a number for each process, got none")
 
 
+class WeightsNotFiniteError(FloatingPointError):
+    """The weights have become NaN or infinite, and were not saved."""
+
+
 class ResumeRefusedError(ValueError):
     """The run cannot go on from this checkpoint; the text says why."""
 
 
 class Preempted(SystemExit):
-    """SIGTERM came, and a checkpoint was saved. A process in which nobody catches this ends with status 143."""
+    """SIGTERM or Ctrl-C came, and a checkpoint was saved.
 
-    def __init__(self, checkpoint: Path):
-        super().__init__(STOPPED_BY_SIGTERM)
-        self.status = STOPPED_BY_SIGTERM
+    A process in which nobody catches this ends with status 143 or 130: 128 + the number of the signal, as shells
+    report a process that the signal has ended.
+    """
+
+    def __init__(self, checkpoint: Path, received: int = signal.SIGTERM):
+        self.status = 128 + received
         self.checkpoint = checkpoint
+        super().__init__(self.status)
 
 
-class SaveOnSigterm(TrainerCallback):
-    """After SIGTERM: save at the end of the step and stop, all processes together.
+class SaveOnSignal(TrainerCallback):
+    """After SIGTERM or Ctrl-C: save at the end of the step and stop, all processes together.
 
-    transformers' own `enable_jit_checkpoint` saves before the optimiser step, each process when *it* got the signal,
-    and lets the run end as if it were finished.
+    A second Ctrl-C stops at once. transformers' own `enable_jit_checkpoint` saves before the optimiser step, each process
+    when *it* got the signal, and lets the run end as if it were finished.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = 0  # the number of the signal
         self.stopped = False
 
     @contextlib.contextmanager
     def listening(self, *, active: bool) -> Iterator[None]:
-        """Handle the signal inside. Only a main thread can; the others are told by their peers."""
-        self.received = self.stopped = False
+        """Handle the signals inside. Only a main thread can; the others are told by their peers."""
+        self.received, self.stopped = 0, False
         self._active = active
         if not active or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._receive)
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _receive(self, *_: Any) -> None:
-        self.received = True
+    def _receive(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if number == self.received == signal.SIGINT and now - self._first > ONE_KEY_PRESS:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self._first = number, now
 
     def _asked_for(self, args: Any) -> bool:
-        """Whether any process got the signal."""
-        if not self._active or not torch.distributed.is_initialized():
-            return self.received
-        flag = torch.tensor(int(self.received), device=args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+        """Whether any process got a signal; all then know which."""
+        if self._active and torch.distributed.is_initialized():
+            flag = torch.tensor(int(self.received), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(flag.item())
+        return bool(self.received)
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102, transformers' own interface
         if self._asked_for(args):
-            logger.info(f"SIGTERM: saving checkpoint-{state.global_step}, then leaving.")
+            name = "Ctrl-C" if self.received == signal.SIGINT else "SIGTERM"
+            now = " Ctrl-C once more stops at once." if self.received == signal.SIGINT else ""
+            logger.info(f"{name}: saving checkpoint-{state.global_step}, then leaving.{now}")
             control.should_save = control.should_training_stop = self.stopped = True
             control.should_evaluate = False  # there may be seconds left
 
@@ -140,7 +157,7 @@ def _code_refused(checkpoint: Path | None) -> Iterator[None]:
 
 
 class ResumableTrainer(Trainer):
-    """Whole checkpoints, an exact resume, and a checkpoint at SIGTERM. For trainers that log as TRL's do."""
+    """Whole checkpoints, an exact resume, a checkpoint at SIGTERM and Ctrl-C. For trainers that log as TRL's do."""
 
     args: Any
     _metrics: dict[str, Any]
@@ -149,7 +166,7 @@ class ResumableTrainer(Trainer):
 
     _staging = False
     _log_window: "LogWindow | None" = None
-    _sigterm: SaveOnSigterm
+    _stop: SaveOnSignal
     _identity: dict[str, Any]
 
     def make_resumable(self) -> None:
@@ -159,8 +176,8 @@ class ResumableTrainer(Trainer):
                 "`enable_jit_checkpoint` must be off, got true: this trainer saves at SIGTERM by itself, at the end "
                 "of the step and on all processes. Remove the option."
             )
-        self._sigterm = SaveOnSigterm()
-        self.add_callback(self._sigterm)
+        self._stop = SaveOnSignal()
+        self.add_callback(self._stop)
         self._identity = identity(self) if self.is_world_process_zero() else {}
 
     # --- going on ------------------------------------------------------------------------------------------------
@@ -178,7 +195,8 @@ class ResumableTrainer(Trainer):
             ResumeRefusedError: no whole checkpoint, or one of another run; what has changed is named.
             CheckpointNotSavedError: a checkpoint could not be written.
             FolderInUseError: another process trains into `output_dir`.
-            Preempted: SIGTERM came, and a checkpoint was saved.
+            Preempted: SIGTERM or Ctrl-C came, and a checkpoint was saved.
+            WeightsNotFiniteError: the weights have become NaN or infinite; the checkpoints before are untouched.
         """
         with self._alone_in_output_dir():
             return self._train_alone(resume_from_checkpoint, *rest, **kwargs)
@@ -191,11 +209,12 @@ class ResumableTrainer(Trainer):
                 self._log_window = read_json(checkpoint / LOG_WINDOW, LogWindow, complete=True)
             except (OSError, WrongFile) as error:
                 raise ResumeRefusedError(f"{error} Use another checkpoint.") from None
-        with self._sigterm.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint):
+        with self._stop.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint):
             result = super().train(str(checkpoint) if checkpoint else None, *rest, **kwargs)
-        if self._sigterm.stopped:
+        if self._stop.stopped:
             self.accelerator.wait_for_everyone()
-            raise Preempted(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            raise Preempted(checkpoint, self._stop.received)
         return result
 
     @contextlib.contextmanager
@@ -312,7 +331,31 @@ class ResumableTrainer(Trainer):
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, checkpoints.STAGING) if self._staging else folder
 
+    def refuse_weights_not_finite(self, name: str) -> None:
+        """Stop on all processes if a trained weight is NaN or infinite: nothing good is replaced by it.
+
+        Args:
+            name: of what would have been saved.
+
+        Raises:
+            WeightsNotFiniteError: with the names of such weights.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        bad = not_finite((each, weight) for each, weight in model.named_parameters() if weight.requires_grad)
+        if self.args.world_size > 1:  # each has a part of the weights, or all
+            bad = sorted(set(gather_object(bad)))
+        if not bad:
+            return
+        kept = [path.name for path in checkpoints.numbered_checkpoints(str(self.args.output_dir))]
+        last = f"The last checkpoint is {kept[-1]}: `resume: auto` goes on from it" if kept else "Begin anew"
+        raise WeightsNotFiniteError(
+            f"The weights must be finite, got NaN or infinity in {len(bad)} of them after step "
+            f"{self.state.global_step}, first in {bad[0]}: the training has diverged, and {name} is not saved. "
+            f"{last}, with a lower `learning_rate` or `max_grad_norm`, or with bf16 or fp32 in place of fp16."
+        )
+
     def _save_checkpoint(self, model, trial) -> None:
+        self.refuse_weights_not_finite(f"checkpoint-{self.state.global_step}")
         target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staged = target.parent / checkpoints.STAGING / target.name
         with checkpoints.told_in_one_error(target):

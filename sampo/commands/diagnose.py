@@ -172,15 +172,13 @@ class _Setup:
 def _prepare(args: argparse.Namespace) -> _Setup:
     """Everything that can be found fault with, then the reference."""
     from ..end_tokens import end_token_ids
-    from ..model_checks import faults_of_model_folder
+    from ..model_loading import check_model
     from ..pair_scores import tokenise
     from ..ref_key import data_hash
 
     given = [("policy", name) for name in args.policy] + [("reference", args.reference)] * bool(args.reference)
-    options = {"trust_remote_code": args.trust_remote_code}
-    faults = [fault for option, name in given for fault in faults_of_model_folder(name, option=option, **options)]
-    if faults:
-        raise ValueError(" ".join(faults))
+    for option, name in given:
+        check_model(name, option=option, trust_remote_code=args.trust_remote_code)
     policies = [LazyModel(name, args) for name in args.policy]
     reference = _reference(args, policies)
     tokenizer = _tokenizer(policies, reference)

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import importlib.util
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -56,7 +58,7 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
     if not options and ("WORLD_SIZE" in os.environ or not _would_launch()):
         return None
     options = dict(options)
-    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words = [sys.executable, "-m", __name__]
     config: dict = {}
     if "accelerate_config" in options:
         path = accelerate_config(options.pop("accelerate_config"))
@@ -64,7 +66,7 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
         config = _read_config(path)
     if config.get("use_cpu") and not {"--use_cpu", "--use-cpu"} & set(rest):
         rest.append("--use_cpu")  # accelerate's launcher of several processes does not tell them
-    _refuse_fsdp_without_devices(config, rest)
+    _refuse_engine_that_cannot_run(config, rest)
     machines = _number("num_machines", options.get("num_machines") or config.get("num_machines") or 1)
     _refuse_lone_machine(machines, config, options)
     if machines == 1 and not config.get("main_process_port"):
@@ -123,15 +125,24 @@ def _named(name: str, kind: str, suffix: str) -> Path:
     return known[name]
 
 
-def _refuse_fsdp_without_devices(config: dict, rest: list[str]) -> None:
-    """On the CPU accelerate makes DDP of FSDP without a word; the trainer refuses too, but each process by itself."""
+def _refuse_engine_that_cannot_run(config: dict, rest: list[str]) -> None:
+    """What can be known before processes are started, each of which would fail by itself."""
     import torch
 
-    if config.get("distributed_type") == "FSDP" and (_asks_for_cpu(rest) or not torch.accelerator.is_available()):
+    engine, on_cpu = config.get("distributed_type"), _asks_for_cpu(rest)
+    if engine == "FSDP" and (on_cpu or not torch.accelerator.is_available()):
         raise SystemExit(
             "sampo train: FSDP must have a GPU for each process, got a run on the CPU, where accelerate would train "
             "with DDP instead. Use `--accelerate_config cpu_zero3`, which shards on the CPU too, or `cpu_ddp`."
         )
+    if engine in ("DEEPSPEED", "MULTI_GPU") and not on_cpu and not torch.accelerator.is_available():
+        cpu = "cpu_zero1, cpu_zero2 or cpu_zero3" if engine == "DEEPSPEED" else "cpu_ddp"
+        raise SystemExit(
+            f"sampo train: `--accelerate_config` of type {engine} must have a GPU for each process, got a machine "
+            f"without one that torch {torch.__version__} can use. To try a run on the CPU, use {cpu}."
+        )
+    if engine == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise SystemExit("sampo train: ZeRO needs DeepSpeed: `pip install 'sampo-dpo[deepspeed]'`.")
 
 
 def _asks_for_cpu(rest: list[str]) -> bool:
@@ -153,8 +164,35 @@ def _refuse_lone_machine(machines: int, config: dict, options: dict[str, str]) -
         )
 
 
+def start_processes(words: list[str]) -> int:
+    """`accelerate launch`, in this process, which says nothing of its own when a process has failed or a signal came.
+
+    Returns:
+        The exit status: that of the first process that failed, or 128 + the number of the signal.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes have said what failed
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else 128 - status
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
 def _would_launch() -> bool:
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
     return os.path.isfile(default_config_file) or torch.cuda.device_count() > 1
+
+
+if __name__ == "__main__":
+    sys.exit(start_processes(sys.argv[1:]))

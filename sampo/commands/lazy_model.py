@@ -15,8 +15,7 @@ class LazyModel:
     """
 
     def __init__(self, name: str, args: argparse.Namespace):
-        from ..adapters import base_of
-        from ..evaluation.models import has_adapter
+        from ..model_loading import base_of, has_adapter
 
         self.name, self._args = name, args
         self._model: Any = None
@@ -37,12 +36,12 @@ class LazyModel:
 
     def load(self) -> Any:
         """The model, in evaluation mode."""
-        from peft import PeftModel
-        from trl.trainer.utils import create_model_from_path
+        from ..model_loading import add_adapter, create_model, refuse_weights_not_finite
 
         if self._model is None:
-            model = create_model_from_path(self.base, **self._settings)
-            self._model = (PeftModel.from_pretrained(model, self.name) if self.adapter else model).eval()
+            model = create_model(self.base, **self._settings)
+            self._model = (add_adapter(model, self.name) if self.adapter else model).eval()
+            refuse_weights_not_finite(self._model.named_parameters(), self.name)
         return self._model
 
     def free(self) -> None:

@@ -22,8 +22,8 @@ def load_processor(script_args, training_args, model_args):
     """
     from transformers import AutoProcessor
 
-    from ..adapters import base_of
     from ..model_checks import faults_of_tokenizer
+    from ..model_loading import base_of
 
     path, revision = model_args.model_name_or_path, model_args.model_revision
     if is_adapter(path) and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
@@ -51,7 +51,7 @@ def check_adapter(model_args) -> None:
     Raises:
         RefusedRun: it does not.
     """
-    from ..adapters import base_of
+    from ..model_loading import base_of
 
     if _holds_adapter(model_args):
         try:
@@ -92,9 +92,9 @@ def check_vocabulary(script_args, training_args, model_args, processor) -> None:
 def load_models(script_args, training_args, model_args) -> dict:
     """The trainer's arguments that say what is trained and what the reference is."""
     from trl import get_peft_config, get_quantization_config
-    from trl.trainer.utils import create_model_from_path
 
     from ..adapters import load_trainable
+    from ..model_loading import create_model
 
     policy, reference = model_args.model_name_or_path, script_args.ref_model_name_or_path
     quantization = get_quantization_config(model_args)
@@ -127,8 +127,10 @@ def load_models(script_args, training_args, model_args) -> dict:
         if training_args.precompute_ref_log_probs and as_the_policy:
             models["ref_model"] = reference  # the trainer loads it if its log-probs are not in the cache
         else:
-            models["ref_model"] = create_model_from_path(
-                reference, **{**loading, "revision": script_args.ref_model_revision or "main"}
+            models["ref_model"] = create_model(
+                reference,
+                option="ref_model_name_or_path",
+                **{**loading, "revision": script_args.ref_model_revision or "main"},
             )
     return models
 

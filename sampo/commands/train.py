@@ -12,19 +12,23 @@ import logging
 import os
 import pickle
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
-from ..model_checks import faults_of_model_folder
+from ..model_loading import ModelError, check_model
 from ..pair_rows import PreferenceDataError
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .options import RecipeParser, find_faults, make_parser, read_shard
 
 logger = logging.getLogger(__name__)
+
+SECONDS_FOR_THE_FIRST = 5.0  # in which a launcher ends the other processes after the first one has failed
 
 
 def main(script_args, training_args, model_args, dataset_args) -> None:
@@ -76,8 +80,9 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
         **(training_args.model_init_kwargs or {}),
     }
     trusts = training_args.trust_remote_code
-    if faults := faults_of_model_folder(model_args.model_name_or_path, trust_remote_code=trusts):
-        raise RefusedRun(" ".join(faults))
+    check_model(model_args.model_name_or_path, option="model_name_or_path", trust_remote_code=trusts)
+    if script_args.ref_model_name_or_path:
+        check_model(script_args.ref_model_name_or_path, option="ref_model_name_or_path", trust_remote_code=trusts)
     check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
     with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
@@ -105,7 +110,7 @@ def _faults_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except (RefusedRun, PreferenceDataError):
+    except (RefusedRun, PreferenceDataError, ModelError):
         raise
     except pickle.UnpicklingError as error:
         raise RefusedRun(
@@ -140,6 +145,7 @@ def _output_folder(training_args, resume: str | bool | None) -> Iterator[None]:
 def _finish(trainer, script_args) -> None:
     """Save, push if asked, and leave together: a rank that goes early can take the others down."""
     folder = trainer.args.output_dir
+    trainer.refuse_weights_not_finite("the model")
     trainer.save_model(folder)
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {folder}.")
@@ -253,8 +259,8 @@ def start(argv: list[str] | None = None) -> int:
     """Train in this process, one of several if a launcher says so.
 
     Returns:
-        The exit status: 0 done, 1 a checkpoint could not be written, 2 refused before the first step, 143 stopped by
-        SIGTERM with a checkpoint saved.
+        The exit status: 0 done, 1 a checkpoint could not be written or the training has diverged, 2 refused before
+        the first step, 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint saved.
     """
     return start_with(make_parser(), main, argv)
 
@@ -274,15 +280,29 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
 
     try:
         work(*parsed)
-    except (RefusedRun, PreferenceDataError, RefCacheError, ResumeRefusedError, FolderInUseError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    except (RefusedRun, PreferenceDataError, ModelError, RefCacheError, ResumeRefusedError, FolderInUseError) as error:
+        _say_error(parser, error)
         return 2
-    except CheckpointNotSavedError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    except (CheckpointNotSavedError, FloatingPointError) as error:
+        _say_error(parser, error)
         return 1
     except Preempted as stop:
+        if parsed[1].process_index == 0:
+            print(f"{parser.prog}: {stop.checkpoint.name} is saved. The same command with `--resume auto` goes on.")
         return stop.status
+    except KeyboardInterrupt:
+        if parsed[1].process_index == 0:
+            print(f"{parser.prog}: stopped. What was saved before is whole.", file=sys.stderr)
+        return 130
     return 0
+
+
+def _say_error(parser: RecipeParser, error: BaseException) -> None:
+    """Say what is wrong once. Other processes than the first wait until it has ended them, unless it is well."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(SECONDS_FOR_THE_FIRST)
+    print(f"{parser.prog}: error: {error}{f' (process {rank})' if rank else ''}", file=sys.stderr, flush=True)
 
 
 def _set_up_logs(training_args) -> None:
@@ -317,13 +337,25 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
     options, rest = split_options(argv)
     launcher = launch_command(options, rest)
     if launcher is not None:
-        parser.refuse_unknown(rest)  # once here rather than once per process
+        _, options = parser.read(rest)  # once here rather than once per process
+        _check_models(options)
         # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         os.environ[LAUNCHER] = str(os.getpid())
         sys.stdout.flush()
         os.execv(launcher[0], [*launcher, "-m", module, *more, *rest])
     return rest
+
+
+def _check_models(options: Any) -> None:
+    """What is wrong with local models, before processes are started for them."""
+    try:
+        for option in ("model_name_or_path", "ref_model_name_or_path"):
+            if name := getattr(options, option):
+                check_model(name, option=option, trust_remote_code=bool(options.trust_remote_code))
+    except ModelError as error:
+        print(f"sampo train: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

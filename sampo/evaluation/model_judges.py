@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..model_loading import check_model, opening, refuse_weights_not_finite
 from .answers import Prompt
 from .judges import Comparison, Progress, Verdict
 from .models import Texts, default_device, fingerprint, load_causal, load_tokenizer
@@ -92,14 +93,18 @@ class RewardJudge(_ScoreJudge):
     ):
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        labels = AutoConfig.from_pretrained(model, revision=revision).num_labels
-        loaded, found = (
-            AutoModelForSequenceClassification.from_pretrained(
-                model, revision=revision, dtype=dtype, output_loading_info=True, num_labels=1
-            )
-            if labels == 1
-            else (None, {"missing_keys": []})
-        )
+        found: dict[str, Any] = {"missing_keys": []}
+        loaded = None
+        with opening(model, "model"):
+            options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+            labels = AutoConfig.from_pretrained(model, **options).num_labels
+        if labels == 1:
+            check_model(model, reward=True)
+            with opening(model, "model"):
+                loaded, found = AutoModelForSequenceClassification.from_pretrained(
+                    model, dtype=dtype, output_loading_info=True, num_labels=1, **options
+                )
+            refuse_weights_not_finite(loaded.named_parameters(), model)
         if loaded is None or found["missing_keys"]:
             what = f"{labels} outputs" if loaded is None else f"no weights of {sorted(found['missing_keys'])}"
             raise ValueError(f"`model` must be a reward model with one output, got {what} in {model}.")

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters import base_of
+from ..model_checks import faults_of_model_folder
+from ..model_loading import (
+    ModelError,
+    add_adapter,
+    base_of,
+    check_model,
+    has_adapter,
+    opening,
+    refuse_weights_not_finite,
+)
 from .answers import Prompt, prompt_text
 
 if TYPE_CHECKING:
@@ -48,27 +57,23 @@ def load_causal(
     trust_remote_code: bool = False,
 ) -> Loaded:
     """A causal language model from a folder or the hub; `name` may itself be an adapter."""
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    for each in {name, adapter or name}:
+        check_model(each, trust_remote_code=trust_remote_code)
     base, base_revision = name, revision
     if adapter is None and has_adapter(name, revision):
         adapter, (base, base_revision) = name, base_of(name, revision)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, revision=base_revision or "main", dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    with opening(base, "model"):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, revision=base_revision or "main", dtype=dtype, trust_remote_code=trust_remote_code
+        )
     weights = fingerprint(base, model)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, revision=revision if adapter == name else None)
+        model = add_adapter(model, adapter, revision=revision if adapter == name else None)
         weights = f"{weights}+{fingerprint(adapter, None)}"
+    refuse_weights_not_finite(model.named_parameters(), name if adapter is None else adapter)
     return Loaded(model.to(device).eval(), weights, None if adapter is None else base)
-
-
-def has_adapter(name: str, revision: str | None = None) -> bool:
-    """Whether a folder or hub id is an adapter."""
-    from transformers.utils import find_adapter_config_file
-
-    return find_adapter_config_file(name, revision=revision) is not None
 
 
 def load_tokenizer(
@@ -79,10 +84,14 @@ def load_tokenizer(
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
-        return AutoTokenizer.from_pretrained(adapter, **options)
+        with opening(adapter, "tokenizer"):
+            return AutoTokenizer.from_pretrained(adapter, **options)
+    if faults := faults_of_model_folder(name, trust_remote_code=trust_remote_code, option="model"):
+        raise ModelError(" ".join(faults))
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
         name, revision = base_of(name, revision)
-    return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
+    with opening(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
 
 
 def fingerprint(name: str, model: Any) -> str | None:
