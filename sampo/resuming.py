@@ -90,8 +90,8 @@ class Preempted(SystemExit):
 class SaveOnSignal(TrainerCallback):
     """After SIGTERM or Ctrl-C: save at the end of the step and stop, all processes together.
 
-    A second Ctrl-C stops at once. transformers' own `enable_jit_checkpoint` saves before the optimiser step, each process
-    when *it* got the signal, and lets the run end as if it were finished.
+    A second Ctrl-C stops at once. transformers' own `enable_jit_checkpoint` saves before the optimiser step, each
+    process when *it* got the signal, and lets the run end as if it were finished.
     """
 
     def __init__(self) -> None:
