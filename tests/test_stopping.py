@@ -1,0 +1,172 @@
+"""Ctrl-C, and the templates for clusters: a run that is stopped goes on with the same command."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import ROOT, environment
+from tiny import make_pairs, save_model
+
+from sampo import checkpoints
+from sampo.resuming import Preempted, SaveOnSignal
+
+SAMPO = [sys.executable, "-m", "sampo.cli"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    save_model(folder / "model")
+    make_pairs(24, conversational=True).to_json(folder / "pairs.jsonl")
+    return folder
+
+
+def options(folder: Path, out: Path, **more) -> list[str]:
+    options = {"model_name_or_path": folder / "model", "dataset_name": folder / "pairs.jsonl", "output_dir": out}
+    options |= {"use_cpu": "true", "bf16": "false", "logging_steps": 1, "per_device_train_batch_size": 2}
+    options |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_steps": 100000, "report_to": "none"}
+    return [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
+
+
+def stop_after_a_step(command: list[str], number: int, *, times: int = 1) -> subprocess.CompletedProcess:
+    """Start a command, wait for its first step, and send a signal to all of its processes, as a terminal does."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    ) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "'loss'" in line:
+                break
+        for _ in range(times):
+            os.killpg(process.pid, number)
+            time.sleep(1.2)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(command, process.returncode, "".join(said) + out, err)
+
+
+def losses(out: Path) -> list[int]:
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [line["step"] for line in log if "loss" in line]
+
+
+def test_ctrl_c_saves_a_checkpoint_ends_with_130_and_the_command_goes_on(folder, tmp_path):
+    command = [*SAMPO, "train", *options(folder, tmp_path / "out", resume="auto")]
+    stopped = stop_after_a_step([*command, "--max_steps", "100000"], signal.SIGINT)
+    assert stopped.returncode == 130, stopped.stderr[-2000:]
+    (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
+    assert f"{checkpoint.name} is saved. The same command with `--resume auto` goes on." in stopped.stdout
+    assert "Traceback" not in stopped.stderr
+    step = checkpoints.step_of(checkpoint)
+    done = subprocess.run([*command, "--max_steps", str(step + 1)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "out") == list(range(1, step + 2))
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    stop = SaveOnSignal()
+    with stop.listening(active=True):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # by a launcher, that hands on the same key press
+        assert stop.received == signal.SIGINT
+        stop._first -= 2  # seconds ago
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert Preempted(Path("checkpoint-1"), signal.SIGINT).code == 130
+
+
+def test_ctrl_c_while_nothing_is_saved_is_one_line(folder, tmp_path):
+    command = [*SAMPO, "train", *options(folder, tmp_path / "out", save_strategy="no", max_steps=100000)]
+    stopped = stop_after_a_step(command, signal.SIGINT)
+    assert stopped.returncode == 130
+    assert "Traceback" not in stopped.stderr
+    assert "sampo train: stopped." in stopped.stderr
+
+
+def cluster_command(folder: Path, out: Path) -> list[str]:
+    """The command of the PyTorchJob, with this machine, two processes and a tiny run in the place of its own."""
+    job = yaml.safe_load((ROOT / "configs" / "kubernetes" / "pytorchjob.yaml").read_text())
+    container = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    words = shlex.split(container["command"][-1])
+    assert words[:3] == ["exec", "sampo", "train"]
+    recipe = out.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_name_or_path": str(folder / "model")}))
+    here = {"--accelerate_config": "cpu_ddp", "--num_machines": "1", "--num_processes": "2", "--machine_rank": "0"}
+    here |= {"--main_process_ip": "127.0.0.1", "--main_process_port": "0", "--config": str(recipe)}
+    here |= {"--output_dir": str(out)}
+    assert here.keys() <= set(words)
+    words = [here.get(words[i - 1], word) for i, word in enumerate(words)]
+    tiny = options(folder, out)
+    places = [tiny.index(name) for name in ("--model_name_or_path", "--output_dir")]
+    tiny = [word for i, word in enumerate(tiny) if not any(i in (place, place + 1) for place in places)]
+    return [*SAMPO, *words[2:], *tiny]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_the_command_of_the_kubernetes_template_goes_on_when_it_is_started_again(folder, tmp_path, number):
+    command = cluster_command(folder, tmp_path / "out")
+    stopped = stop_after_a_step([*command, "--max_steps", "100000"], number)
+    assert stopped.returncode == 128 + number, stopped.stderr[-2000:]
+    assert "Traceback" not in stopped.stderr
+    (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
+    assert checkpoints.fault_of(checkpoint) is None
+    if number == signal.SIGINT:
+        return
+    step = checkpoints.step_of(checkpoint)
+    done = subprocess.run([*command, "--max_steps", str(step + 1)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "out") == list(range(1, step + 2))
+
+
+def test_the_slurm_script_hands_on_the_same_option():
+    script = (ROOT / "scripts" / "launch.slurm").read_text()
+    assert "--resume auto" in script.partition("words=(")[2].partition(")\n")[0]
+
+
+def test_what_fails_in_every_process_is_said_by_the_first_alone(folder, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "w1", "chosen": "w2", "rejected": "w2"}\n' * 3)
+    words = options(folder, tmp_path / "out", dataset_name=bad, accelerate_config="cpu_ddp", num_processes=2)
+    done = subprocess.run([*SAMPO, "train", *words], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.count("the same text in `chosen` and `rejected`") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["generate", "diagnose", "audit"])
+def test_other_commands_stop_in_one_line(folder, tmp_path, name):
+    """Ctrl-C while they work: the data are a pipe that nobody closes."""
+    pipe = tmp_path / "pairs.jsonl"
+    os.mkfifo(pipe)
+    words = {
+        "generate": [str(folder / "model"), "--prompts", str(pipe), "--out", str(tmp_path / "a.jsonl")],
+        "diagnose": [
+            "--policy",
+            str(folder / "model"),
+            "--data",
+            str(pipe),
+            "--out",
+            str(tmp_path / "d"),
+            "--use_cpu",
+        ],
+        "audit": [str(pipe)],
+    }[name]
+    with (
+        subprocess.Popen(
+            [*SAMPO, name, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        ) as process,
+        pipe.open("wb"),
+    ):  # opens when the command reads
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said[-2000:]
+    assert f"sampo {name}: stopped." in said
+    assert "Traceback" not in said
