@@ -29,14 +29,12 @@ def faults_of_model_folder(
     folder = Path(name).expanduser()
 
     def fault(what: str) -> str:
-        return f"`{option}` must be a folder with a model, or a model id on the hub, got {name!r}, and {what}"
+        return _not_a_model(name, option, what)
 
-    if not folder.exists():
-        return [fault(f"there is no such folder.{_near(folder)} Check the spelling.")] if _is_path(name) else []
+    if faults := faults_of_place(name, option=option):
+        return faults
     if not folder.is_dir():
-        return [fault("it is a file. Name the folder that holds the model.")]
-    if inside := _models_inside(folder):
-        return [fault(f"it holds no model itself; {', '.join(inside)} below it {_do(inside)}. Name {_one(inside)}.")]
+        return []
     faults = [fault(what) for what in _faults_of_json(folder)]
     weights = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
     if not weights:
@@ -47,6 +45,26 @@ def faults_of_model_folder(
     if faults or any(path.suffix == ".gguf" for path in weights):
         return faults
     return [fault(what) for what in _faults_of_kind(folder, trust_remote_code)]
+
+
+def faults_of_place(name: str, *, option: str = "model_name_or_path") -> list[str]:
+    """Of a name that looks like a path: nothing is there, or no model but folders with some."""
+    folder = Path(name).expanduser()
+    if not folder.exists() and not _is_path(name):
+        return []
+    if not folder.exists():
+        what = f"there is no such folder.{_near(folder)} Check the spelling."
+    elif not folder.is_dir():
+        what = "it is a file. Name the folder that holds the model."
+    elif inside := _models_inside(folder):
+        what = f"it holds no model itself; {', '.join(inside)} below it {_do(inside)}. Name {_one(inside)}."
+    else:
+        return []
+    return [_not_a_model(name, option, what)]
+
+
+def _not_a_model(name: str, option: str, what: str) -> str:
+    return f"`{option}` must be a folder with a model, or a model id on the hub, got {name!r}, and {what}"
 
 
 def _is_path(name: str) -> bool:

@@ -66,7 +66,7 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
         config = _read_config(path)
     if config.get("use_cpu") and not {"--use_cpu", "--use-cpu"} & set(rest):
         rest.append("--use_cpu")  # accelerate's launcher of several processes does not tell them
-    _refuse_engine_that_cannot_run(config, rest)
+    _refuse_fsdp_without_devices(config, rest)
     machines = _number("num_machines", options.get("num_machines") or config.get("num_machines") or 1)
     _refuse_lone_machine(machines, config, options)
     if machines == 1 and not config.get("main_process_port"):
@@ -125,16 +125,30 @@ def _named(name: str, kind: str, suffix: str) -> Path:
     return known[name]
 
 
-def _refuse_engine_that_cannot_run(config: dict, rest: list[str]) -> None:
-    """What can be known before processes are started, each of which would fail by itself."""
+def _refuse_fsdp_without_devices(config: dict, rest: list[str]) -> None:
+    """On the CPU accelerate makes DDP of FSDP without a word; the trainer refuses too, but each process by itself."""
     import torch
 
-    engine, on_cpu = config.get("distributed_type"), _asks_for_cpu(rest)
-    if engine == "FSDP" and (on_cpu or not torch.accelerator.is_available()):
+    if config.get("distributed_type") == "FSDP" and (_asks_for_cpu(rest) or not torch.accelerator.is_available()):
         raise SystemExit(
             "sampo train: FSDP must have a GPU for each process, got a run on the CPU, where accelerate would train "
             "with DDP instead. Use `--accelerate_config cpu_zero3`, which shards on the CPU too, or `cpu_ddp`."
         )
+
+
+def refuse_engine_that_cannot_run(options: dict[str, str], rest: list[str]) -> None:
+    """What can be known before processes are started, each of which would fail by itself.
+
+    Args:
+        options: The launcher's options.
+        rest: Those of the training, as `launch_command` leaves them.
+    """
+    import torch
+
+    if "accelerate_config" not in options:
+        return
+    engine = _read_config(accelerate_config(options["accelerate_config"])).get("distributed_type")
+    on_cpu = _asks_for_cpu(rest)
     if engine in ("DEEPSPEED", "MULTI_GPU") and not on_cpu and not torch.accelerator.is_available():
         cpu = "cpu_zero1, cpu_zero2 or cpu_zero3" if engine == "DEEPSPEED" else "cpu_ddp"
         raise SystemExit(

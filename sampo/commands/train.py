@@ -81,12 +81,12 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
     }
     trusts = training_args.trust_remote_code
     check_model(model_args.model_name_or_path, option="model_name_or_path", trust_remote_code=trusts)
-    if script_args.ref_model_name_or_path:
-        check_model(script_args.ref_model_name_or_path, option="ref_model_name_or_path", trust_remote_code=trusts)
     check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
     with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
         check_vocabulary(script_args, training_args, model_args, processor)
+        if script_args.ref_model_name_or_path:
+            check_model(script_args.ref_model_name_or_path, option="ref_model_name_or_path", trust_remote_code=trusts)
         data = load_data(script_args, training_args, dataset_args, processor)
 
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
@@ -332,13 +332,13 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
         module: that each process runs.
         more: options of the module itself.
     """
-    from .launch import launch_command, split_options
+    from .launch import launch_command, refuse_engine_that_cannot_run, split_options
 
     options, rest = split_options(argv)
     launcher = launch_command(options, rest)
     if launcher is not None:
-        _, options = parser.read(rest)  # once here rather than once per process
-        _check_models(options)
+        refuse_engine_that_cannot_run(options, rest)
+        _check_model(parser.read(rest)[1])  # once here rather than once per process
         # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         os.environ[LAUNCHER] = str(os.getpid())
@@ -347,12 +347,14 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
     return rest
 
 
-def _check_models(options: Any) -> None:
-    """What is wrong with local models, before processes are started for them."""
+def _check_model(options: Any) -> None:
+    """What is wrong with a local model, before processes are started for it."""
     try:
-        for option in ("model_name_or_path", "ref_model_name_or_path"):
-            if name := getattr(options, option):
-                check_model(name, option=option, trust_remote_code=bool(options.trust_remote_code))
+        check_model(
+            options.model_name_or_path,
+            option="model_name_or_path",
+            trust_remote_code=bool(options.trust_remote_code),
+        )
     except ModelError as error:
         print(f"sampo train: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

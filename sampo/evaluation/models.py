@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..model_checks import faults_of_model_folder
+from ..model_checks import faults_of_place
 from ..model_loading import (
     ModelError,
     add_adapter,
@@ -86,7 +86,7 @@ def load_tokenizer(
     if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
         with opening(adapter, "tokenizer"):
             return AutoTokenizer.from_pretrained(adapter, **options)
-    if faults := faults_of_model_folder(name, trust_remote_code=trust_remote_code, option="model"):
+    if faults := faults_of_place(name, option="model"):
         raise ModelError(" ".join(faults))
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
         name, revision = base_of(name, revision)
