@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,15 +100,21 @@ def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def find_whole_checkpoint(output_dir: str | Path) -> Found:
+def find_whole_checkpoint(
+    output_dir: str | Path, fault_of_values: Callable[[Path], str | None] = lambda _: None
+) -> Found:
     """The checkpoint with the highest step whose manifest is there and whose files are as it says.
 
     Reads every file of the checkpoint that it returns. Changes nothing; see `finish_interrupted` for what a killed
     process may have left.
+
+    Args:
+        output_dir: of the run.
+        fault_of_values: asked about a checkpoint whose files are whole; what it has against one makes it skipped.
     """
     found = Found(skipped=dict.fromkeys(reversed(numbered_checkpoints(Path(output_dir) / STAGING)), _UNFINISHED))
     for folder in reversed(numbered_checkpoints(output_dir)):
-        fault = fault_of(folder)
+        fault = fault_of(folder) or fault_of_values(folder)
         if fault is None:
             found.path = folder
             return found

@@ -156,7 +156,7 @@ def opening(name: str, option: str) -> Iterator[None]:
             f"{error.filename} must be open to the user of this process, got: {error.strerror}. Change who may use it."
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"`{option}` {name} must load, got: {_first_lines(error)}") from error
+        raise ModelError(f"`{option}` {name} must load, got: {_reason(error)}") from error
 
 
 def refuse_weights_not_finite(weights: "Iterable[tuple[str, Tensor]]", name: str) -> None:
@@ -260,6 +260,8 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:NAMED])}{more}"
 
 
-def _first_lines(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if "sentencepiece" in text:  # transformers' last resort for a tokenizer whose files it cannot find
+        return "there are no files of a tokenizer that transformers can read. Save it there with `save_pretrained`."
     return text if len(text) <= 400 else f"{text[:400]}…"

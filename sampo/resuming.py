@@ -156,6 +156,17 @@ def _code_refused(checkpoint: Path | None) -> Iterator[None]:
         ) from error
 
 
+def fault_of_values(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from the weights of a checkpoint, in words that follow "because"."""
+    from safetensors import safe_open
+
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if bad := not_finite((name, file.get_tensor(name)) for name in file.keys()):  # noqa: SIM118, no mapping
+                return f"{bad[0]} in {path.name} holds NaN or infinity"
+    return None
+
+
 class ResumableTrainer(Trainer):
     """Whole checkpoints, an exact resume, a checkpoint at SIGTERM and Ctrl-C. For trainers that log as TRL's do."""
 
@@ -256,7 +267,7 @@ class ResumableTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         if wanted is True or wanted == "auto":
             checkpoints.finish_interrupted(folder)
-            found = checkpoints.find_whole_checkpoint(folder)
+            found = checkpoints.find_whole_checkpoint(folder, fault_of_values)
             checkpoints.clear_staging(folder)
             for path, reason in found.skipped.items():
                 logger.warning(f"{path.name} is skipped: {reason}.")
@@ -271,7 +282,7 @@ class ResumableTrainer(Trainer):
             checkpoint = found.path
         else:
             checkpoint = Path(wanted)
-            fault = checkpoints.fault_of(checkpoint)
+            fault = checkpoints.fault_of(checkpoint) or fault_of_values(checkpoint)
             if fault is not None:
                 raise ResumeRefusedError(
                     f"`resume_from_checkpoint` must be a whole checkpoint, got {wanted}, and {fault}. With `true` the "

@@ -53,6 +53,7 @@ from .head import score_places
 from .io.files import write_whole
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
+from .model_loading import check_model
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
 from .ref_logps import BATCH as CACHED_REF_LOGPS
@@ -237,6 +238,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         refuse_separate_processes(args)
         if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
+        if isinstance(model, str):  # TRL would train what a folder lacks from random weights
+            check_model(model, trust_remote_code=args.trust_remote_code)
         check_data(train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None

@@ -48,7 +48,7 @@ ARROWS = {
     "trainer": {
         *("weighting", "config", "data", "head", "lengths", "pair_stream", "pieces", "cached_reference", "ref_logps"),
         *("end_tokens", "io"),
-        *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
+        *("checkpoints", "guards", "model_checks", "model_loading", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "io", "lab"},
     "evaluation": {

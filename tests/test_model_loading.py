@@ -282,3 +282,32 @@ def test_what_can_be_known_is_said_before_processes_are_started(tmp_path, whole,
         assert done.returncode != 0
         assert done.stderr.count("must have a GPU for each process") == 1
         assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_is_not_finite_is_skipped_for_an_older_one(tmp_path, whole, files, capsys, caplog):
+    from sampo.checkpoints import read_manifest, write_manifest
+
+    words = commands(whole, files, tmp_path)["train"]
+    words[words.index("--max_steps") + 1] = "2"
+    words += ["--save_strategy", "steps", "--save_steps", "1", "--per_device_train_batch_size", "4"]
+    assert train.start(words) == 0
+    last = tmp_path / "run" / "checkpoint-2"
+    run = read_manifest(last).run
+    weights = load_file(last / "model.safetensors")
+    weights[WEIGHT][0, 0] = torch.nan
+    save_file(weights, last / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(last, run)  # whole by its checksums
+    assert train.start([*words, "--resume", "auto"]) == 0
+    assert f"checkpoint-2 is skipped: {WEIGHT} in model.safetensors holds NaN or infinity" in caplog.text
+    assert train.start([*words, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]) == 0
+
+
+def test_the_class_checks_a_model_that_it_is_given_by_name(tmp_path, whole):
+    from tiny import training_options
+
+    from sampo import SamPOConfig, SamPOTrainer
+
+    folder = changed(whole, tmp_path / "missing", BREAKS["missing"][0])
+    args = SamPOConfig(**training_options(tmp_path / "out"))
+    with pytest.raises(ModelError, match=f"without {WEIGHT}"):
+        SamPOTrainer(str(folder), args=args, train_dataset=make_pairs(8))

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import importlib.util
-import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
     if not options and ("WORLD_SIZE" in os.environ or not _would_launch()):
         return None
     options = dict(options)
-    words = [sys.executable, "-m", __name__]
+    words = [sys.executable, "-m", "sampo.commands.launcher"]
     config: dict = {}
     if "accelerate_config" in options:
         path = accelerate_config(options.pop("accelerate_config"))
@@ -178,35 +177,8 @@ def _refuse_lone_machine(machines: int, config: dict, options: dict[str, str]) -
         )
 
 
-def start_processes(words: list[str]) -> int:
-    """`accelerate launch`, in this process, which says nothing of its own when a process has failed or a signal came.
-
-    Returns:
-        The exit status: that of the first process that failed, or 128 + the number of the signal.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes have said what failed
-    try:
-        launch_command(launch_command_parser().parse_args(words))
-    except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status
-    except SignalException as stop:
-        return 128 + stop.sigval
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
 def _would_launch() -> bool:
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
     return os.path.isfile(default_config_file) or torch.cuda.device_count() > 1
-
-
-if __name__ == "__main__":
-    sys.exit(start_processes(sys.argv[1:]))

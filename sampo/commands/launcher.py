@@ -1,0 +1,54 @@
+"""Runs `accelerate launch` and ends as its processes do: with their exit status, and without a report of its own.
+
+A signal is handed on to the processes, which save a checkpoint, and is waited for. accelerate and torch would send it
+once more after Ctrl-C, kill the processes 30 seconds after SIGTERM, and print several tracebacks for an error that the
+first process has told in one line.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+
+def main(argv: list[str]) -> int:
+    """Launch; returns the exit status of the process that has failed first, or 0."""
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")  # the others are ours
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _hand_on)
+    try:
+        launch_command(launch_command_parser().parse_args(argv))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _status(failure.exitcode, f"process {rank}")
+    except subprocess.CalledProcessError as error:  # a launch of one process
+        return _status(error.returncode, "the process")
+    return 0
+
+
+def _hand_on(number: int, _frame: Any) -> None:
+    """To all processes that were started; after Ctrl-C in a terminal they have it already, and take it for one."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+def _status(code: int, who: str) -> int:
+    """As a shell reports it; what a process could not say itself is said here."""
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    hint = " The system does so when memory runs out." if name == "SIGKILL" else ""
+    print(f"sampo: error: {who} must end by itself, got {name}.{hint}", file=sys.stderr)
+    return 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
