@@ -6,7 +6,6 @@ first process has told in one line.
 """
 
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -15,10 +14,12 @@ from typing import Any
 
 def main(argv: list[str]) -> int:
     """Launch; returns the exit status of the process that has failed first, or 0."""
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")  # the others are ours
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    make_parser = run.get_args_parser
+    run.get_args_parser = lambda: _with_other_signals(make_parser())  # accelerate has no option for this one
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _hand_on)
@@ -30,6 +31,12 @@ def main(argv: list[str]) -> int:
     except subprocess.CalledProcessError as error:  # a launch of one process
         return _status(error.returncode, "the process")
     return 0
+
+
+def _with_other_signals(parser: Any) -> Any:
+    """Torch's options, with SIGTERM and Ctrl-C left to us."""
+    parser.set_defaults(signals_to_handle="SIGHUP,SIGQUIT")
+    return parser
 
 
 def _hand_on(number: int, _frame: Any) -> None:
