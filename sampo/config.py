@@ -323,7 +323,7 @@ class SamPOConfig(DPOConfig):
         subset = method.subset and not self.balance_end_token
         name += " with balance_end_token" if self.balance_end_token else ""
         divergence = self.f_divergence_type != "reverse_kl"
-        not_of_margin = sorted(losses - {"sft"} - MARGIN_LOSSES)
+        not_of_margin = sorted((losses & LOSS_TYPES) - {"sft"} - MARGIN_LOSSES)
         return [
             (
                 not subset and bool(losses & COUNT_LOSSES),
@@ -358,7 +358,7 @@ class SamPOConfig(DPOConfig):
                 f"{sorted(MARGIN_LOSSES)}, got {not_of_margin}.",
             ),
             (
-                self.learns_length_penalty and not losses & MARGIN_LOSSES,
+                self.learns_length_penalty and losses == {"sft"},
                 "`length_penalty: learned` needs a preference loss to learn from, got only `sft`.",
             ),
             (

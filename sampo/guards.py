@@ -41,6 +41,51 @@ def refuse_another_engine(accelerator) -> None:
             )
 
 
+_LOGGERS = {  # name in `report_to`: how transformers looks for it, what is to be installed
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "comet_ml": ("comet", "comet-ml"),
+    "mlflow": ("mlflow", "mlflow"),
+    "neptune": ("neptune", "neptune"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+    "codecarbon": ("codecarbon", "codecarbon"),
+    "clearml": ("clearml", "clearml"),
+    "dagshub": ("dagshub", "dagshub mlflow"),
+    "flyte": ("flytekit", "flytekit"),
+    "dvclive": ("dvclive", "dvclive"),
+    "swanlab": ("swanlab", "swanlab"),
+    "kubeflow": ("kubeflow", ""),  # needs no package, but a pod of Kubeflow Trainer
+}
+
+
+def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
+    """Loggers that are asked for and cannot be used: transformers would say so after the model is loaded.
+
+    Args:
+        report_to: As in transformers.
+    """
+    from transformers.integrations import integration_utils
+
+    asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    faults = []
+    for name in asked:
+        if name in ("all", "none"):
+            continue
+        if name not in _LOGGERS:
+            faults.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
+            continue
+        look_for, package = _LOGGERS[name]
+        if getattr(integration_utils, f"is_{look_for}_available")():
+            continue
+        if package:
+            needs = f"a package that is not installed. `pip install {package}`, or set"
+        else:
+            needs = "a job of Kubeflow Trainer, got none (KUBEFLOW_TRAINER_SERVER_URL is not set). Set"
+        faults.append(f"`report_to: {name}` needs {needs} `report_to: none`.")
+    return faults
+
+
 def _each_dataset(train_dataset, eval_dataset) -> list:
     return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
@@ -29,6 +28,7 @@ from transformers.trainer_utils import has_length
 
 from . import checkpoints
 from .lengths import LengthSums
+from .logs import get_logger, silenced
 from .run_identity import changes, identity
 
 logger = get_logger(__name__)
@@ -156,7 +156,8 @@ class ResumableTrainer(Trainer):
         self._log_window = None
         if checkpoint is not None:
             self._log_window = json.loads((checkpoint / LOG_WINDOW).read_text(encoding="utf-8"))
-        with self._sigterm.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint):
+        own_words = silenced("transformers.trainer_utils", "Warning: The following arguments do not match")
+        with self._sigterm.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint), own_words:
             result = super().train(str(checkpoint) if checkpoint else None, *rest, **kwargs)
         if self._sigterm.stopped:
             self.accelerator.wait_for_everyone()

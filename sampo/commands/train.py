@@ -80,13 +80,15 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
     with _faults_in_one_line():
-        return (kind or SamPOTrainer)(
+        trainer = (kind or SamPOTrainer)(
             args=training_args,
             train_dataset=data["train"],
             eval_dataset=data.get("test"),
             processing_class=processor,
             **load_models(script_args, training_args, model_args),
         )
+    trainer.dataset_name = script_args.dataset_name
+    return trainer
 
 
 @contextlib.contextmanager
@@ -278,7 +280,11 @@ def _set_up_logs(training_args) -> None:
     import datasets
     import transformers
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from ..logs import PlainFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO if training_args.process_index == 0 else logging.WARNING)
     if training_args.disable_tqdm:
         datasets.disable_progress_bars()
