@@ -50,7 +50,7 @@ from .cached_reference import CachedReferenceTrainer
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
 from .end_tokens import end_token_ids
-from .guards import check_data, faults_of_loggers, refuse_another_engine, refuse_separate_processes
+from .guards import check_data, faults_of_packages, refuse_another_engine, refuse_separate_processes
 from .head import score_places
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .logs import get_logger, show_logs
@@ -202,6 +202,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
     dataset_name: str | None = None  # for the model card: a hub id or a file, where the caller knows it
 
+    _checked = False  # whether tokens and options go together
     _tag_names = [*DPOTrainer._tag_names, "sampo"]
     _name = "SamPO"
     _paper = {
@@ -241,18 +242,18 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             )
         show_logs(logging.INFO if args.log_level == "passive" else args.get_process_log_level())
         refuse_separate_processes(args)
-        if faults := faults_of_loggers(args.report_to):
+        if faults := faults_of_packages(args):
             raise ValueError(" ".join(faults))
         if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
-        check_data(train_dataset, eval_dataset)
+        check_data(args, train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
         if args.is_plain_dpo:
             self._name, self._paper, self._tag_names = DPOTrainer._name, DPOTrainer._paper, DPOTrainer._tag_names
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
 
-        self._refuse_wrong_tokens()
+        self._refuse_what_cannot_be_trained()
         self._weighting = WEIGHTINGS[args.token_weighting]
         # TRL would give `sft` the counted tokens of a piece, but it is the mean of all: we add that term ourselves.
         self._sft_weight = 0.0
@@ -265,7 +266,6 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
         self._piece: _Piece | None = None
-        self._refuse_pieces_of_other_data()
         if not args.log_token_statistics:
             self._switch_off_token_statistics()
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
@@ -527,10 +527,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _reference_logps(self, reference, inputs: dict[str, Any], of_end: bool) -> Tensor:
         pairs = self._find_completions(inputs, EVAL_EPOCH)
         if not hasattr(self, "_streams"):  # TRL fills the cache within its `__init__`; the run gets its own below
-            # the auxiliary loss, which no reference has, matters here only where the run will be refused for it
-            refuse = self._reason_against_streams() if self.args.pair_stream == "true" else None
-            models = [self.accelerator.unwrap_model(reference)]
-            self._streams = PairStreams(self.args.pair_stream, models, refuse=refuse)
+            self._streams = PairStreams(self.args.pair_stream, [self.accelerator.unwrap_model(reference)])
         if self._streams.to_be_compared:
             with self.accelerator.autocast():
                 self._compare_streams(reference, pairs)
@@ -687,7 +684,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
     def _refuse_pieces_of_other_data(self) -> None:
         what = {
-            "a mixture of experts with an auxiliary loss, which is one of the whole batch": self.aux_loss_enabled,
+            "a mixture of experts with an auxiliary loss, which is one of the whole batch (`router_aux_loss_coef: 0` "
+            "switches it off)": self.aux_loss_enabled,
             "vision data, which are laid out by their processor": self._is_vision_dataset,
             "a prompt-learning adapter, whose rows are longer than those of the batch": self._prompt_learning,
         }
@@ -906,6 +904,20 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _switch_off_token_statistics(self) -> None:
         outputs = ("log_probs", _WPO_STATISTIC) if self.use_weighting else ("log_probs",)
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, outputs=outputs)
+
+    def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
+        self._refuse_what_cannot_be_trained()  # TRL fills the cache within its `__init__`
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _refuse_what_cannot_be_trained(self) -> None:
+        """Once, before policy or reference score anything."""
+        if self._checked:
+            return
+        self._checked = True
+        self._refuse_wrong_tokens()
+        self._refuse_pieces_of_other_data()
+        if self.args.pair_stream == "true":
+            PairStreams("true", [], refuse=self._reason_against_streams())
 
     def _refuse_wrong_tokens(self) -> None:
         """What would end in an index error on the device, or in a run on nothing."""

@@ -272,7 +272,7 @@ def find_faults(options: Any) -> list[str]:
     Args:
         options: An attribute for each option of all the dataclasses together.
     """
-    from ..guards import faults_of_loggers
+    from ..guards import faults_of_packages
 
     evaluates = str(options.eval_strategy) not in ("no", "False", "IntervalStrategy.NO")
     mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]
@@ -311,7 +311,7 @@ def find_faults(options: Any) -> list[str]:
         *_model_faults(options),
         *_streaming_faults(options),
         *_quantization_faults(options),
-        *faults_of_loggers(options.report_to),
+        *faults_of_packages(options),
     ]
 
 
