@@ -39,7 +39,7 @@ test-all: install  ## all tests
 # What leans on other libraries, with the newest versions that pyproject.toml allows, in an environment of its own.
 LATEST := .venv-latest/bin
 LATEST_TESTS := trl_contract dpo_options trainer experts model_card logs config architecture pair_stream pair_stream_models \
-	pieces adapters ref_logps resume cli lab generate bad_inputs
+	pieces adapters ref_logps resume cli lab generate iterate diagnostics judges audit data bad_inputs
 
 test-latest:  ## the tests that lean on TRL and transformers, with the newest versions that are allowed
 	test -x $(LATEST)/python || $(PYTHON) -m venv .venv-latest
@@ -62,4 +62,4 @@ format: install  ## fix what ruff can fix
 
 clean:  ## remove what was built; .venv and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

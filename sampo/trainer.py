@@ -983,18 +983,17 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             folder = Path(output_dir or str(self.args.output_dir))
             self._write_card(folder, model_name=(self.hub_model_id or Path(str(self.args.output_dir)).name))
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+    def create_model_card(self, *args, **kwargs):
         """TRL's card, with method, data, options, length metrics, versions and the command."""
         if self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir))
-            self._write_card(folder, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            self._write_card(Path(str(self.args.output_dir)), *args, **kwargs)
 
-    def _write_card(self, folder: Path, dataset_name: str | None = None, **kwargs) -> None:
+    def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         known = dataset_name or self.dataset_name
         on_hub = known if known and not Path(known).exists() else None
         before, self.args.output_dir = self.args.output_dir, str(folder)  # where TRL writes
         try:
-            super().create_model_card(dataset_name=on_hub, **kwargs)
+            super().create_model_card(model_name, on_hub, tags)
         finally:
             self.args.output_dir = before
         method = f"Trained with sampo. Method: {self._method_in_words()}.\nReference: {self._reference_in_words()}. "

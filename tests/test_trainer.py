@@ -457,6 +457,7 @@ def test_a_reference_that_is_not_the_policy_is_told_at_the_first_step(tmp_path, 
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT 0.21 with transformers 5.24
 def test_noise_and_virtual_tokens_are_no_fault_of_the_reference(tmp_path, caplog, options):
     """The first loss is not ln 2, as the options imply, and the reference is what the configuration says."""
     settings = {name: options[name] for name in ("attention_dropout",) if name in options}
