@@ -21,6 +21,17 @@ def _is_news(record: logging.LogRecord) -> bool:
 logging.getLogger("DeepSpeed").addFilter(_is_news)
 
 
+def _without_rank(record: logging.LogRecord) -> bool:
+    """On one process nobody asks which one speaks."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        record.msg = str(record.msg).removeprefix("[RANK 0] ")
+    return True
+
+
+for _name in ("trl.trainer.dpo_trainer", "trl.trainer.utils", "accelerate.accelerator", "accelerate.checkpointing"):
+    logging.getLogger(_name).addFilter(_without_rank)
+
+
 def _is_first_process(record: logging.LogRecord) -> bool:
     if PartialState._shared_state:
         return PartialState().is_main_process
@@ -51,14 +62,6 @@ def show_logs(level: int = logging.INFO) -> None:
     root.propagate = False  # a root that is set up later would say all twice
     if root.level == logging.NOTSET:
         root.setLevel(level)
-
-
-class PlainFormatter(logging.Formatter):
-    """The message alone; on one process without the `[RANK 0]` of those who log through accelerate, as TRL does."""
-
-    def format(self, record: logging.LogRecord) -> str:  # noqa: D102
-        text = super().format(record)
-        return text.removeprefix("[RANK 0] ") if os.environ.get("WORLD_SIZE", "1") == "1" else text
 
 
 @contextmanager

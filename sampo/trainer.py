@@ -23,6 +23,8 @@ What we rely on in TRL 1.16, pinned by tests/test_trl_contract.py:
    takes `shift_labels`, and puts the head on `last_hidden_state` of what its `base_model` returns.
 6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
    `rejected_ids`; the collator cuts prompt + completion to `max_length`.
+7. `DPOTrainer.create_model_card(model_name, dataset_name, tags)` writes `README.md` into `args.output_dir`, with `None`
+   for a base model that is not on the hub.
 """
 
 import copy
@@ -433,15 +435,18 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             )
         if self._compiled:
             return "`torch_compile` compiles the model's own attention"
+        if self.args.neftune_noise_alpha:
+            return "`neftune_noise_alpha` is noise that depends on the length of a row"
         return None
 
-    @property
+    @cached_property
     def _compiled(self) -> bool:
-        """Whether policy or reference is compiled: by `torch_compile`, by the launcher or by the caller."""
+        """Whether policy or reference is compiled, as a whole or in part: by option, by the launcher or by the caller."""
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            return True
         models = [each for each in (self.model, self.ref_model) if each is not None]
-        return self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or any(
-            is_compiled_module(each) or each._compiled_call_impl is not None for each in models
-        )
+        parts = [part for each in models for part in each.modules()]
+        return any(is_compiled_module(part) or part._compiled_call_impl is not None for part in parts)
 
     @property
     def _prompt_learning(self) -> bool:

@@ -219,13 +219,22 @@ def test_torch_compile_and_a_strict_stream_exclude_each_other_and_auto_says_why(
     assert "pair_stream: auto takes the plain forward, because `torch_compile`" in caplog.text
 
 
+def test_neftune_and_a_strict_stream_exclude_each_other_whatever_the_noise(model_folder, tmp_path, caplog):
+    options = {"neftune_noise_alpha": 1e-9}  # less than the comparison of the first batch could see
+    with pytest.raises(ValueError, match=r"`pair_stream: true` must be .* but `neftune_noise_alpha` is noise"):
+        run(SamPOTrainer, SamPOConfig, model_folder, tmp_path, {"pair_stream": "true", **options})
+    run(SamPOTrainer, SamPOConfig, model_folder, tmp_path, {"pair_stream": "auto", **options})
+    assert "pair_stream: auto takes the plain forward, because `neftune_noise_alpha`" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler at work
-def test_a_reference_that_the_caller_compiled_is_asked(model_folder, tmp_path):
+@pytest.mark.parametrize("part", ["", "model", "model.layers.0"])
+def test_a_reference_that_the_caller_compiled_is_asked(model_folder, tmp_path, part):
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(model_folder)
-    reference.compile(backend="eager")
+    reference.get_submodule(part).compile(backend="eager")
     log = run(SamPOTrainer, SamPOConfig, model_folder, tmp_path, {"pair_stream": "auto"}, ref_model=reference)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 

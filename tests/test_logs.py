@@ -12,7 +12,7 @@ from transformers.integrations import integration_utils
 
 from sampo.cli import main
 from sampo.guards import _LOGGERS, faults_of_loggers
-from sampo.logs import PlainFormatter, get_logger, show_logs
+from sampo.logs import get_logger, show_logs
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = """
@@ -89,11 +89,15 @@ def test_other_processes_than_the_first_are_silent(monkeypatch, caplog):
         assert len(caplog.records) == heard
 
 
-def test_trls_prefix_goes_on_one_process_and_stays_on_several(monkeypatch):
-    record = logging.LogRecord("trl", logging.WARNING, "", 0, "[RANK 0] padding", None, None)
-    assert PlainFormatter().format(record) == "padding"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert PlainFormatter().format(record) == "[RANK 0] padding"
+@pytest.mark.parametrize(("world", "said"), [("1", "padding"), ("2", "[RANK 0] padding")])
+def test_the_prefix_of_trl_goes_on_one_process_and_stays_on_several(monkeypatch, caplog, world, said):
+    from accelerate import PartialState
+    from trl.trainer import dpo_trainer
+
+    PartialState()
+    monkeypatch.setenv("WORLD_SIZE", world)
+    dpo_trainer.logger.warning("padding")
+    assert caplog.messages == [said]
 
 
 # --- where metrics are reported to -----------------------------------------------------------------------------------
@@ -122,7 +126,8 @@ def test_none_all_and_unknown_loggers():
 
 
 @pytest.mark.parametrize("command", [["train"], ["iterate", "--rounds", "2"], ["cache"]], ids=" ".join)
-def test_commands_say_it_before_a_model_is_loaded(tmp_path, capsys, command):
+def test_commands_say_it_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
     make_pairs(8).to_json(tmp_path / "pairs.jsonl")
     options = {"model_name_or_path": "/no/such/model", "dataset_name": tmp_path / "pairs.jsonl"}
     options |= {"output_dir": tmp_path / "out", "report_to": "wandb", "use_cpu": True, "bf16": False}

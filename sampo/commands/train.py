@@ -280,11 +280,7 @@ def _set_up_logs(training_args) -> None:
     import datasets
     import transformers
 
-    from ..logs import PlainFormatter
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainFormatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO if training_args.process_index == 0 else logging.WARNING)
     if training_args.disable_tqdm:
         datasets.disable_progress_bars()
