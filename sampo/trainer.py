@@ -23,8 +23,8 @@ What we rely on in TRL 1.16, pinned by tests/test_trl_contract.py:
    takes `shift_labels`, and puts the head on `last_hidden_state` of what its `base_model` returns.
 6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
    `rejected_ids`; the collator cuts prompt + completion to `max_length`.
-7. `DPOTrainer.create_model_card(model_name, dataset_name, tags)` writes `README.md` into `args.output_dir`, with `None`
-   for a base model that is not on the hub.
+7. `DPOTrainer.create_model_card(model_name, dataset_name, tags)` writes `README.md` into `args.output_dir`, and
+   `None` in the place of a base model that is not on the hub.
 """
 
 import copy
@@ -441,7 +441,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
     @cached_property
     def _compiled(self) -> bool:
-        """Whether policy or reference is compiled, as a whole or in part: by option, by the launcher or by the caller."""
+        """Whether policy or reference is compiled, whole or in part: by option, launcher or caller."""
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return True
         models = [each for each in (self.model, self.ref_model) if each is not None]
