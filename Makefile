@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-all notebooks check format format-check clean
+.PHONY: help install quickstart test test-slow test-all test-latest notebooks check format format-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,18 @@ test-slow: install  ## the slow tests
 test-all: install  ## all tests
 	$(TEST)
 
+# What leans on other libraries, with the newest versions that pyproject.toml allows, in an environment of its own.
+LATEST := .venv-latest/bin
+LATEST_TESTS := trl_contract dpo_options trainer experts model_card logs config architecture pair_stream pair_stream_models \
+	pieces adapters ref_logps resume cli lab generate iterate diagnostics judges audit data bad_inputs
+
+test-latest:  ## the tests that lean on TRL and transformers, with the newest versions that are allowed
+	test -x $(LATEST)/python || $(PYTHON) -m venv .venv-latest
+	$(LATEST)/python -m pip install -c constraints.txt $(TORCH)
+	$(LATEST)/python -m pip install --upgrade --upgrade-strategy eager $(TORCH) -e '.[dev]'
+	$(LATEST)/python -m pip list | grep -iE '^(torch|trl|transformers|accelerate|peft|datasets) '
+	OMP_NUM_THREADS=1 $(LATEST)/python -m pytest -n 2 --dist loadfile -m "not slow" $(LATEST_TESTS:%=tests/test_%.py)
+
 notebooks: install  ## run the notebooks anew and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
@@ -50,4 +62,4 @@ format: install  ## fix what ruff can fix
 
 clean:  ## remove what was built; .venv and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

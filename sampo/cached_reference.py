@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from datasets import Dataset
 from torch import Tensor
@@ -33,6 +32,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
 from .config import SamPOConfig
+from .logs import get_logger
 from .model_loading import create_model
 from .ref_key import ID_COLUMNS, OWN_TOKENS, RefKey, data_hash, identity_of_files, identity_of_model
 from .ref_logps import (
@@ -155,10 +155,15 @@ class CachedReferenceTrainer(DPOTrainer):
             if found is not None:
                 return found
         with self._reference_at_hand():
-            identity = identity_of_model(self.accelerator.unwrap_model(self.ref_model or self.model), arithmetic)
+            identity = identity_of_model(self.accelerator.unwrap_model(self._reference), arithmetic)
         return self._on_main(lambda: identity)
 
     # --- the reference ---------------------------------------------------------------------------------------------
+
+    @property
+    def _reference(self) -> Any:
+        """The model that scores as the reference; not by `or`, for a compiled module has no truth value."""
+        return self.model if self.ref_model is None else self.ref_model
 
     @contextmanager
     def _reference_at_hand(self) -> Iterator[None]:
@@ -181,7 +186,7 @@ class CachedReferenceTrainer(DPOTrainer):
     def _scoring(self) -> Iterator[Any]:
         """The model that scores as the reference, in evaluation mode."""
         with self._reference_at_hand():
-            reference, training = self.ref_model or self.model, self.model.training
+            reference, training = self._reference, self.model.training
             if self.ref_model is None and self._policy_is_not_ready:
                 if self.is_fsdp_enabled:
                     raise RefCacheError(
@@ -280,7 +285,7 @@ class CachedReferenceTrainer(DPOTrainer):
         self._together(look)
 
     def _reference_name(self) -> str:
-        reference = self.ref_model or self.model
+        reference = self._reference
         return self._ref_path or str(getattr(self.accelerator.unwrap_model(reference).config, "_name_or_path", ""))
 
     # --- comparing -------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from .weighting import WEIGHTINGS, Weighting
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
 PAIR_STREAMS = ("auto", "true", "false")
+TRUNCATION_MODES = ("keep_start", "keep_end")  # TRL's
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's
 REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 
 # TRL 1.16's losses by what they do with the two scores. A contract test compares the union with TRL's own list.
@@ -258,6 +260,11 @@ class SamPOConfig(DPOConfig):
             "num_train_epochs",
             "positive where `max_steps` is not",
         )
+        expect(self.truncation_mode in TRUNCATION_MODES, "truncation_mode", f"one of {list(TRUNCATION_MODES)}")
+        expect(self.f_divergence_type in DIVERGENCES, "f_divergence_type", f"one of {list(DIVERGENCES)}")
+        expect(self.neftune_noise_alpha is None or self.neftune_noise_alpha >= 0, "neftune_noise_alpha", "at least 0")
+        if self.activation_offloading and self.device.type == "cpu":
+            faults.append("`activation_offloading` moves activations to the CPU, got a run on the CPU. Unset it.")
         unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
         if unknown:
             faults.append(f"`loss_type` must be among {sorted(LOSS_TYPES)}, got {unknown}.")
@@ -323,7 +330,7 @@ class SamPOConfig(DPOConfig):
         subset = method.subset and not self.balance_end_token
         name += " with balance_end_token" if self.balance_end_token else ""
         divergence = self.f_divergence_type != "reverse_kl"
-        not_of_margin = sorted(losses - {"sft"} - MARGIN_LOSSES)
+        not_of_margin = sorted((losses & LOSS_TYPES) - {"sft"} - MARGIN_LOSSES)
         return [
             (
                 not subset and bool(losses & COUNT_LOSSES),
@@ -358,7 +365,7 @@ class SamPOConfig(DPOConfig):
                 f"{sorted(MARGIN_LOSSES)}, got {not_of_margin}.",
             ),
             (
-                self.learns_length_penalty and not losses & MARGIN_LOSSES,
+                self.learns_length_penalty and losses == {"sft"},
                 "`length_penalty: learned` needs a preference loss to learn from, got only `sft`.",
             ),
             (

@@ -1,6 +1,9 @@
 """What is refused before a model is loaded: launches that would not train together, data that cannot be used."""
 
+import importlib.util
 import os
+import re
+from typing import Any
 
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
@@ -41,16 +44,102 @@ def refuse_another_engine(accelerator) -> None:
             )
 
 
+_LOGGERS = {  # name in `report_to`: how transformers looks for it, what is to be installed
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "comet_ml": ("comet", "comet-ml"),
+    "mlflow": ("mlflow", "mlflow"),
+    "neptune": ("neptune", "neptune"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+    "codecarbon": ("codecarbon", "codecarbon"),
+    "clearml": ("clearml", "clearml"),
+    "dagshub": ("dagshub", "dagshub mlflow"),
+    "flyte": ("flytekit", "flytekit"),
+    "dvclive": ("dvclive", "dvclive"),
+    "swanlab": ("swanlab", "swanlab"),
+    "kubeflow": ("kubeflow", ""),  # needs no package, but a pod of Kubeflow Trainer
+}
+_OPTIMISERS = {  # part of the name in `optim`: what is imported, what is to be installed
+    "8bit|paged|lion|ademamix|rmsprop_bnb": ("bitsandbytes", "bitsandbytes"),
+    "adamw_torch_[48]bit": ("torchao", "torchao"),
+    "galore": ("galore_torch", "git+https://github.com/jiaweizzhao/GaLore"),
+    "apollo": ("apollo_torch", "git+https://github.com/zhuhanqing/APOLLO"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+}
+
+
+def faults_of_packages(options: Any) -> list[str]:
+    """Options that need a package which is not installed: transformers would say so after the model is loaded.
+
+    Args:
+        options: With the attributes `report_to`, `optim` and `use_liger_kernel` of transformers' arguments.
+    """
+    optim = str(getattr(options.optim, "value", options.optim))
+    needs = [(f"optim: {optim}", *each) for part, each in _OPTIMISERS.items() if re.search(part, optim)]
+    if optim.startswith("adamw_torch_"):  # their `8bit` is torchao's, not that of bitsandbytes
+        needs = [each for each in needs if each[1] != "bitsandbytes"]
+    if options.use_liger_kernel:
+        needs.append(("use_liger_kernel: true", "liger_kernel", "liger-kernel"))
+    missing = [(option, package) for option, module, package in needs if importlib.util.find_spec(module) is None]
+    return [
+        *faults_of_loggers(options.report_to),
+        *(
+            f"`{option}` needs a package that is not installed. `pip install {package}`, or choose another value."
+            for option, package in missing
+        ),
+    ]
+
+
+def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
+    """Loggers that are asked for and cannot be used: transformers would say so after the model is loaded.
+
+    Args:
+        report_to: As in transformers.
+    """
+    from transformers.integrations import integration_utils
+
+    asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    faults = []
+    for name in asked:
+        if name in ("all", "none"):
+            continue
+        if name not in _LOGGERS:
+            faults.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
+            continue
+        look_for, package = _LOGGERS[name]
+        if getattr(integration_utils, f"is_{look_for}_available")():
+            continue
+        if package:
+            needs = f"a package that is not installed. `pip install {package}`, or set"
+        else:
+            needs = "a job of Kubeflow Trainer, got none (KUBEFLOW_TRAINER_SERVER_URL is not set). Set"
+        faults.append(f"`report_to: {name}` needs {needs} `report_to: none`.")
+    return faults
+
+
 def _each_dataset(train_dataset, eval_dataset) -> list:
     return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
 
 
-def check_data(train_dataset, eval_dataset) -> None:
+def check_data(args: SamPOConfig, train_dataset, eval_dataset) -> None:
     """All faults of the rows, before a model is loaded.
 
     Raises:
         PreferenceDataError: missing columns or bad rows.
+        ValueError: rows are to be grouped by a length that they do not have.
     """
+    grouped = args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, Dataset)
+    if grouped and args.length_column_name not in train_dataset.column_names:
+        raise ValueError(
+            "`train_sampling_strategy: group_by_length` needs the length of each pair in the column "
+            f"`{args.length_column_name}` (`length_column_name`), got {train_dataset.column_names}. Add it, or use "
+            "`random`; `pair_stream: auto` does without padding in any order."
+        )
     for dataset in _each_dataset(train_dataset, eval_dataset):
         if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
             check_preferences(dataset)

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .head import score_places
+from .logs import get_logger
 from .stream_attention import Segments, StreamRefused, attend, describe
 
 logger = get_logger(__name__)
@@ -163,6 +163,9 @@ def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
     assert not missing, f"{missing} of the tokens to be scored are not in the stream: `needed` must hold for them all"
     at, rows, columns = stream.positions[kept], stream.rows[kept], stream.columns[kept]
     stream.segments.calls = 0
+    router = {}
+    if hasattr(backbone.config.get_text_config(), "output_router_logits"):
+        router["output_router_logits"] = False  # whatever the config says: the auxiliary loss is one of padded rows
     output = score_places(
         model,
         backbone,
@@ -175,6 +178,7 @@ def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
         attention_mask=torch.zeros(1, 1, 1, 1, device=stream.input_ids.device),
         use_cache=False,
         pair_stream=stream,
+        **router,
     )
     layers = backbone.config.get_text_config().num_hidden_layers
     calls = stream.segments.calls
@@ -245,8 +249,6 @@ def why_not(model) -> str | None:
         return "prompt learning puts virtual tokens in front of each row"
     if text is not model.config:
         return "the model takes more than text, whose positions are not those of a row"
-    if getattr(text, "output_router_logits", False):
-        return "the auxiliary loss of a mixture of experts counts the tokens of padded rows"
     if text._attn_implementation not in ("sdpa", NAME):
         return f"the model's attention implementation is `{text._attn_implementation}`, not `sdpa`"
     return None
@@ -353,10 +355,14 @@ class PairStreams:
         if failure is None and difference <= tolerance:
             logger.info(
                 f"pair_stream: on. The first batch has {stream_tokens:,} tokens instead of {padded_tokens:,}; its "
-                f"log-probs differ from those of the plain forward by {difference:.1g} a token."
+                f"log-probs differ from those of the plain forward by {difference:.1g} nats a token, which is "
+                f"rounding (the bound is {tolerance:g})."
             )
             return
-        reason = f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} a token"
+        reason = (
+            f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} nats a "
+            f"token, which is more than rounding (the bound is {tolerance:g})"
+        )
         if failure is not None:
             reason = failure.reason if isinstance(failure, StreamRefused) else f"it failed with {describe(failure)}"
         elif difference == math.inf:

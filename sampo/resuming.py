@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
@@ -34,6 +33,7 @@ from .io.files import write_whole
 from .io.locks import FolderInUseError, alone_in
 from .io.schemas import WrongFile, read_json
 from .lengths import LengthSums
+from .logs import get_logger, silenced
 from .model_loading import not_finite
 from .run_identity import changes, identity
 
@@ -220,7 +220,8 @@ class ResumableTrainer(Trainer):
                 self._log_window = read_json(checkpoint / LOG_WINDOW, LogWindow, complete=True)
             except (OSError, WrongFile) as error:
                 raise ResumeRefusedError(f"{error} Use another checkpoint.") from None
-        with self._stop.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint):
+        own_words = silenced("transformers.trainer_utils", "Warning: The following arguments do not match")
+        with self._stop.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint), own_words:
             result = super().train(str(checkpoint) if checkpoint else None, *rest, **kwargs)
         if self._stop.stopped:
             self.accelerator.wait_for_everyone()

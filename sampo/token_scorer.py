@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
@@ -46,7 +45,6 @@ class TokenScorer:
     def __init__(self, model, *, pair_stream: str = "auto", bf16: bool = False):
         if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
             raise ValueError("A model must not have a prompt-learning adapter, whose rows are longer than the pairs'.")
-        PartialState()  # accelerate's loggers want it
         base = model.get_base_model() if is_peft_model(model) else model
         add_fused_lm_head(base)
         self._model, self._backbone, self._bf16 = model, base.base_model, bf16

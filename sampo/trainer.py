@@ -23,9 +23,13 @@ What we rely on in TRL 1.16, pinned by tests/test_trl_contract.py:
    takes `shift_labels`, and puts the head on `last_hidden_state` of what its `base_model` returns.
 6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
    `rejected_ids`; the collator cuts prompt + completion to `max_length`.
+7. `DPOTrainer.create_model_card(model_name, dataset_name, tags)` writes `README.md` into `args.output_dir`, and
+   `None` in the place of a base model that is not on the hub.
 """
 
 import copy
+import logging
+import sys
 import textwrap
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -36,9 +40,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import DynamoBackend, is_compiled_module, is_peft_model
 from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import DPOTrainer
@@ -48,10 +52,12 @@ from .cached_reference import CachedReferenceTrainer
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
 from .end_tokens import end_token_ids
-from .guards import check_data, refuse_another_engine, refuse_separate_processes
+from .guards import check_data, faults_of_packages, refuse_another_engine, refuse_separate_processes
 from .head import score_places
 from .io.files import write_whole
 from .lengths import LengthSums, TokenCounts, count_tokens
+from .logs import get_logger, show_logs
+from .model_card import finish_card
 from .model_checks import faults_of_reference, faults_of_tokens
 from .model_loading import check_model
 from .pair_stream import PairStreams, Stream, lay_out, score
@@ -198,7 +204,10 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     args: SamPOConfig
     model: Any  # PreTrainedModel or PeftModel, maybe wrapped
 
-    _tag_names = ["trl", "sampo"]
+    dataset_name: str | None = None  # for the model card: a hub id or a file, where the caller knows it
+
+    _checked = False  # whether tokens and options go together
+    _tag_names = [*DPOTrainer._tag_names, "sampo"]
     _name = "SamPO"
     _paper = {
         "title": "Eliminating Biased Length Reliance of Direct Preference Optimization via Down-Sampled KL Divergence",
@@ -235,20 +244,23 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
                 f"`args` must be a `SamPOConfig`, got `{type(args).__name__}`. It takes all options of `DPOConfig`: "
                 "change the class, and set `token_weighting='all'` for plain DPO."
             )
+        show_logs(logging.INFO if args.log_level == "passive" else args.get_process_log_level())
         refuse_separate_processes(args)
+        if faults := faults_of_packages(args):
+            raise ValueError(" ".join(faults))
         if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
         if isinstance(model, str):  # TRL would train what a folder lacks from random weights
             check_model(model, trust_remote_code=args.trust_remote_code)
-        check_data(train_dataset, eval_dataset)
+        check_data(args, train_dataset, eval_dataset)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._reference_is_start = ref_model is None
+        if args.is_plain_dpo:
+            self._name, self._paper, self._tag_names = DPOTrainer._name, DPOTrainer._paper, DPOTrainer._tag_names
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
 
-        self._refuse_wrong_tokens()
+        self._refuse_what_cannot_be_trained()
         self._weighting = WEIGHTINGS[args.token_weighting]
-        if args.is_plain_dpo:
-            self._name, self._paper = DPOTrainer._name, DPOTrainer._paper
         # TRL would give `sft` the counted tokens of a piece, but it is the mean of all: we add that term ourselves.
         self._sft_weight = 0.0
         if (not args.is_plain_dpo or args.max_tokens_per_forward) and "sft" in self.loss_types:
@@ -260,14 +272,13 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         self._length_sums = {"train": LengthSums(), "eval": LengthSums()}
         self._first_loss_checked = False
         self._piece: _Piece | None = None
-        self._refuse_pieces_of_other_data()
         if not args.log_token_statistics:
             self._switch_off_token_statistics()
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
         self._streams = PairStreams(
             args.pair_stream,
             [self.accelerator.unwrap_model(each) for each in models],
-            refuse="vision data are laid out by their processor" if self._is_vision_dataset else None,
+            refuse=self._reason_against_streams(),
         )
         self.add_callback(RunState(args.length_penalty_lr, args.length_penalty_start * self._length_scale))
         self.make_resumable()
@@ -278,11 +289,21 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
         accelerate's policy for bf16 casts outputs too, and a sum of −150 nats in bf16 has a resolution of 1.
         """
+        if self.args.ddp_find_unused_parameters is None and self._adapter_uses_all_parameters:
+            self.args.ddp_find_unused_parameters = False  # else DDP looks for them in each step, and warns of it
         super().create_accelerator_and_postprocess()
         refuse_another_engine(self.accelerator)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if isinstance(getattr(plugin, "mixed_precision_policy", None), MixedPrecisionPolicy):  # FSDP1 has another
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
+
+    @property
+    def _adapter_uses_all_parameters(self) -> bool:
+        """Whether each pair gives each trained parameter a gradient: not with experts, and not with images."""
+        if not is_peft_model(self.model) or self._is_vlm:
+            return False
+        settings = self.model.config.get_text_config().to_dict()
+        return isinstance(self.model.active_peft_config, LoraConfig) and not any("expert" in name for name in settings)
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -314,7 +335,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         self._record_lengths(pairs, scored, mode)
         self._check_finite(loss, pairs, scored.draws, mode)
         if mode == "train":
-            self._check_first_loss(loss, scored.draws)
+            self._check_first_loss(loss, model, pairs, scored.draws)
         return (loss, result[1]) if return_outputs else loss
 
     def _objective(self, model, pairs: _Pairs, scored: _Scored, shift, mode: str, *, return_outputs=False):
@@ -398,13 +419,38 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         kwargs = self._model_kwargs(pairs.inputs)
         if not aux_loss:
             kwargs.pop("output_router_logits", None)
-        if self._prompt_learning or self._is_vision_dataset:  # their rows are not those of the batch
+        # the rows of the first two are not those of the batch, and a compiled forward does not see a passing hook
+        if self._prompt_learning or self._is_vision_dataset or self._compiled:
             labels = torch.cat((targets[:, :1], targets), dim=1)
             labels = labels.masked_fill(~self._widen(pairs.inputs, places).bool(), -100)  # (2B, L)
             return model(**kwargs, labels=labels, fused_lm_head=True)
         rows, columns = places.nonzero(as_tuple=True)
         at = (rows, columns)
         return score_places(model, self._backbone(model), at, at, targets, **kwargs)
+
+    def _reason_against_streams(self) -> str | None:
+        """What the trainer knows and no model says."""
+        if self._is_vision_dataset:
+            return "vision data are laid out by their processor"
+        if self.aux_loss_enabled:
+            return (
+                "the auxiliary loss of a mixture of experts counts the tokens of padded rows "
+                "(`router_aux_loss_coef: 0` switches it off)"
+            )
+        if self._compiled:
+            return "`torch_compile` compiles the model's own attention"
+        if self.args.neftune_noise_alpha:
+            return "`neftune_noise_alpha` is noise that depends on the length of a row"
+        return None
+
+    @cached_property
+    def _compiled(self) -> bool:
+        """Whether policy or reference is compiled, whole or in part: by option, launcher or caller."""
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            return True
+        models = [each for each in (self.model, self.ref_model) if each is not None]
+        parts = [part for each in models for part in each.modules()]
+        return any(is_compiled_module(part) or part._compiled_call_impl is not None for part in parts)
 
     @property
     def _prompt_learning(self) -> bool:
@@ -415,7 +461,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _compare_streams(self, model, pairs: _Pairs) -> None:
         """The first batch both ways, by policy and reference, before the stream is trusted."""
         targets, places = pairs.inputs["input_ids"][:, 1:], pairs.places
-        models = [model] if self.ref_model in (None, model) else [model, self.ref_model]
+        models = [model] if self.ref_model is None or self.ref_model is model else [model, self.ref_model]
         reduced = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
         self._streams.compare(
             lambda: torch.cat(
@@ -456,7 +502,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         """
         if targets is None and CACHED_REF_LOGPS in pairs.inputs:
             return pairs.inputs[CACHED_REF_LOGPS], None
-        reference = reference or self.ref_model or self.model
+        reference = self._reference if reference is None else reference
         seen = []
 
         def reference_seen(**kwargs):
@@ -647,7 +693,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
     def _refuse_pieces_of_other_data(self) -> None:
         what = {
-            "a mixture of experts with an auxiliary loss, which is one of the whole batch": self.aux_loss_enabled,
+            "a mixture of experts with an auxiliary loss, which is one of the whole batch (`router_aux_loss_coef: 0` "
+            "switches it off)": self.aux_loss_enabled,
             "vision data, which are laid out by their processor": self._is_vision_dataset,
             "a prompt-learning adapter, whose rows are longer than those of the batch": self._prompt_learning,
         }
@@ -765,27 +812,70 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
                 "`learning_rate`, or use bf16 or fp32 instead of fp16."
             )
 
-    def _check_first_loss(self, loss: Tensor, draws: list[_Draw]) -> None:
+    def _check_first_loss(self, loss: Tensor, model, pairs: _Pairs, draws: list[_Draw]) -> None:
         if self._first_loss_checked:
             return
         self._first_loss_checked = True
-        if self._start_implies_zero_scores():
-            size = torch.stack([self._margin(draw.scores).abs().mean() for draw in draws]).mean().item()
-            if size > 0.02:  # rounding in bf16 stays well below; ln 2 would move by 0.01
-                logger.warning(
-                    f"The first loss is {loss.item():.4f}, and the implicit rewards are not 0 (mean |margin| "
-                    f"{size:.3f}), but policy and reference should be the same model at the first step, where the "
-                    "sigmoid loss is ln 2 = 0.6931. The reference is not what the configuration says: check `model`, "
-                    "`ref_model` and the adapter's initialisation."
-                )
+        if not self._start_implies_zero_scores():
+            return
+        tolerance = 0.02  # rounding in bf16 stays well below; ln 2 would move by 0.01
+        if self._mean_margin(draws) <= tolerance:
+            return
+        size = self._mean_margin(self._score_without_noise(model, pairs))
+        if size <= tolerance:
+            logger.info(
+                f"The first loss is {loss.item():.4f} and not ln 2 = 0.6931, because the policy has noise in training "
+                "(dropout, `neftune_noise_alpha` or a router's jitter). Without it, it is its reference."
+            )
+            return
+        says = (
+            f"The first loss is {loss.item():.4f}, and the implicit rewards are not 0 (mean |margin| {size:.3f}), but "
+            "policy and reference should be the same model at the first step, where the sigmoid loss is ln 2 = 0.6931."
+        )
+        if self._reference_is_base:
+            logger.warning(
+                f"{says} The reference is the base model without the adapter, and the adapter changes it before it "
+                "is trained. If that is not meant, choose an initialisation that begins with no change."
+            )
+            return
+        logger.warning(
+            f"{says} The reference is not what the configuration says: check `model`, `ref_model` and the adapter's "
+            "initialisation."
+        )
+
+    def _mean_margin(self, draws: list[_Draw]) -> float:
+        """Mean |margin| over draws, pairs and processes."""
+        sizes = torch.stack([self._margin(draw.scores) for draw in draws]).abs().mean(dim=0)
+        return self.accelerator.gather(sizes).mean().item()
+
+    @torch.no_grad()
+    def _score_without_noise(self, model, pairs: _Pairs) -> list[_Draw]:
+        """One draw of a batch, by the policy in evaluation mode; cut as in training."""
+        self.model.eval()
+        try:
+            groups, draws = self._cut(pairs.inputs), []
+            for group in groups:
+                inputs = pairs.inputs if len(groups) == 1 else take_pairs(pairs.inputs, group)
+                draws.append(self._score(model, self._see_pairs(inputs, "train"), "train").draws[0])
+        finally:
+            self.model.train()
+        scores = [torch.cat(sides) for sides in zip(*(draw.scores.chunk(2) for draw in draws), strict=True)]
+        return [replace(draws[0], scores=torch.cat(scores))]
 
     def _start_implies_zero_scores(self) -> bool:
+        virtual_tokens = self._prompt_learning and self._reference_is_base  # of the policy alone, from its start
         return (
             self._reference_is_start
             and self.state.global_step == 0
             and self.args.mask_sharing == "shared"
-            and self.args.disable_dropout
+            and not virtual_tokens
         )
+
+    @property
+    def _reference_is_base(self) -> bool:
+        """Whether the reference is the policy with its adapter disabled."""
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        return self._reference_is_start and bool(adapters) and "ref" not in adapters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with the metrics of length over the whole window or evaluation set."""
@@ -823,6 +913,20 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _switch_off_token_statistics(self) -> None:
         outputs = ("log_probs", _WPO_STATISTIC) if self.use_weighting else ("log_probs",)
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, outputs=outputs)
+
+    def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
+        self._refuse_what_cannot_be_trained()  # TRL fills the cache within its `__init__`
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _refuse_what_cannot_be_trained(self) -> None:
+        """Once, before policy or reference score anything."""
+        if self._checked:
+            return
+        self._checked = True
+        self._refuse_wrong_tokens()
+        self._refuse_pieces_of_other_data()
+        if self.args.pair_stream == "true":
+            PairStreams("true", [], refuse=self._reason_against_streams())
 
     def _refuse_wrong_tokens(self) -> None:
         """What would end in an index error on the device, or in a run on nothing."""
@@ -871,9 +975,9 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         if not self._reference_is_start:
             return "the `ref_model` that was passed"
         if self.ref_model is None:
-            if "ref" in self.accelerator.unwrap_model(self.model).peft_config:
-                return 'a copy of the adapter as it was passed (adapter "ref")'
-            return "the base model, with the adapter disabled"
+            if self._reference_is_base:
+                return "the base model, with the adapter disabled"
+            return 'a copy of the adapter as it was passed (adapter "ref")'
         config = getattr(
             self.accelerator.unwrap_model(self.ref_model), "config", None
         )  # DeepSpeed's engine has another
@@ -881,11 +985,31 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         synced = f", synchronised every {self.args.ref_model_sync_steps} steps" if self.args.sync_ref_model else ""
         return f"a copy of the initial policy, loaded from `{source}`{synced}"
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As in transformers, with the model card: checkpoints have it too."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero():
+            folder = Path(output_dir or str(self.args.output_dir))
+            self._write_card(folder, model_name=(self.hub_model_id or Path(str(self.args.output_dir)).name))
+
     def create_model_card(self, *args, **kwargs):
-        """TRL's card, with the method, its weighting and its source."""
-        super().create_model_card(*args, **kwargs)
-        path = Path(str(self.args.output_dir)) / "README.md"
-        if self.is_world_process_zero() and path.exists():
-            section = f"\n## Method\n\nTrained with sampo. Method: {self._method_in_words()}.\n"
-            section += f"Reference: {self._reference_in_words()}. Beta {self.beta}, loss {self.args.loss_type}.\n"
-            write_whole(path, path.read_text(encoding="utf-8") + section)
+        """TRL's card, with method, data, options, length metrics, versions and the command."""
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)), *args, **kwargs)
+
+    def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+        known = dataset_name or self.dataset_name
+        on_hub = known if known and not Path(known).exists() else None
+        before, self.args.output_dir = self.args.output_dir, str(folder)  # where TRL writes
+        try:
+            super().create_model_card(model_name, on_hub, tags)
+        finally:
+            self.args.output_dir = before
+        method = f"Trained with sampo. Method: {self._method_in_words()}.\nReference: {self._reference_in_words()}. "
+        method += f"Beta {self.beta}, loss {self.args.loss_type}."
+        counts = self._token_counts.get("train")
+        data = "" if known is None else f"`{known if on_hub else Path(known).name}`: "
+        data += "streamed." if counts is None else counts.in_words(self.args.max_length)
+        path = folder / "README.md"
+        card = finish_card(path.read_text(encoding="utf-8"), self, {"Method": method, "Data": data}, sys.argv)
+        write_whole(path, card)

@@ -57,6 +57,22 @@ def test_a_length_penalty_needs_a_loss_of_the_margin(tmp_path, loss):
         config(tmp_path, loss_type=["sft", loss], length_penalty=0.01)
 
 
+@pytest.mark.parametrize("loss", sorted(SIDE_LOSSES | COUNT_LOSSES))
+def test_a_learned_penalty_is_refused_for_the_loss_that_was_asked_for(tmp_path, loss):
+    with pytest.raises(ValueError, match=f"needs a loss that is a function of the margin .*, got .'{loss}'") as caught:
+        config(tmp_path, loss_type=loss, length_penalty="learned")
+    assert "`sft`" not in str(caught.value)
+    assert "(2)" not in str(caught.value)
+
+
+def test_a_learned_penalty_has_nothing_to_learn_from_sft_and_an_unknown_loss_is_named_once(tmp_path):
+    with pytest.raises(ValueError, match="got only `sft`"):
+        config(tmp_path, loss_type="sft", length_penalty="learned")
+    with pytest.raises(ValueError, match="`loss_type` must be among") as caught:
+        config(tmp_path, loss_type="dpo", length_penalty="learned")
+    assert str(caught.value).count("'dpo'") == 1
+
+
 @pytest.mark.parametrize("loss", sorted(MARGIN_LOSSES))
 def test_a_length_penalty_goes_with_each_loss_of_the_margin_and_sft(tmp_path, loss):
     assert config(tmp_path, loss_type=["sft", loss], length_penalty="learned").learns_length_penalty

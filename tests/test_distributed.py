@@ -68,6 +68,24 @@ def test_two_processes_train_as_one_with_twice_the_batch(one, two):
     assert two[0]["checksum"] == pytest.approx(one["checksum"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_on_two_processes_trains_as_on_one_without_a_word_of_unused_parameters(
+    model_folder, folder, checkpointing
+):
+    def run(processes):
+        options = {"gradient_checkpointing": checkpointing, "log_level": "warning"}
+        runs = {"lora": {"lora": True, "batch": 4 // processes, "options": options}}
+        out = folder / f"lora-{processes}-{checkpointing}"
+        return launch_runs(model_folder, out, runs, processes=processes)["lora"], (out / "stderr.txt").read_text()
+
+    (alone,), _ = run(1)
+    (first, _), said = run(2)
+    assert first["losses"] == pytest.approx(alone["losses"], abs=FULL_PRECISION_SUMS)
+    for noise in ("find_unused_parameters", "[RANK", "Setting accelerator to CPU"):
+        assert noise not in said
+
+
 def test_the_subsets_of_two_processes_are_those_of_one(one, two):
     together = sorted(two[0]["subsets"] + two[1]["subsets"])
     assert together == one["subsets"]

@@ -37,7 +37,8 @@ from sampo.pair_stream import NAME, PairStreams, RowsTooLong, lay_out, score, to
 from sampo.stream_attention import StreamRefused
 
 GEMMA2 = Gemma2Config(**COMMON, **GROUPED, head_dim=8)
-GPT_OSS = GptOssConfig(**COMMON, **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+NO_AUX = {"router_aux_loss_coef": 0.0}
+GPT_OSS = GptOssConfig(**COMMON, **GROUPED, **NO_AUX, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
 EAGER = "attention implementation is `eager`, not `sdpa`"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 REFUSED = {
@@ -46,7 +47,7 @@ REFUSED = {
     "mamba": (MambaConfig(vocab_size=69, hidden_size=32, num_hidden_layers=2, state_size=4), EAGER),
     "gemma2, soft-capping": (GEMMA2, EAGER),
     "gpt-oss, attention sinks": (GPT_OSS, EAGER),
-    "mixture of experts": (MixtralConfig(**COMMON, **GROUPED, output_router_logits=True), "mixture of experts"),
+    "mixture of experts": (MixtralConfig(**COMMON, **GROUPED), "mixture of experts"),
     "falcon": (FalconConfig(vocab_size=69, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "0 of the mo"),
     "lfm2, short convolutions": (
         Lfm2Config(**COMMON, **GROUPED, layer_types=["conv", "full_attention"]),
@@ -58,6 +59,7 @@ REFUSED = {
             **COMMON,
             **GROUPED,
             **EXPERTS,
+            **NO_AUX,
             head_dim=8,
             shared_expert_intermediate_size=16,
             layer_types=["linear_attention", "full_attention"],

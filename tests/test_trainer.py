@@ -9,7 +9,15 @@ import oracles
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -431,6 +439,57 @@ def test_a_reference_that_is_not_the_policy_is_told_at_the_first_step(tmp_path, 
     history(make_trainer(policy, tmp_path, processing_class=make_tokenizer(), max_steps=1))
     assert "the implicit rewards are not 0" in caplog.text
     assert "ln 2 = 0.6931" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"neftune_noise_alpha": 50.0},
+        {"neftune_noise_alpha": 50.0, "max_tokens_per_forward": 40},
+        {"neftune_noise_alpha": 50.0, "precompute_ref_log_probs": True},
+        {"neftune_noise_alpha": 50.0, "peft_config": LoraConfig(**LORA)},
+        {"attention_dropout": 0.5},  # a functional one, which `disable_dropout` does not find
+        {"disable_dropout": False, "peft_config": LoraConfig(**LORA, lora_dropout=0.5), "neftune_noise_alpha": 50.0},
+        {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+        {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+        {"peft_config": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8)},
+        {"peft_config": IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT 0.21 with transformers 5.24
+def test_noise_and_virtual_tokens_are_no_fault_of_the_reference(tmp_path, caplog, options):
+    """The first loss is not ln 2, as the options imply, and the reference is what the configuration says."""
+    settings = {name: options[name] for name in ("attention_dropout",) if name in options}
+    folder = save_model(tmp_path / "m", **settings)
+    options = {name: value for name, value in options.items() if name not in settings}
+    with caplog.at_level(logging.INFO, logger="sampo"):
+        trainer = make_trainer(folder, tmp_path, max_steps=1, beta=5.0, **options)
+        log = history(trainer)
+    assert "The reference is not what the configuration says" not in caplog.text
+    assert not [record for record in caplog.records if record.levelno > logging.INFO and "sampo" in record.name]
+    noisy = "neftune_noise_alpha" in options or settings
+    assert ("because the policy has noise in training" in caplog.text) == bool(noisy)
+    if noisy:
+        assert losses(log)[0] != pytest.approx(LN2, abs=1e-3)
+    assert trainer.model.training
+
+
+def test_noise_does_not_hide_a_reference_that_is_not_the_policy(tmp_path, caplog):
+    folder = save_model(tmp_path / "m")
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        policy.lm_head.weight[30:] += torch.randn_like(policy.lm_head.weight[30:])
+    options = {"neftune_noise_alpha": 5.0, "max_tokens_per_forward": 40}
+    history(make_trainer(policy, tmp_path, processing_class=make_tokenizer(), max_steps=1, **options))
+    assert "The reference is not what the configuration says" in caplog.text
+
+
+def test_an_adapter_that_changes_the_model_before_it_is_trained_is_told_as_such(model_folder, tmp_path, caplog):
+    peft = LoraConfig(**LORA, init_lora_weights=False)
+    history(make_trainer(model_folder, tmp_path, peft_config=peft, max_steps=1, beta=5.0))
+    assert "The reference is the base model without the adapter, and the adapter changes it" in caplog.text
+    assert "what the configuration says" not in caplog.text
 
 
 # --- other models and options ----------------------------------------------------------------------------------------

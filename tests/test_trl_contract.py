@@ -3,6 +3,7 @@
 import inspect
 import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +180,12 @@ def test_preparing_data_adds_ids_drops_full_prompts_and_the_collator_cuts(traine
     rows = [{"prompt_ids": [5] * 10, "chosen_ids": list(range(6, 16)), "rejected_ids": [7]}]
     assert trainer.data_collator(rows)["input_ids"].shape == (2, 16)
     assert trainer.data_collator(rows)["completion_mask"].sum(dim=1).tolist() == [6, 1]
+
+
+def test_the_card_names_no_base_model_where_there_is_none_on_the_hub(trainer):
+    trainer.create_model_card("name", None, None)
+    text = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert "This model is a fine-tuned version of [None](https://huggingface.co/None)." in text
+    assert 'model="None"' in text
+    assert "\nlibrary_name: transformers\n" in text
+    assert re.search(r"\n- Tokenizers: [\d.]+\n", text)

@@ -296,6 +296,8 @@ def find_faults(options: Any) -> list[str]:
     Args:
         options: An attribute for each option of all the dataclasses together.
     """
+    from ..guards import faults_of_packages
+
     evaluates = str(options.eval_strategy) not in ("no", "False", "IntervalStrategy.NO")
     mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]
     splits = [d.get("split", "train") for d in mixed] or [options.dataset_train_split]
@@ -333,6 +335,7 @@ def find_faults(options: Any) -> list[str]:
         *_model_faults(options),
         *_streaming_faults(options),
         *_quantization_faults(options),
+        *faults_of_packages(options),
     ]
 
 

@@ -92,13 +92,15 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
     from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
 
     with _faults_in_one_line():
-        return (kind or SamPOTrainer)(
+        trainer = (kind or SamPOTrainer)(
             args=training_args,
             train_dataset=data["train"],
             eval_dataset=data.get("test"),
             processing_class=processor,
             **load_models(script_args, training_args, model_args),
         )
+    trainer.dataset_name = script_args.dataset_name
+    return trainer
 
 
 @contextlib.contextmanager

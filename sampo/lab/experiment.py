@@ -410,5 +410,6 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        log_level="warning",
         **options,
     )

@@ -5,6 +5,7 @@ model needs no attention mask anywhere. B rows, T answer tokens (padded), V word
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from .world import BOS, EOS, PAD, PROMPT_TOKENS, WORDS
 Row = tuple[list[int], list[int]]  # prompt ids, answer ids
 MAX_POSITIONS = 160
 IGNORED = -100
+# transformers 5.24 calls it `cache`, and will forget the other name in 5.40
+_CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -112,7 +115,7 @@ def generate(
     alive = np.arange(len(prompts))
     cache, inputs = DynamicCache(config=model.config), torch.tensor(prompts)  # (B, P)
     for _ in range(max_tokens):
-        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
+        logits = model(input_ids=inputs, use_cache=True, **{_CACHE: cache}).logits[:, -1]  # (B, V)
         if generator is None:
             tokens = logits.argmax(dim=1)  # (B,)
         else:
