@@ -692,8 +692,8 @@ def test_the_reference_cache_of_a_training_run_is_used(world, tmp_path, capsys, 
     assert diagnose(world, *words, out=tmp_path / "found") == 0
     assert "all there" in capsys.readouterr().out
     assert sorted((tmp_path / "cache").glob("*/*")) == caches
-    (found,) = (tmp_path / "found").glob("pairs/*/key.json")
-    assert json.loads(found.read_text())["reference"] == caches[0].parent.name
+    (found,) = (tmp_path / "found").glob("pairs/*/manifest.json")
+    assert json.loads(found.read_text())["key"]["reference"] == caches[0].parent.name
 
 
 @pytest.mark.parametrize(

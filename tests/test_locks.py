@@ -132,6 +132,17 @@ def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
         process.stdout.close()
 
 
+def test_a_folder_that_was_made_for_the_lock_and_stays_empty_is_removed(tmp_path):
+    with alone_in(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+    with alone_in(tmp_path / "new"):
+        (tmp_path / "new" / "file").write_text("text")
+    with alone_in(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new" / "file").exists()
+
+
 def test_a_link_in_the_place_of_the_lock_is_refused_and_not_followed(tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / LOCK).symlink_to(tmp_path / "victim")

@@ -95,6 +95,7 @@ def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
     Raises:
         FolderInUseError: another process works in it.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / name
     held = _held.get(path)
@@ -112,6 +113,9 @@ def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
         if _held.get(path) is lock:
             del _held[path]
         lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # a command that was refused leaves no empty folder
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -156,7 +160,10 @@ class _Lock:
 
     def _try(self) -> bool:
         """Whether the lock is ours now."""
-        is_new = self._open()
+        try:
+            is_new = self._open()
+        except FileNotFoundError:  # whoever made the folder has just removed it
+            return False
         locked = self._flock()
         owner = _owner_in(self.path)
         if locked is False or not self._has_name():
@@ -178,6 +185,7 @@ class _Lock:
 
     def _open(self) -> bool:
         """Open the file; whether it is a new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
         except FileExistsError:
