@@ -13,7 +13,7 @@ The interval is ours: theirs leaves the uncertainty of the coefficients out and 
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class AlpacaEval:
         mean_length: mean length of the model's outputs in characters.
         rows: annotations.
         failed: annotations without a preference.
+        notes: what a reader has to know, in sentences.
     """
 
     win_rate: Estimate
@@ -50,6 +51,7 @@ class AlpacaEval:
     mean_length: float
     rows: int
     failed: int
+    notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True)
