@@ -14,8 +14,7 @@ length-controlled win rate is the mean prediction at Δ = 0. Deviations from Alp
 3. difficulty is optional, and comes from other systems of the user (`difficulty_from`);
 4. intervals hold the uncertainty of the coefficients; the published standard errors leave it out;
 5. s is 1.4826 times the median of the absolute deviations from the median, those that are 0 omitted: 2 % of answers
-   that repeat themselves up to a limit multiply the standard deviation, and tanh(Δ / s) is then next to linear and near
-   0 for all other answers.
+   that repeat themselves up to a limit multiply the standard deviation, and tanh(Δ / s) is then near 0 for all others.
 
 So the number has no place beside AlpacaEval's, and is never called by its name.
 """
