@@ -173,6 +173,7 @@ def test_a_prompt_that_changes_gets_a_new_version():
         ("I cannot help with that.", "stop", "unparseable"),
         ("", "stop", "unparseable"),
         (None, "stop", "unparseable"),
+        ("Comparison: B is short.\n```\nFinal verdict: `A`\n```", "stop", 1.0),
     ],
 )
 def test_a_verdict_is_the_last_line_and_nothing_else(content, finish, expected):
