@@ -145,7 +145,7 @@ def _with_note(
             warnings.simplefilter("ignore", ExtrapolationWarning)  # it stands in the notes already
             other = length_controlled(comparisons, difficulty=hard).rate.value or 0.0
         note += (
-            f"the rate at equal length is biased. With `difficulty`, which removes a part of that, it is {other:.1%}."
+            f"the rate at equal length is biased. With `difficulty`, which removes a part of it, it is {other:.1%}."
         )
     controlled = replace(summary.controlled, notes=(*summary.controlled.notes, note))
     return replace(summary, controlled=controlled)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..whole_files import write_whole
 from .answers import prompt_id, prompt_text
-from .judges import ORDERS, Comparison, Pair, Progress, Verdict
+from .judges import ONCE, ORDERS, Comparison, Pair, Progress, Verdict
 
 SHEET = ("prompt_id", "prompt", "answer_a", "answer_b", "preferred")
 PREFERRED = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -64,7 +64,7 @@ class HumanJudge:
         for key, forward in ((texts, True), (texts[::-1], False)):
             if given := self._given.get((shown.prompt_id, *key)):
                 mean = sum(given) / len(given)
-                return Verdict(mean if forward else 1 - mean)
+                return Verdict(mean) if forward else Verdict(1 - mean, detail=ONCE)
         return Verdict(None, "not_annotated", f"prompt {shown.prompt_id}")
 
 

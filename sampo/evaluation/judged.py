@@ -18,14 +18,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..results import lines
 from ..whole_files import write_whole
 from .answers import Answer
-from .judges import Judgement, drawn_prompts, read_judgements, write_judgements
+from .intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
+from .judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
 SCHEMA = 1
+ORDERLESS = frozenset({"reward", "implicit", "longer", "exact", "contains", "lab"})  # judges that see no order
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,17 @@ class Judged:
             "n": self.n,
         }
 
+    def _cut(self) -> tuple[Estimate, Estimate] | None:
+        """Share of the answers of each side that the limit of tokens cut off; None where no stop reason is known."""
+        shares = []
+        for side in ("system", "baseline"):
+            stops = {(row.prompt_id, row.sample): getattr(row, f"{side}_stop") for row in self.rows}
+            known = [(key[0], stop == "length") for key, stop in stops.items() if stop in ("eos", "length")]
+            codes = codes_of([prompt for prompt, _ in known])[0]
+            values = np.array([float(cut) for _, cut in known])
+            shares.append(rate_interval(prompt_means(values, codes)) if known else undefined(0))
+        return (shares[0], shares[1]) if any(share.value is not None for share in shares) else None
+
     @property
     def failures(self) -> dict[str, int]:
         """Judgements that failed, by reason."""
@@ -118,14 +133,29 @@ class Judged:
                 f"`length_unit` tokens must be of one tokenizer, got {self.system.tokenizer} and "
                 f"{self.baseline.tokenizer}. Use `characters` or `words`."
             )
-        return Verdicts.of(self.rows, length_unit=length_unit)
+        verdicts = Verdicts.of(self.rows, length_unit=length_unit)
+        if self.judge["name"] in ORDERLESS or any(row.detail == ONCE for row in self.rows):
+            return replace(verdicts, order=None)  # one verdict stands in both rows: they agree, and that says nothing
+        return verdicts
 
     def summary(
         self, name: str = "", *, length_unit: str = "characters", difficulty: Mapping[Any, float] | None = None
     ) -> Summary:
         """All that the judgements say, both controls beside it."""
+        once = {(row.prompt_id, row.sample): row.order for row in self.rows if row.detail == ONCE}
+        pairs = len({(row.prompt_id, row.sample) for row in self.rows if row.preference is not None})
+        remarks = []
+        if once:
+            first = sum(order == "ba" for order in once.values())
+            remarks.append(
+                f"{len(once)} of {pairs} pairs were shown in one order only, {first} of them with the system's answer "
+                "first. A preference for a position cannot be seen, and averages out only if that is about one half."
+            )
         return summarise(
             self.verdicts(length_unit),
+            cut=self._cut(),
+            order_said=f"{len(once)} of {pairs} pairs shown in one order only" if once else "",
+            remarks=remarks,
             system=name or self.system.name,
             baseline=self.baseline.name,
             judge=self.judge_name,

@@ -20,6 +20,7 @@ from .answers import Answer
 from .journal import read_rows
 
 ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
+ONCE = "shown in one order only"  # `detail` of a preference that serves for an order which nobody was shown
 Progress = Callable[[int, int], None]  # (done, of)
 
 
