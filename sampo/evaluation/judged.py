@@ -25,6 +25,7 @@ from ..whole_files import write_whole
 from .answers import Answer
 from .intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
 from .judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
+from .server_text import visible
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
@@ -49,7 +50,7 @@ class AnswerFile:
     @property
     def name(self) -> str:
         """The file's name without its ending."""
-        return Path(self.file).stem
+        return visible(Path(self.file).stem)
 
 
 def content_hash(path: str | Path) -> str:
@@ -84,8 +85,8 @@ class Judged:
         """The judge for a reader: its kind, and the model behind it."""
         kind, model = str(self.judge["name"]), self.judge.get("model")
         if not model:
-            return kind
-        return f"{kind} {Path(model).name if Path(model).is_absolute() else model}"
+            return visible(kind)
+        return visible(f"{kind} {Path(model).name if Path(model).is_absolute() else model}")
 
     @property
     def config(self) -> dict[str, Any]:
