@@ -944,7 +944,7 @@ def test_a_sheet_that_people_filled_in_judges_both_orders(tmp_path):
     tricky = Answer(prompt='a "quoted", prompt\nof two lines', answer="x,\r\ny; é")
     these.append(Pair(tricky, Answer(prompt=tricky.prompt, answer="=1+1")))
     write_sheet(path, these)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     by_id = {pair.system.prompt_id: pair for pair in these}
     system_first = 0
@@ -1214,3 +1214,70 @@ def test_failed_verdicts_are_counted_as_verdicts_and_pairs_as_pairs():
     assert "12 pairs left out for 17 failed verdicts" in found.sentence()
     assert (found.failed_verdicts, found.raw.failed, found.raw.half_failed) == (17, 5, 7)
     assert found.row()["failed_verdicts"] == 17
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_sheet_from_a_table_program_is_read(encoding, delimiter, tmp_path):
+    texts = ["=1+1", "-1 é", "+2", "@x", "'quoted'", "a\n\n=b", " blank around \n", "long " * 8_000, ""]
+    these = [
+        Pair(Answer(prompt=f"q{i} ", answer=text), Answer(prompt=f"q{i} ", answer=f"other; {i}\tä"))
+        for i, text in enumerate(texts)
+    ]
+    path = tmp_path / "sheet.csv"
+    write_sheet(path, these)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    assert not [row for row in rows for name in ("prompt", "answer_a", "answer_b") if row[name][:1] in tuple("=+-@")]
+    kept = [
+        {
+            **{k: v[:32_767].replace("\n", "\r\n").strip() for k, v in row.items() if k != "prompt_id"},
+            "preferred": "0,75" if "other" in row["answer_b"] else "0.25",
+        }
+        for row in rows
+    ]
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, kept[0].keys(), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(kept)
+    assert [row.preference for row in judge_pairs(HumanJudge(path), these)] == [0.75] * 2 * len(these)
+
+
+def test_a_sheet_with_an_answer_of_any_length_is_read(tmp_path):
+    pair = Pair(Answer(prompt="q", answer="long " * 100_000), Answer(prompt="q", answer="short"))
+    with (tmp_path / "sheet.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [["prompt", "answer_a", "answer_b", "preferred"], ["q", pair.system.answer, "short", "A"]]
+        )
+    assert [row.preference for row in judge_pairs(HumanJudge(tmp_path / "sheet.csv"), [pair])] == [1.0, 1.0]
+
+
+def test_prompts_that_differ_by_blanks_are_explained(tmp_path):
+    these = pairs(4)
+    files(tmp_path, these)
+    write_answers(
+        tmp_path / "b.jsonl", [Answer(prompt=p.baseline.prompt + " ", answer=p.baseline.answer) for p in these]
+    )
+    with pytest.raises(SystemExit, match="4 of them differ by blanks around the prompt alone"):
+        main(words_of(tmp_path, "longer"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "unsaid"),
+    [
+        (
+            lambda request, number: Reply(b"no", 401),
+            "Correct `url`, `model`, the key or the quota first",
+            "same command",
+        ),
+        (lambda request, number: Reply(b"", 503), "Run the same command again to go on", "Correct"),
+        (lambda request, number: completion("well"), "0 of 8 failed judgements may succeed", "Run the same"),
+    ],
+)
+def test_the_same_command_is_named_only_where_it_helps(rule, said, unsaid, tmp_path, capsys):
+    files(tmp_path, pairs(4))
+    with Server(rule) as server, pytest.raises(SystemExit):
+        main([*words_of(tmp_path), "--url", server.url, "--model", "m", "--retries", "0", "--control_n", "0"])
+    out = capsys.readouterr().out
+    assert said in out
+    assert unsaid not in out

@@ -126,6 +126,7 @@ class Endpoint:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._why_stopped: str | None = None
         self._failed_in_a_row, self._succeeded = 0, False
+        self.stopped_for_good = False  # the same requests will not fare better later
         self._random = random.Random(0)  # spreads further attempts; no result depends on it
 
     def _connect(self, timeout: float, proxy: str | None):
@@ -294,6 +295,7 @@ class Endpoint:
             self._failed_in_a_row += 1
             gone = failure.fatal or self._failed_in_a_row >= self.give_up_after
         if gone:
+            self.stopped_for_good = self.stopped_for_good or (self._why_stopped is None and not failure.passing)
             self.stop(failure.detail)
 
     def for_each(self, items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
