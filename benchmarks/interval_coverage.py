@@ -17,6 +17,7 @@ import numpy as np
 from scipy.special import expit
 
 from sampo import results
+from sampo.evaluation.difficulty import difficulty_from
 from sampo.evaluation.intervals import difference_interval, mean_interval, quantile_interval, rate_interval, wilson
 from sampo.evaluation.length_control import ExtrapolationWarning, length_controlled
 from sampo.evaluation.verdicts import Comparisons
@@ -152,6 +153,46 @@ def error_of_control(share: float, shape: Callable, repeats: int, seed: int, n: 
     return float(np.mean(errors)), float(np.sqrt(np.mean(np.square(errors))))
 
 
+CORRELATIONS = (0.0, 0.25, 0.5)  # of the difficulty of a prompt and the difference of lengths there
+KNOWN = {"no difficulty": 0, "of one other system": 1, "of three other systems": 3, "the true one": None}
+
+
+def error_with_difficulty(
+    correlation: float, others: int | None, repeats: int, seed: int, n: int = 400
+) -> tuple[float, float]:
+    """Mean error of the rate at equal length where hard prompts have longer answers, and coverage of its interval.
+
+    `others`: systems that the difficulty is estimated from; 0 for none, None for the true difficulty.
+    """
+    rng = np.random.default_rng(seed)
+    truth = float(expit(1.5 * _normal_grid() - 0.5).mean())
+    errors, hits = [], []
+    for _ in range(repeats):
+        hard = rng.normal(0, 1, n)
+        system, *rest = (_of_difficulty(rng, hard, correlation, s) for s in (-0.5, *rng.normal(0, 0.5, others or 0)))
+        known = dict(enumerate((1.5 * hard).tolist())) if others is None else difficulty_from(rest) if rest else None
+        found = length_controlled(system, difficulty=known).rate
+        errors.append(found.value - truth)
+        hits.append(found.low <= truth <= found.high)
+    return float(np.mean(errors)), float(np.mean(hits))
+
+
+def _of_difficulty(rng: np.random.Generator, hard: np.ndarray, correlation: float, strength: float) -> Comparisons:
+    noise = rng.normal(0, 1, len(hard))
+    difference = 300 * (0.3 + correlation * hard + math.sqrt(1 - correlation**2) * noise)
+    preference = (rng.random(len(hard)) < expit(np.tanh(difference / 300) + 1.5 * hard + strength)) * 1.0
+    theirs = np.full(len(hard), 3000.0)
+    return Comparisons(
+        prompt=range(len(hard)), preference=preference, system_length=theirs + difference, baseline_length=theirs
+    )
+
+
+def _normal_grid() -> np.ndarray:
+    from scipy import stats
+
+    return stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
+
+
 def _quantile(share: float) -> float:
     from scipy import stats
 
@@ -189,6 +230,23 @@ def measure(repeats: int, seed: int, command: str, only: str = "") -> Iterator[r
                     value=value,
                     n=max(repeats // 10, 5),
                     config={"shape": shape, "share_longer": share, "prompts": 400},
+                    seed=seed,
+                    command=command,
+                    **where,
+                )
+
+    for place, (known, others) in enumerate(KNOWN.items()):
+        if only not in known:
+            continue
+        for correlation in CORRELATIONS:
+            count = max(repeats // 10, 5)
+            bias, hits = error_with_difficulty(correlation, others, count, seed + 200_000 + 100 * place)
+            for name, value in (("difficulty/bias", bias), ("difficulty/coverage", hits)):
+                yield results.Record(
+                    name=name,
+                    value=value,
+                    n=count,
+                    config={"difficulty": known, "correlation": correlation, "prompts": 400},
                     seed=seed,
                     command=command,
                     **where,
@@ -238,6 +296,22 @@ def overlap_table(records: list[results.Record]) -> str:
     return "\n".join([*lines, "", tail])
 
 
+def difficulty_table(records: list[results.Record]) -> str:
+    """Rows: what the fit knows of the difficulty; columns: how far it goes with length."""
+    bias, hits = _newest(records, "difficulty/bias"), _newest(records, "difficulty/coverage")
+    lines = [
+        f"| difficulty in the fit | {' | '.join(f'r = {r:g}' for r in CORRELATIONS)} |",
+        "|---" * (len(CORRELATIONS) + 1) + "|",
+    ]
+    for known in KNOWN:
+        keys = [results.config_key({"difficulty": known, "correlation": r, "prompts": 400}) for r in CORRELATIONS]
+        cells = [f"{100 * bias[key].value:+.1f} ({100 * hits[key].value:.0f} %)" for key in keys]
+        lines.append(f"| {known} | {' | '.join(cells)} |")
+    some = next(iter(bias.values()))
+    tail = f"Points of bias (coverage of the 95 % interval) over {some.n:,} simulated evaluations of 400 prompts."
+    return "\n".join([*lines, "", tail])
+
+
 def main() -> None:
     """Simulate, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,7 +325,7 @@ def main() -> None:
     command += f" --only '{options.only}'" if options.only else ""
     results.append(options.out, measure(options.repeats, options.seed, command, options.only))
     found = results.read(options.out)
-    sys.stdout.write(f"{coverage_table(found)}\n\n{overlap_table(found)}\n")
+    sys.stdout.write(f"{coverage_table(found)}\n\n{overlap_table(found)}\n\n{difficulty_table(found)}\n")
 
 
 if __name__ == "__main__":

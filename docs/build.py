@@ -96,6 +96,13 @@ def coverage() -> str:
     return coverage_table(_simulated())
 
 
+def hard_prompts() -> str:
+    """How far control of length errs where hard prompts have longer answers."""
+    from interval_coverage import difficulty_table
+
+    return difficulty_table(_simulated())
+
+
 def overlap() -> str:
     """How far control of length errs where lengths hardly overlap."""
     from interval_coverage import overlap_table
@@ -315,7 +322,7 @@ STUDY_PARTS = (
 PARTS = {
     **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
-    **{"coverage": coverage, "overlap": overlap, "merging": merging},
+    **{"coverage": coverage, "overlap": overlap, "hard_prompts": hard_prompts, "merging": merging},
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},

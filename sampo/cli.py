@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
+    "alpaca_eval": ("commands.alpaca_eval", "AlpacaEval 2's own two numbers, from its annotations and its files"),
     "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
     "report": ("commands.report", "one HTML page from what the other commands wrote into a folder"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),

@@ -21,13 +21,18 @@ SHOWN = re.compile(
 
 @dataclass
 class Reply:
-    """What is sent: or, with `drop`, only half of it; with `after`, late."""
+    """What is sent: or, with `drop`, only half of it; with `after`, late; with `drip`, so many seconds for each byte.
+
+    `drip_head` drips from the first line on, else the body alone is dripped.
+    """
 
     body: bytes
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     drop: bool = False
     after: float = 0.0
+    drip: float = 0.0
+    drip_head: bool = False
 
 
 def completion(text: str | None, finish: str = "stop", **message: Any) -> Reply:
@@ -99,8 +104,17 @@ class Server:
                 for name, value in {"Content-Type": "application/json", **reply.headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(reply.body)))
-                self.end_headers()
-                self.wfile.write(reply.body)
+                head = b"".join(self._headers_buffer) + b"\r\n"
+                self._headers_buffer = []
+                if not reply.drip:
+                    self.wfile.write(head)
+                    self.wfile.write(reply.body)
+                    return
+                if not reply.drip_head:
+                    self.wfile.write(head)
+                for byte in head + reply.body if reply.drip_head else reply.body:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(reply.drip)
 
             do_GET = do_CONNECT = do_POST
 

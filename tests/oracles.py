@@ -1,6 +1,7 @@
 """Slow, plain implementations written from the papers' equations: what the tests compare with. No torch."""
 
 import math
+import statistics
 
 MASK64 = 2**64 - 1
 
@@ -109,12 +110,17 @@ def order_consistency(rows: list[tuple]) -> tuple[float, float, int]:
     return mean[0], mean[1], sum(len(v) for v in same.values())
 
 
+def robust_scale(values) -> float:
+    """1.4826 times the median of the absolute deviations from the median that are not 0."""
+    deviations = [abs(v - statistics.median(values)) for v in values]
+    return 1.4826 * statistics.median(d for d in deviations if d > 1e-9 * max(map(abs, values)))
+
+
 def length_controlled(preference, system_length, baseline_length, difficulty, minimize) -> dict[str, float]:
     """The length-controlled win rate from its formula, one row per prompt, by a general optimiser."""
     n = len(preference)
     difference = [a - b for a, b in zip(system_length, baseline_length, strict=True)]
-    mean = sum(difference) / n
-    scale = math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1))
+    scale = robust_scale(difference)
     hard = [0.0] * n if difficulty is None else [float(d) for d in difficulty]
 
     def loss(b):
@@ -137,8 +143,7 @@ def joint_difficulty(systems, prior_sd: float, ridge: float, minimize) -> list[f
         hard, rest = b[:prompts], b[prompts:]
         total = sum(h * h for h in hard) / 2 / prior_sd**2 + ridge / 2 * sum(r * r for r in rest)
         for m, (preference, difference) in enumerate(systems):
-            mean = sum(difference) / prompts
-            scale = math.sqrt(sum((d - mean) ** 2 for d in difference) / (prompts - 1))
+            scale = robust_scale(difference)
             for i in range(prompts):
                 eta = rest[2 * m] * math.tanh(difference[i] / scale) + rest[2 * m + 1] + hard[i]
                 total += max(eta, 0) + math.log1p(math.exp(-abs(eta))) - preference[i] * eta

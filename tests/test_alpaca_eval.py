@@ -11,6 +11,7 @@ import pytest
 from scipy import optimize, stats
 from scipy.special import expit
 
+from sampo.cli import main
 from sampo.evaluation.alpaca_eval import Gamed, _controlled, alpaca_eval
 
 N = 300  # instructions of the made-up set
@@ -176,7 +177,7 @@ def test_what_does_not_fit_is_refused(files, tmp_path):
     with pytest.raises(ValueError, match="got none of 'instruction 299'"):
         alpaca_eval(rows, gamed=gamed, instructions=[f"instruction {i}" for i in range(N - 1)])
     with pytest.raises(ValueError, match="own 805 instructions"):
-        alpaca_eval(rows + rows, gamed=gamed, align="row")
+        alpaca_eval([*rows, {**rows[0], "instruction": "one more"}], gamed=gamed, align="row")
     with pytest.raises(ValueError, match="columns"):
         alpaca_eval(rows, gamed=files / "instruction_difficulty.csv", align="row")
     with pytest.raises(ValueError, match=r"`preference` must lie in \[1, 2\]"):
@@ -185,6 +186,120 @@ def test_what_does_not_fit_is_refused(files, tmp_path):
     other.write_text("".join(["i,0\n", *(f"{i},0.5\n" for i in range(N))]))
     with pytest.raises(ValueError, match="one revision"):
         alpaca_eval(rows, gamed=gamed, difficulty=other, align="row")
+
+
+def small(n: int = 12, **changes) -> list[dict]:
+    """The form of annotations.json, with a preference that goes up and down."""
+    rows = [
+        {"instruction": f"i{i}", "output_1": "base answer", "output_2": "model answer " * (1 + i % 3),
+         "preference": 1 + (i % 4) / 3, "generator_1": "b", "generator_2": "m"}
+        for i in range(n)
+    ]  # fmt: skip
+    return [{**row, **changes} for row in rows]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_path_may_be_a_string_and_the_file_may_begin_with_a_mark(encoding, tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(small()), encoding=encoding)
+    found = alpaca_eval(str(path))
+    assert found == alpaca_eval(path) == alpaca_eval(small())
+    assert found.win_rate.value == pytest.approx(50.0)
+    assert found.model == "m"
+
+
+def test_an_output_of_none_is_an_empty_one():
+    rows = small()
+    rows[3]["output_2"] = rows[4]["output_1"] = None
+    found = alpaca_eval(rows)
+    rows[3]["output_2"] = rows[4]["output_1"] = ""
+    assert found == alpaca_eval(rows)
+    assert "1 outputs of the model are empty." in found.notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        (small(preference=None), "got none in all 12"),
+        (small(preference=float("nan")), "got none in all 12"),
+        (small(preference="1.5"), "`preference` must be a number or None, got '1.5' in row 1"),
+        (small(preference=True), "must be a number"),
+        (
+            [{k: v for k, v in row.items() if k != "preference"} for row in small()],
+            r"got no \['preference'\] in row 1",
+        ),
+        ([{k: v for k, v in row.items() if k != "output_1"} for row in small()], r"no \['output_1'\]"),
+        (small(output_2=7), "`output_2` must be a text, got int"),
+        (small(instruction=None), "`instruction` must be a text, got NoneType"),
+        ([*small(), *small()[:2]], "got several of 2, first 'i0'"),
+        ([*small(), {**small(13)[-1], "generator_2": "other"}], r"`generator_2` must be one .* got \['m', 'other'\]"),
+        (["text"], "must have the fields"),
+        ([], "at least one row"),
+    ],
+)
+def test_rows_that_are_no_annotations_are_named(rows, fault, files):
+    for more in ({}, {"gamed": files / "df_gamed.csv", "align": "row"}):
+        with pytest.raises(ValueError, match=fault):
+            alpaca_eval(rows, **more)
+
+
+@pytest.mark.parametrize("content", ["{}", "nonsense", '"x"', "[" * 100_000, ""])
+def test_a_file_that_is_no_list_is_named(content, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json must be a JSON list"):
+        alpaca_eval(path)
+
+
+def test_the_baseline_against_itself_is_at_fifty(files):
+    rows = [{**row, "output_2": row["output_1"], "preference": 1.5} for row in annotations(3, files)]
+    found = alpaca_eval(rows, gamed=str(files / "df_gamed.csv"), align="row")
+    assert found.win_rate.value == found.length_controlled.value == 50.0
+    assert found.length_controlled.interval == (50.0, 50.0)
+    assert "50 % by construction" in " ".join(found.notes)
+
+
+def test_differences_that_are_all_the_same_control_nothing(files):
+    rows = [{**row, "output_1": "b" * 50, "output_2": "m" * 80} for row in annotations(3, files)]
+    with pytest.raises(ValueError, match="must vary for a control, got -30 characters in all 300"):
+        alpaca_eval(rows, gamed=files / "df_gamed.csv", align="row")
+    same = [{**row, "output_2": "m" * 50} for row in rows]
+    assert 0 < alpaca_eval(same, gamed=files / "df_gamed.csv", align="row").length_controlled.value < 100
+
+
+def test_a_few_looping_outputs_are_noted(files):
+    rows = annotations(4, files)
+    assert not alpaca_eval(rows).notes
+    looping = [{**row, "output_2": "m" * 30_000} if i % 50 == 0 else row for i, row in enumerate(rows)]
+    (note,) = alpaca_eval(looping).notes
+    assert "(6 of 300)" in note
+    assert "its control hardly works here" in note
+
+
+def test_the_command_says_both_numbers_of_each_model(files, tmp_path, capsys):
+    names = {}
+    for seed in (0, 4):
+        path = tmp_path / f"model-{seed}.json"
+        path.write_text(json.dumps([{**row, "generator_2": f"m{seed}"} for row in annotations(seed, files)]))
+        names[str(path)] = alpaca_eval(path, gamed=files / "df_gamed.csv", align="row")
+    instructions = tmp_path / "alpaca_eval.json"
+    instructions.write_text(json.dumps([{"instruction": f"instruction {i}", "output": "b"} for i in range(N)]))
+    out = tmp_path / "out.json"
+    more = ["--gamed", str(files / "df_gamed.csv"), "--instructions", str(instructions), "--out", str(out)]
+    assert main(["alpaca_eval", *names, *more]) == 0
+    said = capsys.readouterr().out
+    kept = json.loads(out.read_text())
+    for model, (path, found) in zip(kept["models"], names.items(), strict=True):
+        assert model["annotations"] == path
+        assert model["win_rate"]["value"] == found.win_rate.value
+        assert model["length_controlled"]["value"] == pytest.approx(found.length_controlled.value)  # no row is missing
+        assert f"{found.model}: win rate {found.win_rate.value:.2f} [" in said
+        assert f"; length-controlled {found.length_controlled.value:.2f} [" in said
+    assert kept["command"].startswith("sampo alpaca_eval ")
+    assert main(["alpaca_eval", next(iter(names))]) == 0
+    assert "needs AlpacaEval's df_gamed.csv" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: `instructions` must be given"):
+        main(["alpaca_eval", *names, "--gamed", str(files / "df_gamed.csv")])
 
 
 # `pip install alpaca-eval==0.6.6 'setuptools<81'` beside this package runs it

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import expit
 
 from sampo import results
 from sampo.cli import main
 from sampo.evaluation.answers import Answer, read_answers, write_answers
+from sampo.evaluation.comparing import compare as compare_runs
 from sampo.evaluation.comparing import shared_prompts
 from sampo.evaluation.difficulty import difficulty_from
-from sampo.evaluation.judged import read
-from sampo.evaluation.judges import drawn_prompts
+from sampo.evaluation.judged import AnswerFile, Judged, read
+from sampo.evaluation.judges import Judgement, drawn_prompts
 from sampo.evaluation.length_control import length_controlled
 from sampo.evaluation.verdicts import compare_orders
 
@@ -172,6 +174,36 @@ def test_difficulty_comes_from_the_other_systems_alone(folder, tmp_path):
         assert row["win_rate/equal_length"] != without["win_rate/equal_length"]
     with pytest.raises(SystemExit, match="`difficulty` needs the verdicts on other systems"):
         compare(folder, "--difficulty", names=("dpo",))
+
+
+def of_difficulty(correlation: float, n: int = 500) -> dict[str, Judged]:
+    """Two systems whose answers are longer on hard prompts, as far as the correlation goes."""
+    rng, runs = np.random.default_rng(1), {}
+    hard = rng.normal(size=n)
+    for name, strength in (("one", -0.5), ("two", 0.3)):
+        difference = 300 * (0.3 + correlation * hard + math.sqrt(1 - correlation**2) * rng.normal(size=n))
+        wins = rng.random(n) < expit(np.tanh(difference / 300) + 1.5 * hard + strength)
+        lengths = {f"{side}_{unit}": 3000 for side in ("system", "baseline") for unit in ("tokens", "words", "chars")}
+        rows = [
+            Judgement(
+                prompt_id=str(i), sample=0, order=order, preference=float(wins[i]), failure=None, detail="", judge="j",
+                **{**lengths, "system_chars": 3000 + int(difference[i])}, system_stop="eos", baseline_stop="eos",
+            )
+            for i in range(n) for order in ("ab", "ba")
+        ]  # fmt: skip
+        files = AnswerFile(f"{name}.jsonl", name, None), AnswerFile("base.jsonl", "base", None)
+        runs[name] = Judged(system=files[0], baseline=files[1], judge={"name": "j"}, n=None, seed=0, rows=rows)
+    return runs
+
+
+def test_length_that_goes_with_difficulty_is_said_with_the_rate_that_knows_of_it():
+    runs = of_difficulty(0.6)
+    plain, known = compare_runs(runs)[0], compare_runs(runs, difficulty=True)[0]
+    for one, other in zip(plain, known, strict=True):
+        (note,) = [note for note in one.notes if "difficulty" in note]
+        assert f"With `difficulty`, which removes a part of it, it is {other.controlled.rate.value:.1%}." in note
+        assert "removes only a part" in " ".join(other.notes)
+    assert not any("difficulty" in note for one in compare_runs(of_difficulty(0.0))[0] for note in one.notes)
 
 
 def test_answers_alone_are_compared_by_length(folder, tmp_path, capsys):

@@ -173,6 +173,7 @@ def test_a_prompt_that_changes_gets_a_new_version():
         ("I cannot help with that.", "stop", "unparseable"),
         ("", "stop", "unparseable"),
         (None, "stop", "unparseable"),
+        ("Comparison: B is short.\n```\nFinal verdict: `A`\n```", "stop", 1.0),
     ],
 )
 def test_a_verdict_is_the_last_line_and_nothing_else(content, finish, expected):
@@ -943,7 +944,7 @@ def test_a_sheet_that_people_filled_in_judges_both_orders(tmp_path):
     tricky = Answer(prompt='a "quoted", prompt\nof two lines', answer="x,\r\ny; é")
     these.append(Pair(tricky, Answer(prompt=tricky.prompt, answer="=1+1")))
     write_sheet(path, these)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     by_id = {pair.system.prompt_id: pair for pair in these}
     system_first = 0
@@ -1112,3 +1113,171 @@ def test_answers_of_the_command_come_back_as_they_were(tmp_path):
     files(tmp_path, these)
     assert read_answers(tmp_path / "a.jsonl") == [pair.system for pair in these]
     assert os.listdir(tmp_path)
+
+
+# --- what makes verdicts doubtful is said --------------------------------------------------------------------------
+
+
+class Says:
+    """A judge by a function of (number of the pair, whether the system's answer is shown first)."""
+
+    name, about = "says", {}
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def judge(self, comparisons, progress=None):
+        verdicts = [self.rule(i // 2, i % 2 == 0) for i in range(len(comparisons))]
+        return [v if isinstance(v, Verdict) else Verdict(v) for v in verdicts]
+
+
+def run_of(rows, name="says") -> judged_files.Judged:
+    system, baseline = (judged_files.AnswerFile(f"{side}.jsonl", side, None) for side in "ab")
+    return judged_files.Judged(system=system, baseline=baseline, judge={"name": name}, n=None, seed=0, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (lambda i, first: 1.0, "Doubtful: the judge names the answer shown first in 100.0% of its verdicts."),
+        (lambda i, first: 0.0, "Doubtful: the judge names the answer shown second in 100.0% of its verdicts."),
+        (lambda i, first: 1.0 if i % 2 else float(first), "the judge contradicts itself in 50.0% of the pairs."),
+        (lambda i, first: 1.0 if i % 4 == 0 else float(first), None),
+        (lambda i, first: 0.5, None),
+    ],
+)
+def test_a_judge_of_positions_or_one_that_contradicts_itself_is_named(rule, said):
+    found = run_of(judge_pairs(Says(rule), pairs(40))).summary()
+    if said is None:
+        assert "Doubtful" not in found.sentence()
+    else:
+        assert said in found.sentence()
+        assert sum("order" in note or "position" in note for note in found.notes) == 1
+
+
+@pytest.mark.parametrize(("cuts", "said"), [(0, False), (2, False), (3, True), (20, True)])
+@pytest.mark.parametrize("side", ["system", "baseline"])
+def test_answers_that_the_limit_cut_off_are_said_above_five_percent(cuts, said, side):
+    these = [
+        replace(pair, **{side: replace(getattr(pair, side), stop="length" if i < cuts else "eos")})
+        for i, pair in enumerate(pairs(40))
+    ]
+    found = run_of(judge_pairs(Says(lambda i, first: float(first)), these)).summary()
+    words = f"{cuts / 40:.1%} of the {side}'s answers are cut off"
+    assert (words in found.sentence()) is said
+    assert (words in " ".join(found.notes)) is said
+    assert found.row()[f"cut/{side}"] == cuts / 40
+
+
+def test_a_judge_that_sees_no_order_has_no_consistency_to_boast_of():
+    these = pairs(30)
+    for judge_ in (longer_judge(), contains_judge()):
+        found = run_of(judge_pairs(judge_, these), judge_.name).summary()
+        assert found.orders is None
+        assert "the order of the answers plays no part" in found.sentence()
+        assert "consistent" not in found.sentence()
+        assert found.raw.comparisons == (30 if judge_.name == "longer" else 0)
+
+
+def test_pairs_that_people_saw_in_one_order_only_are_said(tmp_path):
+    these, path = pairs(40), tmp_path / "sheet.csv"
+    write_sheet(path, these)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    first = sum(row["answer_a"] == pair.system.answer for row, pair in zip(rows, these, strict=True))
+
+    def summary(kept):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(kept)
+        return run_of(judge_pairs(HumanJudge(path), these), "human").summary()
+
+    once = [row | {"preferred": "A"} for row in rows]
+    found = summary(once)
+    assert "(40 of 40 pairs shown in one order only; " in found.sentence()
+    assert f"40 of 40 pairs were shown in one order only, {first} of them" in " ".join(found.notes)
+    assert found.orders is None
+    assert found.raw.rate.value == first / 40
+    swapped = [row | {"answer_a": row["answer_b"], "answer_b": row["answer_a"], "preferred": "B"} for row in rows]
+    found = summary([*once, *swapped])
+    assert "(both orders, consistent in 100.0 %; " in found.sentence()
+    assert "one order" not in " ".join(found.notes)
+    assert found.raw.rate.value == first / 40
+
+
+def test_failed_verdicts_are_counted_as_verdicts_and_pairs_as_pairs():
+    def rule(i, first):
+        return Verdict(None, "tired") if i < 5 or (i < 12 and first) else 1.0 if first else 0.0
+
+    found = run_of(judge_pairs(Says(rule), pairs(40))).summary()
+    assert "12 pairs left out for 17 failed verdicts" in found.sentence()
+    assert (found.failed_verdicts, found.raw.failed, found.raw.half_failed) == (17, 5, 7)
+    assert found.row()["failed_verdicts"] == 17
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_sheet_from_a_table_program_is_read(encoding, delimiter, tmp_path):
+    texts = ["=1+1", "-1 é", "+2", "@x", "'quoted'", "a\n\n=b", " blank around \n", "long " * 8_000, ""]
+    these = [
+        Pair(Answer(prompt=f"q{i} ", answer=text), Answer(prompt=f"q{i} ", answer=f"other; {i}\tä"))
+        for i, text in enumerate(texts)
+    ]
+    path = tmp_path / "sheet.csv"
+    write_sheet(path, these)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    assert not [row for row in rows for name in ("prompt", "answer_a", "answer_b") if row[name][:1] in tuple("=+-@")]
+    kept = [
+        {
+            **{k: v[:32_767].replace("\n", "\r\n").strip() for k, v in row.items() if k != "prompt_id"},
+            "preferred": "0,75" if "other" in row["answer_b"] else "0.25",
+        }
+        for row in rows
+    ]
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, kept[0].keys(), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(kept)
+    assert [row.preference for row in judge_pairs(HumanJudge(path), these)] == [0.75] * 2 * len(these)
+
+
+def test_a_sheet_with_an_answer_of_any_length_is_read(tmp_path):
+    pair = Pair(Answer(prompt="q", answer="long " * 100_000), Answer(prompt="q", answer="short"))
+    with (tmp_path / "sheet.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [["prompt", "answer_a", "answer_b", "preferred"], ["q", pair.system.answer, "short", "A"]]
+        )
+    assert [row.preference for row in judge_pairs(HumanJudge(tmp_path / "sheet.csv"), [pair])] == [1.0, 1.0]
+
+
+def test_prompts_that_differ_by_blanks_are_explained(tmp_path):
+    these = pairs(4)
+    files(tmp_path, these)
+    write_answers(
+        tmp_path / "b.jsonl", [Answer(prompt=p.baseline.prompt + " ", answer=p.baseline.answer) for p in these]
+    )
+    with pytest.raises(SystemExit, match="4 of them differ by blanks around the prompt alone"):
+        main(words_of(tmp_path, "longer"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "unsaid"),
+    [
+        (
+            lambda request, number: Reply(b"no", 401),
+            "Correct `url`, `model`, the key or the quota first",
+            "same command",
+        ),
+        (lambda request, number: Reply(b"", 503), "Run the same command again to go on", "Correct"),
+        (lambda request, number: completion("well"), "0 of 8 failed judgements may succeed", "Run the same"),
+    ],
+)
+def test_the_same_command_is_named_only_where_it_helps(rule, said, unsaid, tmp_path, capsys):
+    files(tmp_path, pairs(4))
+    with Server(rule) as server, pytest.raises(SystemExit):
+        main([*words_of(tmp_path), "--url", server.url, "--model", "m", "--retries", "0", "--control_n", "0"])
+    out = capsys.readouterr().out
+    assert said in out
+    assert unsaid not in out

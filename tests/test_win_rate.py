@@ -442,7 +442,39 @@ def test_control_of_length_is_the_fit_that_a_general_optimiser_finds(seed):
     expected = oracles.length_controlled(c.preference, c.system_length, c.baseline_length, hard, optimize.minimize)
     assert found.rate.value == pytest.approx(expected["rate"], abs=2e-6)
     assert found.slope.value == pytest.approx(expected["slope"], abs=2e-4)
-    assert found.scale == pytest.approx(np.std(c.system_length - c.baseline_length, ddof=1))
+    assert found.scale == pytest.approx(oracles.robust_scale((c.system_length - c.baseline_length).tolist()))
+
+
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=30).filter(lambda d: len(set(d)) > 1), st.integers(0, 1000))
+@settings(deadline=None, max_examples=100)
+def test_the_scale_of_weighted_prompts_is_that_of_the_repeated_ones(differences, seed):
+    values, counts = np.array(differences, dtype=float), np.random.default_rng(seed).integers(0, 4, len(differences))
+    repeated = np.repeat(values, counts)
+    expected = oracles.robust_scale(repeated.tolist()) if len(set(repeated)) > 1 else 0.0
+    for values_, counts_ in ((values, counts), (-values, counts), (values[::-1], counts[::-1])):
+        if counts.sum():
+            assert length_control.robust_scale(values_, counts_ / 3) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("loops", [0.0, 0.02])
+@pytest.mark.parametrize("sign", [1, -1], ids=["system loops", "baseline loops"])
+def test_a_few_looping_answers_leave_control_on(loops, sign):
+    """Truth: 37.75 %; with the standard deviation as the scale 2 % of loops gave 43 % and a coverage of 28 %."""
+    rng = np.random.default_rng(0)
+    truth, n, values, hits = expit(-0.5), 800, [], 0
+    for _ in range(100):
+        difference = np.round(300 * rng.normal(0.6, 1, n))
+        difference[rng.permutation(n)[: int(loops * n)]] = sign * 28_000
+        preference = (rng.random(n) < expit(np.tanh(difference / 300) - 0.5)) * 1.0
+        theirs = np.full(n, 2_000.0) if sign > 0 else np.full(n, 30_000.0)
+        c = Comparisons(
+            prompt=range(n), preference=preference, system_length=theirs + difference, baseline_length=theirs
+        )
+        found = length_controlled(c).rate
+        values.append(found.value)
+        hits += found.low <= truth <= found.high
+    assert np.mean(values) == pytest.approx(truth, abs=0.005)
+    assert hits >= 89
 
 
 @given(st.integers(0, 10_000), st.booleans())

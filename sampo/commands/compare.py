@@ -55,8 +55,10 @@ def main(args: argparse.Namespace) -> None:
 
 def _names(files: Sequence[str]) -> dict[str, str]:
     """File → its name without folder and ending, or the whole of it where two are the same."""
-    short = {file: Path(file).stem for file in files}
-    return short if len(set(short.values())) == len(short) else {file: file for file in files}
+    from ..evaluation.server_text import visible
+
+    short = {file: visible(Path(file).stem) for file in files}
+    return short if len(set(short.values())) == len(short) else {file: visible(file) for file in files}
 
 
 def _compare_judged(args: argparse.Namespace) -> None:

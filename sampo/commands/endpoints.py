@@ -34,6 +34,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+PASSING = ("timeout", "connection", "rate_limited", "server_error", "not_asked")  # failures that may pass
+
+
+def what_helps(endpoint: Endpoint) -> str:
+    """What to do when a run was given up: the same command goes on only where its reason can pass by itself."""
+    if endpoint.stopped_for_good:
+        return "Correct `url`, `model`, the key or the quota first; what was answered is kept, and is not paid twice."
+    return "Run the same command again to go on."
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)

@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     for reason, count in report.failures.items():
         print(f"{count} answers are missing: {reason} (the first: {report.details[reason]})")
     if endpoint is not None and endpoint.why_stopped:
-        print(f"Given up: {endpoint.why_stopped}. Run the same command again to go on.")
+        print(f"Given up: {endpoint.why_stopped}. {endpoints.what_helps(endpoint)}")
         raise SystemExit(STOPPED)
     if report.failures:
         raise SystemExit(INCOMPLETE)

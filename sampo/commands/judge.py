@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sampo judge",
         allow_abbrev=False,
         description="Judge the answers of a system against those of a baseline, both orders of each pair. Exit code "
-        f"{INCOMPLETE}: some judgements failed; {STOPPED}: given up; run it again to go on. No reply is paid twice.",
+        f"{INCOMPLETE}: some judgements failed; {STOPPED}: given up, and what to do is said. No reply is paid twice.",
     )
     parser.add_argument("--system", required=True, type=Path, help="answers: ours, JSONL, or AlpacaEval's JSON")
     parser.add_argument("--baseline", required=True, type=Path, help="answers to compare with")
@@ -73,6 +73,9 @@ def main(args: argparse.Namespace) -> None:
         pairs, files = _pairs(args)
         if args.annotation_sheet:
             human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)
+            long = sum(max(p.system.chars, p.baseline.chars) > human_judge.LONGEST for p in pairs)
+            if long:
+                print(f"{long} pairs have an answer above {human_judge.LONGEST:,} characters: Excel cuts such a cell.")
             print(f"{args.annotation_sheet}: {len(pairs)} pairs; fill in `preferred` with A, B or tie.")
             return
         judge = JUDGES[args.judge](args)
@@ -96,6 +99,8 @@ def _pairs(args: argparse.Namespace) -> tuple[list[judges.Pair], tuple[Any, Any]
     lacking = (
         f"{matching.system_only} answers only in {args.system} and {matching.baseline_only} only in {args.baseline}"
     )
+    if near := judges.nearly_matched(system, baseline):
+        lacking += f". {near} of them differ by blanks around the prompt alone: make the prompts the same"
     if not matching.pairs:
         raise ValueError(f"The two files must have prompts in common, got {lacking}.")
     if matching.system_only or matching.baseline_only:
@@ -189,8 +194,14 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files
     _show(found, run, cost)
     print(f"Written: {', '.join(map(str, written))}")
     if stopped:
-        print(f"Given up: {stopped}. Run the same command again to go on.")
+        print(f"Given up: {stopped}. {endpoints.what_helps(endpoint)}")
         return STOPPED
+    if run.failures and endpoint is not None:
+        passing = sum(run.failures.get(reason, 0) for reason in endpoints.PASSING)
+        print(
+            f"{passing} of {sum(run.failures.values())} failed judgements may succeed if the same command is run again"
+            + ("." if passing else "; the others need a higher `attempts`, another template or another judge.")
+        )
     return INCOMPLETE if run.failures or found.empty_failed else 0
 
 

@@ -30,7 +30,8 @@ def console() -> "Console":
     """Where tables go."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    # a name such as `a[b]` is no markup
+    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False)
 
 
 def say(console: "Console", *sentences: str) -> None:

@@ -12,8 +12,9 @@ The interval is ours: theirs leaves the uncertainty of the coefficients out and 
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from .intervals import Estimate, rate_interval
+from .length_control import robust_scale
 from .logistic import lasso
+from .server_text import visible
 
 FOLDS = 5
 PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's grid of C, from strong to weak
 GAMED_WEIGHT = 0.2 / 2  # two gamed baselines share the weight 0.2
+OUTLYING = 2.0  # standard deviation over the robust one, from which length control is noted to be weak
+ROW = ("instruction", "output_1", "output_2", "preference")
 COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
 
 
@@ -42,6 +47,8 @@ class AlpacaEval:
         mean_length: mean length of the model's outputs in characters.
         rows: annotations.
         failed: annotations without a preference.
+        model: name of the model, or "".
+        notes: what a reader has to know, in sentences.
     """
 
     win_rate: Estimate
@@ -50,6 +57,8 @@ class AlpacaEval:
     mean_length: float
     rows: int
     failed: int
+    model: str = ""
+    notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Gamed:
     @classmethod
     def read(cls, gamed: Path, difficulty: Path | None = None) -> "Gamed":
         """Read `df_gamed.csv`, and if given `instruction_difficulty.csv`, which must say the same."""
-        with Path(gamed).open(newline="", encoding="utf-8") as file:
+        with Path(gamed).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         missing = [name for name in COLUMNS if not rows or name not in rows[0]]
         if missing:
@@ -87,7 +96,7 @@ class Gamed:
 
 
 def _check_difficulty(path: Path, by_number: Mapping[int, float]) -> None:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         values = {int(float(row[0])): float(row[1]) for row in list(csv.reader(file))[1:]}
     differing = [i for i, value in by_number.items() if abs(values.get(i, np.inf) - value) > 1e-6]
     if differing:
@@ -98,10 +107,10 @@ def _check_difficulty(path: Path, by_number: Mapping[int, float]) -> None:
 
 
 def alpaca_eval(
-    annotations: Path | Sequence[Mapping[str, Any]],
+    annotations: str | Path | Sequence[Mapping[str, Any]],
     *,
-    gamed: Path | None = None,
-    difficulty: Path | None = None,
+    gamed: str | Path | None = None,
+    difficulty: str | Path | None = None,
     instructions: Sequence[str] | None = None,
     align: str = "prompt",
     confidence: float = 0.95,
@@ -109,27 +118,39 @@ def alpaca_eval(
     """AlpacaEval 2's win rate and length-controlled win rate of one model.
 
     Args:
-        annotations: rows of `annotations.json`: `instruction`, `output_1` (baseline), `output_2` (model) and
-            `preference` (1 to 2, 0 a draw, None a failure).
+        annotations: `annotations.json` or its rows: `instruction`, `output_1` (baseline), `output_2` (model) and
+            `preference` (1 to 2, 0 a draw, None a failure); an output of None is an empty one.
         gamed: `df_gamed.csv`; without it there is no length-controlled win rate.
         difficulty: `instruction_difficulty.csv`, only to check that it fits the other file.
         instructions: AlpacaEval's instructions in their order (of the baseline's outputs, say); needed by `prompt`.
         align: difficulty by `prompt`, or by `row` number as AlpacaEval does.
         confidence: of the intervals.
+
+    Raises:
+        ValueError: rows are no annotations of one model, an instruction comes more often than in `instructions`, or
+            nothing has a preference.
     """
     if align not in ("prompt", "row"):
         raise ValueError(f"`align` must be `prompt` or `row`, got {align!r}.")
-    rows = json.loads(annotations.read_text(encoding="utf-8")) if isinstance(annotations, Path) else annotations
-    if not rows:
-        raise ValueError("`annotations` must hold at least one row, got none.")
-    preference = np.array([_preference(row, number) for number, row in enumerate(rows)])
-    lengths = np.array([[len(row["output_1"]), len(row["output_2"])] for row in rows], dtype=float)
+    rows = _read_rows(annotations) if isinstance(annotations, str | Path) else list(annotations)
+    _check_rows(rows, instructions)
+    preference = np.array([_preference(row, number) for number, row in enumerate(rows, 1)])
+    lengths = np.array([[len(row["output_1"] or ""), len(row["output_2"] or "")] for row in rows], dtype=float)
     known = ~np.isnan(preference)
+    if not known.any():
+        raise ValueError(
+            f"`preference` must be known in at least one annotation, got none in all {len(rows)}. The annotator "
+            "failed everywhere: annotate again."
+        )
     slope, controlled = None, None
+    difference = lengths[:, 0] - lengths[:, 1]
     if gamed is not None:
-        table = Gamed.read(gamed, difficulty)
+        table = Gamed.read(Path(gamed), None if difficulty is None else Path(difficulty))
         hard = _difficulty(rows, table, instructions, align)
-        controlled, slope = _controlled(preference, lengths[:, 0] - lengths[:, 1], hard, table, confidence)
+        if all(row["output_1"] == row["output_2"] for row in rows):
+            controlled, slope = Estimate(0.5, 0.5, 0.5, 0.0, len(rows)), None  # by construction, as in AlpacaEval
+        else:
+            controlled, slope = _controlled(preference, difference, hard, table, confidence)
     return AlpacaEval(
         win_rate=_points(rate_interval(preference[known], confidence)),
         length_controlled=controlled and _points(controlled),
@@ -137,13 +158,90 @@ def alpaca_eval(
         mean_length=float(lengths[:, 1].mean()),
         rows=len(preference),
         failed=int((~known).sum()),
+        model=visible(str(rows[0].get("generator_2") or "")),
+        notes=_notes(rows, difference, int((~known).sum())),
     )
+
+
+def read_instructions(path: str | Path) -> list[str]:
+    """The instructions of a list of texts, or of rows with `instruction` such as the outputs of AlpacaEval's baseline.
+
+    Raises:
+        ValueError: the file holds neither.
+    """
+    rows = _read_rows(path)
+    found = [row.get("instruction") if isinstance(row, dict) else row for row in rows]
+    if not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{path} must hold texts or rows with `instruction`, got others. Take alpaca_eval.json.")
+    return found
+
+
+def _read_rows(path: str | Path) -> list[Any]:
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a JSON list in UTF-8 as AlpacaEval writes it, got: {error}.") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must be a JSON list as AlpacaEval writes it, got {type(rows).__name__}.")
+    return rows
+
+
+def _check_rows(rows: Sequence[Any], instructions: Sequence[str] | None) -> None:
+    """One annotation of one model for each instruction, as `annotations.json` of one `alpaca_eval evaluate` is."""
+    if not rows:
+        raise ValueError("`annotations` must hold at least one row, got none.")
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ROW if not isinstance(row, Mapping) or name not in row]
+        if missing:
+            raise ValueError(f"An annotation must have the fields {list(ROW)}, got no {missing} in row {number}.")
+        for name in ROW[:3]:
+            if not isinstance(row[name], str) and (row[name] is not None or name == "instruction"):
+                raise ValueError(f"`{name}` must be a text, got {type(row[name]).__name__} in row {number}.")
+    for name in ("generator_1", "generator_2", "annotator"):
+        several = sorted({str(row[name]) for row in rows if row.get(name) is not None})
+        if len(several) > 1:
+            raise ValueError(f"`{name}` must be one in all annotations, got {several[:5]}. Give one run at a time.")
+    if instructions is None:  # AlpacaEval's own set repeats an instruction, but no answer
+        counts = Counter((row["instruction"], row["output_1"], row["output_2"]) for row in rows)
+        several = [key[0] for key, n in counts.items() if n > 1]
+    else:
+        allowed = Counter(instructions)
+        several = [
+            text for text, n in Counter(row["instruction"] for row in rows).items() if n > max(allowed[text], 1)
+        ]
+    if several:
+        raise ValueError(
+            f"Each instruction must have one annotation, got several of {len(several)}, first "
+            f"{several[0][:80]!r}. Take the repeated rows out."
+        )
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], difference: np.ndarray, failed: int) -> tuple[str, ...]:
+    notes = []
+    if failed:
+        notes.append(f"{failed} of {len(rows)} annotations have no preference and are left out of the win rate.")
+    empty = sum(not row["output_2"] for row in rows)
+    if empty:
+        notes.append(f"{empty} outputs of the model are empty.")
+    if all(row["output_1"] == row["output_2"] for row in rows):
+        notes.append("All outputs are those of the baseline, whose rate at equal length is 50 % by construction.")
+    robust, plain = robust_scale(difference, np.ones(len(rows))), float(np.std(difference))
+    if robust and plain > OUTLYING * robust:
+        far = int((np.abs(difference - np.median(difference)) > 10 * robust).sum())
+        notes.append(
+            f"A few differences of length ({far} of {len(rows)}) are so large that the standard deviation is "
+            f"{plain / robust:.1f} times the robust one. AlpacaEval divides by it, so its control hardly works here: "
+            "look for answers that repeat themselves."
+        )
+    return tuple(notes)
 
 
 def _preference(row: Mapping[str, Any], number: int) -> float:
     value = row["preference"]
     if value is None or value != value:
         return np.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"`preference` must be a number or None, got {value!r} in row {number}.")
     if value == 0:
         return 0.5
     if not 1 <= value <= 2:
@@ -187,8 +285,13 @@ def _controlled(
 ) -> tuple[Estimate, float]:
     """The fit; rows without a preference do not train it, but count in scale and prediction, as in AlpacaEval."""
     known = ~np.isnan(y)
-    scale = np.std(difference, ddof=1)
-    own = np.stack([np.tanh(difference / scale), hard, np.ones(len(y))], axis=1)
+    scale = np.std(difference, ddof=1) if len(difference) > 1 else 0.0
+    if scale == 0 and difference.any():
+        raise ValueError(
+            f"Differences of length must vary for a control, got {difference[0]:.0f} characters in all {len(y)} "
+            "annotations. Leave `gamed` out for the raw win rate."
+        )
+    own = np.stack([np.tanh(difference / (scale or 1.0)), hard, np.ones(len(y))], axis=1)
     theirs = np.stack([np.tanh(gamed.length), gamed.difficulty, np.zeros(len(gamed.length))], axis=1)
     design = np.concatenate([own[known], theirs])
     labels = np.concatenate([y[known], gamed.preference])

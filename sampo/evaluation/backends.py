@@ -291,15 +291,17 @@ class EndpointBackend:
 
 
 def _of_reply(body: str) -> Output:
-    from .endpoint import read_reply, usage_of
+    from .server_text import read_reply, usage_of, visible
 
     choice, fault = read_reply(body)
     if choice is None:
-        return Output(failure=fault, detail=body[:200])
+        return Output(failure=fault, detail=visible(body[:200]))
     message, reason = choice["message"], choice.get("finish_reason")
     if message.get("refusal") or reason == "content_filter":
-        return Output(failure="refused", detail=str(message)[:200])
+        return Output(failure="refused", detail=visible(body[:200]))
     if not isinstance(message["content"], str):
-        return Output(failure="no_text", detail=str(message)[:200])
+        return Output(failure="no_text", detail=visible(body[:200]))
+    if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+        return Output(failure="not_utf8", detail=visible(body[:200]))
     stop = {"stop": "eos", "length": "length"}.get(str(reason), "unknown")
     return Output(message["content"], usage_of(body)[1] or None, stop)

@@ -1,14 +1,17 @@
 """Several systems against one baseline by one judge: their numbers, and every two of them prompt by prompt."""
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ..results import Record, provenance
-from .difficulty import difficulty_from
+from .difficulty import difficulty_from, length_correlation
 from .intervals import Estimate, holm
 from .judged import Judged
+from .length_control import ExtrapolationWarning, length_controlled
 from .summary import Summary, records
 from .verbosity import Verbosity
 from .verdicts import Comparisons, compare_orders
@@ -16,6 +19,10 @@ from .win_rate import PairedComparison, paired
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+# of the correlation of difficulty and length: below either there is no note
+NOTABLE, NOTABLE_ERRORS = 0.1, 3.0  # the correlation, and how many of its standard errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +121,34 @@ def compare(
     comparisons = {name: compare_orders(run.verdicts(length_unit)) for name, run in runs.items()}
     summaries = []
     for name, run in runs.items():
-        others = [one for other, one in comparisons.items() if other != name]
-        hard = difficulty_from(others) if difficulty else None
-        summaries.append(run.summary(name, length_unit=length_unit, difficulty=hard))
+        others = [one for other, one in comparisons.items() if other != name and len(one)]
+        hard = difficulty_from(others) if others else {}
+        summary = run.summary(name, length_unit=length_unit, difficulty=hard if difficulty else None)
+        summaries.append(_with_note(summary, comparisons[name], hard, len(others), used=difficulty))
     return summaries, _duels(comparisons)
+
+
+def _with_note(
+    summary: Summary, comparisons: Comparisons, hard: Mapping[Any, float], others: int, *, used: bool
+) -> Summary:
+    """The summary, with a note where hard prompts have longer or shorter answers than easy ones."""
+    if summary.controlled is None or any(prompt not in hard for prompt in comparisons.ids):
+        return summary
+    r, n = length_correlation(comparisons, hard), len(comparisons.ids)
+    if r is None or abs(r) < max(NOTABLE, NOTABLE_ERRORS / math.sqrt(n)):
+        return summary
+    note = f"Length goes with difficulty (r = {r:+.2f} by {others} other {'system' if others == 1 else 'systems'}): "
+    if used:
+        note += "a difficulty from few systems removes only a part of the bias that this brings at equal length."
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExtrapolationWarning)  # it stands in the notes already
+            other = length_controlled(comparisons, difficulty=hard).rate.value or 0.0
+        note += (
+            f"the rate at equal length is biased. With `difficulty`, which removes a part of it, it is {other:.1%}."
+        )
+    controlled = replace(summary.controlled, notes=(*summary.controlled.notes, note))
+    return replace(summary, controlled=controlled)
 
 
 def _duels(comparisons: Mapping[str, Comparisons]) -> list[Duel]:

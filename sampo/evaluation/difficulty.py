@@ -1,11 +1,11 @@
 """How hard prompts are, from the verdicts on other systems."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from scipy.special import expit
 
-from .intervals import codes_of
+from .intervals import codes_of, prompt_means
 from .length_control import RIDGE, FitData
 from .logistic import sum_by_prompt
 from .verdicts import Comparisons
@@ -47,6 +47,20 @@ def difficulty_from(others: Sequence[Comparisons], *, prior_sd: float = 1.5) -> 
         if max(np.abs(step).max(), np.abs(step_hard).max()) < 1e-10:
             break
     return dict(zip(ids, hard.tolist(), strict=True))
+
+
+def length_correlation(comparisons: Comparisons, difficulty: Mapping[Hashable, float]) -> float | None:
+    """Correlation over prompts of the difficulty and the length term of the control; None where one is constant.
+
+    Where it is not 0, a control of length without the difficulty is biased: see docs/evaluation.md for how far.
+    """
+    data = FitData.of(comparisons, None)
+    scale = float(data.scale(np.ones((1, data.prompts)))[0])
+    term = prompt_means(np.tanh(data.difference / scale), data.codes) if scale > 0 else np.zeros(data.prompts)
+    hard = np.array([difficulty[prompt] for prompt in comparisons.ids])
+    if min(term.std(), hard.std()) < 1e-9:
+        return None
+    return float(np.corrcoef(term, hard)[0, 1])
 
 
 def _joint_rows(others: Sequence[Comparisons]):

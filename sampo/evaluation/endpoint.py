@@ -5,10 +5,11 @@ organisation, no headers. Redirects are not followed. The reply is handed over a
 be kept before anything tries to read it.
 """
 
-import email.utils
-import json
+import importlib
 import logging
+import math
 import os
+import queue
 import random
 import threading
 import time
@@ -17,10 +18,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
+from .server_text import Redaction, retry_after, visible
+
 logger = logging.getLogger(__name__)
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
+MAX_BODY = 16 * 2**20  # bytes of one reply
 MAX_WAIT = 120.0  # seconds between two attempts; a server that asks for more is taken to be gone
 HEADERS = frozenset(
     {
@@ -42,12 +46,13 @@ class Unanswered(Exception):
 
     Attributes:
         reason: One word for the count: `timeout`, `connection`, `rate_limited`, `server_error`, `rejected`,
-            `not_asked`.
-        detail: What happened, for people; without the key.
+            `too_large`, `not_asked`.
+        detail: What happened, for people; without the key, in one line that commands no terminal.
         fatal: No other request will fare better.
     """
 
     def __init__(self, reason: str, detail: str, *, fatal: bool = False, wait: float | None = None):
+        detail = visible(detail)
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail, self.fatal, self.wait = reason, detail, fatal, wait
 
@@ -79,7 +84,7 @@ class Endpoint:
         url: Up to and including `/v1`.
         model: Name of the model there.
         api_key: Sent in a header, and never logged or written; see [`key_from_environment`].
-        timeout: Seconds for one request.
+        timeout: Seconds for one request, from the connection to the last byte of the reply.
         retries: Further attempts after a time-out, a lost connection, 408, 409, 429 or 5xx.
         max_requests: Cap on requests in all, attempts included; None for no cap.
         concurrency: Requests at a time.
@@ -110,14 +115,18 @@ class Endpoint:
         ):
             if value < 0:
                 raise ValueError(f"`{name}` must be {1 if name == 'concurrency' else 0} or more, got less.")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"`timeout` must be above 0 and finite, got {timeout}.")
         self.retries, self.max_requests, self.concurrency = retries, max_requests, concurrency
         self.give_up_after, self.backoff = give_up_after, backoff
         self.requests = 0
-        self._key = api_key
+        self._key, self._timeout = api_key, timeout
+        self.redact = Redaction(api_key)
         self._client = self._connect(timeout, proxy)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._why_stopped: str | None = None
         self._failed_in_a_row, self._succeeded = 0, False
+        self.stopped_for_good = False  # the same requests will not fare better later
         self._random = random.Random(0)  # spreads further attempts; no result depends on it
 
     def _connect(self, timeout: float, proxy: str | None):
@@ -129,18 +138,17 @@ class Endpoint:
             ) from None
         if (self._key or proxy) and urlsplit(self.url).scheme == "http" and not _is_local(self.url):
             logger.warning("%s is not encrypted: all on the way can read the key and the texts", self.url)
-        for library in (
-            "httpcore",
-            "httpcore2",
-        ):  # at DEBUG they print the headers of replies, with whatever is in them
+        # they print headers and first lines of replies, with whatever is in them
+        for library in ("httpcore", "httpcore2", "httpx", "httpx2", "openai"):
             if (theirs := logging.getLogger(library)).level == logging.NOTSET:
-                theirs.setLevel(logging.INFO)
+                theirs.setLevel(logging.WARNING)
+        streams = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
         transport = openai.DefaultHttpxClient(
             trust_env=False,
             follow_redirects=False,
             timeout=timeout,
             proxy=proxy,
-            event_hooks={"request": [self._only_ours]},
+            event_hooks={"request": [self._only_ours], "response": [_bounded(streams, timeout)]},
         )
         return openai.OpenAI(
             base_url=self.url,
@@ -158,6 +166,7 @@ class Endpoint:
             raise RuntimeError(f"requests must go to {self.url}, and one was to go to {request.url.host}")
         for name in [name for name in request.headers if name.lower() not in HEADERS]:
             del request.headers[name]
+        request.headers["accept-encoding"] = "identity"  # else a small reply can unpack to a large one
         request.headers["authorization"] = f"Bearer {self._key or 'none'}"
 
     @property
@@ -174,10 +183,6 @@ class Endpoint:
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
-
-    def redact(self, text: str) -> str:
-        """The text without the key, should a server have sent it back."""
-        return text.replace(self._key, "[key]") if self._key else text
 
     def ask(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """One chat completion; the body of the reply as it came.
@@ -217,6 +222,28 @@ class Endpoint:
         raise Unanswered("not_asked", self._why_stopped)
 
     def _send(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bytes:
+        """One request, given up when its time is over, whatever the server is doing then.
+
+        The time-outs of the client are those of one read: a server that sends a byte a second never meets them.
+        """
+        outcome: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                outcome.put(self._send_now(messages, options))
+            except BaseException as error:
+                outcome.put(error)
+
+        threading.Thread(target=work, daemon=True).start()  # if given up, it ends with its connection
+        try:
+            found = outcome.get(timeout=self._timeout)
+        except queue.Empty:
+            raise Unanswered("timeout", f"no whole reply from {self.url} in {self._timeout:g} s") from None
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _send_now(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bytes:
         import openai
 
         try:
@@ -226,7 +253,11 @@ class Endpoint:
             return raw.content
         except openai.APITimeoutError:
             raise Unanswered("timeout", f"no reply from {self.url} in time") from None
+        except _TooLargeError as error:
+            raise Unanswered("too_large", f"{self.url}: {error}") from None
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, _TooLargeError):
+                raise Unanswered("too_large", f"{self.url}: {error.__cause__}") from None
             cause = self.redact(f"{type(error.__cause__).__name__}: {error.__cause__}")
             raise Unanswered("connection", f"{self.url}: {cause}") from None
         except openai.APIStatusError as error:
@@ -234,7 +265,7 @@ class Endpoint:
 
     def _of_status(self, error: Any) -> Unanswered:
         status = error.status_code
-        said = self.redact(" ".join(error.response.text.split()))[:300]
+        said = " ".join(self.redact(error.response.text).split())[:300]
         text = f"{self.url} answers {status} for model `{self.model}`: {said or 'nothing more'}"
         if 300 <= status < 400:
             where = self.redact(error.response.headers.get("location", "nowhere"))
@@ -243,9 +274,9 @@ class Endpoint:
             return Unanswered("rejected", text, fatal=True)
         if status == 429:
             spent = "insufficient_quota" in said
-            return Unanswered("rate_limited", text, fatal=spent, wait=_retry_after(error.response.headers))
+            return Unanswered("rate_limited", text, fatal=spent, wait=retry_after(error.response.headers))
         if status in (408, 409) or status >= 500:
-            return Unanswered("server_error", text, wait=_retry_after(error.response.headers))
+            return Unanswered("server_error", text, wait=retry_after(error.response.headers))
         return Unanswered("rejected", text)
 
     def _pause(self, failure: Unanswered, attempt: int) -> bool:
@@ -253,17 +284,18 @@ class Endpoint:
         if failure.wait is not None and failure.wait > MAX_WAIT:
             return False
         grown = min(self.backoff * 2**attempt, MAX_WAIT) * (0.75 + 0.5 * self._random.random())
-        seconds = grown if failure.wait is None else max(failure.wait, 0.0)
+        seconds = grown if failure.wait is None else failure.wait
         logger.info("%s; attempt %d of %d in %.1f s", failure.detail, attempt + 2, self.retries + 1, seconds)
         return not self._stop.wait(seconds)
 
     def _count_failure(self, failure: Unanswered) -> None:
         with self._lock:
-            if failure.reason == "rejected" and self._succeeded and not failure.fatal:
+            if failure.reason in ("rejected", "too_large") and self._succeeded and not failure.fatal:
                 return  # that one request is at fault
             self._failed_in_a_row += 1
             gone = failure.fatal or self._failed_in_a_row >= self.give_up_after
         if gone:
+            self.stopped_for_good = self.stopped_for_good or (self._why_stopped is None and not failure.passing)
             self.stop(failure.detail)
 
     def for_each(self, items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
@@ -282,27 +314,36 @@ class Endpoint:
                 raise
 
 
-def read_reply(body: str) -> tuple[dict[str, Any] | None, str]:
-    """(first choice of a chat completion, "") or (None, what is wrong with the body)."""
-    try:
-        text = body.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError:
-        return None, "not_utf8"
-    try:
-        choice = json.loads(text)["choices"][0]
-        choice["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return None, "broken_reply"
-    return choice, ""
+class _TooLargeError(Exception):
+    pass
 
 
-def usage_of(body: str) -> tuple[int, int]:
-    """Tokens read and written, as the reply says; zeros where it says nothing."""
-    try:
-        usage = json.loads(body).get("usage") or {}
-        return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (ValueError, TypeError, AttributeError):
-        return 0, 0
+def _bounded(streams: Any, timeout: float) -> Callable[[Any], None]:
+    """A hook on replies: `streams` is the package of the client, which knows its own kind of stream only."""
+
+    class Bounded(streams.SyncByteStream):
+        def __init__(self, stream: Any):
+            self._stream, self._end = stream, time.monotonic() + timeout
+
+        def __iter__(self) -> Iterator[bytes]:
+            size = 0
+            for chunk in self._stream:
+                size += len(chunk)
+                if size > MAX_BODY:
+                    raise _TooLargeError(f"a reply must have at most {MAX_BODY / 2**20:g} MiB, got more")
+                if time.monotonic() > self._end:
+                    raise streams.ReadTimeout("the reply is not whole in time")
+                yield chunk
+
+        def close(self) -> None:
+            self._stream.close()
+
+    def bound(response: Any) -> None:
+        response.headers.pop("content-encoding", None)  # nothing is unpacked: what we did not ask for is unreadable
+        response.headers["content-type"] = "application/json"  # a strange charset is none
+        response.stream = Bounded(response.stream)
+
+    return bound
 
 
 def _checked_url(url: str) -> str:
@@ -324,14 +365,3 @@ def _checked_url(url: str) -> str:
 def _is_local(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait."""
-    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            return float(headers[name]) / per_second
-        except (KeyError, ValueError):
-            continue
-    date = email.utils.parsedate_tz(headers.get("retry-after"))
-    return None if date is None else email.utils.mktime_tz(date) - time.time()

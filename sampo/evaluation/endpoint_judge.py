@@ -15,9 +15,10 @@ from typing import Any
 
 from ..io.schemas import named, typed
 from .answers import prompt_text
-from .endpoint import Endpoint, Unanswered, read_reply, usage_of
+from .endpoint import Endpoint, Unanswered
 from .journal import Journal
 from .judges import Comparison, Progress, Verdict
+from .server_text import read_reply, usage_of, visible
 from .templates import JudgePrompt
 
 CHARS_PER_TOKEN = 4  # of English, roughly; for the estimate of a dry run alone
@@ -174,9 +175,12 @@ class EndpointJudge:
     def _read(self, reply: str) -> Verdict:
         choice, fault = read_reply(reply)
         if choice is None:
-            return Verdict(None, fault, reply[:200])
+            return Verdict(None, fault, visible(reply[:200]))
         preference, fault = self.template.verdict(choice)
-        return Verdict(preference) if preference is not None else Verdict(None, fault, str(choice["message"])[-200:])
+        if preference is not None:
+            return Verdict(preference)
+        content = choice["message"]["content"]
+        return Verdict(None, fault, visible(content[-200:] if isinstance(content, str) and content else reply[:200]))
 
     def _verdict(self, shown: Comparison, failures: Mapping[str, Unanswered]) -> Verdict:
         if shown.answer_a == shown.answer_b:

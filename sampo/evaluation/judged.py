@@ -18,16 +18,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..io.files import write_whole
 from ..io.schemas import WrongFile, read_json
 from ..results import lines
 from .answers import Answer
-from .judges import Judgement, drawn_prompts, read_judgements, write_judgements
+from .intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
+from .judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
+from .server_text import visible
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
 SCHEMA = 1
 AGAIN = "Run `sampo judge` again with the same cache: no reply is paid twice"
+ORDERLESS = frozenset({"reward", "implicit", "longer", "exact", "contains", "lab"})  # judges that see no order
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class AnswerFile:
     @property
     def name(self) -> str:
         """The file's name without its ending."""
-        return Path(self.file).stem
+        return visible(Path(self.file).stem)
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ class Judged:
         """The judge for a reader: its kind, and the model behind it."""
         kind, model = str(self.judge["name"]), self.judge.get("model")
         if not model:
-            return kind
-        return f"{kind} {Path(model).name if Path(model).is_absolute() else model}"
+            return visible(kind)
+        return visible(f"{kind} {Path(model).name if Path(model).is_absolute() else model}")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -111,6 +116,17 @@ class Judged:
             "judged_by": dict(self.judge),
             "n": self.n,
         }
+
+    def _cut(self) -> tuple[Estimate, Estimate] | None:
+        """Share of the answers of each side that the limit of tokens cut off; None where no stop reason is known."""
+        shares = []
+        for side in ("system", "baseline"):
+            stops = {(row.prompt_id, row.sample): getattr(row, f"{side}_stop") for row in self.rows}
+            known = [(key[0], stop == "length") for key, stop in stops.items() if stop in ("eos", "length")]
+            codes = codes_of([prompt for prompt, _ in known])[0]
+            values = np.array([float(cut) for _, cut in known])
+            shares.append(rate_interval(prompt_means(values, codes)) if known else undefined(0))
+        return (shares[0], shares[1]) if any(share.value is not None for share in shares) else None
 
     @property
     def failures(self) -> dict[str, int]:
@@ -137,14 +153,29 @@ class Judged:
                 f"`length_unit` tokens must be of one tokenizer, got {self.system.tokenizer} and "
                 f"{self.baseline.tokenizer}. Use `characters` or `words`."
             )
-        return Verdicts.of(self.rows, length_unit=length_unit)
+        verdicts = Verdicts.of(self.rows, length_unit=length_unit)
+        if self.judge["name"] in ORDERLESS or any(row.detail == ONCE for row in self.rows):
+            return replace(verdicts, order=None)  # one verdict stands in both rows: they agree, and that says nothing
+        return verdicts
 
     def summary(
         self, name: str = "", *, length_unit: str = "characters", difficulty: Mapping[Any, float] | None = None
     ) -> Summary:
         """All that the judgements say, both controls beside it."""
+        once = {(row.prompt_id, row.sample): row.order for row in self.rows if row.detail == ONCE}
+        pairs = len({(row.prompt_id, row.sample) for row in self.rows if row.preference is not None})
+        remarks = []
+        if once:
+            first = sum(order == "ba" for order in once.values())
+            remarks.append(
+                f"{len(once)} of {pairs} pairs were shown in one order only, {first} of them with the system's answer "
+                "first. A preference for a position cannot be seen, and averages out only if that is about one half."
+            )
         return summarise(
             self.verdicts(length_unit),
+            cut=self._cut(),
+            order_said=f"{len(once)} of {pairs} pairs shown in one order only" if once else "",
+            remarks=remarks,
             system=name or self.system.name,
             baseline=self.baseline.name,
             judge=self.judge_name,

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 from ..io.files import write_whole
 from ..io.schemas import named, typed
-from .answers import Answer
+from .answers import Answer, prompt_text
 from .journal import read_rows
 
 ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
+ONCE = "shown in one order only"  # `detail` of a preference that serves for an order which nobody was shown
 Progress = Callable[[int, int], None]  # (done, of)
 
 
@@ -150,6 +151,16 @@ def match(system: Sequence[Answer], baseline: Sequence[Answer]) -> Matching:
             pairs.append(Pair(answer, by_key[key]))
             used.add(key)
     return Matching(pairs, len(system) - len(pairs), len(baseline) - len(used))
+
+
+def nearly_matched(system: Sequence[Answer], baseline: Sequence[Answer]) -> int:
+    """How many prompts have no partner, but would have one if blanks around prompts did not count."""
+    ids = [{answer.prompt_id for answer in side} for side in (system, baseline)]
+    texts = [
+        {prompt_text(a.prompt).strip(): a.prompt_id for a in side if a.prompt_id not in others}
+        for side, others in ((system, ids[1]), (baseline, ids[0]))
+    ]
+    return len(set(texts[0]) & set(texts[1]))
 
 
 def draw(pairs: Sequence[Pair], n: int | None, seed: int = 0) -> list[Pair]:

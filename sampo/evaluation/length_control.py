@@ -4,7 +4,7 @@ The model is the one of length-controlled AlpacaEval (arXiv 2404.04475) without 
 
     logit P(system wins on prompt i) = slope · tanh(Δ_i / s) + weight · difficulty_i + strength
 
-with Δ the length of the system's answer minus the baseline's and s the standard deviation of Δ, not centred. The
+with Δ the length of the system's answer minus the baseline's, not centred, and s a robust standard deviation of Δ. The
 length-controlled win rate is the mean prediction at Δ = 0. Deviations from AlpacaEval's own fit:
 
 1. no rows of "gamed" baselines pull the slope to a known value, so all that is known of the slope is in these data;
@@ -12,7 +12,9 @@ length-controlled win rate is the mean prediction at Δ = 0. Deviations from Alp
 2. the fit is maximum likelihood with a ridge that only keeps separable data finite, not an L1 path chosen by
    cross-validation; `strength` is not shrunk;
 3. difficulty is optional, and comes from other systems of the user (`difficulty_from`);
-4. intervals hold the uncertainty of the coefficients; the published standard errors leave it out.
+4. intervals hold the uncertainty of the coefficients; the published standard errors leave it out;
+5. s is 1.4826 times the median of the absolute deviations from the median, those that are 0 omitted: 2 % of answers
+   that repeat themselves up to a limit multiply the standard deviation, and tanh(Δ / s) is then near 0 for all others.
 
 So the number has no place beside AlpacaEval's, and is never called by its name.
 """
@@ -32,6 +34,8 @@ from .verdicts import Comparisons, length_ratios
 RIDGE = 1e-4  # on the slope and on the weight of the difficulty; in a fit of 100 prompts it moves nothing visible
 FLAT = 1e-10  # on the strength: only labels that are all the same feel it
 SEPARATED = 10.0  # a slope beyond it: lengths tell wins from losses, and nothing is known at equal length
+NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
+ROUNDING = 1e-9  # relative; below it two differences of length are the same
 SIMILAR = 1.1  # lengths within this factor count for both sides of the overlap
 REFUSE_BELOW, WARN_BELOW = 0.05, 0.20  # of the overlap: docs/evaluation.md has the errors by simulation
 
@@ -251,13 +255,8 @@ class FitData:
         return cls(comparisons.preference, ours - theirs, codes, prompt_weights(codes), extra, len(comparisons.scores))
 
     def scale(self, counts: np.ndarray) -> np.ndarray:
-        """`(R, P)` weights of prompts -> `(R,)` standard deviation of Δ."""
-        w = counts[:, self.codes] * self.weight
-        total = w.sum(axis=1)
-        mean = w @ self.difference / total
-        square = w @ self.difference**2 / total - mean**2
-        square = np.where(square > 1e-12 * (mean**2 + 1e-300), square, 0.0)
-        return np.sqrt(square * total / np.maximum(total - 1, 1))
+        """`(R, P)` weights of prompts -> `(R,)` robust standard deviation of Δ."""
+        return np.array([robust_scale(self.difference, w) for w in counts[:, self.codes] * self.weight])
 
     def fit(self, counts: np.ndarray) -> _Fit:
         """Weighted maximum likelihood for each of `(R, P)` weightings of the prompts, by Newton steps together."""
@@ -274,6 +273,32 @@ class FitData:
         level[:, :, 0] = 0.0
         rate = (w * expit(np.einsum("rnk,rk->rn", level, beta))).sum(axis=1) / w.sum(axis=1)
         return _Fit(beta, scale, rate, design)
+
+
+def robust_scale(values: np.ndarray, weight: np.ndarray) -> float:
+    """1.4826 times the median absolute deviation, which is the standard deviation where values are normal.
+
+    Deviations of 0 are omitted: where more than half of the differences are the same, the others still have a scale.
+
+    Args:
+        values: `(n,)`.
+        weight: `(n,)`, 0 or more.
+
+    Returns:
+        The scale, in the unit of the values; 0 where all of them are the same.
+    """
+    deviation = np.abs(values - _weighted_median(values, weight))
+    weight = np.where(deviation > ROUNDING * np.abs(values).max(), weight, 0.0)
+    return NORMAL_MAD * _weighted_median(deviation, weight) if weight.any() else 0.0
+
+
+def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
+    """The middle value; the mean of both neighbours where the weight below equals the weight above."""
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(weight[order])
+    half, slack = below[-1] / 2, ROUNDING * below[-1]
+    places = np.searchsorted(below, (half - slack, half + slack)).clip(max=len(values) - 1)
+    return float(values[order[places]].mean())
 
 
 def _sandwich(data: FitData, fit: _Fit, confidence: float) -> tuple[Estimate, Estimate]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..results import Record, provenance
 from .intervals import Estimate, mean_interval, prompt_means
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
@@ -15,6 +17,9 @@ from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win
 if TYPE_CHECKING:
     from rich.table import Table
 
+POSITION = 0.1  # mean preference for the answer shown first, this near to 0 or 1: the judge looks at the position
+CONSISTENT = 0.7  # share of pairs with the same verdict in both orders, below which a reader is warned
+CUT = 0.05  # share of answers cut off by the limit of tokens, above which a reader is warned
 MATCHED_MIN = 30  # comparisons below which a length-matched win rate is not shown
 
 
@@ -36,6 +41,10 @@ class Summary:
         winner_is_longer: how often the judge's winner is the longer answer, or None.
         empty: control: win rate of an empty answer in the system's place, which should be near 0; None if not judged.
         orders: consistency of the two orders, or None.
+        order_said: what stands in the sentence in its place, or "".
+        failed_verdicts: verdicts that failed; a pair has one in each order.
+        cut: share of the system's answers and of the baseline's that the limit of tokens cut off, or None.
+        remarks: further notes.
         lengths: mean length of the system's answers and of the baseline's, of those compared, or None.
         length_unit: of the lengths.
         confidence: of all intervals.
@@ -54,6 +63,10 @@ class Summary:
     winner_is_longer: Estimate | None = None
     empty: WinRate | None = None
     orders: OrderConsistency | None = None
+    order_said: str = ""
+    failed_verdicts: int = 0
+    cut: tuple[Estimate, Estimate] | None = None
+    remarks: tuple[str, ...] = ()
     lengths: tuple[Estimate, Estimate] | None = None
     length_unit: str = "characters"
     confidence: float = 0.95
@@ -61,10 +74,15 @@ class Summary:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader has to know, in sentences."""
-        notes = [*self.raw.notes, *(self.controlled.notes if self.controlled else ())]
+        notes = [*self.raw.notes, *self.remarks, *(note for _, note in self._doubts)]
+        notes += self.controlled.notes if self.controlled else ()
         if self.refused:
             notes.append(f"No win rate at equal length: {self.refused}")
         return tuple(dict.fromkeys(notes))
+
+    @property
+    def _doubts(self) -> list[tuple[str, str]]:
+        return [*_doubts_of_order(self.orders), *_doubts_of_cuts(self.cut)]
 
     @property
     def empty_failed(self) -> int:
@@ -90,6 +108,8 @@ class Summary:
             found["length/winner_is_longer"] = self.winner_is_longer
         if self.empty:
             found["win_rate/control_empty"] = self.empty.rate
+        if self.cut:
+            found |= {"cut/system": self.cut[0], "cut/baseline": self.cut[1]}
         if self.orders:
             found |= {"order/consistent": self.orders.consistent, "order/first_shown": self.orders.first_shown}
         return found
@@ -104,6 +124,7 @@ class Summary:
         }
         row |= {name: getattr(self.raw, name) for name in ("wins", "ties", "losses", "failed", "half_failed")}
         row |= {"prompts": self.raw.rate.n, "control_empty_failed": self.empty_failed}
+        row |= {"failed_verdicts": self.failed_verdicts}
         for name, estimate in self.estimates().items():
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         return row | {"notes": " ".join(self.notes)}
@@ -116,7 +137,7 @@ class Summary:
             f"({_orders(self)}; {rate.wins} wins, {rate.ties} ties, {rate.losses} losses"
         )
         lost = rate.failed + rate.half_failed
-        text += f"; {lost} failed verdicts left out)" if lost else ")"
+        text += f"; {lost} pairs left out for {self.failed_verdicts} failed verdicts)" if lost else ")"
         if self.lengths:
             ours, theirs = (_count(length) for length in self.lengths)
             text += f"; with {ours} {self.length_unit} per answer against {theirs}"
@@ -130,6 +151,8 @@ class Summary:
         bounds = rate.rate.interval
         if bounds and bounds[0] <= 0.5 <= bounds[1]:
             text += " The interval holds 50 %: this does not show which of the two is better."
+        if doubts := [said for said, _ in self._doubts]:
+            text += f" Doubtful: {'; '.join(doubts)}."
         return text + f" Intervals are {100 * self.confidence:g} %, over prompts."
 
 
@@ -141,6 +164,9 @@ def summarise(
     judge: str = "judge",
     empty: Verdicts | None = None,
     difficulty: Mapping[Any, float] | None = None,
+    cut: tuple[Estimate, Estimate] | None = None,
+    order_said: str = "",
+    remarks: Sequence[str] = (),
     confidence: float = 0.95,
 ) -> Summary:
     """Everything at once; where lengths do not overlap the control is left out, with the reason.
@@ -152,10 +178,14 @@ def summarise(
         judge: name.
         empty: verdicts of the same judge on empty answers in the system's place.
         difficulty: of the prompts, from other systems (`difficulty_from`), for the control of length.
+        cut: share of the system's answers and of the baseline's that the limit of tokens cut off.
+        order_said: what the sentence says of the order where there is no consistency of orders.
+        remarks: further notes.
         confidence: of all intervals.
     """
     comparisons = compare_orders(verdicts)
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"cut": cut, "order_said": order_said, "remarks": tuple(remarks)}
+    parts["failed_verdicts"] = int(np.isnan(verdicts.preference).sum())
     if verdicts.order is not None and comparisons.orders == "both":
         parts["orders"] = order_consistency(verdicts, confidence=confidence)
     if comparisons.system_length is not None and comparisons.baseline_length is not None and len(comparisons):
@@ -181,6 +211,37 @@ def summarise(
     return Summary(system=system, baseline=baseline, judge=judge, raw=raw, confidence=confidence, **parts)
 
 
+def _doubts_of_order(orders: OrderConsistency | None) -> list[tuple[str, str]]:
+    """What the order of the answers does to the judge, if it is too much: a few words for the sentence, and a note."""
+    if orders is None or orders.first_shown.value is None or orders.consistent.value is None:
+        return []
+    first, same = orders.first_shown.value, orders.consistent.value
+    if min(first, 1 - first) < POSITION:
+        said = (
+            f"the judge names the answer shown {'first' if first > 0.5 else 'second'} in {max(first, 1 - first):.1%}"
+        )
+        note = f"{said[0].upper()}{said[1:]} of its verdicts: they are about the position and not about the answers."
+        return [(f"{said} of its verdicts", f"{note} Use another judge or template.")]
+    if same < CONSISTENT:
+        note = (
+            f"The judge says the same in both orders in only {same:.1%} of the pairs, and the answer shown first gets "
+        )
+        note += f"{first:.1%}: this pulls the rate towards 50 %. Use another judge or template."
+        return [(f"the judge contradicts itself in {1 - same:.1%} of the pairs", note)]
+    return []
+
+
+def _doubts_of_cuts(cut: tuple[Estimate, Estimate] | None) -> list[tuple[str, str]]:
+    """The same of answers that the limit of tokens cut off."""
+    found = []
+    for whose, share in zip(("the system's", "the baseline's"), cut or (), strict=False):
+        if share.value is not None and share.value > CUT:
+            said = f"{share.value:.1%} of {whose} answers are cut off by the limit of tokens"
+            note = f"{said}: they were judged unfinished, and their length is the limit's."
+            found.append((said, f"{note} Generate them with a higher `max_tokens`."))
+    return found
+
+
 def summary_table(found: Sequence[Summary]) -> "Table":
     """What fits on a screen, one line per system; `Summary.row` has everything."""
     from rich import box
@@ -191,7 +252,7 @@ def summary_table(found: Sequence[Summary]) -> "Table":
     units = sorted({one.length_unit for one in found if one.lengths})
     heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
     table.add_column("system")
-    for head in (*heads, "longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "failed"):
+    for head in (*heads, "longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "pairs\nfailed"):
         table.add_column(head, justify="right", min_width=max(map(len, head.split("\n"))))
     for one in found:
         lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
@@ -235,7 +296,9 @@ def _count(estimate: Estimate) -> str:
 def _orders(summary: Summary) -> str:
     if summary.orders:
         return f"both orders, consistent in {_pct(summary.orders.consistent, bounds=False)}"
-    return "one order only" if any("one order" in note for note in summary.raw.notes) else "no order"
+    if any(note.startswith("Only one order") for note in summary.raw.notes):
+        return "one order only"
+    return summary.order_said or "the order of the answers plays no part"
 
 
 def records(

@@ -2,7 +2,8 @@
 
 The texts to be judged are data: they stand between marks that nobody can foresee, and they are filled in once, so
 that nothing in them is filled in again. A verdict counts in one place only: in a written reply, its last line, which
-must be the prefix and a verdict and nothing else; with log-probabilities, the one token of the reply.
+must be the prefix and a verdict and nothing but decoration (`verdict_text`); with log-probabilities, the one token of
+the reply.
 """
 
 import hashlib
@@ -16,10 +17,12 @@ from string import Template
 from typing import Any
 
 from ..io.schemas import read_yaml
+from .verdict_text import read_verdict
 
 FOLDER = Path(__file__).parent / "prompts"
 REPLIES = ("text", "logprobs")
 FIELDS = ("prompt", "answer_a", "answer_b", "mark")
+MAX_P = 1.001  # a probability above 1 by more than rounding is none
 MIN_MASS = 0.5  # share of the verdicts among all next tokens, below which the judge did not answer the question
 
 
@@ -36,7 +39,7 @@ class JudgePrompt:
         verdicts: Word → preference for answer A.
         user: The message, with `$prompt`, `$answer_a`, `$answer_b` and `$mark`.
         system: System message, if there is one.
-        prefix: What stands before the verdict in the last line.
+        prefix: What stands before the verdict in the last line; "" if the verdict stands alone there.
         max_tokens: Room for the reply.
     """
 
@@ -65,8 +68,6 @@ class JudgePrompt:
             raise ValueError(f"`max_tokens` of the judge's prompt must be at least 1, got {self.max_tokens}.")
         if self.reply not in REPLIES:
             raise ValueError(f"`reply` of the judge's prompt must be one of {list(REPLIES)}, got {self.reply!r}.")
-        if self.reply == "text" and not self.prefix.strip():
-            raise ValueError("`prefix` of the judge's prompt must say what stands before the verdict, got nothing.")
         if not {0.0, 1.0} <= set(self.verdicts.values()) or not all(0 <= p <= 1 for p in self.verdicts.values()):
             raise ValueError(f"`verdicts` must map words to preferences from 0 to 1, both used, got {self.verdicts}.")
 
@@ -106,14 +107,8 @@ class JudgePrompt:
         return self._from_text(message["content"])
 
     def _from_text(self, content: Any) -> tuple[float | None, str]:
-        lines = [line.strip() for line in content.splitlines() if line.strip()] if isinstance(content, str) else []
-        if not lines:
-            return None, "unparseable"
-        last = lines[-1].replace("*", "").strip()  # bold is the one ornament that models add to a fixed line
-        if not last.startswith(self.prefix):
-            return None, "unparseable"
-        word = last.removeprefix(self.prefix).strip().removesuffix(".")
-        return (self.verdicts[word], "") if word in self.verdicts else (None, "unparseable")
+        found = read_verdict(content, self.prefix, self.verdicts) if isinstance(content, str) else None
+        return (None, "unparseable") if found is None else (found, "")
 
     def _from_logprobs(self, choice: Mapping[str, Any]) -> tuple[float | None, str]:
         """Σ P(word) · preference / Σ P(word) over the likeliest first tokens."""
@@ -121,6 +116,8 @@ class JudgePrompt:
             top = choice["logprobs"]["content"][0]["top_logprobs"]
             found = [(str(entry["token"]).strip(), math.exp(float(entry["logprob"]))) for entry in top]
         except (LookupError, TypeError, ValueError, OverflowError):
+            return None, "no_logprobs"
+        if not all(0 <= p <= MAX_P for _, p in found):  # NaN too
             return None, "no_logprobs"
         mass = sum(p for word, p in found if word in self.verdicts)
         if not mass >= MIN_MASS:

@@ -128,7 +128,7 @@ def _count(value: Any) -> str:
 def _win_rate_table(rows: Sequence[Row], origins: tuple[Origin, ...], n: str) -> Table:
     unit = str(rows[0].get("length_unit", "characters"))
     heads = ["system", "prompts", "win rate", "at equal length", unit, "baseline's", "the longer one wins"]
-    heads += ["an empty one wins", "orders agree", "wins", "ties", "losses", "failed"]
+    heads += ["an empty one wins", "orders agree", "wins", "ties", "losses", "pairs failed"]
     keys = {"win_rate/control_longer_wins": "%", "win_rate/control_empty": "%", "order/consistent": "%"}
     cells = []
     for row in rows:
