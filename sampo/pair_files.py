@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data_files import DATA_SUFFIXES, BrokenLine, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
+from .data_files import DATA_SUFFIXES, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
+from .json_files import BrokenLine, unreadable
 from .pair_rows import PAIR_COLUMNS
 
 if TYPE_CHECKING:
@@ -111,8 +112,17 @@ class Files:
             return Table(read, list(dict.fromkeys(key for row in read if isinstance(row, dict) for key in row)))
         from datasets import concatenate_datasets
 
-        parts = [read_parquet(path) for path in self.paths]
-        return _of_dataset(concatenate_datasets(parts) if len(parts) > 1 else parts[0])
+        parts = [part for part in map(read_parquet, self.paths) if len(part)]
+        if not parts:
+            raise unreadable(self.paths[0], "has no rows")
+        try:
+            return _of_dataset(concatenate_datasets(parts) if len(parts) > 1 else parts[0])
+        except ValueError as error:
+            names = [path.name for path in self.paths]
+            raise ValueError(
+                f"The files of a split must have the same columns of the same types, got {names} and: {error}. "
+                "Write them with one schema, or load them as several data sets."
+            ) from error
 
     def stream(self) -> "JsonRows | ParquetRows | Table":
         """The rows one by one, for what is too large for memory; a table has its rows on disk."""
