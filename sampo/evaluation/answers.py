@@ -6,14 +6,17 @@ the user; so answers of different origins find each other.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..pair_rows import without_nulls
+from ..json_files import json_rows
+from ..pair_rows import KINDS, without_nulls
 from ..whole_files import write_whole
-from .journal import read_rows
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
 
@@ -122,7 +125,8 @@ def _content_text(content: Any) -> str:
 def read_answers(path: str | Path) -> list[Answer]:
     """Answers from our JSONL, from any JSONL with a prompt and an answer, or from AlpacaEval's JSON list.
 
-    Fields that we do not know are kept in `extra`. An unfinished last line is left out, with a warning.
+    What is read is what `json_files` describes. Fields that we do not know are kept in `extra`. An unfinished last
+    line is left out, with a warning.
 
     Raises:
         ValueError: a row is no answer, or two are of the same prompt, sample and model.
@@ -130,11 +134,9 @@ def read_answers(path: str | Path) -> list[Answer]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`{path}` must be a file of answers, and is not there. Check the spelling.")
-    start = path.read_bytes()[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
-    rows = _read_list(path) if start.startswith(b"[") else read_rows(path)
     answers: list[Answer] = []
     seen: dict[tuple[str, int], int] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_rows(path), 1):
         try:
             answer = _answer_of(row)
         except (TypeError, ValueError) as error:
@@ -149,16 +151,24 @@ def read_answers(path: str | Path) -> list[Answer]:
     return answers
 
 
-def _read_list(path: Path) -> list[Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be a whole JSON list in UTF-8, got: {error}. Fetch it again.") from None
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.stat().st_size:  # of a run that has not written any answer yet
+        return
+    # A server may cut an answer inside a surrogate pair, and `generate` keeps it as it came.
+    for row in json_rows(path, lone_surrogates=True):
+        if isinstance(row, dict):
+            yield row
+        elif row.cut_off:
+            logger.warning("%s: an unfinished last line left out: %s", path, row.place)
+        else:
+            what = KINDS[row.kind][0].format(are="is", have="has")
+            raise ValueError(
+                f"Each row of {path} must be a JSON object with a prompt and an answer, got one that {what}: "
+                f"{row.place}. Restore it, or delete it."
+            )
 
 
-def _answer_of(row: Any) -> Answer:
-    if not isinstance(row, dict):
-        raise ValueError(f"an answer must be a JSON object, got {type(row).__name__}.")
+def _answer_of(row: dict[str, Any]) -> Answer:
     row = dict(row)
     for ours, names in (("prompt", PROMPT_NAMES), ("answer", ANSWER_NAMES)):
         name = next((name for name in names if name in row), None)
