@@ -26,7 +26,8 @@ ARROWS = {
     "pair_files": {"data_files", "json_files", "pair_rows"},
     "pair_rows": set(),
     "data": {"pair_files", "pair_rows"},
-    "config": {"weighting"},
+    "old_options": set(),
+    "config": {"old_options", "weighting"},
     "adapters": {"whole_files"},
     "iterate": {"checkpoints", "whole_files"},
     "head": set(),
@@ -48,7 +49,7 @@ ARROWS = {
     "trainer": {
         *("weighting", "config", "data", "head", "lengths", "pair_stream", "pieces", "cached_reference", "ref_logps"),
         "end_tokens",
-        *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
+        *("checkpoints", "guards", "model_checks", "old_options", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
     "evaluation": {"evaluation", "adapters", "json_files", "pair_files", "pair_rows", "lab", "results", "whole_files"},
