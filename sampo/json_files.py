@@ -1,8 +1,8 @@
 """Rows of JSON files: one object a line, one list of objects, or objects one after the other (pretty-printed).
 
 The text is UTF-8, or UTF-16 or UTF-32, which RFC 4627 (section 3) lets a reader tell by the zeros of the first
-characters; a mark at the start may be there or not. Lines are streamed; a list and pretty-printed objects are read
-as a whole.
+characters; a mark at the start may be there or not. Lines of UTF-8 are streamed; a list, pretty-printed objects and
+other encodings are read as a whole.
 """
 
 import gzip
@@ -157,15 +157,15 @@ def _utf8_lines(path: Path, file: Any) -> Iterable[bytes]:
     refuse_other_formats(path, head)
     encoding = json.detect_encoding(head)
     if not encoding.startswith("utf-8") and head.decode(encoding, "ignore")[:1] in (*"{[ \t\r\n",):
-        return _recoded_lines(path, file, encoding)
+        return _recoded(path, file.read(), encoding)
     if head.startswith(_MARK):
         file.read(len(_MARK))
     return file
 
 
-def _recoded_lines(path: Path, file: Any, encoding: str) -> Iterator[bytes]:
+def _recoded(path: Path, content: bytes, encoding: str) -> io.BytesIO:
     try:
-        yield from (line.encode() for line in io.TextIOWrapper(file, encoding, newline="\n"))
+        return io.BytesIO(content.decode(encoding).encode())
     except UnicodeError as error:
         raise unreadable(path, f"is not valid {encoding.upper()} ({error})", "Save it as UTF-8.") from error
 

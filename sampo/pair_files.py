@@ -181,17 +181,15 @@ def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[]
 
 def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
     """A folder of `save_to_disk`, or of data files, whose splits are named in the file names."""
-    import datasets
-
     if name is not None:
         if not (folder / name).is_dir():
             inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
             raise ValueError(f"`name` must be a sub-folder of {folder}, got {name!r}; it has {inside}.")
         folder = folder / name
     if (folder / "dataset_dict.json").exists():
-        return folder.name, _of_datasets(datasets.load_from_disk(str(folder)))
+        return folder.name, _of_datasets(_load_from_disk(folder))
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
-        dataset = datasets.load_from_disk(str(folder))
+        dataset = _load_from_disk(folder)
         return folder.name, {str(dataset.split or "train"): partial(_of_dataset, dataset)}
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -206,6 +204,21 @@ def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callabl
     for split, paths in splits.items():
         logger.info("split `%s` of %s: %s", split, folder, ", ".join(str(path.relative_to(folder)) for path in paths))
     return folder.name, {split: Files(paths) for split, paths in splits.items()}
+
+
+def _load_from_disk(folder: Path) -> Any:
+    """What `save_to_disk` wrote. Its Arrow files are validated: to read damaged ones may crash the process."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+        for dataset in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
+            dataset.data.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise unreadable(folder, f"is a damaged or incomplete folder of `save_to_disk` ({what})") from error
+    return loaded
 
 
 def _split_of(parts: tuple[str, ...]) -> str:
