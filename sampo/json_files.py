@@ -224,7 +224,8 @@ class _Reader:
             cut_off = last and error.reason == "unexpected end of data"
             return BrokenLine("bad_utf8", f"{place} (byte {error.start + 1})", cut_off)
         except json.JSONDecodeError as error:
-            cut_off = last and (error.msg.startswith("Unterminated") or len(error.doc.rstrip()) - error.pos < 8)
+            at_end = error.msg.startswith("Unterminated") or len(error.doc.rstrip()) - error.pos < len("-Infinity")
+            cut_off = last and at_end and error.doc.lstrip().startswith("{")
             return BrokenLine("broken_line", f"{place} ({_why_no_json(error, cut_off)})", cut_off)
         except RecursionError:
             return BrokenLine("too_deep", place)

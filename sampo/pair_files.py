@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from .data_files import DATA_SUFFIXES, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
 from .json_files import BrokenLine, unreadable
-from .pair_rows import PAIR_COLUMNS
+from .pair_rows import PAIR_COLUMNS, PreferenceDataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+MAX_COLUMNS = 1000  # every row gets a cell in every column
 
 # Words in a file's name that say which split it belongs to; as the `datasets` library reads them.
 SPLIT_WORDS = {
@@ -109,7 +111,13 @@ class Files:
         rows = stream_files(self.paths)
         if isinstance(rows, JsonRows):
             read = list(rows)
-            return Table(read, list(dict.fromkeys(key for row in read if isinstance(row, dict) for key in row)))
+            columns = list(dict.fromkeys(key for row in read if isinstance(row, dict) for key in row))
+            if len(columns) > MAX_COLUMNS:
+                raise PreferenceDataError(
+                    f"{self.paths[0]} must have at most {MAX_COLUMNS:,} columns, got {len(columns):,}: keys that "
+                    "differ from row to row are values. Put them into one column, as an object or a list."
+                )
+            return Table(read, columns)
         from datasets import concatenate_datasets
 
         parts = [part for part in map(read_parquet, self.paths) if len(part)]
@@ -175,6 +183,11 @@ def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[]
         raise type(error)(
             f"`source` must be a file, a folder or a data set id on the hub, got {source!r}: there is no such path in "
             f"{Path.cwd()}, and the hub gave: {error}. Check the spelling, the connection and `hf auth login`."
+        ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(
+            f"`source` must be a data set that can be read, got {source!r} with a damaged file: {error.__cause__}. "
+            "Download the data set again, or give its files one by one."
         ) from error
     return source, _of_datasets(loaded)
 

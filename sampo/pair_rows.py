@@ -221,13 +221,11 @@ def _split_transcript(text: str) -> tuple[str | None, str | None]:
 def _messages_of_transcript(text: str) -> list[dict[str, str]]:
     """The turns of a transcript. Some rows name a speaker twice in a row: that is one turn of two paragraphs."""
     _, *parts = _TURN.split(text)
-    messages: list[dict[str, str]] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        if messages and messages[-1]["role"] == _ROLES[speaker]:
-            messages[-1]["content"] += "\n\n" + content.strip()
-        else:
-            messages.append({"role": _ROLES[speaker], "content": content.strip()})
-    return messages
+    turns = itertools.groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
+    return [
+        {"role": _ROLES[speaker], "content": "\n\n".join(content.strip() for _, content in said)}
+        for speaker, said in turns
+    ]
 
 
 READERS: dict[str, Callable[[Any, Any, Any], tuple[Pair, Faults]]] = {
