@@ -37,6 +37,15 @@ def options() -> str:
     return "\n".join(lines)
 
 
+def old_options() -> str:
+    """What TRL, transformers and alignment-handbook have dropped, and what replaces it."""
+    from sampo.old_options import OLD_OPTIONS
+
+    lines = ["| option | what to do |", "|---|---|"]
+    lines += [f"| `{name}` | {OLD_OPTIONS[name]()} |" for name in sorted(OLD_OPTIONS)]
+    return "\n".join(lines)
+
+
 LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "correlation")
 
 
@@ -320,7 +329,14 @@ STUDY_PARTS = (
     *("at_best", "equal_kl", "equal_win_rate", "frontiers", "biases", "penalties"),
 )
 PARTS = {
-    **{"methods": methods, "options": options, "lab": lab, "speed": speed, "benchmark": benchmark},
+    **{
+        "methods": methods,
+        "options": options,
+        "old_options": old_options,
+        "lab": lab,
+        "speed": speed,
+        "benchmark": benchmark,
+    },
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "hard_prompts": hard_prompts, "merging": merging},
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from .old_options import OLD_LOSSES, faults_of_options
 from .weighting import WEIGHTINGS, Weighting
 
 MASK_SHARINGS = ("shared", "independent")
@@ -175,6 +176,12 @@ class SamPOConfig(DPOConfig):
         },
     )
 
+    def __new__(cls, *_args, **given):
+        """Refuse options that TRL or transformers has dropped by name; the generated `__init__` says `unexpected`."""
+        if faults := faults_of_options(given):
+            raise TypeError("SamPOConfig: " + " ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)))
+        return super().__new__(cls)
+
     def __post_init__(self):
         super().__post_init__()
         with contextlib.suppress(ValueError, TypeError):  # `learned`, or a fault that is named below with the others
@@ -267,7 +274,8 @@ class SamPOConfig(DPOConfig):
             faults.append("`activation_offloading` moves activations to the CPU, got a run on the CPU. Unset it.")
         unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
         if unknown:
-            faults.append(f"`loss_type` must be among {sorted(LOSS_TYPES)}, got {unknown}.")
+            now = "".join(f" `{name}`: {OLD_LOSSES[name]}" for name in unknown if name in OLD_LOSSES)
+            faults.append(f"`loss_type` must be among {sorted(LOSS_TYPES)}, got {unknown}.{now}")
         return faults
 
     def _combination_faults(self) -> list[str]:

@@ -1,20 +1,18 @@
-"""Data files row by row: JSON lines, JSON lists and Parquet, each also packed with gzip.
+"""Data files row by row: JSON and Parquet, each also packed with gzip.
 
-Files of JSON lines and Parquet files are streamed: what is in memory is one line or one batch. A JSON list and a
-packed Parquet file are read as a whole, for their formats allow no less.
+Parquet files are streamed: what is in memory is one batch, but for a packed one, which is read as a whole. JSON files
+are those of `json_files`.
 """
 
-import gzip
 import itertools
-import json
-import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pair_rows import Fault, PreferenceDataError
+from .json_files import BrokenLine, count_lines, is_packed, refuse_other_formats, rows_of_files, unpacked, unreadable
+from .pair_rows import MAX_DEPTH, PreferenceDataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,16 +20,6 @@ if TYPE_CHECKING:
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 HEAD = 1000  # rows whose keys are taken for the columns of a stream of JSON
 BATCH = 1000  # rows of a Parquet file at a time
-_BOM = b"\xef\xbb\xbf"
-_PACKED_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
-@dataclass(frozen=True)
-class BrokenLine:
-    """A line of a JSONL file, or an element of a JSON list, that holds no row."""
-
-    kind: str
-    place: str
 
 
 def data_suffix(path: Path, *, required: bool = True) -> str:
@@ -58,18 +46,24 @@ class JsonRows:
         self.paths = paths
 
     def __iter__(self) -> "Iterator[dict | BrokenLine]":
-        return itertools.chain.from_iterable(map(_json_rows, self.paths))
+        return rows_of_files(self.paths)
 
     @cached_property
     def columns(self) -> list[str]:
         """Keys of the first rows. What comes up later only is no column."""
-        head = itertools.islice((row for row in self if isinstance(row, dict)), HEAD)
-        return list(dict.fromkeys(key for row in head for key in row))
+        head: dict[str, None] = {}
+        try:
+            for row in itertools.islice((row for row in self if isinstance(row, dict)), HEAD):
+                head.update(dict.fromkeys(row))
+        except PreferenceDataError:  # raised again behind the rows that can be read
+            if not head:
+                raise
+        return list(head)
 
     @cached_property
     def total(self) -> int:
         """Lines of the files, counted without parsing: for a bar, not for a number."""
-        return sum(map(_count_lines, self.paths))
+        return sum(map(count_lines, self.paths))
 
     def cells(self, names: list[str]) -> "Iterator[tuple | BrokenLine]":
         """The values of the named columns, row by row; None for a column that is not there."""
@@ -109,143 +103,80 @@ class ParquetRows:
 
     def cells(self, names: list[str]) -> Iterator[tuple]:
         """The values of the named columns, row by row; None for a column that is not there."""
-        import pyarrow as pa
-
         for path in self.paths:
-            try:
-                with _open_parquet(path) as file:
-                    present = [name for name in dict.fromkeys(names) if name in file.schema_arrow.names]
-                    for batch in file.iter_batches(batch_size=BATCH, columns=present):
+            with _open_parquet(path) as file:
+                present = [name for name in dict.fromkeys(names) if name in file.schema_arrow.names]
+                for batch in _batches(path, file, present):
+                    try:
                         columns = batch.to_pydict()
-                        nothing = [None] * len(batch)
-                        yield from zip(*(columns.get(name, nothing) for name in names), strict=True)
-            except (pa.ArrowException, OSError) as error:
-                raise unreadable(path, f"is damaged ({error}), so rows are lost") from error
+                    except (ValueError, OverflowError) as error:  # a date that Python cannot represent
+                        raise unreadable(path, f"has a value that cannot be read ({error})") from error
+                    nothing = [None] * len(batch)
+                    yield from zip(*(columns.get(name, nothing) for name in names), strict=True)
 
 
 def _open_parquet(path: Path) -> Any:
+    """The file, if its schema can be worked with."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not is_packed(path):
+        with path.open("rb") as start:
+            head = start.read(64)
+        content: Any = path
+    else:
+        data = unpacked(path)
+        head, content = data[:64], pa.BufferReader(data)
+    if not head.startswith(b"PAR1"):
+        refuse_other_formats(path, head)
     try:
-        packed = path.suffix.lower() == ".gz"
-        return pq.ParquetFile(pa.BufferReader(_unpacked(path)) if packed else path, pre_buffer=False)
-    except (pa.ArrowInvalid, OSError) as error:
+        file = pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True)
+        schema = file.schema_arrow
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise unreadable(path, f"is no complete Parquet file ({error})") from error
+    _check_fields(path, list(schema), "column", 1)
+    return file
+
+
+def _check_fields(path: Path, fields: list[Any], what: str, depth: int) -> None:
+    """Raise where two columns, or two fields of a struct, have one name, or fields are nested too deeply."""
+    again = [name for name, count in Counter(field.name for field in fields).items() if count > 1]
+    if again:
+        raise unreadable(path, f"has {what} `{again[0]}` more than once", "Rename or remove one of them.")
+    if depth > MAX_DEPTH:
+        raise unreadable(path, f"nests values deeper than {MAX_DEPTH} levels", "Store what is nested as JSON text.")
+    for field in fields:
+        inner = [field.type.field(i) for i in range(field.type.num_fields)]
+        if inner:
+            _check_fields(path, inner, f"in column `{field.name}` the field", depth + 1)
+
+
+def _batches(path: Path, file: Any, columns: list[str] | None = None) -> Iterator[Any]:
+    """The record batches of a file; its values are validated, which reading alone does not do."""
+    import pyarrow as pa
+
+    try:
+        for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+            batch.validate(full=True)
+            yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(path, f"is damaged ({error}), so rows are lost") from error
 
 
 def read_parquet(path: Path) -> "Dataset":
     """A Parquet file as an Arrow data set that lies on disk (in memory if the file is packed)."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
     from datasets import Dataset
+    from datasets.exceptions import DatasetsError
 
+    packed = is_packed(path)
+    with _open_parquet(path) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        # Read once before `datasets` does, whose errors do not name the file.
+        batches = [batch for batch in _batches(path, file) if packed]
     try:
-        if path.suffix.lower() != ".gz":
-            pq.read_metadata(path)  # a clear error before `datasets` hides it behind its own
-            dataset = Dataset.from_parquet(str(path))
-        else:
-            dataset = Dataset(pq.read_table(pa.BufferReader(_unpacked(path))))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise unreadable(path, f"is no complete Parquet file ({error})") from error
-    if not len(dataset):
-        raise unreadable(path, "has no rows")
-    return dataset
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _unpacked(path: Path) -> bytes:
-    """The content of a gzip file. One that is cut off is an error: who knows how many rows it lacks."""
-    try:
-        with _open(path) as file:
-            return file.read()
-    except _PACKED_ERRORS as error:
-        raise _damaged(path, error) from error
-
-
-def _count_lines(path: Path) -> int:
-    lines, last = 0, b""
-    try:
-        with _open(path) as file:
-            while chunk := file.read(1 << 20):
-                lines, last = lines + chunk.count(b"\n"), chunk[-1:]
-    except _PACKED_ERRORS:  # said when the rows are read
-        pass
-    return lines + (last not in (b"\n", b""))
-
-
-def _json_rows(path: Path) -> "Iterator[dict | BrokenLine]":
-    """One object a line, or one list of objects; the first character tells, since both go by the name `.json`."""
-    blank: bytes | None = b""  # what stands before the first row; None behind it
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                text = line.removeprefix(_BOM) if number == 1 else line
-                if not text.strip():
-                    blank = None if blank is None else blank + text
-                    continue
-                if blank is not None and text.lstrip()[:1] == b"[":
-                    yield from _json_list(path, blank + text + file.read())
-                    return
-                blank = None
-                whole = text.removesuffix(b"\n")
-                yield _parse_line(whole, f"{path.name}, line {number}", cut_off=whole == text)
-    except _PACKED_ERRORS as error:
-        raise _damaged(path, error) from error
-    if blank is not None:
-        raise unreadable(path, "is empty")
-
-
-def _json_list(path: Path, content: bytes) -> "Iterator[dict | BrokenLine]":
-    try:
-        elements = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise unreadable(path, f"is not valid UTF-8 at line {line}; save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise unreadable(path, f"is no complete JSON list ({error.msg.removesuffix(' at')} at {place})") from error
-    except RecursionError as error:
-        raise unreadable(path, "is nested too deeply") from error
-    if not elements:
-        raise unreadable(path, "has no rows")
-    escaped = b"\\u" in content
-    for number, row in enumerate(elements):
-        yield _row_or_broken(row, f"{path.name}, element {number}", escaped)
-
-
-def _parse_line(line: bytes, place: str, *, cut_off: bool) -> dict | BrokenLine:
-    try:
-        return _row_or_broken(json.loads(line.decode("utf-8")), place, b"\\u" in line)
-    except UnicodeDecodeError as error:
-        return BrokenLine("bad_utf8", f"{place} (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        why = "the file ends inside it: cut off" if cut_off else f"{error.msg}, column {error.colno}"
-        return BrokenLine("broken_line", f"{place} ({why})")
-    except (RecursionError, ValueError) as error:  # brackets in brackets; a number of thousands of digits
-        return BrokenLine("broken_line", f"{place} ({type(error).__name__})")
-
-
-def _row_or_broken(value: Any, place: str, escaped: bool) -> dict | BrokenLine:
-    if not isinstance(value, dict):
-        return BrokenLine("not_an_object", f"{place} ({type(value).__name__})")
-    try:
-        # Half of a surrogate pair ("\\ud83d" alone) is legal JSON and no text: Arrow and tokenizers refuse it.
-        if escaped:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return BrokenLine("bad_utf8", f"{place} (half a surrogate pair)")
-    return value
-
-
-def _damaged(path: Path, error: BaseException) -> PreferenceDataError:
-    return unreadable(path, f"is a damaged or cut-off gzip file ({error}), so rows are lost")
-
-
-def unreadable(path: Path, what: str) -> PreferenceDataError:
-    """The error for a file of which rows are lost."""
-    cure = "Fetch or write the file again."
-    return PreferenceDataError(f"{path} {what}. {cure}", [Fault("unreadable_file", "", [], 1, cure)])
+        if packed:
+            return Dataset(pa.Table.from_batches(batches, schema))
+        return Dataset.from_parquet(str(path)) if rows else Dataset(schema.empty_table())
+    except (pa.ArrowException, DatasetsError, OSError, ValueError, TypeError, KeyError) as error:
+        raise unreadable(path, f"cannot be read as a data set ({type(error).__name__}: {error})") from error

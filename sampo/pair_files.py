@@ -12,13 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data_files import DATA_SUFFIXES, BrokenLine, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
-from .pair_rows import PAIR_COLUMNS
+from .data_files import DATA_SUFFIXES, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
+from .json_files import BrokenLine, unreadable
+from .pair_rows import PAIR_COLUMNS, PreferenceDataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+MAX_COLUMNS = 1000  # every row gets a cell in every column
 
 # Words in a file's name that say which split it belongs to; as the `datasets` library reads them.
 SPLIT_WORDS = {
@@ -108,11 +111,26 @@ class Files:
         rows = stream_files(self.paths)
         if isinstance(rows, JsonRows):
             read = list(rows)
-            return Table(read, list(dict.fromkeys(key for row in read if isinstance(row, dict) for key in row)))
+            columns = list(dict.fromkeys(key for row in read if isinstance(row, dict) for key in row))
+            if len(columns) > MAX_COLUMNS:
+                raise PreferenceDataError(
+                    f"{self.paths[0]} must have at most {MAX_COLUMNS:,} columns, got {len(columns):,}: keys that "
+                    "differ from row to row are values. Put them into one column, as an object or a list."
+                )
+            return Table(read, columns)
         from datasets import concatenate_datasets
 
-        parts = [read_parquet(path) for path in self.paths]
-        return _of_dataset(concatenate_datasets(parts) if len(parts) > 1 else parts[0])
+        parts = [part for part in map(read_parquet, self.paths) if len(part)]
+        if not parts:
+            raise unreadable(self.paths[0], "has no rows")
+        try:
+            return _of_dataset(concatenate_datasets(parts) if len(parts) > 1 else parts[0])
+        except ValueError as error:
+            names = [path.name for path in self.paths]
+            raise ValueError(
+                f"The files of a split must have the same columns of the same types, got {names} and: {error}. "
+                "Write them with one schema, or load them as several data sets."
+            ) from error
 
     def stream(self) -> "JsonRows | ParquetRows | Table":
         """The rows one by one, for what is too large for memory; a table has its rows on disk."""
@@ -166,22 +184,25 @@ def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[]
             f"`source` must be a file, a folder or a data set id on the hub, got {source!r}: there is no such path in "
             f"{Path.cwd()}, and the hub gave: {error}. Check the spelling, the connection and `hf auth login`."
         ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(
+            f"`source` must be a data set that can be read, got {source!r} with a damaged file: {error.__cause__}. "
+            "Download the data set again, or give its files one by one."
+        ) from error
     return source, _of_datasets(loaded)
 
 
 def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
     """A folder of `save_to_disk`, or of data files, whose splits are named in the file names."""
-    import datasets
-
     if name is not None:
         if not (folder / name).is_dir():
             inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
             raise ValueError(f"`name` must be a sub-folder of {folder}, got {name!r}; it has {inside}.")
         folder = folder / name
     if (folder / "dataset_dict.json").exists():
-        return folder.name, _of_datasets(datasets.load_from_disk(str(folder)))
+        return folder.name, _of_datasets(_load_from_disk(folder))
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
-        dataset = datasets.load_from_disk(str(folder))
+        dataset = _load_from_disk(folder)
         return folder.name, {str(dataset.split or "train"): partial(_of_dataset, dataset)}
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -196,6 +217,21 @@ def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callabl
     for split, paths in splits.items():
         logger.info("split `%s` of %s: %s", split, folder, ", ".join(str(path.relative_to(folder)) for path in paths))
     return folder.name, {split: Files(paths) for split, paths in splits.items()}
+
+
+def _load_from_disk(folder: Path) -> Any:
+    """What `save_to_disk` wrote. Its Arrow files are validated: to read damaged ones may crash the process."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+        for dataset in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
+            dataset.data.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise unreadable(folder, f"is a damaged or incomplete folder of `save_to_disk` ({what})") from error
+    return loaded
 
 
 def _split_of(parts: tuple[str, ...]) -> str:

@@ -24,6 +24,16 @@ PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 # What a message can consist of. An assistant that calls a tool need not say anything.
 SPEAKING_KEYS = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
+MAX_DEPTH = 32  # levels of lists and objects in one row: `datasets` fails at about 50, Parquet at 100
+
+# Blanks, control characters, and what Unicode calls default ignorable (zero-width spaces and joiners, marks of byte
+# order and of direction, soft hyphens, fillers, variation selectors, tags); the blank of Braille.
+_INVISIBLE = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e0fff]*"
+)
+
 DROP_CURE = "Load the data with `load_preferences(..., on_bad_rows='drop')` to leave them out"
 # kind of fault -> (what is said after "12 of 2,312 pairs", the cure)
 KINDS = {
@@ -32,6 +42,14 @@ KINDS = {
     "not_an_object": (
         "{are} valid JSON but no object",
         f'Each must look like {{"prompt": …, "chosen": …, "rejected": …}}. {DROP_CURE}.',
+    ),
+    "repeated_key": (
+        "{have} a key twice in one object",
+        f"Which of the two values is meant is not known: rename or remove one. {DROP_CURE}.",
+    ),
+    "too_deep": (
+        f"{{are}} nested deeper than {MAX_DEPTH} levels",
+        f"Store what is nested as JSON text. {DROP_CURE}.",
     ),
     "null": ("{have} no value (null) in `{column}`", f"Fill it in. {DROP_CURE}."),
     "nan": ("{have} NaN in `{column}`", f"An empty cell of a table is read as NaN; fill it in. {DROP_CURE}."),
@@ -170,7 +188,7 @@ def _read_transcripts(_: Any, chosen: Any, rejected: Any) -> tuple[Pair, Faults]
             faults.append(("not_a_transcript", column))
         elif completion is None:
             faults.append(("bad_roles", column))
-        elif not completion:
+        elif is_blank_text(completion):
             faults.append(("empty", column))
     if faults:
         return failed, faults
@@ -203,13 +221,11 @@ def _split_transcript(text: str) -> tuple[str | None, str | None]:
 def _messages_of_transcript(text: str) -> list[dict[str, str]]:
     """The turns of a transcript. Some rows name a speaker twice in a row: that is one turn of two paragraphs."""
     _, *parts = _TURN.split(text)
-    messages: list[dict[str, str]] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        if messages and messages[-1]["role"] == _ROLES[speaker]:
-            messages[-1]["content"] += "\n\n" + content.strip()
-        else:
-            messages.append({"role": _ROLES[speaker], "content": content.strip()})
-    return messages
+    turns = itertools.groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
+    return [
+        {"role": _ROLES[speaker], "content": "\n\n".join(content.strip() for _, content in said)}
+        for speaker, said in turns
+    ]
 
 
 READERS: dict[str, Callable[[Any, Any, Any], tuple[Pair, Faults]]] = {
@@ -241,7 +257,7 @@ def _cell_faults(fault_of: Callable[[Any], str | None], **cells: Any) -> Faults:
 
 def _text_fault(value: Any) -> str | None:
     if isinstance(value, str):
-        return None if value and not value.isspace() else "empty"
+        return "empty" if is_blank_text(value) else None
     return _no_value_fault(value)
 
 
@@ -274,9 +290,14 @@ def _is_blank_message(message: dict) -> bool:
     return all(_is_blank(message.get(key)) for key in SPEAKING_KEYS)
 
 
+def is_blank_text(text: str) -> bool:
+    """Whether a text has no visible character."""
+    return _INVISIBLE.fullmatch(text) is not None
+
+
 def _is_blank(value: Any) -> bool:
     if isinstance(value, str):
-        return not value.strip()
+        return is_blank_text(value)
     if isinstance(value, list):
         return all(_is_blank(block.get("text")) if is_text_block(block) else not block for block in value)
     return not value

@@ -60,6 +60,7 @@ from .logs import get_logger, show_logs
 from .model_card import finish_card
 from .model_checks import faults_of_reference, faults_of_tokens
 from .model_loading import check_model
+from .old_options import faults_of_arguments
 from .pair_stream import PairStreams, Stream, lay_out, score
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
 from .ref_logps import BATCH as CACHED_REF_LOGPS
@@ -236,6 +237,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         *rest,
         **kwargs,
     ):
+        if faults := faults_of_arguments(kwargs, SamPOConfig.__dataclass_fields__):
+            raise TypeError(" ".join(faults))
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SamPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-SamPO")

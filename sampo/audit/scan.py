@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..data import as_text, missing_columns, nearest_column
-from ..data_files import BrokenLine
+from ..json_files import BrokenLine
 from ..pair_files import guess
 from ..pair_rows import KINDS, PAIR_COLUMNS, READERS, Fault, Pair, PreferenceDataError, layout_of
 from .tokens import TokenCounter, WordCounter

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
 
 from ..io.schemas import WrongFile, named, read_yaml, shown, typed
+from ..old_options import OLD_OPTIONS
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 
@@ -145,8 +146,8 @@ class RecipeParser(TrlParser):
         config, path = self._read_config(args)
         choices = {action.dest: list(action.choices or ()) for action in self._actions}
         faults = [
-            f"`{key}` in {path} is no option.{_nearest(key, choices)}"
-            for key in config
+            f"`{key}` in {path} is no option.{_nearest(key, choices, value)}"
+            for key, value in config.items()
             if key not in {*choices, *self.not_ours, "env"}
         ]
         faults += [
@@ -249,8 +250,10 @@ def _separate_config(args: list[str]) -> list[str]:
     return [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
-def _nearest(name: str, known) -> str:
+def _nearest(name: str, known, value: Any = None) -> str:
     plain = name.lstrip("-").replace("-", "_")
+    if plain in OLD_OPTIONS:
+        return f" {OLD_OPTIONS[plain](value)}"
     if plain in LAUNCH_OPTIONS:
         return f" It is for the launcher: `sampo train --{plain} ...` on the command line."
     if plain in ITERATE_OPTIONS:

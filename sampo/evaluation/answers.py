@@ -6,15 +6,18 @@ the user; so answers of different origins find each other.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..io.files import write_whole
-from ..io.schemas import named, read_json, typed
-from ..pair_rows import without_nulls
-from .journal import read_rows
+from ..io.schemas import named, typed
+from ..json_files import json_rows
+from ..pair_rows import KINDS, without_nulls
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
 
@@ -121,7 +124,8 @@ def _content_text(content: Any) -> str:
 def read_answers(path: str | Path) -> list[Answer]:
     """Answers from our JSONL, from any JSONL with a prompt and an answer, or from AlpacaEval's JSON list.
 
-    Fields that we do not know are kept in `extra`. An unfinished last line is left out, with a warning.
+    What is read is what `json_files` describes. Fields that we do not know are kept in `extra`. An unfinished last
+    line is left out, with a warning.
 
     Raises:
         ValueError: a row is no answer, or two are of the same prompt, sample and model.
@@ -129,11 +133,9 @@ def read_answers(path: str | Path) -> list[Answer]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`{path}` must be a file of answers, and is not there. Check the spelling.")
-    start = path.read_bytes()[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
-    rows = _read_list(path) if start.startswith(b"[") else read_rows(path)
     answers: list[Answer] = []
     seen: dict[tuple[str, int], int] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_rows(path), 1):
         with named(f"{path}, row {number}"):
             answer = _answer_of(row)
         if answer.key in seen:
@@ -146,11 +148,24 @@ def read_answers(path: str | Path) -> list[Answer]:
     return answers
 
 
-def _read_list(path: Path) -> list[Any]:
-    return read_json(path, list[Any], "Fetch it again")
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.stat().st_size:  # of a run that has not written any answer yet
+        return
+    # A server may cut an answer inside a surrogate pair, and `generate` keeps it as it came.
+    for row in json_rows(path, lone_surrogates=True):
+        if isinstance(row, dict):
+            yield row
+        elif row.cut_off:
+            logger.warning("%s: an unfinished last line left out: %s", path, row.place)
+        else:
+            what = KINDS[row.kind][0].format(are="is", have="has")
+            raise ValueError(
+                f"Each row of {path} must be a JSON object with a prompt and an answer, got one that {what}: "
+                f"{row.place}. Restore it, or delete it."
+            )
 
 
-def _answer_of(row: Any) -> Answer:
+def _answer_of(row: dict[str, Any]) -> Answer:
     row = dict(typed(dict[str, Any], row))
     for ours, names in (("prompt", PROMPT_NAMES), ("answer", ANSWER_NAMES)):
         name = next((name for name in names if name in row), None)

@@ -142,11 +142,10 @@ def match(system: Sequence[Answer], baseline: Sequence[Answer]) -> Matching:
     """Join by prompt and sample; a baseline with one answer to a prompt is compared with each of the system's."""
     by_key = {answer.key: answer for answer in baseline}
     samples = Counter(answer.prompt_id for answer in baseline)
+    only = {answer.prompt_id: answer.key for answer in baseline if samples[answer.prompt_id] == 1}
     pairs, used = [], set()
     for answer in system:
-        key = answer.key
-        if key not in by_key and samples[answer.prompt_id] == 1:
-            key = next(other for other in by_key if other[0] == answer.prompt_id)
+        key = answer.key if answer.key in by_key else only.get(answer.prompt_id, answer.key)
         if key in by_key:
             pairs.append(Pair(answer, by_key[key]))
             used.add(key)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pair_files import BrokenLine, Table, open_source, pick_split
-from ..pair_rows import READERS, layout_of, without_nulls
+from ..pair_rows import READERS, is_blank_text, layout_of, without_nulls
 from .answers import Prompt, prompt_id
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _questions(table: Table, label: str) -> Iterator[Question | str]:
 
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
-        if not value.strip():
+        if is_blank_text(value):
             raise _Bad("empty")
         return _transcript(value) if value.lstrip().startswith("Human:") and value.startswith("\n") else value
     if not value:

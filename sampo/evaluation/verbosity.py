@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..pair_rows import is_blank_text
 from .intervals import Estimate, codes_of, mean_interval, prompt_means, quantile_interval, rate_interval, undefined
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _of_length(values: np.ndarray | None, codes: np.ndarray, unit: str, confiden
 
 
 def _of_stops(system: System, codes: np.ndarray, confidence: float) -> dict[str, Estimate]:
-    empty = np.array([not text.strip() for text in system.text])
+    empty = np.array([is_blank_text(text) for text in system.text])
     known = np.array([stop in ("eos", "length") for stop in system.stop or []], dtype=bool)
     cut = np.array([stop == "length" for stop in system.stop or []], dtype=bool)
     return {
@@ -240,7 +241,7 @@ def _beside(system: System, baseline: System, unit: str, confidence: float, note
         return dict.fromkeys(names, undefined(0))
     rows, other = _rows_by_prompt(system.prompt), _rows_by_prompt(baseline.prompt)
     shared = [prompt for prompt in rows if prompt in other]
-    longer = [np.mean(ours[rows[p]][:, None] > theirs[other[p]][None, :]) for p in shared]
+    longer = [_share_above(ours[rows[p]], theirs[other[p]]) for p in shared]
     full = [p for p in shared if (ours[rows[p]] > 0).all() and (theirs[other[p]] > 0).all()]
     logs = np.array([np.log(ours[rows[p]]).mean() - np.log(theirs[other[p]]).mean() for p in full])
     if unit == UNITS[-1]:  # said once, for characters, which every system has
@@ -250,6 +251,11 @@ def _beside(system: System, baseline: System, unit: str, confidence: float, note
         if empty:
             notes.append(f"{empty} prompts with an empty answer have no ratio of lengths.")
     return {names[0]: _exp(mean_interval(logs, confidence)), names[1]: rate_interval(np.array(longer), confidence)}
+
+
+def _share_above(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Share of all pairs of `(n,)` and `(m,)` values in which ours is larger, without the `(n, m)` table of them."""
+    return float(np.searchsorted(np.sort(theirs), ours, side="left").mean() / len(theirs))
 
 
 def _rows_by_prompt(prompts: Sequence[Hashable]) -> dict[Hashable, list[int]]:
