@@ -6,6 +6,7 @@ Python, or never end; all of that is known from its text alone, before a model i
 
 import ctypes
 import json
+import logging
 import os
 import threading
 import time
@@ -13,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .pair_rows import Pair, is_text_block
+from .pair_rows import PAIR_COLUMNS, Pair, is_text_block
 from .repeated_prompts import PROMPT_ROLES
+
+logger = logging.getLogger(__name__)
 
 LIMIT = 10.0  # seconds for one conversation, which takes well under a millisecond
 
@@ -51,6 +54,38 @@ def join_text_blocks(messages: list[dict]) -> list[dict]:
         else message
         for message in messages
     ]
+
+
+def with_strings_for_template(dataset: Any, tokenizer: Any, label: str) -> Any:
+    """The pairs with strings in the place of content blocks of text, where the chat template does not take blocks.
+
+    Other data sets, streams among them, are returned as they are.
+    """
+    from datasets import Dataset
+
+    has_template = isinstance(getattr(tokenizer, "chat_template", None), str)
+    if not has_template or hasattr(tokenizer, "tokenizer") or not isinstance(dataset, Dataset):
+        return dataset
+    names = [name for name in PAIR_COLUMNS if name in dataset.column_names]
+    if not any(_can_hold_blocks(dataset.features[name]) for name in names):
+        return dataset
+    template = ChatTemplate(tokenizer)
+
+    def join(batch: dict[str, list]) -> dict[str, list]:
+        return {name: [template.as_taken(messages) for messages in batch[name]] for name in names}
+
+    if template.takes_blocks:
+        return dataset
+    joined = dataset.with_format(None).map(join, batched=True, desc="Joining blocks of text")
+    if joined.features != dataset.features:
+        logger.info("%s: content blocks of text joined to strings, for the chat template takes no blocks", label)
+    return joined
+
+
+def _can_hold_blocks(feature: Any) -> bool:
+    """Whether the messages of a column have content that is not plainly a string."""
+    message = getattr(feature, "feature", None)
+    return isinstance(message, dict) and getattr(message.get("content"), "dtype", None) not in ("string", "null")
 
 
 class ChatTemplate:

@@ -30,7 +30,7 @@ import textwrap
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,12 +47,21 @@ from trl.trainer.utils import add_fused_lm_head
 from .cached_reference import CachedReferenceTrainer
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
-from .end_tokens import end_token_ids
-from .guards import check_data, refuse_another_engine, refuse_separate_processes
+from .chat import with_strings_for_template
+from .end_tokens import ResponseEnds, end_token_ids
+from .guards import (
+    check_data,
+    find_processor,
+    refuse_another_engine,
+    refuse_endless_responses,
+    refuse_separate_processes,
+    refuse_without_end_token,
+)
 from .head import score_places
 from .lengths import LengthSums, TokenCounts, count_tokens
 from .model_checks import faults_of_reference, faults_of_tokens
 from .pair_stream import PairStreams, Stream, lay_out, score
+from .pair_tokens import prepare, rows_with_other_ends
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
 from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .ref_logps import END
@@ -222,6 +231,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
+        processing_class=None,
         *rest,
         **kwargs,
     ):
@@ -236,10 +246,15 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         refuse_separate_processes(args)
         if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
-        check_data(train_dataset, eval_dataset)
+        if processing_class is None:
+            processing_class = find_processor(model, args, train_dataset, eval_dataset)
+        check_data(train_dataset, eval_dataset, processing_class)
+        refuse_without_end_token(train_dataset, processing_class, args)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
+        self._rows_with_other_ends: list[int] = []  # fingerprints of rows whose end tokens end other turns
         self._reference_is_start = ref_model is None
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        data = (train_dataset, eval_dataset, processing_class)
+        super().__init__(model, ref_model, args, data_collator, *data, *rest, **kwargs)
 
         self._refuse_wrong_tokens()
         self._weighting = WEIGHTINGS[args.token_weighting]
@@ -349,6 +364,9 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         """A batch of which all completion tokens are scored."""
         mask = inputs["completion_mask"][:, 1:].bool()
         end = last_end_tokens(inputs["input_ids"], mask, torch.tensor(self._end_token_ids, device=mask.device))
+        if self._rows_with_other_ends:
+            rows = fingerprints(inputs["input_ids"], inputs["attention_mask"])
+            end &= ~torch.isin(rows, rows.new_tensor(self._rows_with_other_ends))[:, None]
         return _Pairs(inputs, mask, end, epoch, known=None, places=mask, ref_places=mask)
 
     def _weigh(self, pairs: _Pairs, draw: int, log_ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -799,9 +817,14 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     # --- before the first step -----------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = with_strings_for_template(dataset, processing_class, f"{dataset_name} data")
+        trl_prepares = partial(super()._prepare_dataset, dataset, processing_class, args, dataset_name)
+        prepared, note = prepare(trl_prepares, processing_class, args.dataset_num_proc)
+        if note is not None:
+            logger.warning(f"{dataset_name} data: {note}")
         if isinstance(prepared, Dataset):
-            counts = count_tokens(prepared, args.max_length, args.truncation_mode)
+            ends = ResponseEnds(self._tokenizer, end_token_ids(self._tokenizer))  # there is no `self.model` yet
+            counts = count_tokens(prepared, args.max_length, args.truncation_mode, ends)
             counts.dropped = len(dataset) - len(prepared)
             self._token_counts[dataset_name] = counts
             if counts.empty_rows:
@@ -810,6 +833,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
                     f"the {dataset_name} data, first at rows {counts.empty_rows[:10]} of the tokenised set. Remove "
                     "them, or load the data with `sampo.load_preferences(..., on_bad_rows='drop')`."
                 )
+            self._rows_with_other_ends += rows_with_other_ends(prepared, counts, args.max_length, args.truncation_mode)
+            refuse_endless_responses(counts, args, dataset_name)
             log = logger.warning if counts.dropped or counts.identical else logger.info
             log(f"{dataset_name} data: {counts.in_words(args.max_length)}")
         else:
