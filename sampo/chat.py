@@ -63,8 +63,8 @@ def with_strings_for_template(dataset: Any, tokenizer: Any, label: str) -> Any:
     """
     from datasets import Dataset
 
-    has_template = isinstance(getattr(tokenizer, "chat_template", None), str)
-    if not has_template or hasattr(tokenizer, "tokenizer") or not isinstance(dataset, Dataset):
+    is_processor = hasattr(tokenizer, "tokenizer")
+    if is_processor or not getattr(tokenizer, "chat_template", None) or not isinstance(dataset, Dataset):
         return dataset
     names = [name for name in PAIR_COLUMNS if name in dataset.column_names]
     if not any(_can_hold_blocks(dataset.features[name]) for name in names):
@@ -93,12 +93,13 @@ class ChatTemplate:
 
     Args:
         tokenizer: with a chat template.
+        template: in place of the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, template: str | None = None):
         self.tokenizer = tokenizer
+        self._own: dict[str, Any] = {} if template is None else {"chat_template": template}
         self.reasons: dict[str, str] = {}  # kind of fault -> what the template said the first time
-        self.joined = 0  # messages whose blocks became one string
         self._takes_blocks: bool | None = None
 
     @property
@@ -107,17 +108,20 @@ class ChatTemplate:
         if self._takes_blocks is None:
             content = [{"type": "text", "text": "A question?"}]
             try:
-                text = render(self.tokenizer, [{"role": "user", "content": content}])
+                text = self.render([{"role": "user", "content": content}])
             except NotRendered:
                 text = ""
             self._takes_blocks = "A question?" in text and "type" not in text.split("A question?")[0][-40:]
         return self._takes_blocks
 
+    def render(self, messages: list[dict], **options: Any) -> str:
+        """The text of a conversation; raises `NotRendered` if the template fails."""
+        return render(self.tokenizer, messages, **self._own, **options)
+
     def as_taken(self, messages: list[dict]) -> list[dict]:
         """The messages in the form that the template takes: with strings in the place of text blocks, if need be."""
         if not any(isinstance(message.get("content"), list) for message in messages) or self.takes_blocks:
             return messages
-        self.joined += 1
         return join_text_blocks(messages)
 
     def texts(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str, str]:
@@ -134,8 +138,8 @@ class ChatTemplate:
         tools = extra.get("tools")
         options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
         options |= extra.get("chat_template_kwargs") or {}
-        alone = render(self.tokenizer, prompt, add_generation_prompt=True, **options)
-        chosen, rejected = (render(self.tokenizer, prompt + side, **options) for side in sides)
+        alone = self.render(prompt, add_generation_prompt=True, **options)
+        chosen, rejected = (self.render(prompt + side, **options) for side in sides)
         return alone, chosen, rejected
 
     def find_fault(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str] | None:
@@ -149,15 +153,19 @@ class ChatTemplate:
 
     def fault_of_texts(self, pair: Pair, texts: tuple[str, str, str]) -> tuple[str, str] | None:
         """Kind and column of the first message that the rendered texts do not show."""
-        prompt, *sides = map(self.as_taken, pair)
-        for message in prompt:
-            if message["role"] in PROMPT_ROLES and (kind := _fault_of_message(message, texts[0])):
-                return ("system_lost", "prompt") if kind == "message_lost" and message["role"] != "user" else (
-                    kind, "prompt",
-                )  # fmt: skip
+        prompt, *sides = pair
+        if kind := self.fault_of_prompt(prompt, texts[0]):
+            return kind, "prompt"
         for column, side, text in zip(("chosen", "rejected"), sides, texts[1:], strict=True):
-            if kind := _fault_of_message(side[-1], text):
+            if kind := _fault_of_message(self.as_taken(side)[-1], text):
                 return kind, column
+        return None
+
+    def fault_of_prompt(self, prompt: list[dict], text: str) -> str | None:
+        """Kind of fault of the first system or user message that the rendered prompt does not show."""
+        for message in self.as_taken(prompt):
+            if message["role"] in PROMPT_ROLES and (kind := _fault_of_message(message, text)):
+                return "system_lost" if kind == "message_lost" and message["role"] != "user" else kind
         return None
 
 

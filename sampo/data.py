@@ -331,8 +331,8 @@ class _Scan:
 
 def _template_of(tokenizer: Any) -> ChatTemplate | None:
     """The template that messages go through, if the tokenizer has one; a processor's is for more than text."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    return ChatTemplate(tokenizer) if isinstance(getattr(tokenizer, "chat_template", None), str) else None
+    is_processor = hasattr(tokenizer, "tokenizer")
+    return ChatTemplate(tokenizer) if not is_processor and getattr(tokenizer, "chat_template", None) else None
 
 
 def _scan(table: Table, treatment: Treatment, template: ChatTemplate | None, *, strict: bool) -> _Scan:
@@ -342,6 +342,7 @@ def _scan(table: Table, treatment: Treatment, template: ChatTemplate | None, *, 
     cells = iter(()) if {"chosen", "rejected"} <= absent else table.cells([*PAIR_COLUMNS, *extras])
     head = list(itertools.islice(cells, 1000))
     scan = _Scan(layout_of(table.columns, [row[:3] for row in head if not isinstance(row, BrokenLine)]))
+    treatment.check_layout(scan.layout)
     look = _Look(scan, treatment, template, strict, not IMAGE_COLUMNS & set(table.columns))
     for row in itertools.chain(head, cells):
         if isinstance(row, BrokenLine):

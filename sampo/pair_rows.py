@@ -306,6 +306,18 @@ class Treatment:
                 f"`repeated_prompt` must be one of {list(REPEATED_PROMPT)}, got {self.repeated_prompt!r}."
             )
 
+    def check_layout(self, layout: str) -> None:
+        """Refuse to make messages of text whose prompt is what two texts happen to share, letter by letter.
+
+        Raises:
+            PreferenceDataError: such a layout.
+        """
+        if self.text_as_messages and layout == "shared_text":
+            raise PreferenceDataError(
+                "`text_as_messages` needs a column `prompt`, got `chosen` and `rejected` alone: what they share can "
+                "end inside a word of the answer. Name the column of the prompts with `columns`, or add one."
+            )
+
     @property
     def cuts(self) -> bool:
         """Whether repeated prompts are cut."""

@@ -6,8 +6,7 @@ be inside the prompt's last word, for tokenizers merge letters; a template can r
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .lengths import TokenCounts, kept_ids
@@ -20,46 +19,35 @@ _TRL = logging.getLogger("trl.trainer.dpo_trainer")
 _NOT_A_PREFIX = "The tokenized prompt is not a prefix"
 
 
-class _Swallow(logging.Filter):
+class _KeepBack(logging.Filter):
     """Keeps TRL's warning back, which comes once for each ending of a prompt; we give the share of the pairs."""
 
-    seen = False
-
     def filter(self, record: logging.LogRecord) -> bool:
-        is_it = str(record.msg).startswith(_NOT_A_PREFIX)
-        self.seen |= is_it
-        return not is_it
+        return _NOT_A_PREFIX not in str(record.msg)
 
 
-@contextmanager
-def _trl_warning_kept_back() -> Iterator[_Swallow]:
-    swallow = _Swallow()
-    _TRL.addFilter(swallow)
-    try:
-        yield swallow
-    finally:
-        _TRL.removeFilter(swallow)
-
-
-def prepare(trl_prepares: Callable[[], Any], tokenizer: Any, workers: int | None = None) -> tuple[Any, str | None]:
+def prepare(trl_prepares: Callable[[], Any], tokenizer: Any) -> tuple[Any, str | None]:
     """TRL's tokenised pairs, and what is to be said of them in place of its warning.
 
     Args:
         trl_prepares: `DPOTrainer._prepare_dataset`, with its arguments.
         tokenizer: of the policy.
-        workers: processes that tokenise; what they warn of is not seen here.
     """
     from datasets import Dataset
 
-    with _trl_warning_kept_back() as trl:
+    keep_back = _KeepBack()
+    _TRL.addFilter(keep_back)
+    try:
         prepared = trl_prepares()
+    finally:
+        _TRL.removeFilter(keep_back)
     if not isinstance(prepared, Dataset) or not len(prepared) or "prompt" not in prepared.column_names:
         return prepared, None
-    merged = count_merged(prepared, tokenizer) if trl.seen or (workers or 1) > 1 else 0
+    merged = count_merged(prepared, tokenizer)
     first = prepared[0]["prompt"]
     if not isinstance(first, str):
         return prepared, note_of_messages(merged, len(prepared))
-    has_template = isinstance(getattr(tokenizer, "chat_template", None), str) and not is_rendered(first)
+    has_template = bool(getattr(tokenizer, "chat_template", None)) and not is_rendered(first)
     return prepared, note_of_text(merged, len(prepared), has_template=has_template)
 
 
@@ -127,7 +115,7 @@ def note_of_messages(merged: int, pairs: int) -> str | None:
     if not merged:
         return None
     return (
-        f"In {merged:,} of {pairs:,} pairs ({100 * merged / pairs:.1f} %) the chat template renders the prompt alone in "
-        "another way than in front of a response; the response begins where the two part, so the model is trained on "
-        "another context than it sees when it answers. Take a template that renders both alike (`chat_template`)."
+        f"In {merged:,} of {pairs:,} pairs ({100 * merged / pairs:.1f} %) the chat template renders the prompt alone "
+        "in another way than in front of a response; the response begins where the two part, so the model is trained "
+        "on another context than it sees when it answers. Take a template that renders both alike (`chat_template`)."
     )

@@ -122,7 +122,7 @@ def _end_of_repeat(prompt: str, response: str) -> int | None:
         # in front of the prompt only what a template puts there: a system message, after a tag
         if before == letters or (before.endswith(letters) and SPECIAL_TAG.match(head.lstrip())):
             return opener.end()
-    end = _end_of_letters(letters, response)
+    end = len(prompt) if response.startswith(prompt) and prompt[-1].isspace() else _end_of_letters(letters, response)
     if end is None:
         return None
     if closed := _SKIPPED.match(response, end):

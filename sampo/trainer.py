@@ -45,9 +45,9 @@ from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from .cached_reference import CachedReferenceTrainer
+from .chat import with_strings_for_template
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
-from .chat import with_strings_for_template
 from .end_tokens import ResponseEnds, end_token_ids
 from .guards import (
     check_data,
@@ -819,7 +819,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         dataset = with_strings_for_template(dataset, processing_class, f"{dataset_name} data")
         trl_prepares = partial(super()._prepare_dataset, dataset, processing_class, args, dataset_name)
-        prepared, note = prepare(trl_prepares, processing_class, args.dataset_num_proc)
+        prepared, note = prepare(trl_prepares, processing_class)
         if note is not None:
             logger.warning(f"{dataset_name} data: {note}")
         if isinstance(prepared, Dataset):

@@ -43,7 +43,7 @@ ARROWS = {
     "cached_reference": {"config", "ref_key", "ref_logps"},
     "checkpoints": {"whole_files"},
     "run_identity": set(),
-    "model_checks": set(),
+    "model_checks": {"chat"},
     "run_state": set(),
     "guards": {"config", "data", "end_tokens", "lengths"},
     "resuming": {"checkpoints", "lengths", "run_identity"},
@@ -53,7 +53,7 @@ ARROWS = {
         *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
     },
     "lab": {"weighting", "config", "trainer", "results", "data", "lab"},
-    "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results", "whole_files"},
+    "evaluation": {"evaluation", "adapters", "chat", "pair_files", "pair_rows", "lab", "results", "whole_files"},
     "report": {"audit", "diagnostics", "evaluation", "lab", "pair_rows", "report", "results"},
     "cli": {"commands"},
 }

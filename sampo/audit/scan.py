@@ -32,8 +32,8 @@ from ..pair_rows import (
     layout_of,
     repeats_in_plain_text,
 )
-from ..repeated_prompts import are_many
 from ..pair_tokens import note_of_text
+from ..repeated_prompts import are_many
 from .tokens import TokenCounter, WordCounter
 
 HEAD = 1000  # rows that the layout is decided by
@@ -228,6 +228,7 @@ class _Scan:
         cells = self._until_lost(self.rows.cells([*names, *([self.by] if self.by else []), *EXTRA_COLUMNS]))
         head = list(itertools.islice(cells, HEAD))
         layout = self._layout(names, head)
+        self.treatment.check_layout(layout)
         self.cuts_plain = self._repeats(head, READERS[layout])
         for row in itertools.chain(head, cells):
             self._take(row, READERS[layout])

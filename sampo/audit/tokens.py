@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data import said
 from ..chat import ChatTemplate, NotRendered
+from ..data import said
 from ..end_tokens import ResponseEnds, end_token_ids
 from ..pair_rows import Pair
 
