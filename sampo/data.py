@@ -37,7 +37,7 @@ from .pair_rows import (
     repeats_in_plain_text,
     without_nulls,
 )
-from .repeated_prompts import are_many
+from .repeated_prompts import FEW_BYTES, are_many
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -268,6 +268,7 @@ class _Scan:
     swapped: list[int] = field(default_factory=list)  # the same with the sides swapped
     joined_turns: int = 0  # rows in which consecutive turns of one speaker became one
     repeating: list[int] = field(default_factory=list)  # good rows whose responses both begin with the prompt, as text
+    telling: int = 0  # how many of them have a prompt that is long enough to tell something
     cut: dict[int, Faults] = field(default_factory=dict)  # what is wrong with them once it is cut
     reasons: dict[str, str] = field(default_factory=dict)  # kind -> what a template said first
 
@@ -283,7 +284,7 @@ class _Scan:
 
     def settle_repeats(self, treatment: Treatment) -> None:
         """All rows are read: rows that begin with their prompt are bad if they are many, or have faults when cut."""
-        if not are_many(len(self.repeating), self.total):
+        if not are_many(self.telling, self.total):
             self.repeating.clear()
             return
         bad = {row: [("repeated_prompt", "chosen"), ("repeated_prompt", "rejected")] for row in self.repeating}
@@ -385,8 +386,9 @@ class _Look:
         text_beside = self.scan.layout == "text_beside_messages"
         pair, faults = READERS["messages" if self.strict and text_beside else self.scan.layout](*cells)
         pair, faults = self.treatment.take(pair, faults)
-        if not faults and repeats_in_plain_text(pair):
+        if not faults and (size := repeats_in_plain_text(pair)):
             self.scan.repeating.append(self.scan.total)
+            self.scan.telling += size >= FEW_BYTES
             if self.treatment.cuts:
                 self.scan.cut[self.scan.total] = self.treatment.take(pair, [], plain_repeats=True)[1]
         return pair, faults

@@ -12,6 +12,7 @@ from typing import Any
 
 PROMPT_ROLES = ("system", "developer", "user")
 MANY_SHARE, MANY_ROWS, MANY_SHARE_OF_ROWS = 0.5, 10, 0.05
+FEW_BYTES = 8  # to begin as so short a prompt does proves nothing: many answers to `Hello` begin with it
 
 # What only a template writes: ChatML, Llama 2 and 3, Gemma, Zephyr and Phi, DeepSeek, Cohere, gpt-oss.
 _OPENERS = (
@@ -47,7 +48,7 @@ OPENER = re.compile("|".join(_OPENERS), _FLAGS)
 ANY_OPENER = re.compile("|".join(_OPENERS + _WORD_OPENERS), _FLAGS)
 SPECIAL_TAG = re.compile("|".join(_OPENERS + _CLOSERS + _OTHER_TAGS), _FLAGS)
 _ANY_TAG = re.compile("|".join(_OPENERS + _CLOSERS + _OTHER_TAGS + _WORD_OPENERS + _WORD_TAGS), _FLAGS)
-_SKIPPED = re.compile(rf"(?:\s|{_ANY_TAG.pattern})+", _FLAGS)
+_SKIPPED = re.compile(rf"(?:{_ANY_TAG.pattern}|\s)+", _FLAGS)
 _CLOSER_AT_END = re.compile(rf"(?:{'|'.join(_CLOSERS)})\Z")
 _TAG_LETTERS = frozenset("<>|[]:#")
 
@@ -73,6 +74,7 @@ def are_many(rows: int, total: int) -> bool:
     """Whether so many rows whose responses begin with the prompt are a mistake of the data set.
 
     One response may quote its prompt. More than half of the rows do not, nor 5 % of them if these are ten or more.
+    Rows with a prompt of less than `FEW_BYTES` bytes are not counted.
     """
     return rows > MANY_SHARE * total or (rows >= MANY_ROWS and rows >= MANY_SHARE_OF_ROWS * total)
 
@@ -117,10 +119,7 @@ def _end_of_repeat(prompt: str, response: str) -> int | None:
         return None
     letters = "".join(words)
     for opener in ANY_OPENER.finditer(response):
-        head = response[: opener.start()]
-        before = "".join(_ANY_TAG.sub(" ", head).split())
-        # in front of the prompt only what a template puts there: a system message, after a tag
-        if before == letters or (before.endswith(letters) and SPECIAL_TAG.match(head.lstrip())):
+        if _ends_with_prompt(response[: opener.start()], prompt):
             return opener.end()
     end = len(prompt) if response.startswith(prompt) and prompt[-1].isspace() else _end_of_letters(letters, response)
     if end is None:
@@ -129,6 +128,19 @@ def _end_of_repeat(prompt: str, response: str) -> int | None:
         tags = SPECIAL_TAG.search(closed[0])
         return closed.end() if tags else end
     return end
+
+
+def _ends_with_prompt(head: str, prompt: str) -> bool:
+    """Whether a head is the prompt, and in front of it only what a template puts there: a system message, after a tag.
+
+    What looks like the name of a speaker may belong to the prompt: compared with and without such names.
+    """
+    begins_with_tag = _ANY_TAG.match(head.lstrip())
+    for tags in (_ANY_TAG, SPECIAL_TAG):
+        before, letters = ("".join(tags.sub(" ", text).split()) for text in (head, prompt))
+        if letters and (before == letters or (begins_with_tag and before.endswith(letters))):
+            return True
+    return False
 
 
 def _end_of_letters(letters: str, response: str) -> int | None:
@@ -141,8 +153,13 @@ def _end_of_letters(letters: str, response: str) -> int | None:
             return None
         place, done = place + 1, done + 1
     # `Hi` is no beginning of `High`
-    inside = place < len(response) and response[place].isalnum() and letters[-1].isalnum()
+    inside = place < len(response) and _makes_words(response[place]) and _makes_words(letters[-1])
     return None if inside else place
+
+
+def _makes_words(letter: str) -> bool:
+    """Letters with a case, and digits: Chinese, say, has no blanks between words."""
+    return letter.isdigit() or letter.lower() != letter.upper()
 
 
 def without_end_tags(answer: str) -> str:
@@ -169,7 +186,8 @@ def cut_texts(prompt: str, chosen: Response, rejected: Response) -> tuple[str, s
     Beside a prompt of plain text the tags go. A prompt that is itself rendered gets the whole head, with the role tag
     that opens the answer; the end tags then stay, for they are part of that rendering.
     """
-    if not _ANY_TAG.search(prompt):
+    goes_on = all(each.head.lstrip().startswith(prompt.strip()) for each in (chosen, rejected))
+    if not SPECIAL_TAG.search(prompt) and not (goes_on and _ANY_TAG.search(prompt)):
         return prompt, without_end_tags(chosen.answer), without_end_tags(rejected.answer)
     if chosen.head.rstrip() != rejected.head.rstrip():
         return None

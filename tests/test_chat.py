@@ -513,6 +513,26 @@ def test_every_command_takes_text_as_messages(tmp_path, capsys):
     assert [question.prompt for question in prompts] == [row["prompt"] for row in ids]
 
 
+def test_a_stream_cannot_be_changed_and_another_evaluation_set_is_checked(model, tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    make_pairs(4).to_json(path)
+    words = ["--model_name_or_path", model, "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
+    words += ["--use_cpu", "--bf16", "false", "--dataset_streaming", "--text_as_messages", "--repeated_prompt", "cut"]
+    with pytest.raises(SystemExit):
+        train.start(words)
+    said = capsys.readouterr().err
+    assert "`text_as_messages` needs all rows" in said
+    assert "`repeated_prompt: cut` needs all rows" in said
+    trainer = SamPOTrainer(
+        model,
+        args=SamPOConfig(**training_options(tmp_path)),
+        train_dataset=make_pairs(4, conversational=True),
+        processing_class=tokenizer_with(SKIPS_SYSTEM),
+    )
+    with pytest.raises(PreferenceDataError, match="leaves out, at rows"):
+        trainer.evaluate(Dataset.from_list(rows_of(4, system=[1])))
+
+
 @pytest.mark.real_model
 @pytest.mark.skipif(not ALPACA.is_file(), reason="the pairs lie beside the repository, not in it")
 def test_pairs_of_alpaca_eval_with_a_chat_model(caplog):

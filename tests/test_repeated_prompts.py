@@ -117,6 +117,13 @@ def test_answers_alone_and_a_single_quotation_are_left_alone(style):
         assert not audit_preferences(one).has_faults
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_prompt_that_only_looks_like_a_template_stays_plain_text(style):
+    rows = [[f"Question: {p}", c, r] for p, c, r in texts()]
+    cut = load_preferences(Dataset.from_list(repeated(style, rows)), repeated_prompt="cut")
+    assert [[row["prompt"].strip(), row["chosen"].strip(), row["rejected"].strip()] for row in cut] == rows
+
+
 def test_what_begins_like_a_prompt_is_no_repeated_prompt():
     for prompt, response in [
         ("Hi", "High above the sea."),
@@ -134,6 +141,28 @@ def test_what_begins_like_a_prompt_is_no_repeated_prompt():
 )
 def test_many_is_more_than_half_or_ten_rows_that_are_five_per_cent(rows, total, many):
     assert are_many(rows, total) is many
+
+
+def test_answers_to_greetings_tell_nothing_but_are_cut_with_the_others():
+    greetings = [{"prompt": "Hello", "chosen": f"Hello! {i}", "rejected": f"Hello, you {i}"} for i in range(3)]
+    data = Dataset.from_list(greetings)
+    assert load_preferences(data, repeated_prompt="cut").to_list() == greetings
+    check_preferences(data)
+    assert not audit_preferences(data).has_faults
+    others = repeated("plain", texts(4))
+    hello = {"prompt": "Hello", "chosen": "Hello\nC", "rejected": "Hello\n"}
+    mixed = Dataset.from_list([hello, *others])
+    assert kinds(load_preferences, mixed, repeated_prompt="cut") == {("empty", "rejected"): 1}
+    assert len(load_preferences(mixed, repeated_prompt="cut", on_bad_rows="drop")) == 4
+    assert kinds(load_preferences, mixed) == {("repeated_prompt", side): 5 for side in ("chosen", "rejected")}
+
+
+def test_a_question_of_few_letters_in_chinese_is_a_question():
+    rows = [
+        {"prompt": f"{i}是什么颜色", "chosen": f"{i}是什么颜色蓝", "rejected": f"{i}是什么颜色不"} for i in range(3)
+    ]
+    cut = load_preferences(Dataset.from_list(rows), repeated_prompt="cut")
+    assert [[row["chosen"], row["rejected"]] for row in cut] == [["蓝", "不"]] * 3
 
 
 def as_messages(row, *, system=False, repeat="all"):
@@ -222,7 +251,7 @@ def test_the_trainer_refuses_before_it_looks_for_a_model(tmp_path):
 
 def test_every_command_refuses_and_cuts(tmp_path, capsys):
     model = save_model(tmp_path / "model")
-    rows = [{"prompt": f"w{i} w1 w2 ", "chosen": f"w3 w{i} ", "rejected": f"w4 w{i} w6 "} for i in range(8)]
+    rows = [{"prompt": f"w{i} w1 w2 w5 w6 ", "chosen": f"w3 w{i} ", "rejected": f"w4 w{i} w6 "} for i in range(8)]
     full = [row | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in full))
@@ -255,7 +284,7 @@ def run_command(name, words, capsys):
 
 def test_the_cut_gives_the_tokens_that_the_answers_alone_give(tmp_path):
     tokenizer = make_tokenizer()
-    rows = [{"prompt": f"w{i} w1 w2 ", "chosen": f"w3 w{i} ", "rejected": f"w4 w{i} w6 "} for i in range(8)]
+    rows = [{"prompt": f"w{i} w1 w2 w5 w6 ", "chosen": f"w3 w{i} ", "rejected": f"w4 w{i} w6 "} for i in range(8)]
     full = [row | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
     found = [
         audit_preferences(load_preferences(Dataset.from_list(data), repeated_prompt="cut"), tokenizer=tokenizer)

@@ -33,7 +33,7 @@ from ..pair_rows import (
     repeats_in_plain_text,
 )
 from ..pair_tokens import note_of_text
-from ..repeated_prompts import are_many
+from ..repeated_prompts import FEW_BYTES, are_many
 from .tokens import TokenCounter, WordCounter
 
 HEAD = 1000  # rows that the layout is decided by
@@ -215,6 +215,7 @@ class _Scan:
         self.by, self.groups, self.advance, self.treatment = by, groups, advance, treatment
         self.options: dict[str, Any] | None = None  # of the template, in the first good row
         self.repeating: list[int] = []  # good rows whose responses both begin with their prompt, as text
+        self.telling = 0  # how many of them have a prompt that is long enough to tell something
         self.cuts_plain = False  # whether those are a mistake of the data, by its first rows
         self.read = 0
         self.lost: PreferenceDataError | None = None
@@ -238,7 +239,7 @@ class _Scan:
         self.advance(self.read, self.read)
         self._note_nearby_prompt(layout)
         self._note_text()
-        if not self.cuts_plain and are_many(len(self.repeating), self.read):
+        if not self.cuts_plain and are_many(self.telling, self.read):
             for column in ("chosen", "rejected"):
                 self.faults.add_many("repeated_prompt", column, self.repeating)
         template = getattr(self.counter, "template", None)
@@ -302,15 +303,17 @@ class _Scan:
     def _repeats(self, head: list[Any], reader: Callable) -> bool:
         """Whether so many of the first rows begin with their prompt in plain text that this is a mistake."""
         pairs = [self.treatment.take(*reader(*row[:3])) for row in head if not isinstance(row, BrokenLine)]
-        return are_many(sum(not faults and repeats_in_plain_text(pair) for pair, faults in pairs), len(head))
+        telling = sum(not faults and repeats_in_plain_text(pair) >= FEW_BYTES for pair, faults in pairs)
+        return are_many(telling, len(head))
 
     def _checked(self, pair: Pair, faults: Faults, extras: dict[str, Any]) -> tuple[Pair, Faults]:
         """The pair as `load_preferences` makes it, or its faults."""
         pair, faults = self.treatment.take(pair, faults, plain_repeats=self.cuts_plain)
         if faults:
             return pair, faults
-        if not self.cuts_plain and repeats_in_plain_text(pair):
+        if not self.cuts_plain and (size := repeats_in_plain_text(pair)):
             self.repeating.append(self.read - 1)
+            self.telling += size >= FEW_BYTES
         given = {name: value for name, value in extras.items() if name in self.rows.columns}
         if self.options is None:
             self.options = given
