@@ -63,13 +63,12 @@ def with_strings_for_template(dataset: Any, tokenizer: Any, label: str) -> Any:
     """
     from datasets import Dataset
 
-    is_processor = hasattr(tokenizer, "tokenizer")
-    if is_processor or not getattr(tokenizer, "chat_template", None) or not isinstance(dataset, Dataset):
+    template = template_of(tokenizer)
+    if template is None or not isinstance(dataset, Dataset):
         return dataset
     names = [name for name in PAIR_COLUMNS if name in dataset.column_names]
     if not any(_can_hold_blocks(dataset.features[name]) for name in names):
         return dataset
-    template = ChatTemplate(tokenizer)
 
     def join(batch: dict[str, list]) -> dict[str, list]:
         return {name: [template.as_taken(messages) for messages in batch[name]] for name in names}
@@ -167,6 +166,12 @@ class ChatTemplate:
             if message["role"] in PROMPT_ROLES and (kind := _fault_of_message(message, text)):
                 return "system_lost" if kind == "message_lost" and message["role"] != "user" else kind
         return None
+
+
+def template_of(tokenizer: Any) -> ChatTemplate | None:
+    """The template that messages go through, if the tokenizer has one; a processor's is for more than text."""
+    is_processor = hasattr(tokenizer, "tokenizer")
+    return ChatTemplate(tokenizer) if not is_processor and getattr(tokenizer, "chat_template", None) else None
 
 
 def _fault_of_message(message: dict, text: str) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import ChatTemplate
+from .chat import ChatTemplate, template_of
 from .pair_files import BrokenLine, Table, guess, open_source, pick_split
 from .pair_rows import (
     EXTRA_COLUMNS,
@@ -27,17 +27,16 @@ from .pair_rows import (
     Faults,
     Pair,
     PreferenceDataError,
-    Treatment,
     count_turns,
     fault_of_options,
     has_other_content,
     is_text_block,
     layout_of,
     phrase,
-    repeats_in_plain_text,
     without_nulls,
 )
 from .repeated_prompts import FEW_BYTES, are_many
+from .treatment import Treatment, repeats_in_plain_text, treated
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -184,7 +183,7 @@ def check_preferences(
         if faults := missing_columns(names):
             raise _error("the preference data", faults, 0)
         return
-    scan = _scan(Table(dataset, names), Treatment(), _template_of(chat_template_of), strict=True)
+    scan = _scan(Table(dataset, names), Treatment(), template_of(chat_template_of), strict=True)
     if faults := scan.list_faults(names, max_rows_named):
         raise _error("the preference data", faults, scan.total)
     if not scan.total:
@@ -330,12 +329,6 @@ class _Scan:
         return f"See {'; '.join(places[:max_rows_named])}{more}. {cure}" if places else cure
 
 
-def _template_of(tokenizer: Any) -> ChatTemplate | None:
-    """The template that messages go through, if the tokenizer has one; a processor's is for more than text."""
-    is_processor = hasattr(tokenizer, "tokenizer")
-    return ChatTemplate(tokenizer) if not is_processor and getattr(tokenizer, "chat_template", None) else None
-
-
 def _scan(table: Table, treatment: Treatment, template: ChatTemplate | None, *, strict: bool) -> _Scan:
     """Read every row once. `strict`: for a trainer, which takes the rows as they are."""
     absent = {fault.column for fault in missing_columns(table.columns)}
@@ -410,7 +403,7 @@ class _Look:
 
 def _normalise(table: Table, label: str, on_bad_rows: str, treatment: Treatment, tokenizer: Any) -> "Dataset":
     """Check all rows, raise or drop, and bring the rest to explicit prompts."""
-    scan = _scan(table, treatment, _template_of(tokenizer), strict=False)
+    scan = _scan(table, treatment, template_of(tokenizer), strict=False)
     faults = scan.list_faults(table.columns)
     if any(fault.kind == "missing_column" for fault in faults) or (faults and on_bad_rows == "error"):
         raise _error(label, faults, scan.total)
@@ -423,7 +416,7 @@ def _normalise(table: Table, label: str, on_bad_rows: str, treatment: Treatment,
     _report_twins(scan, label)
     dataset = table.select(scan.kept)
     if scan.layout in ("text", "messages"):
-        return _treated(dataset, treatment, bool(scan.repeating), label)
+        return treated(dataset, treatment, bool(scan.repeating), label)
     logger.info("%s: layout `%s`, made into explicit prompts", label, scan.layout)
     dataset = dataset.with_format(None).map(
         _read_batch,
@@ -432,51 +425,12 @@ def _normalise(table: Table, label: str, on_bad_rows: str, treatment: Treatment,
         features=_explicit_features(dataset, scan.layout),
         desc="Separating prompts from completions",
     )
-    return _treated(dataset, treatment, bool(scan.repeating), label)
+    return treated(dataset, treatment, bool(scan.repeating), label)
 
 
 def _read_batch(batch: dict[str, list], layout: str) -> dict[str, list]:
     prompts = batch.get("prompt") or [None] * len(batch["chosen"])
     pairs = [READERS[layout](*row)[0] for row in zip(prompts, batch["chosen"], batch["rejected"], strict=True)]
-    return dict(zip(PAIR_COLUMNS, map(list, zip(*pairs, strict=True)), strict=True))
-
-
-def _treated(dataset: "Dataset", treatment: Treatment, plain_repeats: bool, label: str) -> "Dataset":
-    """The good rows as `Treatment.take` makes them; the data set itself where nothing is asked for."""
-    if treatment == Treatment():
-        return dataset
-    before, as_text = dataset, isinstance(dataset[0]["prompt"], str)
-    features = dict(dataset.features)
-    if as_text and treatment.text_as_messages:
-        from datasets import List, Value
-
-        features |= dict.fromkeys(PAIR_COLUMNS, List({"role": Value("string"), "content": Value("string")}))
-    dataset = dataset.with_format(None).map(
-        _treat_batch,
-        batched=True,
-        fn_kwargs={"treatment": treatment, "plain_repeats": plain_repeats},
-        features=type(dataset.features)(features),
-        desc="Cutting repeated prompts and role tags, making messages",
-    )
-    if treatment.cuts:
-        cut = sum(
-            said(old) != said(new) if as_text else len(old) != len(new) or said(old) != said(new)
-            for old, new in zip(before["chosen"], dataset["chosen"], strict=True)
-        )
-        logger.info("%s: repeated prompts or role tags cut in %s of %s pairs", label, _number(cut), len(dataset))
-    if treatment.text_as_messages:
-        what = "made into one user and one assistant message each" if as_text else "messages already"
-        logger.info("%s: %s pairs %s (`text_as_messages`)", label, _number(len(dataset)), what)
-    return dataset
-
-
-def _treat_batch(batch: dict[str, list], treatment: Treatment, plain_repeats: bool) -> dict[str, list]:
-    reader = READERS["text" if isinstance(batch["prompt"][0], str) else "messages"]
-    pairs = []
-    for row in zip(*(batch[column] for column in PAIR_COLUMNS), strict=True):
-        pair, faults = treatment.take(*reader(*row), plain_repeats=plain_repeats)
-        assert not faults, faults  # bad rows are out
-        pairs.append(pair)
     return dict(zip(PAIR_COLUMNS, map(list, zip(*pairs, strict=True)), strict=True))
 
 

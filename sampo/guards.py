@@ -1,6 +1,7 @@
 """What is refused before a model is loaded: launches that would not train together, data that cannot be used."""
 
 import os
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
@@ -69,7 +70,7 @@ def find_processor(model, args: SamPOConfig, train_dataset, eval_dataset):
     """
     if not isinstance(model, str) or not any(map(_holds_messages, _each_dataset(train_dataset, eval_dataset))):
         return None
-    options = args.model_init_kwargs or {}
+    options: Any = args.model_init_kwargs or {}
     try:
         return AutoProcessor.from_pretrained(
             model, revision=options.get("revision") or "main", trust_remote_code=args.trust_remote_code

@@ -19,7 +19,7 @@ ARROWS = {
     "memory": set(),
     "audit": {
         *("audit", "data", "data_files", "end_tokens", "evaluation", "lengths", "pair_files", "pair_rows", "results"),
-        *("chat", "pair_tokens", "repeated_prompts", "whole_files"),
+        *("chat", "pair_tokens", "repeated_prompts", "treatment", "whole_files"),
     },
     "data_files": {"pair_rows"},
     "pair_files": {"data_files", "pair_rows"},
@@ -27,7 +27,8 @@ ARROWS = {
     "repeated_prompts": set(),
     "pair_tokens": {"lengths", "repeated_prompts", "weighting"},
     "chat": {"pair_rows", "repeated_prompts"},
-    "data": {"chat", "pair_files", "pair_rows", "repeated_prompts"},
+    "treatment": {"pair_rows", "repeated_prompts"},
+    "data": {"chat", "pair_files", "pair_rows", "repeated_prompts", "treatment"},
     "config": {"weighting"},
     "adapters": {"whole_files"},
     "iterate": {"checkpoints", "whole_files"},

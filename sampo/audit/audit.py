@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..pair_files import Files, guess, open_source
-from ..pair_rows import PreferenceDataError, Treatment
+from ..pair_rows import PreferenceDataError
+from ..treatment import Treatment
 from .bias import LengthBias, length_bias
 from .duplicates import Overlap, Repeats, overlap, repeats
 from .scan import Advance, Groups, PairNumbers, Rows, SplitScan, scan_split

@@ -26,14 +26,13 @@ from ..pair_rows import (
     Faults,
     Pair,
     PreferenceDataError,
-    Treatment,
     fault_of_options,
     has_other_content,
     layout_of,
-    repeats_in_plain_text,
 )
 from ..pair_tokens import note_of_text
 from ..repeated_prompts import FEW_BYTES, are_many
+from ..treatment import Treatment, repeats_in_plain_text
 from .tokens import TokenCounter, WordCounter
 
 HEAD = 1000  # rows that the layout is decided by
@@ -289,7 +288,7 @@ class _Scan:
             self.faults.add(row.kind, "", number, row.place)
             return
         extras = dict(zip(EXTRA_COLUMNS, row[-len(EXTRA_COLUMNS) :], strict=True))
-        pair, faults = self._checked(*reader(*row[:3]), extras)
+        pair, faults = self._checked(reader(*row[:3]), extras)
         for kind, column in faults:
             self.faults.add(kind, column, number)
         if not faults:
@@ -306,9 +305,9 @@ class _Scan:
         telling = sum(not faults and repeats_in_plain_text(pair) >= FEW_BYTES for pair, faults in pairs)
         return are_many(telling, len(head))
 
-    def _checked(self, pair: Pair, faults: Faults, extras: dict[str, Any]) -> tuple[Pair, Faults]:
+    def _checked(self, read: tuple[Pair, Faults], extras: dict[str, Any]) -> tuple[Pair, Faults]:
         """The pair as `load_preferences` makes it, or its faults."""
-        pair, faults = self.treatment.take(pair, faults, plain_repeats=self.cuts_plain)
+        pair, faults = self.treatment.take(*read, plain_repeats=self.cuts_plain)
         if faults:
             return pair, faults
         if not self.cuts_plain and (size := repeats_in_plain_text(pair)):

@@ -5,7 +5,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from .treatment import add_treatment, treatment_of
+from .pair_options import add_treatment, treatment_of
 
 FAULTY = 3  # exit code: bad rows, or a file that breaks off; the audit is complete without them
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .lazy_model import LazyModel
-from .treatment import add_treatment, treatment_of
+from .pair_options import add_treatment, treatment_of
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..pair_rows import REPEATED_PROMPT
+from ..treatment import REPEATED_PROMPT
 
 
 def add_treatment(parser: argparse.ArgumentParser) -> None:
