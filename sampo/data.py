@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .chat import ChatTemplate, template_of
 from .pair_files import BrokenLine, Table, guess, open_source, pick_split
 from .pair_rows import (
+    EXTRA_COLUMNS,
     KINDS,
     PAIR_COLUMNS,
     READERS,
@@ -26,11 +28,15 @@ from .pair_rows import (
     Pair,
     PreferenceDataError,
     count_turns,
+    fault_of_options,
+    has_other_content,
     is_text_block,
     layout_of,
     phrase,
     without_nulls,
 )
+from .repeated_prompts import FEW_BYTES, are_many
+from .treatment import Treatment, repeats_in_plain_text, treated
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -60,6 +66,9 @@ def load_preferences(
     tokenizer: Any = None,
     seed: int = 42,
     columns: dict[str, str] | None = None,
+    repeated_prompt: str = "error",
+    text_as_messages: bool = False,
+    chat_template_of: Any = None,
 ) -> "Dataset":
     """Load preference pairs, check each of them, and return them with columns `prompt`, `chosen` and `rejected`.
 
@@ -76,6 +85,12 @@ def load_preferences(
         tokenizer: Counts lengths in its tokens; without it they are whitespace words.
         seed: Which pairs `balanced` draws.
         columns: Names of the columns in the source, as `{"prompt": "question"}`.
+        repeated_prompt: `error` refuses responses that begin with their prompt; `cut` cuts it there, with the role
+            tags of a template around it.
+        text_as_messages: Make a user's message of each text prompt and an assistant's of each text response, without
+            the blanks at their ends, so that a chat model is trained through its template.
+        chat_template_of: Tokenizer whose chat template every pair of messages is checked with; what it refuses or
+            leaves out is a bad row.
 
     Raises:
         PreferenceDataError: bad rows with `on_bad_rows="error"`, missing columns, unreadable or cut-off files.
@@ -83,8 +98,10 @@ def load_preferences(
     """
     _one_of("on_bad_rows", on_bad_rows, ON_BAD_ROWS)
     _one_of("length_split", length_split, (None, *LENGTH_SPLITS))
+    treatment = Treatment(repeated_prompt, text_as_messages)
     label, tables = open_source(source, name)
-    dataset = _normalise(pick_split(tables, split, label).renamed(columns or {}, label), label, on_bad_rows)
+    table = pick_split(tables, split, label).renamed(columns or {}, label)
+    dataset = _normalise(table, label, on_bad_rows, treatment, chat_template_of)
     return dataset if length_split is None else select_by_length(dataset, length_split, tokenizer=tokenizer, seed=seed)
 
 
@@ -100,6 +117,9 @@ def load_preference_splits(
     tokenizer: Any = None,
     seed: int = 42,
     columns: dict[str, str] | None = None,
+    repeated_prompt: str = "error",
+    text_as_messages: bool = False,
+    chat_template_of: Any = None,
 ) -> "dict[str, Dataset]":
     """Load what a training run needs: `{"train": …}`, and `"test"` where the source has one or it is split off.
 
@@ -114,14 +134,18 @@ def load_preference_splits(
         tokenizer: For `length_split`.
         seed: Of `eval_fraction` and `length_split`.
         columns: Names of the columns in the source.
+        repeated_prompt: As in [`load_preferences`].
+        text_as_messages: Likewise.
+        chat_template_of: Likewise.
     """
     _one_of("on_bad_rows", on_bad_rows, ON_BAD_ROWS)
     _one_of("length_split", length_split, (None, *LENGTH_SPLITS))
+    treatment = Treatment(repeated_prompt, text_as_messages)
     label, tables = open_source(source, name)
 
     def load(split: str) -> "Dataset":
         table = pick_split(tables, split, label).renamed(columns or {}, label)
-        return _normalise(table, f"split `{split}` of {label}", on_bad_rows)
+        return _normalise(table, f"split `{split}` of {label}", on_bad_rows, treatment, chat_template_of)
 
     loaded = {"train": load(train_split)}
     # Without a split called `test` there is nothing to evaluate on; one that was asked for by another name must exist.
@@ -139,11 +163,14 @@ def load_preference_splits(
     return loaded
 
 
-def check_preferences(dataset: "Dataset | IterableDataset", *, max_rows_named: int = 10) -> None:
+def check_preferences(
+    dataset: "Dataset | IterableDataset", *, max_rows_named: int = 10, chat_template_of: Any = None
+) -> None:
     """Raise a [`PreferenceDataError`] that lists all faults of a data set, or return quietly; nothing is changed.
 
     Takes whatever TRL's `DPOTrainer` takes. Of streams, of data sets with images and of those with a transform only
-    the columns are looked at; data that is tokenised already is left alone.
+    the columns are looked at; data that is tokenised already is left alone. With a tokenizer in `chat_template_of`
+    every pair of messages goes through its chat template.
     """
     from datasets import Dataset
 
@@ -156,7 +183,7 @@ def check_preferences(dataset: "Dataset | IterableDataset", *, max_rows_named: i
         if faults := missing_columns(names):
             raise _error("the preference data", faults, 0)
         return
-    scan = _scan(Table(dataset, names), strict=True)
+    scan = _scan(Table(dataset, names), Treatment(), template_of(chat_template_of), strict=True)
     if faults := scan.list_faults(names, max_rows_named):
         raise _error("the preference data", faults, scan.total)
     if not scan.total:
@@ -239,6 +266,10 @@ class _Scan:
     seen: Counter = field(default_factory=Counter)  # hash of (prompt, chosen, rejected) -> rows
     swapped: list[int] = field(default_factory=list)  # the same with the sides swapped
     joined_turns: int = 0  # rows in which consecutive turns of one speaker became one
+    repeating: list[int] = field(default_factory=list)  # good rows whose responses both begin with the prompt, as text
+    telling: int = 0  # how many of them have a prompt that is long enough to tell something
+    cut: dict[int, Faults] = field(default_factory=dict)  # what is wrong with them once it is cut
+    reasons: dict[str, str] = field(default_factory=dict)  # kind -> what a template said first
 
     def add(self, faults: Faults) -> None:
         """Count the next row."""
@@ -249,6 +280,20 @@ class _Scan:
             for fault in faults:
                 self.faults.setdefault(fault, []).append(self.total)
         self.total += 1
+
+    def settle_repeats(self, treatment: Treatment) -> None:
+        """All rows are read: rows that begin with their prompt are bad if they are many, or have faults when cut."""
+        if not are_many(self.telling, self.total):
+            self.repeating.clear()
+            return
+        bad = {row: [("repeated_prompt", "chosen"), ("repeated_prompt", "rejected")] for row in self.repeating}
+        if treatment.cuts:
+            bad = {row: faults for row, faults in self.cut.items() if faults}
+        self.kept = [row for row in self.kept if row not in bad]
+        for row, faults in bad.items():
+            self.dropped[faults[0]] += 1
+            for fault in faults:
+                self.faults[fault] = sorted([*self.faults.get(fault, []), row])
 
     def add_broken(self, line: BrokenLine) -> None:
         """Count a row that could not be read."""
@@ -277,29 +322,37 @@ class _Scan:
         cure = KINDS[kind][1]
         if kind == "wrong_type" and self.layout == "text_beside_messages":
             cure = f"`load_preferences` makes a message of a text `prompt` beside messages. {cure}"
+        if kind in self.reasons:
+            cure = f"The first: {self.reasons[kind]}. {cure}"
         places = self.places.get(kind, [])
         more = "; …" if len(places) > max_rows_named else ""
         return f"See {'; '.join(places[:max_rows_named])}{more}. {cure}" if places else cure
 
 
-def _scan(table: Table, *, strict: bool) -> _Scan:
+def _scan(table: Table, treatment: Treatment, template: ChatTemplate | None, *, strict: bool) -> _Scan:
     """Read every row once. `strict`: for a trainer, which takes the rows as they are."""
     absent = {fault.column for fault in missing_columns(table.columns)}
-    cells = iter(()) if {"chosen", "rejected"} <= absent else table.cells(list(PAIR_COLUMNS))
+    extras = [column for column in EXTRA_COLUMNS if column in table.columns]
+    cells = iter(()) if {"chosen", "rejected"} <= absent else table.cells([*PAIR_COLUMNS, *extras])
     head = list(itertools.islice(cells, 1000))
-    scan = _Scan(layout_of(table.columns, [row for row in head if not isinstance(row, BrokenLine)]))
-    reader = READERS["messages" if strict and scan.layout == "text_beside_messages" else scan.layout]
+    scan = _Scan(layout_of(table.columns, [row[:3] for row in head if not isinstance(row, BrokenLine)]))
+    treatment.check_layout(scan.layout)
+    look = _Look(scan, treatment, template, strict, not IMAGE_COLUMNS & set(table.columns))
     for row in itertools.chain(head, cells):
         if isinstance(row, BrokenLine):
             scan.add_broken(row)
             continue
-        pair, faults = reader(*row)
+        pair, faults = look.read(row[:3])
         if absent:  # the other columns are still looked at
             faults = [fault for fault in faults if fault[1] not in absent]
-        elif not faults and not strict:
+        elif not faults:
+            pair, faults = look.check(pair, dict(zip(extras, row[3:], strict=True)))
+        if not faults and not absent and not strict:
             scan.note_pair(pair)
             scan.joined_turns += scan.layout == "transcripts" and count_turns(row[1]) > len(pair[0]) + 1
         scan.add(faults)
+    scan.settle_repeats(treatment)
+    scan.reasons = {} if template is None else template.reasons
     near = nearest_column("prompt", table.columns)
     if scan.layout == "shared_text" and near:
         logger.warning(
@@ -310,9 +363,47 @@ def _scan(table: Table, *, strict: bool) -> _Scan:
     return scan
 
 
-def _normalise(table: Table, label: str, on_bad_rows: str) -> "Dataset":
+@dataclass
+class _Look:
+    """How one row is looked at."""
+
+    scan: _Scan
+    treatment: Treatment
+    template: ChatTemplate | None
+    strict: bool
+    text_only: bool  # no columns of images
+    first_options: dict[str, Any] | None = None
+
+    def read(self, cells: tuple) -> tuple[Pair, Faults]:
+        """The pair of a row, treated as asked."""
+        text_beside = self.scan.layout == "text_beside_messages"
+        pair, faults = READERS["messages" if self.strict and text_beside else self.scan.layout](*cells)
+        pair, faults = self.treatment.take(pair, faults)
+        if not faults and (size := repeats_in_plain_text(pair)):
+            self.scan.repeating.append(self.scan.total)
+            self.scan.telling += size >= FEW_BYTES
+            if self.treatment.cuts:
+                self.scan.cut[self.scan.total] = self.treatment.take(pair, [], plain_repeats=True)[1]
+        return pair, faults
+
+    def check(self, pair: Pair, extra: dict[str, Any]) -> tuple[Pair, Faults]:
+        """What the chat template and its options have against a good pair."""
+        if self.first_options is None:
+            self.first_options = extra
+        if fault := fault_of_options(extra, self.first_options):
+            return pair, [fault]
+        if isinstance(pair[0], str) or not self.text_only:
+            return pair, []
+        found: Faults = [("not_text", name) for name, part in zip(PAIR_COLUMNS, pair, strict=True) if
+                         has_other_content(part)]  # fmt: skip
+        if not found and self.template is not None and (fault := self.template.find_fault(pair, extra)):
+            found = [fault]
+        return pair, found
+
+
+def _normalise(table: Table, label: str, on_bad_rows: str, treatment: Treatment, tokenizer: Any) -> "Dataset":
     """Check all rows, raise or drop, and bring the rest to explicit prompts."""
-    scan = _scan(table, strict=False)
+    scan = _scan(table, treatment, template_of(tokenizer), strict=False)
     faults = scan.list_faults(table.columns)
     if any(fault.kind == "missing_column" for fault in faults) or (faults and on_bad_rows == "error"):
         raise _error(label, faults, scan.total)
@@ -325,15 +416,16 @@ def _normalise(table: Table, label: str, on_bad_rows: str) -> "Dataset":
     _report_twins(scan, label)
     dataset = table.select(scan.kept)
     if scan.layout in ("text", "messages"):
-        return dataset
+        return treated(dataset, treatment, bool(scan.repeating), label)
     logger.info("%s: layout `%s`, made into explicit prompts", label, scan.layout)
-    return dataset.with_format(None).map(
+    dataset = dataset.with_format(None).map(
         _read_batch,
         batched=True,
         fn_kwargs={"layout": scan.layout},
         features=_explicit_features(dataset, scan.layout),
         desc="Separating prompts from completions",
     )
+    return treated(dataset, treatment, bool(scan.repeating), label)
 
 
 def _read_batch(batch: dict[str, list], layout: str) -> dict[str, list]:

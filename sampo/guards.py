@@ -7,9 +7,15 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor
 
 from .config import SamPOConfig
 from .data import check_preferences
+from .end_tokens import ResponseEnds, end_token_ids
+from .lengths import TokenCounts
+from .logs import get_logger
+
+logger = get_logger(__name__)
 
 
 def refuse_separate_processes(args: SamPOConfig) -> None:
@@ -126,8 +132,8 @@ def _each_dataset(train_dataset, eval_dataset) -> list:
     return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
 
 
-def check_data(args: SamPOConfig, train_dataset, eval_dataset) -> None:
-    """All faults of the rows, before a model is loaded.
+def check_data(args: SamPOConfig, train_dataset, eval_dataset, processing_class=None) -> None:
+    """All faults of the rows, before a model is loaded; of messages also what the chat template makes of them.
 
     Raises:
         PreferenceDataError: missing columns or bad rows.
@@ -142,4 +148,74 @@ def check_data(args: SamPOConfig, train_dataset, eval_dataset) -> None:
         )
     for dataset in _each_dataset(train_dataset, eval_dataset):
         if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
-            check_preferences(dataset)
+            check_preferences(dataset, chat_template_of=processing_class)
+
+
+def find_processor(model, args: SamPOConfig, train_dataset, eval_dataset):
+    """The tokenizer or processor that TRL would load, where messages are to be looked at before the model is loaded.
+
+    None where TRL has to find it: it then says what is wrong.
+    """
+    if not isinstance(model, str) or not any(map(_holds_messages, _each_dataset(train_dataset, eval_dataset))):
+        return None
+    options: Any = args.model_init_kwargs or {}
+    try:
+        return AutoProcessor.from_pretrained(
+            model, revision=options.get("revision") or "main", trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _holds_messages(dataset) -> bool:
+    if not isinstance(dataset, Dataset) or "chosen" not in dataset.column_names or not len(dataset):
+        return False
+    return isinstance(dataset.with_format(None)[0]["chosen"], list)
+
+
+def refuse_without_end_token(train_dataset, processing_class, args: SamPOConfig) -> None:
+    """`keep_end_token` and `balance_end_token` with a chat template that ends no turn.
+
+    Raises:
+        ValueError: such a template.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    asked = args.keep_end_token or args.balance_end_token
+    if not asked or not getattr(tokenizer, "chat_template", None) or not _holds_messages(train_dataset):
+        return
+    ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
+    if not ends.template_ends_turns and not ends.template_fails:
+        raise ValueError(
+            f"{_end_options(args)} needs responses with an end token, got a chat template that puts none behind an "
+            "answer. Unset it, or take a template that ends each turn of the assistant (`chat_template`)."
+        )
+
+
+def refuse_endless_responses(counts: TokenCounts, args: SamPOConfig, name: str) -> None:
+    """Warn where no response ends, or stop where an option is about its end.
+
+    Args:
+        counts: of the tokenised data.
+        args: of the run.
+        name: of the data, `train` or that of an evaluation set.
+
+    Raises:
+        ValueError: `keep_end_token` or `balance_end_token`, and no training response has an end token.
+    """
+    if counts.has_ends:
+        return
+    what = f"0 of {2 * counts.pairs:,} responses of the {name} data have an end token after truncation"
+    if name == "train" and (args.keep_end_token or args.balance_end_token):
+        raise ValueError(
+            f"{_end_options(args)} needs responses with an end token, got none: {what}. Unset it, raise `max_length`, "
+            "or take a chat template that ends each turn of the assistant."
+        )
+    logger.warning(
+        f"{what}: training does not teach where a response ends. Raise `max_length` if it cuts all of them, or take a "
+        "chat template that ends each turn of the assistant."
+    )
+
+
+def _end_options(args: SamPOConfig) -> str:
+    asked = [name for name in ("keep_end_token", "balance_end_token") if getattr(args, name)]
+    return " and ".join(f"`{name}`" for name in asked)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .end_tokens import ResponseEnds
+
 
 class LengthSums:
     """Running sums over pairs, for metrics over a whole logging window or evaluation set and all processes.
@@ -94,6 +96,9 @@ class TokenCounts:
         cut_rejected: rejected responses that lose tokens.
         identical: pairs whose two responses are the same tokens after truncation.
         empty_rows: rows with a response of no tokens.
+        endless_chosen: chosen responses without an end token, after truncation.
+        endless_rejected: rejected responses without one.
+        other_ends: (row, column) of those among them that keep the end tokens of other turns.
         chosen_tokens: sum of T_w.
         rejected_tokens: sum of T_l.
         squared_differences: sum of (T_w − T_l)².
@@ -105,6 +110,9 @@ class TokenCounts:
     cut_rejected: int = 0
     identical: int = 0
     empty_rows: list[int] = field(default_factory=list)
+    endless_chosen: int = 0
+    endless_rejected: int = 0
+    other_ends: list[tuple[int, str]] = field(default_factory=list)
     chosen_tokens: int = 0
     rejected_tokens: int = 0
     squared_differences: int = 0
@@ -122,17 +130,31 @@ class TokenCounts:
             f"{self.pairs:,} pairs, {self.chosen_tokens / self.pairs:.1f} chosen and "
             f"{self.rejected_tokens / self.pairs:.1f} rejected tokens on average; at max_length {max_length}: "
             f"{self.dropped:,} dropped because the prompt alone fills it, {self.cut_chosen:,} chosen and "
-            f"{self.cut_rejected:,} rejected responses truncated, {self.identical:,} pairs identical after truncation."
+            f"{self.cut_rejected:,} rejected responses truncated, {self.identical:,} pairs identical after truncation"
+            f"{self._endless_in_words()}."
         )
 
+    @property
+    def has_ends(self) -> bool:
+        """Whether any response has its end token."""
+        return self.endless_chosen + self.endless_rejected < 2 * self.pairs
 
-def count_tokens(dataset, max_length: int | None, truncation_mode: str = "keep_start") -> TokenCounts:
+    def _endless_in_words(self) -> str:
+        if not self.endless_chosen + self.endless_rejected:
+            return ""
+        return f"; {self.endless_chosen:,} chosen and {self.endless_rejected:,} rejected responses have no end token"
+
+
+def count_tokens(
+    dataset, max_length: int | None, truncation_mode: str = "keep_start", ends: ResponseEnds | None = None
+) -> TokenCounts:
     """Count what the collator will cut.
 
     Args:
         dataset: `datasets.Dataset` with `prompt_ids`, `chosen_ids`, `rejected_ids`.
         max_length: tokens of prompt and response together, or None.
         truncation_mode: `keep_start` cuts the end of the response, `keep_end` the beginning of the row.
+        ends: finds the end token of a response; without it all responses count as ended.
     """
     counts = TokenCounts()
     columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
@@ -141,6 +163,8 @@ def count_tokens(dataset, max_length: int | None, truncation_mode: str = "keep_s
         kept_chosen, kept_rejected = kept_tokens(
             prompt, chosen, rejected, max_length=max_length, truncation_mode=truncation_mode
         )
+        if ends is not None:
+            _count_ends(counts, batch, kept_chosen, kept_rejected, truncation_mode, ends)
         empty = (kept_chosen <= 0) | (kept_rejected <= 0)
         counts.empty_rows += (counts.pairs + np.flatnonzero(empty)).tolist()
         counts.pairs += len(prompt)
@@ -154,6 +178,24 @@ def count_tokens(dataset, max_length: int | None, truncation_mode: str = "keep_s
             part = slice(0, kept) if truncation_mode == "keep_start" else slice(-kept, None)
             counts.identical += batch.column(1)[row].as_py()[part] == batch.column(2)[row].as_py()[part]
     return counts
+
+
+def _count_ends(counts: TokenCounts, batch, kept_chosen, kept_rejected, truncation_mode: str, ends) -> None:
+    for number, (column, kept) in enumerate((("chosen_ids", kept_chosen), ("rejected_ids", kept_rejected)), 1):
+        lists = batch.column(number).combine_chunks()
+        values, borders = lists.values.to_numpy(), lists.offsets.to_numpy()
+        endless = 0
+        for row, (start, stop, n) in enumerate(zip(borders[:-1], borders[1:], kept, strict=True)):
+            ids = values[start:stop]
+            part = slice(0, max(n, 0)) if truncation_mode == "keep_start" else slice(len(ids) - n, None)
+            if ends.place(ids) not in range(len(ids))[part]:
+                endless += 1
+                if ends.is_other_turns(ids, part):
+                    counts.other_ends.append((counts.pairs + row, column))
+        if number == 1:
+            counts.endless_chosen += endless
+        else:
+            counts.endless_rejected += endless
 
 
 def _list_lengths(column) -> np.ndarray:
@@ -177,3 +219,10 @@ def kept_tokens(
         return list(sides)
     room = max_length - prompt if truncation_mode == "keep_start" else np.full_like(prompt, max_length)
     return [np.minimum(side, room) for side in sides]
+
+
+def kept_ids(ids: list[int], max_length: int | None, truncation_mode: str = "keep_start") -> list[int]:
+    """What the collator keeps of the tokens of prompt and response."""
+    if max_length is None:
+        return ids
+    return ids[:max_length] if truncation_mode == "keep_start" else ids[-max_length:]

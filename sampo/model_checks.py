@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .chat import LIMIT, time_limit
 from .io.schemas import parse_json, typed
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
@@ -166,7 +167,7 @@ def _fault_of_safetensors(path: Path) -> str | None:
 
 def faults_of_tokenizer(tokenizer: Any) -> list[str]:
     """No end token; a chat template that cannot be read or does not show what is said."""
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import SecurityError
 
     faults = []
@@ -180,15 +181,18 @@ def faults_of_tokenizer(tokenizer: Any) -> list[str]:
     said = ["A question?", "An answer."]
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        with time_limit(LIMIT):
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
         faults.append(f"The chat template must be valid Jinja, got at line {error.lineno}: {reason}.")
     except SecurityError as error:
         reason = str(error).rstrip(".")
         faults.append(f"The chat template must not reach for Python, got: {reason}. Use one from a source you trust.")
-    except TemplateError:
-        pass  # for other roles or contents; the data will tell
+    except TimeoutError as error:
+        faults.append(f"The chat template must come to an end, got: {error}. Use one from a source you trust.")
+    except Exception:
+        pass  # for other roles or contents, or whatever a template can raise; the data will tell
     else:
         lost = [each for each in said if each not in text]
         if lost:

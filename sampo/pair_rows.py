@@ -13,13 +13,18 @@ A pair is `prompt`, `chosen` and `rejected`. Rows come in one of six layouts, ea
 """
 
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .repeated_prompts import PROMPT_ROLES, repeated_messages
+
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+
+EXTRA_COLUMNS = ("tools", "chat_template_kwargs")  # what TRL hands to the chat template
 
 # What a message can consist of. An assistant that calls a tool need not say anything.
 SPEAKING_KEYS = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -67,6 +72,58 @@ KINDS = {
         "{have} bad roles in `{column}`",
         "After the system message, user and assistant must take turns, and a completion must end with the assistant. "
         f"{DROP_CURE}.",
+    ),
+    "prompt_role": (
+        "{have} a `{column}` that begins with a system or user message",
+        "A response must begin with the assistant: what comes before it belongs to `prompt`, for all of a response is "
+        f"trained on. {DROP_CURE}.",
+    ),
+    "repeated_prompt": (
+        "{have} the prompt again at the start of `{column}`",
+        "A response must hold the answer alone, for all of it is trained on. Set `repeated_prompt: cut` (`repeated_"
+        "prompt='cut'` of `load_preferences`) to cut the prompt there, and the role tags around it. "
+        f"{DROP_CURE}.",
+    ),
+    "role_tags": (
+        "{have} role tags of a chat template at the start of `{column}`",
+        "The tags belong to the template, or to a `prompt` that is rendered already. Set `repeated_prompt: cut` "
+        f"(`repeated_prompt='cut'` of `load_preferences`) to cut them. {DROP_CURE}.",
+    ),
+    "rendered_text": (
+        "{have} role tags of a chat template around `{column}`",
+        "With `text_as_messages` the template would be put around text that it has rendered before. Leave the option "
+        f"out, or take the tags out of the text. {DROP_CURE}.",
+    ),
+    "not_text": (
+        "{have} content in `{column}` that is no text",
+        "Images, audio and the like need a column `images` and a model for them; here content must be a string or "
+        f"blocks of type `text`. {DROP_CURE}.",
+    ),
+    "bad_kwargs": (
+        "{have} no object of options in `{column}`",
+        f"Each row must have one, with the same keys: fill them in, or remove the column. {DROP_CURE}.",
+    ),
+    "uneven_kwargs": (
+        "{have} other keys in `{column}` than the first row",
+        f"What is missing would reach the template as null: give each row the same keys. {DROP_CURE}.",
+    ),
+    "bad_tools": (
+        "{have} `{column}` that are no list of JSON schemas",
+        'Each must look like [{"type": "function", "function": {"name": …}}], or be the JSON text of such a list; '
+        f"null is no tools. {DROP_CURE}.",
+    ),
+    "system_lost": (
+        "{have} a system message that the tokenizer's chat template leaves out",
+        "Take a template that shows system messages (`chat_template`), or put their text into the first user message. "
+        f"{DROP_CURE}.",
+    ),
+    "message_lost": (
+        "{have} a message in `{column}` that the tokenizer's chat template does not show",
+        f"Take a template for this kind of content (`chat_template`). {DROP_CURE}.",
+    ),
+    "blocks_as_python": (
+        "{have} content blocks in `{column}` that the tokenizer's chat template prints as Python",
+        f"Write the content as strings, or take a template for blocks (`chat_template`). {DROP_CURE}.",
     ),
     "prompt_not_shared": (
         "{have} no shared beginning of `chosen` and `rejected` to serve as `prompt`",
@@ -238,6 +295,41 @@ READERS: dict[str, Callable[[Any, Any, Any], tuple[Pair, Faults]]] = {
 }
 
 
+def fault_of_options(extra: dict[str, Any], first: dict[str, Any]) -> tuple[str, str] | None:
+    """Kind and column of what TRL cannot hand to the chat template.
+
+    Args:
+        extra: values of those of `EXTRA_COLUMNS` that the data has.
+        first: the same of the first row.
+    """
+    if not _are_tools(extra.get("tools")):
+        return "bad_tools", "tools"
+    if "chat_template_kwargs" in extra:
+        options, others = extra["chat_template_kwargs"], first["chat_template_kwargs"]
+        if not isinstance(options, dict):
+            return "bad_kwargs", "chat_template_kwargs"
+        if isinstance(others, dict) and without_nulls(options).keys() != without_nulls(others).keys():
+            return "uneven_kwargs", "chat_template_kwargs"
+    return None
+
+
+def _are_tools(tools: Any) -> bool:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return False
+    return tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
+
+
+def has_other_content(messages: Any) -> bool:
+    """Whether a message holds blocks that are no text: images, say."""
+    return isinstance(messages, list) and any(
+        isinstance(message.get("content"), list) and not all(map(is_text_block, message["content"]))
+        for message in messages
+    )
+
+
 def layout_of(columns: list[str], head: list[tuple]) -> str:
     """The layout of the data, by the majority of its first rows (`head`: prompt, chosen, rejected of each)."""
     sides = [side for row in head for side in row[1:]]
@@ -275,6 +367,8 @@ def _messages_fault(value: Any) -> str | None:
 def _completion_fault(prompt: list[dict], completion: list[dict]) -> str | None:
     if any(message["role"] == "assistant" and _is_blank_message(message) for message in completion):
         return "empty"
+    if completion[0]["role"] in PROMPT_ROLES and completion[-1]["role"] == "assistant":
+        return "repeated_prompt" if repeated_messages(prompt, completion) else "prompt_role"
     fine = _alternates(prompt[-1:] + completion) and completion[-1]["role"] == "assistant"
     return None if fine else "bad_roles"
 

@@ -12,9 +12,11 @@ The pairs are tokenised and cut as in training, by TRL itself: `DPOTrainer._prep
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,8 +30,10 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from .chat import with_strings_for_template
 from .io.files import Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
 from .io.schemas import WrongFile, named, parse_json, typed
+from .pair_tokens import prepare
 from .ref_key import ID_COLUMNS
 from .ref_logps import BATCH, CHOSEN, REJECTED, RefCache, RefCacheError, RefCollator
 from .token_scorer import TokenScorer
@@ -43,6 +47,8 @@ from .weighting import (
     sequence_logps,
     token_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -89,7 +95,11 @@ def tokenise(dataset: Dataset, tokenizer, *, max_length: int | None, truncation_
     """
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
     args: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode=truncation_mode)
-    prepared = DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "diagnosed")
+    dataset = with_strings_for_template(dataset, tokenizer, "diagnosed data")
+    trl_prepares = partial(DPOTrainer._prepare_dataset, trainer, dataset, tokenizer, args, "diagnosed")
+    prepared, note = prepare(trl_prepares, tokenizer)
+    if note is not None:
+        logger.warning("%s", note)
     sides = prepared.select_columns(["chosen_ids", "rejected_ids"])
     empty = [row for row, ids in enumerate(sides) if not all(ids.values())]
     if empty:
@@ -128,6 +138,7 @@ class ScoreKey:
         end_id: the one whose logit is shifted.
         seed: of the subsets.
         gamma: factor of `decay`.
+        other_ends: fingerprints of rows whose end tokens all end other turns (`pair_tokens.rows_with_other_ends`).
         schema: version of this list and of the columns.
     """
 
@@ -140,12 +151,14 @@ class ScoreKey:
     end_id: int
     seed: int
     gamma: float
+    other_ends: list[int] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property
     def digest(self) -> str:
         """24 hex digits over all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
+        known = {name: value for name, value in asdict(self).items() if name != "other_ends" or value}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
@@ -246,6 +259,8 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: TokenScorer, ke
     logps, end_logps = (each.double().cpu() for each in scorer(inputs, targets, end_targets))
     is_end = mask & (targets == key.end_id)
     ends = last_end_tokens(ids, mask, torch.tensor(key.end_ids))
+    if key.other_ends:
+        ends &= ~torch.isin(fingerprints(ids, inputs["attention_mask"]), torch.tensor(key.other_ends))[:, None]
     places = torch.where(ends.any(dim=1), ((mask.cumsum(dim=1) - 1) * ends).sum(dim=1), -1)
     prompts = inputs["attention_mask"] * (1 - inputs["completion_mask"])
     n_pairs = len(rows)

@@ -34,7 +34,7 @@ import textwrap
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,10 +49,19 @@ from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from .cached_reference import CachedReferenceTrainer
+from .chat import with_strings_for_template
 from .checkpoints import fault_of_output_folder
 from .config import SamPOConfig
-from .end_tokens import end_token_ids
-from .guards import check_data, faults_of_packages, refuse_another_engine, refuse_separate_processes
+from .end_tokens import ResponseEnds, end_token_ids
+from .guards import (
+    check_data,
+    faults_of_packages,
+    find_processor,
+    refuse_another_engine,
+    refuse_endless_responses,
+    refuse_separate_processes,
+    refuse_without_end_token,
+)
 from .head import score_places
 from .io.files import write_whole
 from .lengths import LengthSums, TokenCounts, count_tokens
@@ -62,6 +71,7 @@ from .model_checks import faults_of_reference, faults_of_tokens
 from .model_loading import check_model
 from .old_options import faults_of_arguments
 from .pair_stream import PairStreams, Stream, lay_out, score
+from .pair_tokens import prepare, rows_with_other_ends
 from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
 from .ref_logps import BATCH as CACHED_REF_LOGPS
 from .ref_logps import END
@@ -234,6 +244,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
+        processing_class=None,
         *rest,
         **kwargs,
     ):
@@ -255,12 +266,17 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             raise ValueError(fault)
         if isinstance(model, str):  # TRL would train what a folder lacks from random weights
             check_model(model, trust_remote_code=args.trust_remote_code)
-        check_data(args, train_dataset, eval_dataset)
+        if processing_class is None:
+            processing_class = find_processor(model, args, train_dataset, eval_dataset)
+        check_data(args, train_dataset, eval_dataset, processing_class)
+        refuse_without_end_token(train_dataset, processing_class, args)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
+        self._rows_with_other_ends: list[int] = []  # fingerprints of rows whose end tokens end other turns
         self._reference_is_start = ref_model is None
         if args.is_plain_dpo:
             self._name, self._paper, self._tag_names = DPOTrainer._name, DPOTrainer._paper, DPOTrainer._tag_names
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        data = (train_dataset, eval_dataset, processing_class)
+        super().__init__(model, ref_model, args, data_collator, *data, *rest, **kwargs)
 
         self._refuse_what_cannot_be_trained()
         self._weighting = WEIGHTINGS[args.token_weighting]
@@ -377,6 +393,9 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         """A batch of which all completion tokens are scored."""
         mask = inputs["completion_mask"][:, 1:].bool()
         end = last_end_tokens(inputs["input_ids"], mask, torch.tensor(self._end_token_ids, device=mask.device))
+        if self._rows_with_other_ends:
+            rows = fingerprints(inputs["input_ids"], inputs["attention_mask"])
+            end &= ~torch.isin(rows, rows.new_tensor(self._rows_with_other_ends))[:, None]
         return _Pairs(inputs, mask, end, epoch, known=None, places=mask, ref_places=mask)
 
     def _weigh(self, pairs: _Pairs, draw: int, log_ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -896,9 +915,16 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     # --- before the first step -----------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if hasattr(self, "_weighting"):  # another set for `evaluate`; the first ones were checked before the model
+            check_data(None, dataset, processing_class)
+        dataset = with_strings_for_template(dataset, processing_class, f"{dataset_name} data")
+        trl_prepares = partial(super()._prepare_dataset, dataset, processing_class, args, dataset_name)
+        prepared, note = prepare(trl_prepares, processing_class)
+        if note is not None:
+            logger.warning(f"{dataset_name} data: {note}")
         if isinstance(prepared, Dataset):
-            counts = count_tokens(prepared, args.max_length, args.truncation_mode)
+            ends = ResponseEnds(self._tokenizer, end_token_ids(self._tokenizer))  # there is no `self.model` yet
+            counts = count_tokens(prepared, args.max_length, args.truncation_mode, ends)
             counts.dropped = len(dataset) - len(prepared)
             self._token_counts[dataset_name] = counts
             if counts.empty_rows:
@@ -907,6 +933,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
                     f"the {dataset_name} data, first at rows {counts.empty_rows[:10]} of the tokenised set. Remove "
                     "them, or load the data with `sampo.load_preferences(..., on_bad_rows='drop')`."
                 )
+            self._rows_with_other_ends += rows_with_other_ends(prepared, counts, args.max_length, args.truncation_mode)
+            refuse_endless_responses(counts, args, dataset_name)
             log = logger.warning if counts.dropped or counts.identical else logger.info
             log(f"{dataset_name} data: {counts.in_words(args.max_length)}")
         else:

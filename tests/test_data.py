@@ -452,7 +452,9 @@ BAD_CONVERSATIONS = {
     "the user speaks twice": ([USER, USER], [BLUE], [RED], ("bad_roles", "prompt")),
     "the prompt ends with an answer": ([USER, BLUE], [BLUE], [RED, USER, BLUE], ("bad_roles", "chosen")),
     "the completion ends with the user": ([USER], [BLUE, USER], [RED], ("bad_roles", "chosen")),
-    "the completion repeats the prompt": ([USER], [BLUE], [USER, RED], ("bad_roles", "rejected")),
+    "the completion repeats the prompt": ([USER], [BLUE], [USER, RED], ("repeated_prompt", "rejected")),
+    "a system message in a completion": ([USER], [SYSTEM, BLUE], [RED], ("prompt_role", "chosen")),
+    "an image": ([USER], [BLUE], [RED | {"content": [{"type": "image"}]}], ("not_text", "rejected")),
     "an empty list": ([USER], [], [RED], ("empty", "chosen")),
     "an empty prompt": ([], [BLUE], [RED], ("empty", "prompt")),
     "a blank answer": ([USER], [BLUE], [RED | {"content": " \n"}], ("empty", "rejected")),
@@ -805,7 +807,7 @@ def test_the_code_of_the_document_runs_and_prints_what_it_says(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec("\n".join(blocks), {})
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", text)
 

@@ -399,6 +399,7 @@ def test_every_field_of_the_key_changes_its_digest(data):
         "end_id": 9,
         "seed": 6,
         "gamma": 0.5,
+        "other_ends": [7],
         "schema": 99,
     }
     assert set(changed) == {field.name for field in fields(key)}

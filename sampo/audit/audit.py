@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..pair_files import Files, guess, open_source
 from ..pair_rows import PreferenceDataError
+from ..treatment import Treatment
 from .bias import LengthBias, length_bias
 from .duplicates import Overlap, Repeats, overlap, repeats
 from .scan import Advance, Groups, PairNumbers, Rows, SplitScan, scan_split
@@ -78,6 +79,8 @@ def audit_preferences(
     columns: Mapping[str, str] | None = None,
     label: str | None = None,
     progress: Advance | None = None,
+    repeated_prompt: str = "error",
+    text_as_messages: bool = False,
 ) -> Audit:
     """Look at every row of preference data, and say what is wrong with it and what length explains.
 
@@ -97,6 +100,8 @@ def audit_preferences(
         columns: names of our columns in the source, as `{"prompt": "question"}`.
         label: what to call the data; by default the name of the file, folder or data set.
         progress: is told (rows done, rows in all) of the current split.
+        repeated_prompt: `error` or `cut`, as in `load_preferences`.
+        text_as_messages: likewise.
 
     Raises:
         PreferenceDataError: `chosen` or `rejected` is missing, or there is no good pair at all.
@@ -108,6 +113,7 @@ def audit_preferences(
     counter = _counter(tokenizer)
     found, tables = _open(sources, name, splits)
     groups = Groups()
+    treatment = Treatment(repeated_prompt, text_as_messages)
     scans = [
         scan_split(
             split,
@@ -117,6 +123,7 @@ def audit_preferences(
             by=by,
             groups=groups,
             advance=progress or (lambda done, of: None),
+            treatment=treatment,
         )
         for split, rows in tables.items()
     ]
@@ -126,6 +133,8 @@ def audit_preferences(
         said = " ".join(fault.in_words(scan.rows) for scan in scans for fault in scan.faults)
         raise PreferenceDataError(f"{found} must have at least one good pair, got none. {said}".rstrip(), faults)
     about = {**counter.about, "by": by, "columns": dict(columns or {}), "splits": list(tables)}
+    if treatment != Treatment():
+        about |= asdict(treatment)
     return _describe(label or found, counter.unit, about, scans, pairs, groups, lengths, truncation_mode)
 
 
@@ -159,7 +168,8 @@ def _describe(
 
 
 def _bias(pairs: PairNumbers, unit: str) -> LengthBias:
-    return length_bias(pairs.prompt, pairs.chosen, pairs.rejected, pairs.prompt_hash, unit=unit)
+    ended = (pairs.chosen_end >= 0, pairs.rejected_end >= 0) if unit == "tokens" else None
+    return length_bias(pairs.prompt, pairs.chosen, pairs.rejected, pairs.prompt_hash, unit=unit, ended=ended)
 
 
 def _check(lengths: list[int], truncation_mode: str, tokenizer: Any) -> None:

@@ -52,7 +52,8 @@ class LengthBias:
         counted: share of all completion tokens that SamPO lets count, Σ 2 T_m / Σ (T_w + T_l).
         counted_chosen: the same of the chosen side, Σ T_m / Σ T_w.
         counted_rejected: the same of the rejected side, Σ T_m / Σ T_l.
-        end_chosen: mean of T_m / T_w, the chance that SamPO lets the end token of a chosen response count.
+        end_chosen: mean of T_m / T_w, the chance that SamPO lets the end token of a chosen response count, over those
+            that have one; None where none has.
         end_rejected: mean of T_m / T_l.
     """
 
@@ -91,7 +92,13 @@ class LengthBias:
 
 
 def length_bias(
-    prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, prompt_ids: np.ndarray, *, unit: str = "tokens"
+    prompt: np.ndarray,
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    prompt_ids: np.ndarray,
+    *,
+    unit: str = "tokens",
+    ended: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> LengthBias:
     """Describe pairs by their lengths.
 
@@ -101,11 +108,14 @@ def length_bias(
         rejected: `(n,)` lengths of the rejected responses.
         prompt_ids: `(n,)` whole numbers, equal for pairs of one prompt: the unit of the intervals.
         unit: what a length counts.
+        ended: `(n,)` truth values of the chosen and of the rejected responses, whether each has an end token; None
+            where that is not known, and all count as ended.
     """
     prompt, chosen, rejected = (np.asarray(x, dtype=np.int64) for x in (prompt, chosen, rejected))
     _, codes = np.unique(prompt_ids, return_inverse=True)
     difference = chosen - rejected
     shorter_side = np.minimum(chosen, rejected)
+    ended_chosen, ended_rejected = ended or (np.full(len(chosen), True),) * 2
     return LengthBias(
         pairs=len(chosen),
         prompts=int(codes.max()) + 1 if len(codes) else 0,
@@ -123,8 +133,8 @@ def length_bias(
         counted=_ratio(2 * shorter_side, chosen + rejected),
         counted_chosen=_ratio(shorter_side, chosen),
         counted_rejected=_ratio(shorter_side, rejected),
-        end_chosen=_mean_ratio(shorter_side, chosen),
-        end_rejected=_mean_ratio(shorter_side, rejected),
+        end_chosen=_mean_ratio(shorter_side[ended_chosen], chosen[ended_chosen]),
+        end_rejected=_mean_ratio(shorter_side[ended_rejected], rejected[ended_rejected]),
     )
 
 

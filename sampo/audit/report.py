@@ -288,6 +288,8 @@ def _preference_sentence(bias: LengthBias, unit: str) -> str:
 def _option_sentences(bias: LengthBias) -> list[str]:
     """By the side of chance that the whole interval of the AUC lies on."""
     kept = f"{shown(bias.end_chosen, '%')} of chosen and {shown(bias.end_rejected, '%')} of rejected end tokens"
+    if bias.end_chosen is None and bias.end_rejected is None:
+        kept = "no end token, since no response has one"
     side = side_of(bias.auc, 0.5)
     if side > 0:
         return [
@@ -314,6 +316,11 @@ def _cut_sentences(cuts: list[Truncation]) -> list[str]:
         said = []
         if cut.dropped:
             said.append(f"{cut.dropped:,} pairs are dropped because their prompt fills it")
+        if cut.without_end_chosen + cut.without_end_rejected == 2 * cut.bias.pairs > 0:
+            said.append(
+                f"none of {2 * cut.bias.pairs:,} responses has an end token, so training teaches no end, and "
+                "`balance_end_token` and `keep_end_token` are refused"
+            )
         if cut.one_sided_end:
             said.append(f"{cut.one_sided_end:,} pairs have an end token on one side only")
         if cut.identical:

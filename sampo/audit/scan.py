@@ -17,14 +17,28 @@ import numpy as np
 from ..data import as_text, missing_columns, nearest_column
 from ..json_files import BrokenLine
 from ..pair_files import guess
-from ..pair_rows import KINDS, PAIR_COLUMNS, READERS, Fault, Pair, PreferenceDataError, layout_of
+from ..pair_rows import (
+    EXTRA_COLUMNS,
+    KINDS,
+    PAIR_COLUMNS,
+    READERS,
+    Fault,
+    Faults,
+    Pair,
+    PreferenceDataError,
+    fault_of_options,
+    has_other_content,
+    layout_of,
+)
+from ..pair_tokens import note_of_text
+from ..repeated_prompts import FEW_BYTES, are_many
+from ..treatment import Treatment, repeats_in_plain_text
 from .tokens import TokenCounter, WordCounter
 
 HEAD = 1000  # rows that the layout is decided by
 BATCH = 250  # pairs that are tokenised at a time
 ROWS_NAMED = 10  # of each kind of fault
 MAX_GROUPS = 1000
-EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 NO_VALUE, OTHERS = "(no value)", "(further values)"
 Advance = Callable[[int, int], None]
 
@@ -139,6 +153,10 @@ class _Faults:
         self.found: dict[tuple[str, str], tuple[list[int], int]] = {}
         self.places: dict[str, list[str]] = {}
 
+    def add_many(self, kind: str, column: str, rows: "list[int]") -> None:
+        """Rows that are found bad when all are read."""
+        self.found[kind, column] = rows[:ROWS_NAMED], len(rows)
+
     def add(self, kind: str, column: str, row: int, place: str | None = None) -> None:
         rows, count = self.found.get((kind, column), ([], 0))
         if count < ROWS_NAMED:
@@ -147,16 +165,18 @@ class _Faults:
                 self.places.setdefault(kind, []).append(place)
         self.found[kind, column] = rows, count + 1
 
-    def list(self) -> "list[Fault]":
+    def list(self, reasons: "dict[str, str]") -> "list[Fault]":
         return [
-            Fault(kind, column, sorted(rows), count, self._cure(kind, count))
+            Fault(kind, column, sorted(rows), count, self._cure(kind, count, reasons.get(kind)))
             for (kind, column), (rows, count) in self.found.items()
         ]
 
-    def _cure(self, kind: str, count: int) -> str:
-        places = self.places.get(kind, [])
+    def _cure(self, kind: str, count: int, reason: str | None) -> str:
+        places, cure = self.places.get(kind, []), KINDS[kind][1]
+        if reason:
+            cure = f"The first: {reason}. {cure}"
         more = "; …" if count > len(places) else ""
-        return f"See {'; '.join(places)}{more}. {KINDS[kind][1]}" if places else KINDS[kind][1]
+        return f"See {'; '.join(places)}{more}. {cure}" if places else cure
 
 
 def scan_split(
@@ -168,6 +188,7 @@ def scan_split(
     by: str | None,
     groups: Groups,
     advance: Advance,
+    treatment: Treatment,
 ) -> SplitScan:
     """Read every row of a split once.
 
@@ -179,17 +200,22 @@ def scan_split(
         by: column to group by, or None.
         groups: of all splits; new values are added.
         advance: is told (rows done, rows in all).
+        treatment: what is done to a pair before it is measured.
 
     Raises:
         PreferenceDataError: `chosen` or `rejected` is no column, or nothing at all can be read.
     """
-    return _Scan(name, rows, counter, columns, by, groups, advance).run()
+    return _Scan(name, rows, counter, columns, by, groups, advance, treatment).run()
 
 
 class _Scan:
-    def __init__(self, name, rows, counter, columns, by, groups, advance):
+    def __init__(self, name, rows, counter, columns, by, groups, advance, treatment):
         self.name, self.rows, self.counter, self.columns = name, rows, counter, columns
-        self.by, self.groups, self.advance = by, groups, advance
+        self.by, self.groups, self.advance, self.treatment = by, groups, advance, treatment
+        self.options: dict[str, Any] | None = None  # of the template, in the first good row
+        self.repeating: list[int] = []  # good rows whose responses both begin with their prompt, as text
+        self.telling = 0  # how many of them have a prompt that is long enough to tell something
+        self.cuts_plain = False  # whether those are a mistake of the data, by its first rows
         self.read = 0
         self.lost: PreferenceDataError | None = None
         self.faults = _Faults()
@@ -202,6 +228,8 @@ class _Scan:
         cells = self._until_lost(self.rows.cells([*names, *([self.by] if self.by else []), *EXTRA_COLUMNS]))
         head = list(itertools.islice(cells, HEAD))
         layout = self._layout(names, head)
+        self.treatment.check_layout(layout)
+        self.cuts_plain = self._repeats(head, READERS[layout])
         for row in itertools.chain(head, cells):
             self._take(row, READERS[layout])
         self._measure()
@@ -209,7 +237,12 @@ class _Scan:
             raise self.lost
         self.advance(self.read, self.read)
         self._note_nearby_prompt(layout)
-        faults = self.faults.list()
+        self._note_text()
+        if not self.cuts_plain and are_many(self.telling, self.read):
+            for column in ("chosen", "rejected"):
+                self.faults.add_many("repeated_prompt", column, self.repeating)
+        template = getattr(self.counter, "template", None)
+        faults = self.faults.list(template.reasons if template is not None else {})
         if self.lost is not None:
             faults.insert(0, Fault("unreadable_file", "", [], 1, str(self.lost)))
         pairs = PairNumbers(**{name: np.asarray(values) for name, values in self.arrays.items()})
@@ -254,17 +287,42 @@ class _Scan:
         if isinstance(row, BrokenLine):
             self.faults.add(row.kind, "", number, row.place)
             return
-        pair, faults = reader(*row[:3])
+        extras = dict(zip(EXTRA_COLUMNS, row[-len(EXTRA_COLUMNS) :], strict=True))
+        pair, faults = self._checked(reader(*row[:3]), extras)
         for kind, column in faults:
             self.faults.add(kind, column, number)
         if not faults:
             group = self.groups.number(row[3]) if self.by else 0
-            extras = dict(zip(EXTRA_COLUMNS, row[-len(EXTRA_COLUMNS) :], strict=True))
             self.waiting.append((number, group, pair, extras))
         if len(self.waiting) == BATCH:
             self._measure()
         if self.read % HEAD == 0:
             self.advance(self.read, max(self._total(), self.read))
+
+    def _repeats(self, head: list[Any], reader: Callable) -> bool:
+        """Whether so many of the first rows begin with their prompt in plain text that this is a mistake."""
+        pairs = [self.treatment.take(*reader(*row[:3])) for row in head if not isinstance(row, BrokenLine)]
+        telling = sum(not faults and repeats_in_plain_text(pair) >= FEW_BYTES for pair, faults in pairs)
+        return are_many(telling, len(head))
+
+    def _checked(self, read: tuple[Pair, Faults], extras: dict[str, Any]) -> tuple[Pair, Faults]:
+        """The pair as `load_preferences` makes it, or its faults."""
+        pair, faults = self.treatment.take(*read, plain_repeats=self.cuts_plain)
+        if faults:
+            return pair, faults
+        if not self.cuts_plain and (size := repeats_in_plain_text(pair)):
+            self.repeating.append(self.read - 1)
+            self.telling += size >= FEW_BYTES
+        given = {name: value for name, value in extras.items() if name in self.rows.columns}
+        if self.options is None:
+            self.options = given
+        if fault := fault_of_options(given, self.options):
+            return pair, [fault]
+        if {"image", "images"} & set(self.rows.columns):
+            return pair, []
+        return pair, [
+            ("not_text", column) for column, part in zip(PAIR_COLUMNS, pair, strict=True) if has_other_content(part)
+        ]
 
     def _total(self) -> int:
         return getattr(self.rows, "total", self.read)
@@ -280,6 +338,14 @@ class _Scan:
             for kept, value in zip(self.arrays.values(), values, strict=True):
                 kept.append(value)
         self.waiting.clear()
+
+    def _note_text(self) -> None:
+        """Pairs of text beside the tokenizer of a chat model; and where their tokens merge."""
+        if isinstance(self.counter, TokenCounter) and self.counter.texts:
+            has_template = bool(self.counter.tokenizer.chat_template)
+            if note := note_of_text(self.counter.merged, self.counter.texts, has_template=has_template):
+                self.notes.append(f"Split `{self.name}`: {note}")
+            self.counter.texts = self.counter.merged = 0
 
     def _note_nearby_prompt(self, layout: str) -> None:
         near = nearest_column("prompt", self.rows.columns)

@@ -1,12 +1,12 @@
 """Lengths of a pair: in words, or in the tokens that TRL's trainer makes of it."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..chat import ChatTemplate, NotRendered
 from ..data import said
-from ..end_tokens import end_token_ids
+from ..end_tokens import ResponseEnds, end_token_ids
 from ..pair_rows import Pair
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ class TokenCounter:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str):
         self.tokenizer: Any = tokenizer
-        self.end_ids = set(end_token_ids(tokenizer))
+        self.ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
+        self.template = ChatTemplate(tokenizer)
+        self.texts = self.merged = 0  # pairs of text, and those whose tokens merge where the response begins
         self.about = {"tokenizer": name, "tokenizer_hash": self._hash()}
 
     def _hash(self) -> str | None:
@@ -64,10 +66,11 @@ class TokenCounter:
             extras: what each row has in the columns `tools` and `chat_template_kwargs`.
         """
         rendered = [self._render(pair, extra) for pair, extra in zip(pairs, extras, strict=True)]
-        texts = [text for three in rendered if three is not None for text in three]
+        texts = [text for three in rendered if len(three) == 3 for text in three]
         ids = iter(self._encode(texts, messages=bool(pairs) and isinstance(pairs[0][0], list)))
         return [
-            ("not_rendered", "") if three is None else self._one(next(ids), next(ids), next(ids)) for three in rendered
+            three if len(three) == 2 else self._one(next(ids), next(ids), next(ids), is_text=isinstance(pair[0], str))
+            for pair, three in zip(pairs, rendered, strict=True)
         ]
 
     def _encode(self, texts: list[str], *, messages: bool) -> list[list[int]]:
@@ -77,10 +80,8 @@ class TokenCounter:
             texts, add_special_tokens=not messages, return_attention_mask=False, padding=False, verbose=False
         )["input_ids"]
 
-    def _render(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str, str] | None:
-        """The prompt alone, and the prompt with each side; None where the template refuses."""
-        from jinja2 import TemplateError
-
+    def _render(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str, str] | Fault:
+        """The prompt alone, and the prompt with each side; or what the template does wrong."""
         prompt, *sides = pair
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token
@@ -94,28 +95,24 @@ class TokenCounter:
                 "chat model, or leave `tokenizer` out to count words."
             )
         try:
-            tools = extra.get("tools")
-            options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-            options |= extra.get("chat_template_kwargs") or {}
-            alone = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
-            whole = [self.tokenizer.apply_chat_template(prompt + side, tokenize=False, **options) for side in sides]
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
-            return None
-        return alone, *whole
+            texts = self.template.texts(pair, extra)
+        except NotRendered as error:
+            self.template.reasons.setdefault("not_rendered", str(error))
+            return "not_rendered", ""
+        return self.template.fault_of_texts(pair, texts) or texts
 
-    def _one(self, alone: list[int], chosen: list[int], rejected: list[int]) -> Measure | Fault:
+    def _one(self, alone: list[int], chosen: list[int], rejected: list[int], *, is_text: bool) -> Measure | Fault:
         prompt = min(_shared_start(alone, chosen), _shared_start(alone, rejected))
+        self.texts += is_text
+        self.merged += is_text and prompt < len(alone)
         chosen, rejected = chosen[prompt:], rejected[prompt:]
         for column, side in (("chosen", chosen), ("rejected", rejected)):
             if not side:
                 return "no_tokens", column
         return (
-            *(prompt, len(chosen), len(rejected), self._end(chosen), self._end(rejected)),
+            *(prompt, len(chosen), len(rejected), self.ends.place(chosen), self.ends.place(rejected)),
             *(_shared_start(chosen, rejected), _shared_start(chosen[::-1], rejected[::-1])),
         )
-
-    def _end(self, ids: list[int]) -> int:
-        return next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in self.end_ids), -1)
 
 
 def _shared_start(a: list[int], b: list[int]) -> int:

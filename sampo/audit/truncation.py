@@ -64,5 +64,8 @@ def truncation(pairs: PairNumbers, max_length: int | None, truncation_mode: str 
         without_end_rejected=int((left & ~end_rejected).sum()),
         one_sided_end=int((left & (end_chosen != end_rejected)).sum()),
         identical=int((left & (left_chosen == left_rejected) & (shared >= left_chosen)).sum()),
-        bias=length_bias(prompt[left], left_chosen[left], left_rejected[left], pairs.prompt_hash[left]),
+        bias=length_bias(
+            *(prompt[left], left_chosen[left], left_rejected[left], pairs.prompt_hash[left]),
+            ended=(end_chosen[left], end_rejected[left]),
+        ),
     )

@@ -5,6 +5,8 @@ import logging
 import shlex
 from pathlib import Path
 
+from .pair_options import add_treatment, treatment_of
+
 FAULTY = 3  # exit code: bad rows, or a file that breaks off; the audit is complete without them
 
 
@@ -29,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in the source, as prompt=question"
     )
+    add_treatment(parser)
     parser.add_argument("--label", help="what to call the data in tables and records")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, records.jsonl and pairs.parquet")
     return parser
@@ -70,6 +73,7 @@ def _audit(args: argparse.Namespace) -> int:
             columns=columns,
             label=args.label,
             progress=advance,
+            **treatment_of(args),
         )
     console = Console(highlight=False)
     for table in report.tables(audit):
@@ -99,6 +103,10 @@ def _command(args: argparse.Namespace) -> str:
     for name in ("max_length", "splits", "columns"):
         if getattr(args, name):
             words += [f"--{name}", *map(str, getattr(args, name))]
+    if args.repeated_prompt != "error":
+        words += ["--repeated_prompt", args.repeated_prompt]
+    if args.text_as_messages:
+        words += ["--text_as_messages"]
     if args.truncation_mode != "keep_start":
         words += ["--truncation_mode", args.truncation_mode]
     return shlex.join(words)

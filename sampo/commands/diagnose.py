@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .lazy_model import LazyModel
+from .pair_options import add_treatment, treatment_of
+
+logger = logging.getLogger(__name__)
 
 ON_BAD_ROWS = ("error", "drop")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="preference pairs: as `dataset_name` of `sampo train`")
     parser.add_argument("--split", help="of the data, such as `test[:500]`")
     parser.add_argument("--on_bad_rows", default="error", choices=ON_BAD_ROWS, help="pairs that cannot be used")
+    add_treatment(parser)
     parser.add_argument(
         "--by", nargs="+", default=[], metavar="COLUMN", help="pressure for each value of a column too"
     )
@@ -155,6 +159,7 @@ class _Setup:
         data: hash of the token ids.
         pad_id: of the tokenizer.
         end_ids: tokens that end a response, EOS first.
+        other_ends: fingerprints of rows whose end tokens end other turns.
         by: column -> `(n,)` values.
         quality: `(n,)` quality of chosen minus rejected, or None.
     """
@@ -165,6 +170,7 @@ class _Setup:
     data: str
     pad_id: int
     end_ids: list[int]
+    other_ends: list[int]
     by: dict[str, Any]
     quality: Any
 
@@ -188,6 +194,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
         print(
             f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are left out: their prompt fills `max_length`."
         )
+    other_ends = _find_other_ends(pairs, tokenizer, args)
     _check_tokens(pairs, tokenizer, [*policies, *([reference] if reference else [])])
     setup = _Setup(
         policies=policies,
@@ -196,6 +203,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
         data=data_hash(pairs),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         end_ids=end_token_ids(tokenizer, policies[0].generation_config()),
+        other_ends=other_ends,
         by={name: pairs.with_format(None)[name][:] for name in args.by},
         quality=_quality(args, pairs),
     )
@@ -233,7 +241,13 @@ def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
 def _load(args: argparse.Namespace, tokenizer: Any) -> Any:
     from ..data import load_preferences
 
-    dataset = load_preferences(args.data, split=args.split, on_bad_rows=args.on_bad_rows)
+    dataset = load_preferences(
+        args.data,
+        split=args.split,
+        on_bad_rows=args.on_bad_rows,
+        chat_template_of=tokenizer,
+        **treatment_of(args),
+    )
     wrong = [name for name in [*args.by, *(args.quality or [])] if name not in dataset.column_names]
     if wrong:
         raise ValueError(
@@ -249,6 +263,23 @@ def _load(args: argparse.Namespace, tokenizer: Any) -> Any:
             "The pairs are messages, and the tokenizer has no chat template to make text of them. Set `chat_template`."
         )
     return dataset
+
+
+def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> list[int]:
+    """Rows whose end tokens end other turns; says where no response ends, for the pressure is on its end."""
+    from ..end_tokens import ResponseEnds, end_token_ids
+    from ..lengths import count_tokens
+    from ..pair_tokens import rows_with_other_ends
+
+    ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
+    counts = count_tokens(pairs, args.max_length or None, args.truncation_mode, ends)
+    if not counts.has_ends:
+        logger.warning(
+            "0 of %s responses have an end token after truncation. The pressure below is that on %s, which training "
+            "on these pairs would not show; `balance_end_token` and `keep_end_token` are refused there.",
+            *(f"{2 * counts.pairs:,}", tokenizer.eos_token),
+        )
+    return rows_with_other_ends(pairs, counts, args.max_length or None, args.truncation_mode)
 
 
 def _check_tokens(pairs: Any, tokenizer: Any, models: list[LazyModel]) -> None:
@@ -337,6 +368,7 @@ def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str
         end_id=common_end_token(setup.pairs, setup.end_ids),
         seed=args.seed,
         gamma=args.decay_gamma,
+        other_ends=setup.other_ends,
     )
     with progress(name) as advance:
         paths = score_pairs(

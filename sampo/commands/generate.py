@@ -32,6 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="JSONL file of answers")
     parser.add_argument("--split", help="of the prompts, such as `test[:100]`")
     parser.add_argument("--on_bad_rows", default="error", choices=ON_BAD_ROWS, help="rows without a prompt")
+    parser.add_argument(
+        "--text_as_messages", action="store_true", help="a prompt of text becomes a message of the user"
+    )
     parser.add_argument("--on_long_prompts", default="error", choices=ON_BAD_ROWS, help="that leave no room to answer")
     parser.add_argument("--alpaca_eval", type=Path, metavar="FILE", help="write AlpacaEval's `model_outputs` too")
     drawing = parser.add_argument_group("sampling")
@@ -73,8 +76,13 @@ def main(args: argparse.Namespace) -> None:
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
         sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
-        questions = load_prompts(args.prompts, split=args.split, on_bad_rows=args.on_bad_rows)
-        backend, endpoint = _backend(args)
+        questions = load_prompts(
+            args.prompts,
+            split=args.split,
+            on_bad_rows=args.on_bad_rows,
+            text_as_messages=args.text_as_messages,
+        )
+        questions, backend, endpoint = _backend(args, questions)
         with ExitStack() as stack:
             advance = stack.enter_context(progress("answers"))
             stack.callback(getattr(endpoint, "close", lambda: None))
@@ -102,27 +110,29 @@ def _export(answers: Path, path: Path) -> None:
     write_alpaca_eval(path, read_answers(answers))
 
 
-def _backend(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(backend, endpoint if it is one)."""
+def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any], Any, Any]:
+    """(prompts that can be asked, backend, endpoint if it is one)."""
     from ..evaluation import backends
     from ..evaluation.models import Texts, fingerprint, load_causal, load_tokenizer
+    from ..evaluation.prompt_files import check_prompts
 
     kind = args.backend or ("endpoint" if args.url else "transformers")
     if (kind == "endpoint") != bool(args.url):
         raise ValueError(f"`url` goes with `backend` endpoint and with no other, got `backend` {kind}.")
     if kind == "endpoint":
         endpoint = endpoints.build(args, args.model)
-        return backends.EndpointBackend(endpoint, args.options), endpoint
+        return questions, backends.EndpointBackend(endpoint, args.options), endpoint
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     template = args.chat_template.read_text(encoding="utf-8") if args.chat_template else None
     source = {"adapter": args.adapter, "revision": args.revision, "trust_remote_code": args.trust_remote_code}
     texts = Texts(load_tokenizer(args.model, **source), args.format, template)
+    questions = check_prompts(questions, texts.fault, args.on_bad_rows)
     if kind == "vllm":
         weights = fingerprint(args.model, None)
         about = {"adapter": args.adapter, "weights": weights, "dtype": args.dtype, "stop_tokens": args.stop_tokens}
-        return backends.VLLMBackend(args.model, texts, **about), None
+        return questions, backends.VLLMBackend(args.model, texts, **about), None
     from ..evaluation.models import default_device
 
     loaded = load_causal(args.model, device=args.device or default_device(), dtype=args.dtype, **source)
@@ -130,4 +140,4 @@ def _backend(args: argparse.Namespace) -> tuple[Any, Any]:
     backend = backends.TransformersBackend(
         name, loaded, texts, batch_size=args.batch_size, stop_tokens=args.stop_tokens
     )
-    return backend, None
+    return questions, backend, None

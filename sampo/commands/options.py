@@ -34,6 +34,8 @@ class SamPOScriptArguments(ScriptArguments):
     Args:
         eval_fraction: Share of the prompts to hold out for evaluation.
         on_bad_rows: `error` or `drop`.
+        repeated_prompt: `error` or `cut`.
+        text_as_messages: Whether text goes through the chat template.
         length_split: `long`, `short`, `equal` or `balanced`.
         chat_template: Jinja text, or the path of a file with it.
         ref_model_name_or_path: The reference, if it is not what training starts from.
@@ -56,6 +58,21 @@ class SamPOScriptArguments(ScriptArguments):
             "help": "What happens to pairs that cannot be trained on (an empty side, no shared prompt, ...): `error` "
             "names them and stops, `drop` leaves them out and says how many.",
             "choices": ["error", "drop"],
+        },
+    )
+    repeated_prompt: str = field(
+        default="error",
+        metadata={
+            "help": "What happens where the responses begin with their prompt, as messages or as text: `error`, or "
+            "`cut` it there, together with the role tags that a chat template puts around it.",
+            "choices": ["error", "cut"],
+        },
+    )
+    text_as_messages: bool = field(
+        default=False,
+        metadata={
+            "help": "Make a message of the user of each text prompt and one of the assistant of each text response, "
+            "without the blanks at their ends, so that a chat model is trained through its template."
         },
     )
     length_split: str | None = field(
@@ -407,6 +424,8 @@ def _streaming_faults(options: Any) -> list[str]:
         "length_split": options.length_split is not None,
         "prompt_shard": options.prompt_shard is not None,
         "on_bad_rows: drop": options.on_bad_rows == "drop",
+        "repeated_prompt: cut": options.repeated_prompt == "cut",
+        "text_as_messages": options.text_as_messages,
     }
     return [
         f"`{option}` needs all rows, got a stream. Load the data whole." for option, asked in table.items() if asked

@@ -220,6 +220,9 @@ def _load_rows(script_args, training_args, dataset_args, processor, evaluates: b
         length_split=script_args.length_split,
         tokenizer=getattr(processor, "tokenizer", processor),
         seed=_split_seed(script_args, training_args),
+        repeated_prompt=script_args.repeated_prompt,
+        text_as_messages=script_args.text_as_messages,
+        chat_template_of=processor,
     )
 
 

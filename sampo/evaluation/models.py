@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..chat import ChatTemplate, NotRendered
 from ..model_checks import faults_of_place
 from ..model_loading import (
     ModelError,
@@ -20,6 +21,7 @@ from ..model_loading import (
     opening,
     refuse_weights_not_finite,
 )
+from ..pair_rows import has_other_content, phrase
 from .answers import Prompt, prompt_text
 
 if TYPE_CHECKING:
@@ -153,6 +155,7 @@ class Texts:
                 "`format: chat` must have a chat template, and the tokenizer has none. Give one with `chat_template`, "
                 "or set `format` to `raw`."
             )
+        self._chat_template = ChatTemplate(tokenizer, self._template)
 
     @property
     def template_hash(self) -> str | None:
@@ -185,11 +188,23 @@ class Texts:
             )
         return asked, whole[len(asked) :]
 
+    def fault(self, prompt: Prompt) -> str | None:
+        """Why the chat template cannot ask this, or None."""
+        if not self.chat:
+            return None
+        messages = _messages(prompt)
+        if has_other_content(messages):
+            return phrase("not_text", "prompt", 1)
+        try:
+            text = self._chat_template.render(self._chat_template.as_taken(messages), add_generation_prompt=True)
+        except NotRendered as error:
+            return f"{phrase('not_rendered', '', 1)}: {error}"
+        kind = self._chat_template.fault_of_prompt(messages, text)
+        return None if kind is None else phrase(kind, "prompt", 1)
+
     def _templated(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        found: Any = self.tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=True, return_dict=True, **options
-        )
-        return list(found["input_ids"])
+        text = self._chat_template.render(self._chat_template.as_taken(messages), **options)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _messages(prompt: Prompt) -> list[dict[str, Any]]:

@@ -14,13 +14,13 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..pair_files import BrokenLine, Table, open_source, pick_split
-from ..pair_rows import READERS, is_blank_text, layout_of, without_nulls
-from .answers import Prompt, prompt_id
+from ..pair_rows import EXTRA_COLUMNS, READERS, is_blank_text, layout_of, without_nulls
+from .answers import Prompt, prompt_id, prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,12 @@ class _Bad(ValueError):
 
 
 def load_prompts(
-    source: str | Path, *, split: str | None = None, name: str | None = None, on_bad_rows: str = "error"
+    source: str | Path,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    on_bad_rows: str = "error",
+    text_as_messages: bool = False,
 ) -> list[Question]:
     """The prompts of a file in its order, each once.
 
@@ -56,6 +61,7 @@ def load_prompts(
         split: Split, with a slice if wanted: `test[:100]`.
         name: Configuration of a hub data set.
         on_bad_rows: `error`, or `drop` rows without a usable prompt, with their number in the log.
+        text_as_messages: Make a user's message of each text, without the blanks at its ends, as for preference data.
 
     Raises:
         ValueError: no column has prompts, or rows are bad.
@@ -64,6 +70,8 @@ def load_prompts(
         raise ValueError(f"`on_bad_rows` must be one of {list(ON_BAD_ROWS)}, got {on_bad_rows!r}.")
     label, tables = open_source(source, name)
     table = pick_split(tables, split, label)
+    if unused := [column for column in EXTRA_COLUMNS if column in table.columns]:
+        logger.warning("%s: the columns %s take no effect in generation, only in training", label, unused)
     questions: dict[str, Question] = {}
     bad: Counter[str] = Counter()
     first_bad: list[int] = []
@@ -73,6 +81,7 @@ def load_prompts(
             bad[found] += 1
             first_bad += [total - 1] if len(first_bad) < 10 else []
         else:
+            found = _as_message(found) if text_as_messages else found
             questions.setdefault(found.prompt_id, found)
     if bad:
         text = f"{sum(bad.values()):,} of {total:,} rows ({', '.join(f'{n:,} {why}' for why, n in bad.items())})"
@@ -88,6 +97,40 @@ def load_prompts(
     if not questions:
         raise ValueError(f"{label} must have at least one prompt, got none in {total} rows.")
     return list(questions.values())
+
+
+def _as_message(question: Question) -> Question:
+    if not isinstance(question.prompt, str):
+        return question
+    return replace(question, prompt=[{"role": "user", "content": question.prompt.strip()}])
+
+
+def check_prompts(
+    questions: list[Question], fault_of: Callable[[Prompt], str | None], on_bad_rows: str = "error"
+) -> list[Question]:
+    """The prompts that a chat template can ask, before a model is loaded.
+
+    Args:
+        questions: the prompts.
+        fault_of: why one cannot be asked (`Texts.fault`).
+        on_bad_rows: `error`, or `drop` the others, with their number in the log.
+
+    Raises:
+        ValueError: some cannot be asked with `error`, or none can.
+    """
+    faults = {number: why for number, each in enumerate(questions) if (why := fault_of(each.prompt))}
+    if not faults:
+        return questions
+    first, why = next(iter(faults.items()))
+    begin = prompt_text(questions[first].prompt)[:60]
+    text = f"{len(faults):,} of {len(questions):,} prompts, the first {begin!r} {why}"
+    if on_bad_rows == "error" or len(faults) == len(questions):
+        raise ValueError(
+            f"The chat template must show all that is said, got faults in {text}. Take another template "
+            "(`chat_template`), mend the prompts, or set `on_bad_rows` to `drop`."
+        )
+    logger.warning("dropped %s", text)
+    return [question for number, question in enumerate(questions) if number not in faults]
 
 
 def _questions(table: Table, label: str) -> Iterator[Question | str]:
