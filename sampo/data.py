@@ -4,7 +4,6 @@
 `check_preferences` asks the same of data that comes from elsewhere, and changes nothing.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat import ChatTemplate, template_of
-from .pair_files import BrokenLine, Table, guess, open_source, pick_split
+from .json_files import BrokenLine
+from .pair_files import Table, open_source, pick_split
 from .pair_rows import (
     EXTRA_COLUMNS,
     KINDS,
@@ -29,6 +29,7 @@ from .pair_rows import (
     PreferenceDataError,
     count_turns,
     fault_of_options,
+    guess,
     has_other_content,
     is_text_block,
     layout_of,
@@ -36,6 +37,7 @@ from .pair_rows import (
     without_nulls,
 )
 from .repeated_prompts import FEW_BYTES, are_many
+from .source_columns import PairRows, nearest_column, pair_rows
 from .treatment import Treatment, repeats_in_plain_text, treated
 
 if TYPE_CHECKING:
@@ -47,13 +49,6 @@ TOKENISED_COLUMNS = frozenset({"prompt_ids", "chosen_ids", "rejected_ids"})
 IMAGE_COLUMNS = frozenset({"image", "images"})
 ON_BAD_ROWS = ("error", "drop")
 LENGTH_SPLITS = ("long", "short", "equal", "balanced")
-
-# Names that other collections give to the three columns: too far from ours for a comparison of spelling.
-OTHER_NAMES = {
-    "prompt": ("question", "instruction", "query", "input", "context"),
-    "chosen": ("chosen_response", "preferred", "accepted", "response_chosen", "winner", "better", "positive"),
-    "rejected": ("rejected_response", "dispreferred", "response_rejected", "loser", "worse", "negative"),
-}
 
 
 def load_preferences(
@@ -84,7 +79,9 @@ def load_preferences(
             the rejected one, or equally many of `long` and `short` (`balanced`). The subsets of SamPO's Table 1.
         tokenizer: Counts lengths in its tokens; without it they are whitespace words.
         seed: Which pairs `balanced` draws.
-        columns: Names of the columns in the source, as `{"prompt": "question"}`.
+        columns: Names of the columns in the source, as `{"prompt": "question"}`; of `prompt`, `chosen`, `rejected`,
+            `system` and `input`. An empty name for one of the last two: it is not used. Without a name, `system`
+            (or `system_prompt`) and an `input` beside `instruction` are used as docs/data.md says.
         repeated_prompt: `error` refuses responses that begin with their prompt; `cut` cuts it there, with the role
             tags of a template around it.
         text_as_messages: Make a user's message of each text prompt and an assistant's of each text response, without
@@ -100,7 +97,7 @@ def load_preferences(
     _one_of("length_split", length_split, (None, *LENGTH_SPLITS))
     treatment = Treatment(repeated_prompt, text_as_messages)
     label, tables = open_source(source, name)
-    table = pick_split(tables, split, label).renamed(columns or {}, label)
+    table = pick_split(tables, split, label).of_pairs(columns or {}, label)
     dataset = _normalise(table, label, on_bad_rows, treatment, chat_template_of)
     return dataset if length_split is None else select_by_length(dataset, length_split, tokenizer=tokenizer, seed=seed)
 
@@ -144,7 +141,7 @@ def load_preference_splits(
     label, tables = open_source(source, name)
 
     def load(split: str) -> "Dataset":
-        table = pick_split(tables, split, label).renamed(columns or {}, label)
+        table = pick_split(tables, split, label).of_pairs(columns or {}, label)
         return _normalise(table, f"split `{split}` of {label}", on_bad_rows, treatment, chat_template_of)
 
     loaded = {"train": load(train_split)}
@@ -183,11 +180,25 @@ def check_preferences(
         if faults := missing_columns(names):
             raise _error("the preference data", faults, 0)
         return
-    scan = _scan(Table(dataset, names), Treatment(), template_of(chat_template_of), strict=True)
+    table = Table(dataset, names)
+    _refuse_other_columns(table)
+    scan = _scan(table, Treatment(), template_of(chat_template_of), strict=True)
     if faults := scan.list_faults(names, max_rows_named):
         raise _error("the preference data", faults, scan.total)
     if not scan.total:
         raise PreferenceDataError("A preference data set must have at least one pair, got none.")
+
+
+def _refuse_other_columns(table: Table) -> None:
+    """A trainer takes three columns, and messages as they are: what `load_preferences` would make is lost there."""
+    made = pair_rows(table, label="the preference data")
+    if isinstance(made, PairRows):
+        used = ", ".join(f"`{name}`" for name in made.parts.values())
+        raise PreferenceDataError(
+            f"The preference data must be in TRL's format, got columns ({used}) of which pairs have to be made first: "
+            "a system message, an input, or messages of ShareGPT. Load the data with `load_preferences`, or remove "
+            "the columns that are not meant."
+        )
 
 
 def split_by_prompt(dataset: "Dataset", eval_fraction: float, seed: int = 42) -> "tuple[Dataset, Dataset]":
@@ -357,8 +368,8 @@ def _scan(table: Table, treatment: Treatment, template: ChatTemplate | None, *, 
     if scan.layout == "shared_text" and near:
         logger.warning(
             "there is no column `prompt`, so what `chosen` and `rejected` begin with is taken for it. If `%s` is "
-            "meant, load the data with `load_preferences(..., columns={'prompt': '%s'})`",
-            *(near, near),
+            "meant, set `columns` prompt=%s (in Python `columns={'prompt': '%s'}`)",
+            *(near, near, near),
         )
     return scan
 
@@ -465,18 +476,9 @@ def missing_columns(columns: list[str]) -> list[Fault]:
 
 def _missing_column(column: str, columns: list[str]) -> Fault:
     near = nearest_column(column, columns)
-    call = f"`load_preferences(..., columns={{{column!r}: {near!r}}})`" if near else "the option `columns`"
-    what = f"Did you mean `{near}`? Load the data with {call}" if near else f"Name the right one with {call}"
+    option = f"`columns` {column}={near or 'NAME'} (in Python `columns={{{column!r}: {near or 'NAME'!r}}}`)"
+    what = f"Did you mean `{near}`? Set {option}" if near else f"Name the right one with {option}"
     return Fault("missing_column", column, [], 0, f"The columns are {columns}. {what}.")
-
-
-def nearest_column(wanted: str, columns: list[str]) -> str | None:
-    """The column that is probably meant, by spelling or by a name that others give it."""
-    free = {column.lower(): column for column in columns if column not in PAIR_COLUMNS}
-    known = [free[name] for name in OTHER_NAMES[wanted] if name in free]
-    # 0.82: `prompts`, `Prompt`, `promt`, `choosen`, `reject` are near; `prompt_id` is not
-    close = difflib.get_close_matches(wanted, list(free), n=1, cutoff=0.82)
-    return free[close[0]] if close else next(iter(known), None)
 
 
 def _error(label: str, faults: list[Fault], total: int) -> PreferenceDataError:

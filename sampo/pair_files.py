@@ -3,10 +3,9 @@
 Every source is a dict of splits, each a function that reads it into a [`Table`].
 """
 
-import difflib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .data_files import DATA_SUFFIXES, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
 from .json_files import BrokenLine, unreadable
-from .pair_rows import PAIR_COLUMNS, PreferenceDataError
+from .pair_rows import PAIR_COLUMNS, PreferenceDataError, guess
+from .source_columns import PairRows, pair_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,15 +53,22 @@ class Table:
             nothing = [None] * len(batch[present[0]])
             yield from zip(*(batch.get(name, nothing) for name in names), strict=True)
 
-    def renamed(self, columns: dict[str, str], label: str) -> "Table":
+    def of_pairs(self, columns: dict[str, str], label: str) -> "Table":
+        """With columns `prompt`, `chosen` and `rejected`, by the rules of `source_columns`.
+
+        Raises:
+            ValueError: `columns` names something else, or it is not clear what a column means.
+        """
+        made = pair_rows(self, columns, label)
+        if isinstance(made, PairRows) and made.makes:
+            logger.info("%s: pairs are made of the columns %s", label, ", ".join(made.parts.values()))
+            return Table(made.dicts(), made.columns)
+        if not isinstance(made, PairRows):
+            return self
+        return self._renamed({ours: theirs for ours, theirs in made.parts.items() if ours in PAIR_COLUMNS}, label)
+
+    def _renamed(self, columns: dict[str, str], label: str) -> "Table":
         """`columns` maps our names to those of the source; a column that already has our name makes room."""
-        unknown = sorted(set(columns) - set(PAIR_COLUMNS))
-        absent = sorted(set(columns.values()) - set(self.columns))
-        if unknown or absent or len(set(columns.values())) < len(columns):
-            raise ValueError(
-                "`columns` must map names among `prompt`, `chosen`, `rejected` to different columns of the source, "
-                f"got {columns}; {label} has {self.columns}."
-            )
         theirs_to_ours = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
         replaced = {ours for ours in theirs_to_ours.values() if ours in self.columns and ours not in theirs_to_ours}
         if replaced:
@@ -266,9 +273,3 @@ def pick_split(tables: dict[str, Callable[[], Table]], split: str | None, label:
     rows = [row for part in slices for row in range(part.from_ or 0, len(table.rows) if part.to is None else part.to)]
     picked = [table.rows[row] for row in rows] if isinstance(table.rows, list) else table.rows.select(rows)
     return Table(picked, table.columns)
-
-
-def guess(value: str, choices: Iterable) -> str:
-    """End of an error message: the choice that was probably meant, if one is near."""
-    close = difflib.get_close_matches(value, [str(choice) for choice in choices], n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

@@ -12,6 +12,7 @@ A pair is `prompt`, `chosen` and `rejected`. Rows come in one of six layouts, ea
 | `text_beside_messages` | `prompt` is a string, the sides are messages | messages |
 """
 
+import difflib
 import itertools
 import json
 import re
@@ -39,7 +40,7 @@ _INVISIBLE = re.compile(
     r"\U000e0000-\U000e0fff]*"
 )
 
-DROP_CURE = "Load the data with `load_preferences(..., on_bad_rows='drop')` to leave them out"
+DROP_CURE = "To leave them out, set `on_bad_rows: drop` (in Python `load_preferences(..., on_bad_rows='drop')`)"
 # kind of fault -> (what is said after "12 of 2,312 pairs", the cure)
 KINDS = {
     "bad_utf8": ("{are} not valid UTF-8", f"Save the file as UTF-8. {DROP_CURE}."),
@@ -134,6 +135,23 @@ KINDS = {
         f"Take a tokenizer whose template knows these roles and messages. {DROP_CURE}.",
     ),
     "no_tokens": ("{have} a `{column}` without a token", f"The tokenizer leaves nothing of the text. {DROP_CURE}."),
+    "unknown_speaker": (
+        "{have} a message of a speaker who is not known",
+        "`from` must be human, gpt, system, observation or function_call; or write messages as "
+        f'{{"role": …, "content": …}}. {DROP_CURE}.',
+    ),
+    "bad_call": (
+        "{have} a call of a function that cannot be read",
+        f'Its `value` must be JSON like {{"name": …, "arguments": {{…}}}}. {DROP_CURE}.',
+    ),
+    "bad_system": (
+        "{have} a system message that cannot be put in front of the prompt",
+        f"Correct the row, or leave the column out with `columns` system=. {DROP_CURE}.",
+    ),
+    "bad_input": (
+        "{have} an input that cannot be added to the prompt",
+        f"Correct the row, or leave the column out with `columns` input=. {DROP_CURE}.",
+    ),
     "identical": (
         "{have} the same text in `chosen` and `rejected`",
         f"A pair without a difference teaches nothing. {DROP_CURE}.",
@@ -428,3 +446,9 @@ def _shared_length(chosen: Any, rejected: Any) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if chosen[:middle] == rejected[:middle] else (low, middle)
     return low - 1 if low and chosen[low - 1] == " " else low
+
+
+def guess(value: str, choices: Iterable) -> str:
+    """End of an error message: the choice that was probably meant, if one is near."""
+    close = difflib.get_close_matches(value, [str(choice) for choice in choices], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -465,7 +465,7 @@ BAD_CONVERSATIONS = {
         ("empty", "chosen"),
     ),
     "no content": ([USER], [BLUE], [{"role": "assistant"}], ("empty", "rejected")),
-    "other keys": ([USER], [{"from": "gpt", "value": "Blue."}], [RED], ("wrong_type", "chosen")),
+    "other keys": ([USER], [{"speaker": "gpt", "text": "Blue."}], [RED], ("wrong_type", "chosen")),
     "text among messages": ([USER], ["Blue."], [RED], ("wrong_type", "chosen")),
     "a string": ([USER], "Blue.", [RED], ("wrong_type", "chosen")),
     "the same": ([USER], [BLUE], [BLUE], ("identical", "rejected")),
@@ -519,7 +519,7 @@ def test_a_misnamed_column_is_recognised_and_can_be_renamed(ours, theirs, tmp_pa
     for faults, message in (faults_of(loaded, rows), faults_of(check_preferences, Dataset.from_list(rows))):
         assert next(iter(faults)) == ("missing_column", ours)
         assert (
-            f"Did you mean `{theirs}`? Load the data with `load_preferences(..., columns={{'{ours}': '{theirs}'}})`"
+            f"Did you mean `{theirs}`? Set `columns` {ours}={theirs} (in Python `columns={{'{ours}': '{theirs}'}}`)"
             in message
         )
     for source in (Dataset.from_list(rows), write_lines(tmp_path / "rows.jsonl", rows)):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..pair_files import Files, guess, open_source
-from ..pair_rows import PreferenceDataError
+from ..pair_files import Files, open_source
+from ..pair_rows import PreferenceDataError, guess
+from ..source_columns import pair_rows
 from ..treatment import Treatment
 from .bias import LengthBias, length_bias
 from .duplicates import Overlap, Repeats, overlap, repeats
@@ -97,7 +98,7 @@ def audit_preferences(
         truncation_mode: `keep_start` or `keep_end`, as the trainer's option.
         splits: names of the splits to read; all without it.
         name: configuration of a hub data set; sub-folder of a local folder.
-        columns: names of our columns in the source, as `{"prompt": "question"}`.
+        columns: names of our columns in the source, as in `load_preferences`.
         label: what to call the data; by default the name of the file, folder or data set.
         progress: is told (rows done, rows in all) of the current split.
         repeated_prompt: `error` or `cut`, as in `load_preferences`.
@@ -117,9 +118,8 @@ def audit_preferences(
     scans = [
         scan_split(
             split,
-            rows(),
+            pair_rows(rows(), columns, f"split `{split}`"),
             counter,
-            columns=dict(columns or {}),
             by=by,
             groups=groups,
             advance=progress or (lambda done, of: None),

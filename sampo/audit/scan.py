@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..data import as_text, missing_columns, nearest_column
+from ..data import as_text, missing_columns
 from ..json_files import BrokenLine
-from ..pair_files import guess
 from ..pair_rows import (
     EXTRA_COLUMNS,
     KINDS,
@@ -27,11 +26,13 @@ from ..pair_rows import (
     Pair,
     PreferenceDataError,
     fault_of_options,
+    guess,
     has_other_content,
     layout_of,
 )
 from ..pair_tokens import note_of_text
 from ..repeated_prompts import FEW_BYTES, are_many
+from ..source_columns import nearest_column
 from ..treatment import Treatment, repeats_in_plain_text
 from .tokens import TokenCounter, WordCounter
 
@@ -184,7 +185,6 @@ def scan_split(
     rows: Rows,
     counter: WordCounter | TokenCounter,
     *,
-    columns: dict[str, str],
     by: str | None,
     groups: Groups,
     advance: Advance,
@@ -196,7 +196,6 @@ def scan_split(
         name: of the split.
         rows: where they come from.
         counter: what measures a pair.
-        columns: names of our columns in the source.
         by: column to group by, or None.
         groups: of all splits; new values are added.
         advance: is told (rows done, rows in all).
@@ -205,12 +204,12 @@ def scan_split(
     Raises:
         PreferenceDataError: `chosen` or `rejected` is no column, or nothing at all can be read.
     """
-    return _Scan(name, rows, counter, columns, by, groups, advance, treatment).run()
+    return _Scan(name, rows, counter, by, groups, advance, treatment).run()
 
 
 class _Scan:
-    def __init__(self, name, rows, counter, columns, by, groups, advance, treatment):
-        self.name, self.rows, self.counter, self.columns = name, rows, counter, columns
+    def __init__(self, name, rows, counter, by, groups, advance, treatment):
+        self.name, self.rows, self.counter = name, rows, counter
         self.by, self.groups, self.advance, self.treatment = by, groups, advance, treatment
         self.options: dict[str, Any] | None = None  # of the template, in the first good row
         self.repeating: list[int] = []  # good rows whose responses both begin with their prompt, as text
@@ -224,10 +223,10 @@ class _Scan:
         self.waiting: list[tuple[int, int, Pair, dict[str, Any]]] = []  # row, group, pair, extras
 
     def run(self) -> SplitScan:
-        names = self._names()
-        cells = self._until_lost(self.rows.cells([*names, *([self.by] if self.by else []), *EXTRA_COLUMNS]))
+        self._check_columns()
+        cells = self._until_lost(self.rows.cells([*PAIR_COLUMNS, *([self.by] if self.by else []), *EXTRA_COLUMNS]))
         head = list(itertools.islice(cells, HEAD))
-        layout = self._layout(names, head)
+        layout = self._layout(head)
         self.treatment.check_layout(layout)
         self.cuts_plain = self._repeats(head, READERS[layout])
         for row in itertools.chain(head, cells):
@@ -255,18 +254,10 @@ class _Scan:
         except PreferenceDataError as error:
             self.lost = error
 
-    def _names(self) -> list[str]:
-        """Where the source has our three columns, and whether it has all that are asked for."""
+    def _check_columns(self) -> None:
+        """Whether the source has both responses, and the column to group by."""
         there = self.rows.columns
-        ours = {column: self.columns.get(column, column) for column in PAIR_COLUMNS}
-        wrong = sorted(set(self.columns) - set(PAIR_COLUMNS)) + sorted(set(self.columns.values()) - set(there))
-        if wrong:
-            raise PreferenceDataError(
-                f"`columns` must map `prompt`, `chosen`, `rejected` to columns of the data, got {self.columns}; split "
-                f"`{self.name}` has {there}.{guess(wrong[0], there)}"
-            )
-        mapped = [column for column in PAIR_COLUMNS if ours[column] in there and column not in there]
-        if faults := missing_columns([*mapped, *there]):
+        if faults := missing_columns(there):
             cures = " ".join(f"There is no column `{fault.column}`. {fault.cure}" for fault in faults)
             raise PreferenceDataError(f"Split `{self.name}` must have both sides of a pair. {cures}", faults)
         if self.by and self.by not in there:
@@ -274,12 +265,10 @@ class _Scan:
                 f"`by` must be a column of the data, got {self.by!r}; split `{self.name}` has {there}."
                 f"{guess(self.by, there)}"
             )
-        return list(ours.values())
 
-    def _layout(self, names: list[str], head: list[Any]) -> str:
+    def _layout(self, head: list[Any]) -> str:
         rows = [row[:3] for row in head if not isinstance(row, BrokenLine)]
-        known = [ours for ours, theirs in zip(PAIR_COLUMNS, names, strict=True) if theirs in self.rows.columns]
-        return layout_of(known, rows)
+        return layout_of([column for column in PAIR_COLUMNS if column in self.rows.columns], rows)
 
     def _take(self, row: Any, reader: Callable) -> None:
         number = self.read

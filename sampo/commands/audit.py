@@ -28,9 +28,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--truncation_mode", default="keep_start", choices=("keep_start", "keep_end"))
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="read these only")
     parser.add_argument("--name", help="configuration of a hub data set, or sub-folder")
-    parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in the source, as prompt=question"
-    )
     add_treatment(parser)
     parser.add_argument("--label", help="what to call the data in tables and records")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, records.jsonl and pairs.parquet")
@@ -56,7 +53,6 @@ def _audit(args: argparse.Namespace) -> int:
     from ..io.locks import alone_in
     from .progress import progress
 
-    columns = _columns(args.columns)
     if args.tokenizer:
         import transformers
 
@@ -70,7 +66,6 @@ def _audit(args: argparse.Namespace) -> int:
             truncation_mode=args.truncation_mode,
             splits=args.splits,
             name=args.name,
-            columns=columns,
             label=args.label,
             progress=advance,
             **treatment_of(args),
@@ -85,13 +80,6 @@ def _audit(args: argparse.Namespace) -> int:
             written = files.write(audit, args.out, command=_command(args))
         console.print(f"Written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     return FAULTY if audit.has_faults else 0
-
-
-def _columns(words: list[str]) -> dict[str, str]:
-    pairs = [word.split("=", 1) for word in words]
-    if wrong := [word for word, pair in zip(words, pairs, strict=True) if len(pair) < 2]:
-        raise ValueError(f"`columns` must be given as OURS=THEIRS, such as prompt=question, got {wrong[0]!r}.")
-    return {pair[0]: pair[1] for pair in pairs}
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 from ..evaluation.generate import Sampling
 from ..evaluation.models import FORMATS
 from ..evaluation.prompt_files import ON_BAD_ROWS
+from ..source_columns import read_columns
 from . import endpoints
+from .pair_options import COLUMNS_HELP
 
 BACKENDS = ("transformers", "vllm", "endpoint")
 INCOMPLETE, STOPPED = 3, 4  # exit codes: some answers are missing; the run was given up and can be gone on with
@@ -31,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, type=Path, help="JSONL file of answers")
     parser.add_argument("--split", help="of the prompts, such as `test[:100]`")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=COLUMNS_HELP)
     parser.add_argument("--on_bad_rows", default="error", choices=ON_BAD_ROWS, help="rows without a prompt")
     parser.add_argument(
         "--text_as_messages", action="store_true", help="a prompt of text becomes a message of the user"
@@ -80,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
             args.prompts,
             split=args.split,
             on_bad_rows=args.on_bad_rows,
+            columns=read_columns(args.columns),
             text_as_messages=args.text_as_messages,
         )
         questions, backend, endpoint = _backend(args, questions)

@@ -20,6 +20,7 @@ from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
 
 from ..io.schemas import WrongFile, named, read_yaml, shown, typed
 from ..old_options import OLD_OPTIONS
+from ..source_columns import read_columns
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 
@@ -34,6 +35,7 @@ class SamPOScriptArguments(ScriptArguments):
     Args:
         eval_fraction: Share of the prompts to hold out for evaluation.
         on_bad_rows: `error` or `drop`.
+        columns: Names of the columns in the source.
         repeated_prompt: `error` or `cut`.
         text_as_messages: Whether text goes through the chat template.
         length_split: `long`, `short`, `equal` or `balanced`.
@@ -58,6 +60,13 @@ class SamPOScriptArguments(ScriptArguments):
             "help": "What happens to pairs that cannot be trained on (an empty side, no shared prompt, ...): `error` "
             "names them and stops, `drop` leaves them out and says how many.",
             "choices": ["error", "drop"],
+        },
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names in the source of `prompt`, `chosen`, `rejected`, `system` and `input`, as `prompt=question "
+            "chosen=better`; in a YAML file also a mapping. `system=` leaves the system messages out."
         },
     )
     repeated_prompt: str = field(
@@ -155,6 +164,8 @@ class RecipeParser(TrlParser):
         """Numbers of the YAML file go through the same conversion as those of the command line."""
         as_text = (int, float, datetime.date, datetime.datetime)  # TRL's parser makes a date of a name like 2026-01-31
         texts = {key: str(value) if type(value) in as_text else value for key, value in config.items()}
+        if isinstance(texts.get("columns"), dict):  # as on the command line
+            texts["columns"] = [f"{ours}={theirs or ''}" for ours, theirs in texts["columns"].items()]
         return super().set_defaults_with_config(**texts)
 
     def refuse_unknown(self, args: list[str]) -> None:
@@ -351,7 +362,7 @@ def find_faults(options: Any) -> list[str]:
     ]
     return [
         *(message for wrong, message in table if wrong),
-        *_shard_faults(options),
+        *_faults_of_words(options),
         *_model_faults(options),
         *_streaming_faults(options),
         *_quantization_faults(options),
@@ -359,12 +370,15 @@ def find_faults(options: Any) -> list[str]:
     ]
 
 
-def _shard_faults(options: Any) -> list[str]:
-    try:
-        read_shard(options.prompt_shard or "1/1")
-    except ValueError as fault:
-        return [str(fault)]
-    return []
+def _faults_of_words(options: Any) -> list[str]:
+    """Of options that are a little language of their own."""
+    faults = []
+    for read, words in ((read_shard, options.prompt_shard or "1/1"), (read_columns, options.columns or ())):
+        try:
+            read(words)
+        except ValueError as fault:
+            faults.append(str(fault))
+    return faults
 
 
 def _model_faults(options: Any) -> list[str]:

@@ -3,11 +3,18 @@
 import argparse
 from typing import Any
 
+from ..source_columns import read_columns
 from ..treatment import REPEATED_PROMPT
+
+COLUMNS_HELP = (
+    "names in the source of prompt, chosen, rejected, system and input, as prompt=question; system= leaves the system "
+    "messages out"
+)
 
 
 def add_treatment(parser: argparse.ArgumentParser) -> None:
-    """`--repeated_prompt` and `--text_as_messages`."""
+    """`--columns`, `--repeated_prompt` and `--text_as_messages`."""
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=COLUMNS_HELP)
     parser.add_argument(
         "--repeated_prompt",
         default="error",
@@ -23,4 +30,8 @@ def add_treatment(parser: argparse.ArgumentParser) -> None:
 
 def treatment_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load_preferences` that say the same."""
-    return {"repeated_prompt": args.repeated_prompt, "text_as_messages": args.text_as_messages}
+    return {
+        "columns": read_columns(args.columns),
+        "repeated_prompt": args.repeated_prompt,
+        "text_as_messages": args.text_as_messages,
+    }

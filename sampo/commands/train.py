@@ -23,6 +23,7 @@ from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbe
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..model_loading import ModelError, check_model
 from ..pair_rows import PreferenceDataError
+from ..source_columns import pairs_of_stream, read_columns
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .options import RecipeParser, find_faults, make_parser, read_shard
 
@@ -220,6 +221,7 @@ def _load_rows(script_args, training_args, dataset_args, processor, evaluates: b
         length_split=script_args.length_split,
         tokenizer=getattr(processor, "tokenizer", processor),
         seed=_split_seed(script_args, training_args),
+        columns=read_columns(script_args.columns or ()),
         repeated_prompt=script_args.repeated_prompt,
         text_as_messages=script_args.text_as_messages,
         chat_template_of=processor,
@@ -245,7 +247,9 @@ def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
     missing = [split for side, split in names.items() if split not in splits and (side == "train" or evaluates)]
     if missing:
         raise RefusedRun(f"The data has no split {missing}, it has {list(splits)}.")
-    data = {side: splits[split] for side, split in names.items() if side == "train" or evaluates}
+    columns = read_columns(script_args.columns or ())
+    streams = {side: splits[split] for side, split in names.items() if side == "train" or evaluates}
+    data = {side: pairs_of_stream(stream, columns) for side, stream in streams.items()}
     for stream in data.values():
         check_preferences(stream)
     logger.warning("The pairs are streamed: only their columns are checked, not the rows.")

@@ -5,27 +5,32 @@ r"""Prompts to answer, from files: JSONL, JSON or Parquet (also `.gz`), folders 
 | `prompt` | itself, a string or messages; a string `\n\nHuman: … \n\nAssistant:` becomes messages |
 | `instruction` | AlpacaEval |
 | `messages` | all before the last answer |
-| `chosen`, `rejected` | preference pairs, such as HH-RLHF transcripts: what both sides share |
+| `conversations` | all before the last answer, ShareGPT's messages too |
+| `chosen`, `rejected` | preference pairs, such as HH-RLHF transcripts: what both share, as training has it |
 
+A column `system` or `input` is used as in preference data (`source_columns`): two rows that differ there alone are two
+prompts.
 `id`, `dataset` and `reference` (the right answer, for judges that need one) go with it.
 """
 
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..pair_files import BrokenLine, Table, open_source, pick_split
-from ..pair_rows import EXTRA_COLUMNS, READERS, is_blank_text, layout_of, without_nulls
+from ..json_files import BrokenLine
+from ..pair_files import Table, open_source, pick_split
+from ..pair_rows import EXTRA_COLUMNS, PAIR_COLUMNS, READERS, is_blank_text, layout_of, without_nulls
+from ..source_columns import Rows, pair_rows
 from .answers import Prompt, prompt_id, prompt_text
 
 logger = logging.getLogger(__name__)
 
 KEPT = ("id", "dataset", "reference")
-COLUMNS = ("prompt", "instruction", "messages", "chosen")
+COLUMNS = ("prompt", "instruction", "messages", "conversations", "chosen")
 ON_BAD_ROWS = ("error", "drop")
 
 
@@ -52,6 +57,7 @@ def load_prompts(
     split: str | None = None,
     name: str | None = None,
     on_bad_rows: str = "error",
+    columns: Mapping[str, str] | None = None,
     text_as_messages: bool = False,
 ) -> list[Question]:
     """The prompts of a file in its order, each once.
@@ -61,6 +67,7 @@ def load_prompts(
         split: Split, with a slice if wanted: `test[:100]`.
         name: Configuration of a hub data set.
         on_bad_rows: `error`, or `drop` rows without a usable prompt, with their number in the log.
+        columns: Names of the columns in the source, as `{"prompt": "question"}`; of `system` and `input` too.
         text_as_messages: Make a user's message of each text, without the blanks at its ends, as for preference data.
 
     Raises:
@@ -76,7 +83,7 @@ def load_prompts(
     bad: Counter[str] = Counter()
     first_bad: list[int] = []
     total = 0
-    for total, found in enumerate(_questions(table, label), 1):
+    for total, found in enumerate(_questions(table, label, dict(columns or {})), 1):
         if isinstance(found, str):
             bad[found] += 1
             first_bad += [total - 1] if len(first_bad) < 10 else []
@@ -133,17 +140,21 @@ def check_prompts(
     return [question for number, question in enumerate(questions) if number not in faults]
 
 
-def _questions(table: Table, label: str) -> Iterator[Question | str]:
+def _questions(table: Table, label: str, columns: dict[str, str]) -> Iterator[Question | str]:
     """Each row's prompt, or why it has none."""
     column = next((name for name in COLUMNS if name in table.columns), None)
-    if column is None or (column == "chosen" and "rejected" not in table.columns):
+    if "prompt" not in columns and (column is None or (column == "chosen" and "rejected" not in table.columns)):
         raise ValueError(
-            f"Prompts must stand in a column `prompt`, `instruction` or `messages`, or be shared by `chosen` and "
-            f"`rejected`; {label} has {table.columns}. Rename one."
+            f"Prompts must stand in a column `prompt`, `instruction`, `messages` or `conversations`, or be shared by "
+            f"`chosen` and `rejected`; {label} has {table.columns}. Name it with `columns` prompt=NAME."
         )
-    wanted = ["chosen", "rejected"] if column == "chosen" else [column]
-    read = _reader_of_pairs(table) if column == "chosen" else {"messages": _before_answer}.get(column, _prompt)
-    for cells in table.cells([*wanted, *KEPT]):
+    if column != "chosen":
+        columns = {"prompt": column, **columns}
+    rows = pair_rows(table, columns, label)
+    wanted, read = ["prompt"], {"messages": _before_answer, "conversations": _before_answer}.get(column or "", _prompt)
+    if column == "chosen" or _is_in_responses(rows):
+        wanted, read = list(PAIR_COLUMNS), _reader_of_pairs(rows)
+    for cells in rows.cells([*wanted, *KEPT]):
         if isinstance(cells, BrokenLine):
             yield f"broken: {cells.kind}"
             continue
@@ -192,13 +203,22 @@ def _before_answer(messages: Any) -> Prompt:
     return kept
 
 
-def _reader_of_pairs(table: Table) -> Callable[[Any, Any], Prompt]:
-    cells = table.cells(["prompt", "chosen", "rejected"])
+def _layout(rows: Rows) -> str:
+    cells = rows.cells(list(PAIR_COLUMNS))
     head = [row for row in itertools.islice(cells, 1000) if not isinstance(row, BrokenLine)]
-    reader = READERS[layout_of(table.columns, head)]
+    return layout_of(rows.columns, head)
 
-    def read(chosen: Any, rejected: Any) -> Prompt:
-        (prompt, *_), faults = reader(None, chosen, rejected)
+
+def _is_in_responses(rows: Rows) -> bool:
+    """Whether a text `prompt` stands beside whole conversations, which may have a system message besides."""
+    return {"chosen", "rejected"} <= set(rows.columns) and _layout(rows) == "text_beside_messages"
+
+
+def _reader_of_pairs(rows: Rows) -> Callable[[Any, Any, Any], Prompt]:
+    reader = READERS[_layout(rows)]
+
+    def read(given: Any, chosen: Any, rejected: Any) -> Prompt:
+        (prompt, *_), faults = reader(given, chosen, rejected)
         # two equal answers, or an empty one, spoil a pair and not its prompt; but then the reader has stopped early
         if faults or not prompt:
             raise _Bad(f"{faults[0][0]} in `{faults[0][1]}`" if faults else "without a prompt")
