@@ -96,6 +96,7 @@ class SaveOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received = 0  # the number of the signal
+        self._first = 0.0  # when it came
         self.stopped = False
 
     @contextlib.contextmanager

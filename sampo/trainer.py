@@ -916,7 +916,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if hasattr(self, "_weighting"):  # another set for `evaluate`; the first ones were checked before the model
-            check_data(None, dataset, processing_class)
+            check_data(args, None, dataset, processing_class)
         dataset = with_strings_for_template(dataset, processing_class, f"{dataset_name} data")
         trl_prepares = partial(super()._prepare_dataset, dataset, processing_class, args, dataset_name)
         prepared, note = prepare(trl_prepares, processing_class)

@@ -164,8 +164,9 @@ class RecipeParser(TrlParser):
         """Numbers of the YAML file go through the same conversion as those of the command line."""
         as_text = (int, float, datetime.date, datetime.datetime)  # TRL's parser makes a date of a name like 2026-01-31
         texts = {key: str(value) if type(value) in as_text else value for key, value in config.items()}
-        if isinstance(texts.get("columns"), dict):  # as on the command line
-            texts["columns"] = [f"{ours}={theirs or ''}" for ours, theirs in texts["columns"].items()]
+        columns = config.get("columns")
+        if isinstance(columns, dict):  # as on the command line
+            texts["columns"] = [f"{ours}={theirs or ''}" for ours, theirs in columns.items()]
         return super().set_defaults_with_config(**texts)
 
     def refuse_unknown(self, args: list[str]) -> None:
@@ -373,9 +374,9 @@ def find_faults(options: Any) -> list[str]:
 def _faults_of_words(options: Any) -> list[str]:
     """Of options that are a little language of their own."""
     faults = []
-    for read, words in ((read_shard, options.prompt_shard or "1/1"), (read_columns, options.columns or ())):
+    for read in (lambda: read_shard(options.prompt_shard or "1/1"), lambda: read_columns(options.columns or ())):
         try:
-            read(words)
+            read()
         except ValueError as fault:
             faults.append(str(fault))
     return faults

@@ -171,9 +171,10 @@ def read_instructions(path: str | Path) -> list[str]:
     """
     rows = _read_rows(path)
     found = [row.get("instruction") if isinstance(row, dict) else row for row in rows]
-    if not all(isinstance(text, str) for text in found):
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(found):
         raise ValueError(f"{path} must hold texts or rows with `instruction`, got others. Take alpaca_eval.json.")
-    return found
+    return texts
 
 
 def _read_rows(path: str | Path) -> list[Any]:

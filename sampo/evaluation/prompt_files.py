@@ -148,10 +148,11 @@ def _questions(table: Table, label: str, columns: dict[str, str]) -> Iterator[Qu
             f"Prompts must stand in a column `prompt`, `instruction`, `messages` or `conversations`, or be shared by "
             f"`chosen` and `rejected`; {label} has {table.columns}. Name it with `columns` prompt=NAME."
         )
-    if column != "chosen":
+    if column is not None and column != "chosen":
         columns = {"prompt": column, **columns}
     rows = pair_rows(table, columns, label)
-    wanted, read = ["prompt"], {"messages": _before_answer, "conversations": _before_answer}.get(column or "", _prompt)
+    wanted = ["prompt"]
+    read: Callable[..., Prompt] = _before_answer if column in ("messages", "conversations") else _prompt
     if column == "chosen" or _is_in_responses(rows):
         wanted, read = list(PAIR_COLUMNS), _reader_of_pairs(rows)
     for cells in rows.cells([*wanted, *KEPT]):
