@@ -9,11 +9,11 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ LOOK_AHEAD = 1 << 24  # bytes in which the first of several pretty-printed objec
 PLACES = 10  # of broken lines that an error lists
 _PACKED_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 _MARK = b"\xef\xbb\xbf"
+_BLANKS = re.compile(r"[ \t\n\r]*")  # of JSON
 # first bytes -> (what a file is, what to do): none of them can begin JSON
 KNOWN_FORMATS = {
     b"\x1f\x8b": ("is packed with gzip", "Unpack it, or let its name end in `.gz` (once for each time it is packed)."),
@@ -191,7 +192,7 @@ class _Reader:
         if first is None:
             raise unreadable(self.path, "is empty")
         number, line = first
-        rest = (line for _, line in numbered)
+        rest: Iterator[bytes] = (line for _, line in numbered)
         if line.lstrip().startswith(b"["):
             yield from self._documents(b"".join([b"\n" * (number - 1), line, *rest]))
             return
@@ -322,7 +323,7 @@ def _take(size: int, line: bytes, rest: Iterator[bytes]) -> list[bytes]:
 
 
 def _behind_blanks(text: str, place: int) -> int:
-    found = WHITESPACE.match(text, place)
+    found = _BLANKS.match(text, place)
     return place if found is None else found.end()
 
 
