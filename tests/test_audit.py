@@ -354,7 +354,7 @@ BAD_LINES = {
     b'{"prompt": "x", "chosen": NaN, "rejected": "b"}': ("nan", "chosen"),
     b"[1, 2]": ("not_an_object", ""),
     b"{oops": ("broken_line", ""),
-    b"[" * 100_000: ("broken_line", ""),
+    b"[" * 100_000: ("too_deep", ""),
     b'{"prompt": ' + b"9" * 5000 + b"}": ("broken_line", ""),
 }
 

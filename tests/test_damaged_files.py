@@ -195,13 +195,6 @@ def test_a_row_that_json_allows_and_nobody_means_is_a_bad_row(text, kind, shape,
     assert load_preferences(path, on_bad_rows="drop").to_list() == ROWS[:2]
 
 
-def nested(levels: int):
-    value: object = "x"
-    for level in range(levels):
-        value = [value] if level % 2 else {"a": value}
-    return value
-
-
 def test_rows_at_the_limit_of_depth_are_loaded(tmp_path):
     for levels, rows in ((MAX_DEPTH - 1, 1), (MAX_DEPTH, 0), (5000, 0), (100_000, 0)):
         deep = json.dumps("MARK").join(json.dumps({**ROWS[0], "x": "MARK"}).split('"MARK"'))
