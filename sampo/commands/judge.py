@@ -193,7 +193,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files
     )
     _show(found, run, cost)
     print(f"Written: {', '.join(map(str, written))}")
-    if stopped:
+    if stopped and endpoint is not None:
         print(f"Given up: {stopped}. {endpoints.what_helps(endpoint)}")
         return STOPPED
     if run.failures and endpoint is not None:

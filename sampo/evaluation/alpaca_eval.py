@@ -170,8 +170,8 @@ def read_instructions(path: str | Path) -> list[str]:
         ValueError: the file holds neither.
     """
     rows = _read_rows(path)
-    found = [row.get("instruction") if isinstance(row, dict) else row for row in rows]
-    if not all(isinstance(text, str) for text in found):
+    found = [str(row.get("instruction") if isinstance(row, dict) else row) for row in rows]
+    if not all(isinstance(row.get("instruction") if isinstance(row, dict) else row, str) for row in rows):
         raise ValueError(f"{path} must hold texts or rows with `instruction`, got others. Take alpaca_eval.json.")
     return found
 

@@ -88,7 +88,8 @@ def _character(token: re.Match[str]) -> str:
 
 
 def _cut_out(text: str, spans: list[tuple[int, int]]) -> str:
-    kept, end = [], 0
+    kept: list[str] = []
+    end = 0
     for start, stop in sorted(spans):
         if start >= end:
             kept += [text[end:start], "[key]"] if start > end or not kept else []
