@@ -24,7 +24,6 @@ LOOK_AHEAD = 1 << 24  # bytes in which the first of several pretty-printed objec
 PLACES = 10  # of broken lines that an error lists
 _PACKED_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 _MARK = b"\xef\xbb\xbf"
-_BLANKS = re.compile(r"[ \t\n\r]*")  # of JSON
 # first bytes -> (what a file is, what to do): none of them can begin JSON
 KNOWN_FORMATS = {
     b"\x1f\x8b": ("is packed with gzip", "Unpack it, or let its name end in `.gz` (once for each time it is packed)."),
