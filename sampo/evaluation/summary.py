@@ -3,17 +3,15 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..results import Record, provenance
+from ..tables import Table
 from .intervals import Estimate, mean_interval, prompt_means
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
 from .verbosity import Verbosity
 from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
 from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win_rate, winner_is_longer
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 MATCHED_MIN = 30  # comparisons below which a length-matched win rate is not shown
 
@@ -181,21 +179,16 @@ def summarise(
     return Summary(system=system, baseline=baseline, judge=judge, raw=raw, confidence=confidence, **parts)
 
 
-def summary_table(found: Sequence[Summary]) -> "Table":
+def summary_table(found: Sequence[Summary]) -> Table:
     """What fits on a screen, one line per system; `Summary.row` has everything."""
-    from rich import box
-    from rich.table import Table
-
     sides = sorted({f"{one.baseline} by {one.judge}" for one in found})
-    table = Table(title=f"Win rates against {'; '.join(sides)}", box=box.SIMPLE_HEAD, title_justify="left")
     units = sorted({one.length_unit for one in found if one.lengths})
     heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
-    table.add_column("system")
-    for head in (*heads, "longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "failed"):
-        table.add_column(head, justify="right", min_width=max(map(len, head.split("\n"))))
+    controls = ("longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "failed")
+    table = Table(f"Win rates against {'; '.join(sides)}", ["system", *heads, *controls])
     for one in found:
         lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
-        table.add_row(
+        table.add(
             one.system,
             f"{one.raw.rate.n:,}",
             _cell(one.raw.rate),

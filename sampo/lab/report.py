@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..results import Record
+from ..tables import Table
 from .methods import METHODS
 from .settings import GROUPS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
 
@@ -109,6 +110,16 @@ def heads(names: Iterable[str] = COLUMNS) -> list[str]:
 def cells(line: Line, names: Iterable[str] = COLUMNS) -> list[str]:
     """The line as text."""
     return [line.group or "–", line.title, *(line.cell(name) for name in names)]
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """The table for a terminal, a section per group."""
+    made = Table("", heads(), keys=2)
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
+        made.add(*cells(line))
+        if following is not None and following.group != line.group:
+            made.end_section()
+    return made
 
 
 def markdown_table(lines: Sequence[Line], names: Iterable[str] = COLUMNS) -> str:
