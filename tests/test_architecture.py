@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sampo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # who may import whom inside the package; commands may import everything, nothing imports commands but the cli
 ARROWS = {
-    "weighting": set(),
+    "plugins": set(),
+    "weighting": {"plugins"},
     "end_tokens": set(),
     "lengths": set(),
     "results": set(),
@@ -40,7 +41,7 @@ ARROWS = {
     "diagnostics": {"evaluation"},
     "cached_reference": {"config", "ref_key", "ref_logps"},
     "checkpoints": {"whole_files"},
-    "run_identity": set(),
+    "run_identity": {"weighting"},
     "model_checks": set(),
     "run_state": set(),
     "guards": {"config", "data"},
@@ -50,10 +51,10 @@ ARROWS = {
         "end_tokens",
         *("checkpoints", "guards", "model_checks", "resuming", "run_state"),
     },
-    "lab": {"weighting", "config", "trainer", "results", "data", "lab", "tables"},
+    "lab": {"weighting", "config", "trainer", "results", "data", "lab", "plugins", "tables"},
     "evaluation": {"evaluation", "adapters", "pair_files", "pair_rows", "lab", "results", "tables", "whole_files"},
     "report": {"audit", "diagnostics", "evaluation", "lab", "pair_rows", "report", "results"},
-    "cli": {"commands"},
+    "cli": {"commands", "plugins"},
 }
 
 

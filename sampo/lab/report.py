@@ -25,7 +25,14 @@ COLUMNS = {  # record -> head of its column, digits
     "pressure": ("length\npressure", 2),
     "kl": ("KL", 1),
 }
-COLOURS = ("#666666", "#0072b2", "#d55e00")  # of the methods; told apart by the colour-blind
+COLOURS = (
+    "#666666",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+)  # of the methods; told apart by the colour-blind
 FIGURE_SIZE = (9.0, 3.4)  # inches
 LEGEND = (
     "tokens: mean length of a sampled answer, end token included. stops: share of answers that end before the cap. "
@@ -231,7 +238,14 @@ def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
     for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for line in lines[1:]:
             x = groups.index(line.group) + 0.25 * (methods.index(line.method) - (len(methods) - 1) / 2)
-            _mark(axes, line, name, x, COLOURS[list(METHODS).index(line.method)], in_legend=line.group == groups[0])
+            _mark(
+                axes,
+                line,
+                name,
+                x,
+                COLOURS[list(METHODS).index(line.method) % len(COLOURS)],
+                in_legend=line.group == groups[0],
+            )
         axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")
         names = {"all": "all\nmixed pairs", "short": "short\nchosen shorter", "long": "long\nchosen longer"}
         axes.set_xticks(range(len(groups)), [names[group] for group in groups])
