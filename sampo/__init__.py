@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from .config import SamPOConfig
     from .data import PreferenceDataError, load_preferences
     from .trainer import SamPOTrainer
-    from .weighting import WEIGHTINGS
+    from .weighting import WEIGHTINGS, PairTokens, Weighting, register_weighting
 
 # name -> module. Loaded on first use, so that `import sampo` and `sampo --help` do not wait for torch.
 _PUBLIC = {
     "SamPOConfig": "config",
     "SamPOTrainer": "trainer",
     "WEIGHTINGS": "weighting",
+    "PairTokens": "weighting",
+    "Weighting": "weighting",
+    "register_weighting": "weighting",
     "PreferenceDataError": "data",
     "load_preferences": "data",
     "Audit": "audit.audit",
@@ -25,11 +28,14 @@ _PUBLIC = {
 __all__ = [
     "WEIGHTINGS",
     "Audit",
+    "PairTokens",
     "PreferenceDataError",
     "SamPOConfig",
     "SamPOTrainer",
+    "Weighting",
     "audit_preferences",
     "load_preferences",
+    "register_weighting",
 ]
 
 

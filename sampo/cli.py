@@ -4,6 +4,8 @@ import difflib
 import sys
 from importlib import import_module
 
+from . import plugins
+
 # command -> (module, what it does)
 COMMANDS = {
     "train": ("commands.train", "train on preference pairs, from a YAML file and options, on one process or many"),
@@ -44,14 +46,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sampo: the command must be one of {list(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
         return 2
     try:
-        module = import_module(f".{COMMANDS[name][0]}", __package__)
-        if hasattr(module, "run"):  # its options are TRL's, and it may have to start several processes
-            return module.run(rest)
-        module.main(module.make_parser().parse_args(rest))
+        rest = plugins.take(rest) if name in plugins.COMMANDS else rest
+        return _call(name, rest)
+    except plugins.PluginError as error:
+        print(f"sampo {name}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         again = " The same command goes on where it stopped." if name in GO_ON else ""
         print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)
         return 130
+
+
+def _call(name: str, rest: list[str]) -> int:
+    """Import a command and run it."""
+    module = import_module(f".{COMMANDS[name][0]}", __package__)
+    if hasattr(module, "run"):  # its options are TRL's, and it may have to start several processes
+        return module.run(rest)
+    module.main(module.make_parser().parse_args(rest))
     return 0
 
 

@@ -10,6 +10,8 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+from .weighting import REGISTERED
+
 # Options that do not change what is learned, by the reason why.
 UNCOMPARED = {
     "names, places, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
@@ -65,6 +67,8 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
         "the end tokens": getattr(trainer, "_end_token_ids", None),
         "the pairs per step": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
+    if code := REGISTERED.get(getattr(args, "token_weighting", "")):
+        must["the file of the plugin's weighting"] = code
     must |= _described("model", model.config)
     must |= _described("adapter", getattr(model, "peft_config", {}).get("default"))
     rounding = {f"`{name}`": values[name] for name in sorted(ROUNDING & values.keys())}

@@ -15,14 +15,19 @@ Where we leave the SamPO paper (arXiv 2406.10957), and its released code:
    resume, for any batch size and on any number of processes.
 4. `keep_end_token`, `balance_end_token` and `sampled_sides: rejected` are ours (docs/concepts.md).
 
-To add a method: one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that dict.
+To add a method here: one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that dict. To
+add one from outside: `register_weighting` (docs/plugins.md).
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import plugins
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
 _LEAST_SURPRISE = 0.01  # a reference that is surer of an end than by this is taken at this, or one token weighs all
@@ -175,6 +180,29 @@ WEIGHTINGS: dict[str, Weighting] = {
     "decay": Weighting(_decay, "D2PO", "γ^t, t = 0, 1, …", "arXiv 2502.14340"),
 }
 
+REGISTERED: dict[str, str] = {}  # methods from outside: name -> hash of the file that they are written in
+
+
+def register_weighting(name: str, weighting: Weighting) -> None:
+    """Add a method from outside to `WEIGHTINGS`; `token_weighting: name` then trains with it.
+
+    Args:
+        name: new, of letters, digits and underscores.
+        weighting: the method.
+
+    Raises:
+        ValueError: the name is taken or is no name, or `weighting` is no `Weighting`.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"the name of a weighting must be of letters, digits and underscores, got {name!r}.")
+    if name in WEIGHTINGS:
+        raise ValueError(f"the name of a weighting must be new, got {name!r}, which is taken. Choose another one.")
+    if not isinstance(weighting, Weighting) or not callable(weighting.weights):
+        raise ValueError(f"the weighting {name!r} must be a `sampo.Weighting` with a function, got {weighting!r}.")
+    file = Path(getattr(getattr(weighting.weights, "__code__", None), "co_filename", ""))
+    WEIGHTINGS[name] = weighting
+    REGISTERED[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
 
 def token_weights(
     name: str,
@@ -208,7 +236,12 @@ def token_weights(
         n_pairs = mask.size(0) // 2
         budget = torch.cat((lengths[:n_pairs], budget[n_pairs:]))
     forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
-    return WEIGHTINGS[name].weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
+    weights = WEIGHTINGS[name].weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
+    if weights.shape != mask.shape:
+        raise ValueError(
+            f"the weights of `{name}` must have the shape of `mask`, {tuple(mask.shape)}, got {tuple(weights.shape)}."
+        )
+    return weights
 
 
 def sequence_logps(logps: Tensor, weights: Tensor) -> Tensor:
@@ -319,3 +352,6 @@ def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: in
     row = _mix(fingerprints(input_ids, attention_mask) ^ run)  # (2B,)
     position = attention_mask.long().cumsum(dim=1) - 1
     return _shift_right(_mix(row[:, None] + position * _GOLDEN), 1)[:, 1:]
+
+
+plugins.load()  # last, so that they find everything above

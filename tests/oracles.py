@@ -51,6 +51,8 @@ def weights(name, own, other, *, keys=None, log_ratios=None, end=None, whole=Fal
         if end is None:
             return [keep / own] * own
         return [1.0 if t == end else (keep - 1) / (own - 1) for t in range(own)]
+    if name not in ("sampo", "top_k"):
+        raise NotImplementedError(f"There is no slow reference for {name!r}: add your method here.")
     values = list(keys) if name == "sampo" else [-r for r in log_ratios]
     if end is not None:
         values[end] = -math.inf

@@ -1,5 +1,7 @@
 """What the figures show: their data, their labels, and that they open no window."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -79,3 +81,64 @@ def test_figures_are_drawn_where_they_are_asked_for_and_leave_nothing_open(pairs
     assert figures.preference_by_difference(*pairs, ax=three) is three
     figures.length_histogram(*pairs)
     assert plt.get_fignums() == []
+
+
+def _rendered(figure):
+    """The figure with a canvas, laid out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def _assert_readable(figure):
+    """Legends lie inside the figure and cross no axes; labels of ticks do not overlap."""
+    _rendered(figure)
+    whole = figure.bbox.padded(1)
+    legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
+    for legend in legends:
+        box = legend.get_window_extent()
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+        assert not any(ax.bbox.overlaps(box) for ax in figure.axes)
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [t for t in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if low <= t.get_loc() <= high]
+            boxes = [t.label1.get_window_extent() for t in ticks if t.label1.get_text()]
+            assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), ax.get_title()
+    return legends
+
+
+def test_figures_of_the_study_have_their_whole_legend_and_no_overlapping_ticks(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from sampo import results
+    from sampo.lab.analysis import Study
+    from sampo.lab.study_page import write_figures
+
+    kept = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), kept.append(self)))
+    records = Path(__file__).parent.parent / "docs" / "study" / "records.jsonl.gz"
+    names = [path.stem for path in write_figures(Study(results.read(records)), tmp_path)]
+    assert names == ["frontier", "prediction", "biases"]
+    for figure in kept:
+        assert len(_assert_readable(figure)) == 1
+
+
+def test_a_legend_crosses_no_lines_however_many_runs_there_are():
+    from sampo.report import training_figures
+
+    rng = np.random.default_rng(0)
+    for n in range(2, 7):
+        names = [f"a-long-name-of-a-run-{i}" for i in range(n)]
+        runs = {
+            name: [{"step": s, "loss": rng.random(), "eval_loss": rng.random()} for s in range(9)] for name in names
+        }
+        assert len(_assert_readable(training_figures.training_curve(runs, "loss").figure)) == 1
+    for ax in (
+        figures.length_histogram(rng.integers(1, 300, 500), rng.integers(1, 250, 500)),
+        figures.preference_by_difference(rng.integers(1, 300, 500), rng.integers(1, 250, 500)),
+    ):
+        assert len(_assert_readable(ax.figure)) == 1

@@ -1,18 +1,16 @@
 """From an audit to records, tables, files and sentences. Every sentence is chosen by the numbers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import results
 from ..evaluation.intervals import Estimate
 from ..pair_rows import phrase
+from ..tables import Table, clean
 from .audit import Audit
 from .bias import LengthBias
 from .truncation import Truncation
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # number -> what it is, and how it is shown: a share in per cent, or so many digits
 MEASURES: dict[str, tuple[str, str | int]] = {
@@ -132,11 +130,11 @@ def interval_shown(interval: tuple[float, float] | None, how: str | int) -> str:
     return "" if interval is None else f"{shown(interval[0], how)} to {shown(interval[1], how)}"
 
 
-def tables(audit: Audit) -> "list[Table]":
+def tables(audit: Audit) -> list[Table]:
     """What is shown on a screen: all pairs, splits, groups, cuts."""
-    overall = _table(f"{clean(audit.label)}: {len_of(audit):,} pairs", ["", "value", "95 % interval"])
+    overall = Table(f"{clean(audit.label)}: {len_of(audit):,} pairs", ["", "value", "95 % interval"])
     for row in overall_rows(audit.overall.numbers(), audit.unit):
-        overall.add_row(*row)
+        overall.add(*row)
     made = [overall]
     for title, parts in (("Splits", audit.splits), (f"By {clean(str(audit.about['by']))}", audit.groups)):
         if parts:
@@ -146,45 +144,27 @@ def tables(audit: Audit) -> "list[Table]":
     return made
 
 
-def _table(title: str, heads: Iterable[str]) -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if not number else "right")
-    return table
-
-
-def _parts_table(title: str, parts: Mapping[str, LengthBias]) -> "Table":
-    from rich.text import Text
-
+def _parts_table(title: str, parts: Mapping[str, LengthBias]) -> Table:
     heads = {"chosen_mean": "T_w", "rejected_mean": "T_l", "longer": "longer", "shorter": "shorter"}
     heads |= {"auc": "AUC", "slope": "slope", "counted": "counted"}
-    table = _table(title, ["", "pairs", *(heads[name] for name in GROUP_COLUMNS)])
+    table = Table(title, ["", "pairs", *(heads[name] for name in GROUP_COLUMNS)])
     largest = sorted(parts.items(), key=lambda item: -item[1].pairs)
     for name, bias in largest[:GROUPS_SHOWN]:
         numbers = bias.numbers()
         cells = [shown(numbers[column].value, MEASURES[column][1]) for column in GROUP_COLUMNS]
-        table.add_row(Text(clean(name)), f"{bias.pairs:,}", *cells)
+        table.add(name, f"{bias.pairs:,}", *cells)
     if len(largest) > GROUPS_SHOWN:
-        table.add_row(f"… and {len(largest) - GROUPS_SHOWN} smaller ones", "")
+        table.add(f"… and {len(largest) - GROUPS_SHOWN} smaller ones", "")
     return table
 
 
-def _cut_table(cuts: list[Truncation]) -> "Table":
+def _cut_table(cuts: list[Truncation]) -> Table:
     lengths = ["none" if cut.max_length is None else f"{cut.max_length:,}" for cut in cuts]
-    table = _table(f"What `max_length` cuts ({cuts[0].truncation_mode})", ["", *lengths])
+    table = Table(f"What `max_length` cuts ({cuts[0].truncation_mode})", ["", *lengths])
     for name, title in CUT_COUNTS.items():
-        table.add_row(title, *(f"{getattr(cut, name):,}" for cut in cuts))
-    table.add_row("chosen is longer, after the cut", *(shown(cut.bias.longer.value, "%") for cut in cuts))
+        table.add(title, *(f"{getattr(cut, name):,}" for cut in cuts))
+    table.add("chosen is longer, after the cut", *(shown(cut.bias.longer.value, "%") for cut in cuts))
     return table
-
-
-def clean(text: str) -> str:
-    """A text from the data without what would command a terminal."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def fault_lines(audit: Audit) -> list[str]:

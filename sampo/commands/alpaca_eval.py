@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     """Compute, show and write."""
     from ..evaluation.alpaca_eval import alpaca_eval, read_instructions
     from ..io.files import write_whole
-    from .shown import command_line, console, say
+    from .shown import command_line, say
 
     try:
         instructions = None if args.instructions is None else read_instructions(args.instructions)
@@ -49,17 +49,14 @@ def main(args: argparse.Namespace) -> None:
             write_whole(args.out, json.dumps({**about, "models": models}, indent=2) + "\n")
     except (ValueError, OSError) as error:
         raise SystemExit(f"sampo alpaca_eval: error: {error}") from None
-    screen = console()
     for path, one in found.items():
         rate = f"win rate {_points(one.win_rate)}, standard error {one.win_rate.se or 0:.2f}"
         if one.length_controlled:
             rate += f"; length-controlled {_points(one.length_controlled)}"
-        say(
-            screen, f"{one.model or Path(path).stem}: {rate}; {one.mean_length:.0f} characters, {one.rows} annotations"
-        )
-        say(screen, *(f"Note: {note}" for note in one.notes))
+        say(f"{one.model or Path(path).stem}: {rate}; {one.mean_length:.0f} characters, {one.rows} annotations")
+        say(*(f"Note: {note}" for note in one.notes))
     if not args.gamed:
-        say(screen, "The length-controlled win rate needs AlpacaEval's df_gamed.csv: name it with `gamed`.")
+        say("The length-controlled win rate needs AlpacaEval's df_gamed.csv: name it with `gamed`.")
     if args.out:
         print(f"Written: {args.out}")
 

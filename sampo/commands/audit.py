@@ -46,12 +46,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from ..audit import files, report
     from ..audit.audit import audit_preferences
     from ..io.locks import alone_in
     from .progress import progress
+    from .shown import say, show
 
     if args.tokenizer:
         import transformers
@@ -70,15 +69,12 @@ def _audit(args: argparse.Namespace) -> int:
             progress=advance,
             **treatment_of(args),
         )
-    console = Console(highlight=False)
-    for table in report.tables(audit):
-        console.print(table)
-    for line in [*report.fault_lines(audit), "", report.clean(report.conclusion(audit))]:
-        console.print(line, markup=False, soft_wrap=True)
+    show(*report.tables(audit))
+    say(*report.fault_lines(audit), "", report.clean(report.conclusion(audit)))
     if args.out:
         with alone_in(args.out):
             written = files.write(audit, args.out, command=_command(args))
-        console.print(f"Written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
+        say(f"Written: {', '.join(map(str, written))}")
     return FAULTY if audit.has_faults else 0
 
 

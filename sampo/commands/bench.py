@@ -95,20 +95,15 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
 
 
 def _show(args: argparse.Namespace, found: Sequence[Any]) -> None:
-    from rich import box
-    from rich.table import Table
-
     from ..evaluation.harness import BENCHMARKS
-    from .shown import console, say
+    from ..tables import Table
+    from .shown import say, show
 
-    table = Table(title=f"{args.model}", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("benchmark")
-    table.add_column("metric")
-    for head in ("%", "95 % interval", "prompts", "shots used", "asked for"):
-        table.add_column(head, justify="right")
+    heads = ("benchmark", "metric", "%", "95 % interval", "prompts", "shots used", "asked for")
+    table = Table(str(args.model), heads, keys=2)
     for record in found:
         low, high = (100 * bound for bound in record.interval)
-        table.add_row(
+        table.add(
             record.config["benchmark"],
             BENCHMARKS[record.config["benchmark"]].title,
             f"{100 * record.value:.1f}",
@@ -116,11 +111,10 @@ def _show(args: argparse.Namespace, found: Sequence[Any]) -> None:
             f"{record.n:,}",
             *(str(record.config[name]) for name in ("shots_used", "shots_asked")),
         )
-    screen = console()
-    screen.print(table)
+    show(table)
     if args.limit is not None:
-        say(screen, f"Only {args.limit} prompts of each task: this is a trial, no result.")
+        say(f"Only {args.limit} prompts of each task: this is a trial, no result.")
     other = [one.config["benchmark"] for one in found if one.config["shots_used"] != one.config["shots_asked"]]
     if other:
-        say(screen, f"{', '.join(other)}: the harness fixes the number of shots, and did not use those asked for.")
+        say(f"{', '.join(other)}: the harness fixes the number of shots, and did not use those asked for.")
     print(f"Written: {args.out}")

@@ -72,28 +72,33 @@ def _train_parser() -> RecipeParser:
 
 def _list(folder: str | None) -> int:
     from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest
+    from ..tables import Table
+    from .shown import say, show
 
     root = cache_root(folder)
     caches = cache_folders(root)
-    print(f"{len(caches)} caches in {root}")
+    heads = ("cache", "created", "pairs", "MB", "shards", "data", "of the run", "stored as", "model")
+    table = Table(f"{len(caches)} caches in {root}", heads)
     for path in caches:
         try:
             manifest = read_manifest(path / "manifest.json")
         except RefCacheError as error:
-            print(f"{path.name}  not readable: {error}")
+            say(f"{path.name}  not readable: {error}")
             continue
         if manifest is None:
-            print(f"{path.name}  without a manifest")
+            say(f"{path.name}  without a manifest")
             continue
         shards, about = manifest.shards.values(), manifest.about
         wanted = -(-manifest.rows // manifest.rows_per_shard)
-        line = (
-            f"{path.name}  {manifest.created[:16]}  {manifest.rows:>9,} pairs  "
-            f"{sum(shard.bytes for shard in shards) / 1e6:>8.1f} MB  "
-            f"{'complete' if len(shards) == wanted else f'{len(shards)} of {wanted} shards'}  "
-            f"{about.data} of {about.output_dir}, {manifest.key.get('storage_dtype')}, {about.model}"
+        table.add(
+            path.name,
+            manifest.created[:16],
+            f"{manifest.rows:,}",
+            f"{sum(shard.bytes for shard in shards) / 1e6:.1f}",
+            "complete" if len(shards) == wanted else f"{len(shards)} of {wanted}",
+            *map(str, (about.data, about.output_dir, manifest.key.get("storage_dtype"), about.model)),
         )
-        print(line.encode("utf-8", "backslashreplace").decode())
+    show(table)
     return 0
 
 

@@ -148,18 +148,17 @@ def _finish(
     from ..io.files import write_whole
     from ..io.locks import alone_at
     from ..results import lines
-    from .shown import command_line, console, say
+    from .shown import command_line, say, show
 
-    screen = console()
     if summaries:
-        screen.print(summary_table(summaries))
-    screen.print(verbosity_table(lengths))
+        show(summary_table(summaries))
+    show(verbosity_table(lengths))
     if duels:
-        screen.print(comparing.duel_table(duels))
+        show(comparing.duel_table(duels))
     notes = [f"Note: {one.system}: {note}" for one in [*summaries, *lengths] for note in one.notes]
-    say(screen, *dict.fromkeys(notes))
+    say(*dict.fromkeys(notes))
     several = "; one by one, only the last p-values know that there are several" if duels else ""
-    say(screen, f"Intervals are 95 %, over prompts{several}.")
+    say(f"Intervals are 95 %, over prompts{several}.")
     command = command_line(make_parser(), args)
     rows = comparing.rows_of(summaries, lengths)
     whole = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}

@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..diagnostics import PLAIN, Finding
 from ..evaluation.intervals import FEW, Estimate
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-LOG_WIDTH = 140  # columns where there is no terminal to ask
+from ..tables import Table
+from . import shown
 
 
 @dataclass(frozen=True)
@@ -33,18 +29,11 @@ class Checkpoint:
 
 def show(page: Sequence[Checkpoint]) -> None:
     """Print everything."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
-    for table in tables(page):
-        console.print(table)
-    for checkpoint in page:
-        console.print(sentence(checkpoint), soft_wrap=True, highlight=False, markup=False)
+    shown.show(*tables(page))
+    shown.say(*map(sentence, page))
 
 
-def tables(page: Sequence[Checkpoint]) -> list["Table"]:
+def tables(page: Sequence[Checkpoint]) -> list[Table]:
     """The tables that the findings are enough for."""
     made = [_pressures(page)]
     if any(checkpoint.of("accuracy") for checkpoint in page):
@@ -72,7 +61,9 @@ def explained(estimate: Estimate | None) -> str:
     """A share of variance in per cent with both bounds, for it cannot be below 0."""
     if estimate is None or estimate.value is None:
         return "–"
-    bounds = "" if estimate.interval is None else f" ({' … '.join(f'{100 * each:.0f}' for each in estimate.interval)})"
+    bounds = (
+        "" if estimate.interval is None else f" ({' to '.join(f'{100 * each:.0f}' for each in estimate.interval)})"
+    )
     return f"{100 * estimate.value:.0f}{bounds} %"
 
 
@@ -81,17 +72,11 @@ def _half(estimate: Estimate) -> float:
     return (high - low) / 2
 
 
-def _table(title: str, heads: Sequence[str]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number < 2 else "right", no_wrap=number < 2)
-    return table
+def _table(title: str, heads: Sequence[str]) -> Table:
+    return Table(title, heads, keys=2)
 
 
-def _pressures(page: Sequence[Checkpoint]) -> "Table":
+def _pressures(page: Sequence[Checkpoint]) -> Table:
     groups = list(dict.fromkeys(f.labels["group"] for c in page for f in c.of("pressure")))
     table = _table(
         "Length pressure: below 0, training lengthens (mean over pairs, ± half of the 95 % interval)",
@@ -100,15 +85,14 @@ def _pressures(page: Sequence[Checkpoint]) -> "Table":
     for checkpoint in page:
         for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("pressure")):
             found = [checkpoint.one("pressure", method=method, group=group) for group in groups]
-            table.add_row(checkpoint.name, method, *map(cell, found))
+            table.add(checkpoint.name, method, *map(cell, found))
         prompts = [checkpoint.one("pressure", method=PLAIN, group=group) for group in groups]
-        table.add_row(
-            checkpoint.name, "prompts", *(str(each.n) if each else "–" for each in prompts), end_section=True
-        )
+        table.add(checkpoint.name, "prompts", *(str(each.n) if each else "–" for each in prompts))
+        table.end_section()
     return table
 
 
-def _margins(page: Sequence[Checkpoint]) -> "Table":
+def _margins(page: Sequence[Checkpoint]) -> Table:
     groups = list(dict.fromkeys(f.labels["group"] for c in page for f in c.of("accuracy")))
     partial = any(c.of("margin_partial") for c in page)
     heads = ["checkpoint", "method", *groups, "corr(margin, T_w - T_l)", *["at equal quality"] * partial]
@@ -117,37 +101,38 @@ def _margins(page: Sequence[Checkpoint]) -> "Table":
         for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("accuracy")):
             shares = [share(checkpoint.one("accuracy", method=method, group=group)) for group in groups]
             names = ["margin_correlation", *["margin_partial"] * partial]
-            table.add_row(
+            table.add(
                 checkpoint.name, method, *shares, *(cell(checkpoint.one(name, method=method), 2) for name in names)
             )
-        table.add_section()
+        table.end_section()
     return table
 
 
-def _rewards(page: Sequence[Checkpoint]) -> "Table":
+def _rewards(page: Sequence[Checkpoint]) -> Table:
     table = _table(
         "Implicit reward (plain sums) of responses by their length in tokens", ["checkpoint", "tokens", "reward"]
     )
     for checkpoint in page:
         for finding in checkpoint.of("reward"):
-            table.add_row(checkpoint.name, f"{finding.labels['from']}–{finding.labels['to']}", cell(finding.estimate))
+            table.add(checkpoint.name, f"{finding.labels['from']}–{finding.labels['to']}", cell(finding.estimate))
         slope, r2 = checkpoint.one("reward_slope"), checkpoint.one("reward_r2")
-        table.add_row(checkpoint.name, "slope per 100 tokens", cell(slope))
-        table.add_row(checkpoint.name, "share explained (R²)", explained(r2), end_section=True)
+        table.add(checkpoint.name, "slope per 100 tokens", cell(slope))
+        table.add(checkpoint.name, "share explained (R²)", explained(r2))
+        table.end_section()
     return table
 
 
-def _log_ratios(page: Sequence[Checkpoint]) -> "Table":
+def _log_ratios(page: Sequence[Checkpoint]) -> Table:
     table = _table("Mean log-ratio of a token, nats", ["checkpoint", "tokens", "chosen", "rejected"])
     for checkpoint in page:
         kinds = dict.fromkeys(f.labels["class"] for f in checkpoint.of("log_ratio_of"))
         for kind in kinds:
             sides = [checkpoint.one("log_ratio_of", side=side, **{"class": kind}) for side in ("chosen", "rejected")]
-            table.add_row(checkpoint.name, kind, *map(cell, sides))
+            table.add(checkpoint.name, kind, *map(cell, sides))
         for low, high in dict.fromkeys((f.labels["from"], f.labels["to"]) for f in checkpoint.of("log_ratio_at")):
             sides = [checkpoint.one("log_ratio_at", side=side, **{"from": low}) for side in ("chosen", "rejected")]
-            table.add_row(checkpoint.name, f"place {low}–{high}" if high > low else f"place {low}", *map(cell, sides))
-        table.add_section()
+            table.add(checkpoint.name, f"place {low}–{high}" if high > low else f"place {low}", *map(cell, sides))
+        table.end_section()
     return table
 
 

@@ -229,11 +229,10 @@ def _cost(args: argparse.Namespace, judge: Any) -> dict[str, Any]:
 
 def _show(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
     from ..evaluation.summary import summary_table
-    from .shown import console, say
+    from .shown import say, show
 
-    screen = console()
-    screen.print(summary_table([found]))
-    say(screen, found.sentence(), *(f"Note: {note}" for note in found.notes))
+    show(summary_table([found]))
+    say(found.sentence(), *(f"Note: {note}" for note in found.notes))
     for reason, count in run.failures.items():
         detail = next((row.detail for row in run.rows if row.failure == reason and row.detail), "no details")
         print(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")

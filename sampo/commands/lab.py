@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 def main(args: argparse.Namespace) -> None:
     """Run what is missing, then show everything."""
-    from rich.console import Console
+    from .shown import say
 
     seeds = args.seeds if args.seeds is not None else 1 if args.fast else DEFAULT_SEEDS
     if seeds < 1:
@@ -67,22 +67,19 @@ def main(args: argparse.Namespace) -> None:
         settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
     except ValueError as fault:
         raise SystemExit(f"sampo lab: {fault}") from None
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)  # a log has no width of its own
 
     groups, methods = _choices(args)
     runs = plan(settings, seeds=seeds, groups=groups, methods=methods)
     command = _command(args, settings)
-    console.print(f"{len(runs)} runs into {args.out}; finished ones are kept.")
+    say(f"{len(runs)} runs into {args.out}; finished ones are kept.")
     began = time.perf_counter()
     try:
         with alone_in(args.out):
-            outcomes = _run(runs, args.out, command, console)
-            _show(outcomes, args.out, command, console)
+            outcomes = _run(runs, args.out, command)
+            _show(outcomes, args.out, command)
     except FolderInUseError as error:
         raise SystemExit(f"sampo lab: error: {error}") from None
-    console.print(f"{time.perf_counter() - began:.0f} seconds.")
+    say(f"{time.perf_counter() - began:.0f} seconds.")
 
 
 def _choices(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -106,13 +103,14 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
     return shlex.join(words)
 
 
-def _run(runs, folder: Path, command: str, console):
+def _run(runs, folder: Path, command: str):
     """Every run with its records; a line for each as it ends."""
     import datasets
     import torch
     import transformers
 
     from ..lab.experiment import run_all
+    from .shown import say
 
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, 2))  # batches this small gain nothing from more
@@ -121,13 +119,12 @@ def _run(runs, folder: Path, command: str, console):
     transformers.utils.logging.disable_progress_bar()
     outcomes = []
     try:
-        for run, records in run_all(runs, folder, command=command, progress=_progress(console)):  # known ones first
+        for run, records in run_all(runs, folder, command=command, progress=_progress()):  # known ones first
             outcomes.append((run, records))
             shown = {r.name: r.value for r in records}
-            console.print(
+            say(
                 f"{run.title}: {shown['tokens']:.1f} tokens, {shown['stops']:.0%} end, true quality "
-                f"{shown['quality']:.2f}, win rate {shown['win_rate']:.2f}",
-                soft_wrap=True,
+                f"{shown['quality']:.2f}, win rate {shown['win_rate']:.2f}"
             )
     finally:
         torch.set_num_threads(threads)
@@ -137,14 +134,15 @@ def _run(runs, folder: Path, command: str, console):
     return sorted(outcomes, key=lambda outcome: runs.index(outcome[0]))
 
 
-def _progress(console):
+def _progress():
     """A bar for people; for logs the line that each run prints at its end is enough."""
+    from .shown import say
 
     @contextmanager
     def bar(title: str, steps: int):
         from rich.progress import Progress
 
-        with Progress(console=console, transient=True) as progress:
+        with Progress(transient=True) as progress:
             task = progress.add_task(title, total=steps)
             yield lambda done: progress.update(task, completed=done)
 
@@ -152,39 +150,27 @@ def _progress(console):
     def line(title: str, steps: int):
         began = time.perf_counter()
         yield lambda done: None
-        console.print(f"{title}: {steps} steps in {time.perf_counter() - began:.0f} s")
-        sys.stdout.flush()
+        say(f"{title}: {steps} steps in {time.perf_counter() - began:.0f} s")
 
-    return bar if console.is_terminal else line
+    return bar if sys.stdout.isatty() else line
 
 
-def _show(outcomes, folder: Path, command: str, console) -> None:
-    from rich import box
-    from rich.table import Table
-
+def _show(outcomes, folder: Path, command: str) -> None:
     from ..lab import report
+    from .shown import say, show
 
     lines = report.collect(outcomes)
-    wide = console.width >= 120
-    for names in [list(report.COLUMNS)] if wide else [list(report.COLUMNS)[:4], list(report.COLUMNS)[4:]]:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for head in report.heads(names):
-            table.add_column(head, no_wrap=head != "method", vertical="top")
-        for line, following in zip(lines, [*lines[1:], None], strict=True):
-            last = following is not None and following.group != line.group
-            table.add_row(*report.cells(line, names), end_section=last)
-        console.print(table)
-
+    show(report.table(lines))
     about = report.describe(outcomes, command)
     write_whole(folder / "table.md", report.markdown(lines, about=about))
-    console.print(about + "\n", soft_wrap=True)
+    say(about, "")
     for sentence in report.findings(lines):
-        console.print(f"- {sentence}", soft_wrap=True, markup=False)
+        say(f"- {sentence}")
     if warning := report.weak_start(lines):
-        console.print(f"\nWarning: {warning}", soft_wrap=True, markup=False)
+        say("", f"Warning: {warning}")
     try:
         report.draw(lines, folder / "lab.svg")
         written = "records.jsonl, table.md, lab.svg"
     except ImportError:
         written = 'records.jsonl, table.md; no lab.svg, which needs `pip install "sampo-dpo[report]"`'
-    console.print(f"\nWritten to {folder}: {written}", soft_wrap=True, markup=False)
+    say("", f"Written to {folder}: {written}")

@@ -1,15 +1,13 @@
-"""What commands show: tables wide enough for a log, and the command behind a number as it goes into the records."""
+"""What commands show: tables and sentences, and the command behind a number as it goes into the records."""
 
 import argparse
 import json
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from ..tables import Table
 
-LOG_WIDTH = 120  # columns of a table that goes to no terminal
 SECRET = ("proxy",)  # its URL may hold a password
 
 
@@ -26,15 +24,17 @@ def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
     return shlex.join(words)
 
 
-def console() -> "Console":
-    """Where tables go."""
-    from rich.console import Console
+def show(*tables: "Table") -> None:
+    """Print tables in the width that there is."""
+    from ..tables import screen_width
 
-    # a name such as `a[b]` is no markup
-    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False)
+    for table in tables:
+        print("\n" + table.text(screen_width()), flush=True)
 
 
-def say(console: "Console", *sentences: str) -> None:
-    """Sentences as they are, each a line of its own."""
+def say(*sentences: str) -> None:
+    """Print sentences, each a line of its own; a terminal wraps it, a file keeps it whole."""
+    from ..tables import clean_lines
+
     for sentence in sentences:
-        console.print(sentence, soft_wrap=True, markup=False, highlight=False)
+        print("\n".join(clean_lines(sentence)), flush=True)

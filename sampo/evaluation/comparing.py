@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..results import Record, provenance
+from ..tables import Table
 from .difficulty import difficulty_from, length_correlation
 from .intervals import Estimate, holm
 from .judged import Judged
@@ -16,10 +17,6 @@ from .summary import Summary, records
 from .verbosity import Verbosity
 from .verdicts import Comparisons, compare_orders
 from .win_rate import PairedComparison, paired
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
 
 # of the correlation of difficulty and length: below either there is no note
 NOTABLE, NOTABLE_ERRORS = 0.1, 3.0  # the correlation, and how many of its standard errors
@@ -208,19 +205,14 @@ def all_records(
     return made
 
 
-def duel_table(duels: Sequence[Duel]) -> "Table":
+def duel_table(duels: Sequence[Duel]) -> Table:
     """Every two systems, one line each."""
-    from rich import box
-    from rich.table import Table
-
     title = f"Differences in win rate, prompt by prompt; p by the exact sign test, by Holm for all {len(duels)}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("first − second")
-    for head in ("prompts", "difference, points", "better", "worse", "equal", "p", "p, Holm"):
-        table.add_column(head, justify="right")
+    heads = ("first − second", "prompts", "difference, points", "better", "worse", "equal", "p", "p, Holm")
+    table = Table(title, heads)
     for duel in duels:
         one = duel.paired
-        table.add_row(
+        table.add(
             f"{duel.first} − {duel.second}",
             f"{one.difference.n:,}",
             _points(one.difference),

@@ -3,19 +3,17 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..results import Record, provenance
+from ..tables import Table
 from .intervals import Estimate, mean_interval, prompt_means
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
 from .verbosity import Verbosity
 from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
 from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win_rate, winner_is_longer
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 POSITION = 0.1  # mean preference for the answer shown first, this near to 0 or 1: the judge looks at the position
 CONSISTENT = 0.7  # share of pairs with the same verdict in both orders, below which a reader is warned
@@ -242,21 +240,16 @@ def _doubts_of_cuts(cut: tuple[Estimate, Estimate] | None) -> list[tuple[str, st
     return found
 
 
-def summary_table(found: Sequence[Summary]) -> "Table":
+def summary_table(found: Sequence[Summary]) -> Table:
     """What fits on a screen, one line per system; `Summary.row` has everything."""
-    from rich import box
-    from rich.table import Table
-
     sides = sorted({f"{one.baseline} by {one.judge}" for one in found})
-    table = Table(title=f"Win rates against {'; '.join(sides)}", box=box.SIMPLE_HEAD, title_justify="left")
     units = sorted({one.length_unit for one in found if one.lengths})
     heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
-    table.add_column("system")
-    for head in (*heads, "longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "pairs\nfailed"):
-        table.add_column(head, justify="right", min_width=max(map(len, head.split("\n"))))
+    controls = ("longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "pairs\nfailed")
+    table = Table(f"Win rates against {'; '.join(sides)}", ["system", *heads, *controls])
     for one in found:
         lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
-        table.add_row(
+        table.add(
             one.system,
             f"{one.raw.rate.n:,}",
             _cell(one.raw.rate),

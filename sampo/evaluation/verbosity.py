@@ -8,15 +8,13 @@ import re
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..pair_rows import is_blank_text
+from ..tables import Table
 from .intervals import Estimate, codes_of, mean_interval, prompt_means, quantile_interval, rate_interval, undefined
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 UNITS = ("tokens", "words", "characters")
 QUANTILES = {"median": 0.5, "p90": 0.9}
@@ -288,21 +286,17 @@ def compare_verbosity(
     ]
 
 
-def verbosity_table(found: Sequence[Verbosity], *, unit: str | None = None) -> "Table":
+def verbosity_table(found: Sequence[Verbosity], *, unit: str | None = None) -> Table:
     """What fits on a screen. `Verbosity.row` has everything.
 
     Args:
         found: one per system.
         unit: of the lengths; by default tokens where all systems have them by one tokenizer, else characters.
     """
-    from rich import box
-    from rich.table import Table
-
     tokenizers = {one.tokenizer for one in found}
     if unit is None:
         unit = "tokens" if len(tokenizers) == 1 and None not in tokenizers else "characters"
     title = f"Length in {unit}" + (f" of {', '.join(sorted(map(str, tokenizers)))}" if unit == "tokens" else "")
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     columns = {
         "mean": (f"{unit}_mean", ".0f", True),
         "median": (f"{unit}_median", ".0f", False),
@@ -315,13 +309,10 @@ def verbosity_table(found: Sequence[Verbosity], *, unit: str | None = None) -> "
         "compr.\np99": ("compression_p99", ".1f", False),
         "repeated": ("repeated_sentences", ".1%", False),
     }
-    table.add_column("system")
-    table.add_column("prompts", justify="right")
-    for head in columns:
-        table.add_column(head, justify="right")
+    table = Table(title, ["system", "prompts", *columns])
     for one in found:
         cells = [_cell(one.measures.get(name), form, bounds) for name, form, bounds in columns.values()]
-        table.add_row(one.system, f"{one.prompts:,}", *cells)
+        table.add(one.system, f"{one.prompts:,}", *cells)
     return table
 
 

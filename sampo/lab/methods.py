@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from .. import plugins
+
 SLOPE = "slope"  # as `length_penalty_start`: the logistic slope of preference on length in the training pairs
 
 
@@ -32,6 +34,10 @@ METHODS = {  # of `sampo lab`
     "sampo": Method("SamPO", _SAMPO),
     "sampo_rejected_learned": Method("SamPO, rejected + learned", _OURS),
 }
+if plugins.wanted():  # only then torch is loaded here
+    from ..weighting import REGISTERED, WEIGHTINGS
+
+    METHODS |= {name: Method(WEIGHTINGS[name].title, {"token_weighting": name}) for name in REGISTERED}
 STUDY_METHODS = {  # of `sampo lab study`, too
     **METHODS,
     "sampo_rejected": Method("SamPO, rejected", _REJECTED),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..io.files import replacing
 from ..results import Record
+from ..tables import Table
 from .methods import METHODS
 from .settings import GROUPS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
 
@@ -25,7 +26,14 @@ COLUMNS = {  # record -> head of its column, digits
     "pressure": ("length\npressure", 2),
     "kl": ("KL", 1),
 }
-COLOURS = ("#666666", "#0072b2", "#d55e00")  # of the methods; told apart by the colour-blind
+COLOURS = (
+    "#666666",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+)  # of the methods; told apart by the colour-blind
 FIGURE_SIZE = (9.0, 3.4)  # inches
 LEGEND = (
     "tokens: mean length of a sampled answer, end token included. stops: share of answers that end before the cap. "
@@ -110,6 +118,16 @@ def heads(names: Iterable[str] = COLUMNS) -> list[str]:
 def cells(line: Line, names: Iterable[str] = COLUMNS) -> list[str]:
     """The line as text."""
     return [line.group or "–", line.title, *(line.cell(name) for name in names)]
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """The table for a terminal, a section per group."""
+    made = Table("", heads(), keys=2)
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
+        made.add(*cells(line))
+        if following is not None and following.group != line.group:
+            made.end_section()
+    return made
 
 
 def markdown_table(lines: Sequence[Line], names: Iterable[str] = COLUMNS) -> str:
@@ -222,7 +240,14 @@ def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
     for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for line in lines[1:]:
             x = groups.index(line.group) + 0.25 * (methods.index(line.method) - (len(methods) - 1) / 2)
-            _mark(axes, line, name, x, COLOURS[list(METHODS).index(line.method)], in_legend=line.group == groups[0])
+            _mark(
+                axes,
+                line,
+                name,
+                x,
+                COLOURS[list(METHODS).index(line.method) % len(COLOURS)],
+                in_legend=line.group == groups[0],
+            )
         axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")
         names = {"all": "all\nmixed pairs", "short": "short\nchosen shorter", "long": "long\nchosen longer"}
         axes.set_xticks(range(len(groups)), [names[group] for group in groups])

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..io.files import replacing
@@ -307,12 +307,22 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
             panels = figure.subplots(1, n_panels)
             draw(panels, study)
             handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+            legend_below(figure, handles)
             path = folder / f"{name}.svg"
             with replacing(path) as file:
                 figure.savefig(file, format="svg", metadata={"Date": None})
             written.append(path)
     return written
+
+
+def legend_below(figure, handles: Mapping[str, object]) -> None:
+    """A legend below the panels, in as many columns as the figure has room for."""
+    for ncols in range(min(4, len(handles)), 0, -1):
+        place = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
+        legend = figure.legend(handles.values(), handles.keys(), **place)
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def draw_frontier(panels, study: Study) -> None:
@@ -333,6 +343,8 @@ def draw_frontier(panels, study: Study) -> None:
 
 def draw_prediction(panels, study: Study) -> None:
     """Length pressure before training against the change of length after it, a point per run, per group."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for axes, group in zip(panels, GROUPS, strict=True):
         points: dict[str, list[tuple[float, float]]] = {}
         for cell in study.cells:
@@ -346,8 +358,9 @@ def draw_prediction(panels, study: Study) -> None:
         axes.axhline(1, color="black", linewidth=0.6)
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_yscale("log")
-        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            set_formatter("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(title=f"trained on {group}", xlabel="length pressure before", ylabel="tokens / tokens of the start")
         axes.spines[["top", "right"]].set_visible(False)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..diagnostics import PLAIN, SIDES, Finding, PairScores
+from .figures import legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ def reward_against_length(
     _dots(axes, [f.labels["tokens"] for f in curve], curve, color="black", marker="o", linestyle="-", label="mean")
     axes.set_xlabel("length of the response, tokens")
     axes.set_ylabel("implicit reward β·Σ log-ratio")
-    axes.legend()
+    legend_above(axes)
     return axes
 
 
@@ -91,7 +92,7 @@ def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) 
     axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("place of the token, from 1")
     axes.set_ylabel("mean log-ratio, nats")
-    axes.legend()
+    legend_above(axes)
     return axes
 
 
@@ -147,7 +148,7 @@ def length_pressure(
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("length pressure (← lengthens, shortens →)")
-    axes.legend()
+    legend_above(axes)
     return axes
 
 
@@ -189,4 +190,4 @@ def _by_name(axes: "Axes", rows: Mapping[str, Sequence[Finding]], names: Sequenc
         places = [names.index(f.labels[label]) + shift for f in found]
         _dots(axes, places, found, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=series)
     axes.set_xticks(range(len(names)), names)
-    axes.legend()
+    legend_above(axes)

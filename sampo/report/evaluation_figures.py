@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .diagnostic_figures import COLOURS, MARKERS
-from .figures import BINS, NEUTRAL, WIDEST, _axes
+from .figures import BINS, NEUTRAL, WIDEST, _axes, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
     ax.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     ax.set_xlabel(f"mean length of an answer, {judged[0].get('length_unit', 'characters')}")
     ax.set_ylabel("win rate (hollow: at equal length)")
-    ax.legend(frameon=False)
+    legend_above(ax)
     return ax
 
 
@@ -112,7 +112,7 @@ def win_rate_by_length_ratio(rows: Sequence[Row], *, ax: "Axes | None" = None) -
     ax.set_ylim(0, 1)
     ax.set_xlabel("length of the system's answer over the baseline's")
     ax.set_ylabel("win rate")
-    ax.legend(frameon=False)
+    legend_above(ax)
     return ax
 
 
@@ -143,7 +143,7 @@ def answer_lengths(lengths: Mapping[str, np.ndarray], *, unit: str, ax: "Axes | 
         ax.axvline(float(values.mean()), color=colour, linewidth=0.9, linestyle="--")
     ax.set_xlabel(f"length of an answer ({unit}; the last bin holds all longer ones)")
     ax.set_ylabel("share of answers")
-    ax.legend(frameon=False)
+    legend_above(ax)
     return ax
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind, and in grey
 BINS = 40
+LEGEND_GAP = 0.06  # inches between the axes and the legend above them
+LEGEND_WIDTH = 0.9  # of the figure: the axes that it is centred on are not in its middle
 WIDEST = 99  # percentile of lengths that the axis ends at; the last bin holds what is longer
 
 
@@ -38,7 +40,7 @@ def length_histogram(
         ax.axvline(float(np.mean(values)), color=colour, linewidth=1, linestyle="--")
     ax.set_xlabel(f"length of the response ({unit}; the last bin holds all longer ones)")
     ax.set_ylabel("responses")
-    ax.legend(frameon=False)
+    legend_above(ax)
     return ax
 
 
@@ -105,9 +107,28 @@ def preference_by_difference(
     ax.set_ylim(0, 1)
     ax.set_xlabel(f"how much longer the longer response is, |T_w − T_l| ({unit})")
     ax.set_ylabel("share of pairs with the longer one chosen")
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False)
+    legend_above(ax)
     return ax
+
+
+def legend_above(ax: "Axes") -> None:
+    """A legend above the axes, where it crosses nothing, in as many columns as the figure has room for."""
+    from matplotlib.transforms import ScaledTranslation
+
+    handles, labels = ax.get_legend_handles_labels()
+    figure = ax.figure
+    above = ax.transAxes + ScaledTranslation(0, LEGEND_GAP, figure.dpi_scale_trans)
+    for ncols in range(min(4, len(labels)), 0, -1):
+        place = {
+            "loc": "lower center",
+            "bbox_to_anchor": (0.5, 1),
+            "bbox_transform": above,
+            "ncols": ncols,
+            "fontsize": "small",
+        }
+        legend = ax.legend(handles, labels, frameon=False, borderaxespad=0, **place)
+        if ncols == 1 or legend.get_window_extent().width <= LEGEND_WIDTH * figure.bbox.width:
+            return
 
 
 def _binned(size: np.ndarray, won: np.ndarray, bins: int) -> tuple[list[float], list[float], list[float], list[float]]:

@@ -163,11 +163,12 @@ def _training(section: Section, runs: Sequence[TrainingRun], found: Found) -> No
         logs = {f"{n}: {shorten(run.name, 28)}": run.log for n, run in enumerate(runs, 1)}
     origins = tuple(_origin(run) for run in runs)
     columns = list(dict.fromkeys(name for run in runs for name in run.settings))
-    rows = [
-        [run.name, f"{run.step:,}", _last(run, "loss"), *(run.settings.get(name, "–") for name in columns)]
-        for run in runs
+    rows = [  # a line for each setting: their names are many and long, runs are few
+        ["steps", *(f"{run.step:,}" for run in runs)],
+        ["last loss", *(_last(run, "loss") for run in runs)],
+        *([name, *(run.settings.get(name, "–") for run in runs)] for name in columns),
     ]
-    section.add(Table("Runs", ["run", "steps", "last loss", *columns], rows, origins, _runs(len(runs))))
+    section.add(Table("Runs", ["run", *(run.name for run in runs)], rows, origins, _runs(len(runs))))
     steps = " and ".join(dict.fromkeys(f"{run.step:,}" for run in runs))
     n = f"{_runs(len(runs))} of {steps} steps"
     for name, curve in training_figures.CURVES.items():
@@ -288,8 +289,7 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
 
 
 def _draw_pressure(found: Sequence[Finding], figure: Any) -> None:
-    axes = diagnostic_figures.length_pressure(found, axes=figure.add_subplot())
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.35, -0.09), ncols=3)
+    diagnostic_figures.length_pressure(found, axes=figure.add_subplot())
 
 
 def _one(found: Sequence[Finding], quantity: str, **labels: str) -> Estimate | None:

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .diagnostic_figures import COLOURS
-from .figures import _axes
+from .figures import _axes, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEGEND_INSIDE = 4  # lines of a legend that find a place beside curves
 LINES = ("-", "--", ":")
 Log = Sequence[Mapping[str, Any]]  # `log_history` of a trainer_state.json
 
@@ -123,11 +122,8 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
         ax.axhline(curve.level, color="grey", linewidth=0.8, linestyle=":")
     ax.set_xlabel("step")
     ax.set_ylabel(curve.axis)
-    lines = len(ax.get_legend_handles_labels()[0])
-    if lines > LEGEND_INSIDE:
-        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-    elif lines > 1:
-        ax.legend(frameon=False)
+    if len(ax.get_legend_handles_labels()[0]) > 1:
+        legend_above(ax)
     return ax
 
 

@@ -1,0 +1,67 @@
+"""Weightings from outside: files of `--plugin FILE`, and packages with an entry point in the group `sampo.weightings`.
+
+Loading a plugin runs its code. A file is named in an environment variable, so that every process of a run, whoever
+starts it, loads the same ones. No torch here.
+"""
+
+import importlib.util
+import os
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+VARIABLE = "SAMPO_PLUGINS"
+GROUP = "sampo.weightings"
+COMMANDS = ("train", "iterate", "diagnose", "cache", "lab")  # those that take `--plugin`
+
+
+class PluginError(ValueError):
+    """A plugin that cannot be loaded."""
+
+
+def take(argv: list[str]) -> list[str]:
+    """Note the files of `--plugin FILE` for this process and those that it starts; return the other words."""
+    rest, files, words = [], [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--plugin":
+            rest.append(word)
+            continue
+        file = value if equals else next(words, "")
+        if not Path(file).is_file():
+            raise PluginError(f"`plugin` must be a Python file, got {file!r}. Give its path: `--plugin mine.py`.")
+        files.append(os.path.abspath(file))
+    if files:
+        known = list(filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)))
+        os.environ[VARIABLE] = os.pathsep.join(dict.fromkeys([*known, *files]))
+    return rest
+
+
+def wanted() -> list[str | EntryPoint]:
+    """What `load` would load: paths, then entry points."""
+    return [*filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)), *entry_points(group=GROUP)]
+
+
+def load() -> None:
+    """Run every plugin once; each registers its methods by `sampo.register_weighting`.
+
+    Raises:
+        PluginError: a plugin cannot be run.
+    """
+    for number, plugin in enumerate(wanted()):
+        try:
+            if isinstance(plugin, str):
+                _run(f"sampo_plugin_{number}", plugin)
+            else:
+                plugin.load()
+        except Exception as error:  # whatever the user's own code raises
+            name = plugin if isinstance(plugin, str) else f"{plugin.name} ({plugin.value})"
+            raise PluginError(
+                f"`plugin` must be Python code that can be run, got {name} with {type(error).__name__}: {error}"
+            ) from error
+
+
+def _run(name: str, path: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError("its name must end in `.py`.")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
