@@ -455,7 +455,7 @@ def test_a_reference_that_is_not_the_policy_is_told_at_the_first_step(tmp_path, 
         {"peft_config": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8)},
         {"peft_config": IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(f"{name} {getattr(value, 'peft_type', value)}" for name, value in options.items()),
 )
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT 0.21 with transformers 5.24
 def test_noise_and_virtual_tokens_are_no_fault_of_the_reference(tmp_path, caplog, options):

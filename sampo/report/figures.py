@@ -3,7 +3,7 @@
 Without `ax` a new figure is made without pyplot, so nothing is shown, and nothing stays open.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -119,7 +119,7 @@ def legend_above(ax: "Axes") -> None:
     figure = ax.figure
     above = ax.transAxes + ScaledTranslation(0, LEGEND_GAP, figure.dpi_scale_trans)
     for ncols in range(min(4, len(labels)), 0, -1):
-        place = {
+        place: Any = {
             "loc": "lower center",
             "bbox_to_anchor": (0.5, 1),
             "bbox_transform": above,
