@@ -89,7 +89,7 @@ def test_a_prompt_that_the_responses_repeat_is_refused_and_cut_in_every_style(st
     assert audit_preferences(data, repeated_prompt="cut").overall.pairs == 12
 
 
-@pytest.mark.parametrize("style", set(STYLES) - PLAIN)
+@pytest.mark.parametrize("style", sorted(set(STYLES) - PLAIN))
 def test_a_prompt_that_is_rendered_itself_gets_the_tag_that_opens_the_answer(style):
     before, _ = STYLES[style]
     for whole in (True, False):  # with the tag of the assistant behind it, and without
@@ -192,7 +192,7 @@ def test_another_system_or_user_message_in_front_of_an_answer_cannot_be_cut():
         assert found == {("prompt_role", "chosen"): 1}
 
 
-@pytest.mark.parametrize("style", set(STYLES) - PLAIN - WORD_TAGS)
+@pytest.mark.parametrize("style", sorted(set(STYLES) - PLAIN - WORD_TAGS))
 def test_a_rendered_conversation_inside_a_message_is_refused_and_cut(style):
     before, after = STYLES[style]
     rows = texts(3)
@@ -203,7 +203,7 @@ def test_a_rendered_conversation_inside_a_message_is_refused_and_cut(style):
     assert [[row["chosen"][0]["content"], row["rejected"][0]["content"]] for row in cut] == [row[1:] for row in rows]
 
 
-@pytest.mark.parametrize("style", set(STYLES) - PLAIN - WORD_TAGS)
+@pytest.mark.parametrize("style", sorted(set(STYLES) - PLAIN - WORD_TAGS))
 def test_the_tag_of_the_assistant_alone_is_refused_and_cut(style):
     before, after = STYLES[style]
     opener = before.split("{}")[1].split("\n", 1)[-1] if style != "Llama 3" else before.split("{}")[1]
