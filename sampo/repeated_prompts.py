@@ -119,7 +119,10 @@ def _end_of_repeat(prompt: str, response: str) -> int | None:
         return None
     letters = "".join(words)
     for opener in ANY_OPENER.finditer(response):
-        if _ends_with_prompt(response[: opener.start()], prompt):
+        head = response[: opener.start()]
+        before = "".join(_ANY_TAG.sub(" ", head).split())
+        # in front of the prompt only what a template puts there: a system message, after a tag
+        if before == letters or (before.endswith(letters) and _ANY_TAG.match(head.lstrip())):
             return opener.end()
     end = len(prompt) if response.startswith(prompt) and prompt[-1].isspace() else _end_of_letters(letters, response)
     if end is None:
@@ -128,19 +131,6 @@ def _end_of_repeat(prompt: str, response: str) -> int | None:
         tags = SPECIAL_TAG.search(closed[0])
         return closed.end() if tags else end
     return end
-
-
-def _ends_with_prompt(head: str, prompt: str) -> bool:
-    """Whether a head is the prompt, and in front of it only what a template puts there: a system message, after a tag.
-
-    What looks like the name of a speaker may belong to the prompt: compared with and without such names.
-    """
-    begins_with_tag = _ANY_TAG.match(head.lstrip())
-    for tags in (_ANY_TAG, SPECIAL_TAG):
-        before, letters = ("".join(tags.sub(" ", text).split()) for text in (head, prompt))
-        if letters and (before == letters or (begins_with_tag and before.endswith(letters))):
-            return True
-    return False
 
 
 def _end_of_letters(letters: str, response: str) -> int | None:

@@ -286,6 +286,14 @@ def test_several_blocks_become_lines_and_other_content_is_refused():
     assert len(load_preferences(pictures)) == 1
 
 
+def test_blocks_that_a_template_prints_as_python_are_a_fault_of_their_own():
+    content = [{"type": "text", "text": "w1"}, {"type": "image"}]  # which cannot be joined to a string
+    row = rows_of(1)[0]
+    row["prompt"] = [{"role": "user", "content": content}]
+    template = chat.ChatTemplate(make_tokenizer())
+    assert template.find_fault(tuple(row.values()), {}) == ("blocks_as_python", "prompt")
+
+
 def test_a_template_for_blocks_alone_shows_no_strings_and_is_refused():
     template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c.text }}{% endfor %}")
     rows = rows_of(3)
@@ -344,6 +352,13 @@ def test_the_end_of_another_turn_is_no_end_of_the_response(model, max_length, tm
         mask = inputs["completion_mask"][:, 1:].bool()
         ids = torch.tensor(end_token_ids(tokenizer))
         assert last_end_tokens(inputs["input_ids"], mask, ids).any(dim=1).tolist() != expected
+
+
+def test_after_a_cut_too_no_end_is_kept_where_there_is_none():
+    data = make_pairs(6, conversational=True)
+    cut = audit_preferences(data, tokenizer=tokenizer_with(NO_END), max_length=18).truncations[1]
+    assert cut.bias.pairs
+    assert cut.bias.end_chosen is cut.bias.end_rejected is None
 
 
 def test_the_place_of_the_end_is_that_of_a_loop():
@@ -509,6 +524,7 @@ def test_every_command_takes_text_as_messages(tmp_path, capsys):
     ids = load_preferences(path, text_as_messages=True)
     expected = audit_preferences(ids, tokenizer=make_tokenizer()).overall
     assert audit_preferences(path, tokenizer=make_tokenizer(), text_as_messages=True).overall == expected
+    assert [type(question.prompt) for question in load_prompts(path)] == [str] * 8
     prompts = load_prompts(path, text_as_messages=True)
     assert [question.prompt for question in prompts] == [row["prompt"] for row in ids]
 

@@ -292,3 +292,11 @@ def test_the_cut_gives_the_tokens_that_the_answers_alone_give(tmp_path):
     ]
     assert found[0].fingerprint == found[1].fingerprint
     assert found[0].overall == found[1].overall
+
+
+def test_responses_that_repeat_a_rendered_prompt_in_two_ways_are_refused():
+    before = STYLES["ChatML"][0].format("What is it?")
+    rendered, preface = before.split("<|im_start|>assistant")[0], "<|im_start|>system\nBe kind.<|im_end|>\n"
+    row = {"prompt": rendered, "chosen": before + "C<|im_end|>", "rejected": preface + before + "R<|im_end|>"}
+    found = kinds(load_preferences, Dataset.from_list([row]), repeated_prompt="cut")
+    assert found == {("repeated_prompt", "chosen"): 1, ("repeated_prompt", "rejected"): 1}
