@@ -6,7 +6,7 @@ What other collections put beside a pair is used by these rules, the same for lo
 |---|---|
 | `system` or `system_prompt` | a system message in front; text becomes messages then. Rows without one have none |
 | `input` (Alpaca), or `context`, beside `instruction` | `instruction`, a line break and `input`, as in LLaMA-Factory |
-| `input` beside a `prompt` of another name | an error, unless `columns` names it: it may be the prompt again |
+| `input` or `context` beside another `prompt` | an error, unless `columns` names it: it may be the prompt again |
 | `conversations` | the prompt |
 | `{"from": "human", "value": …}` | `{"role": "user", "content": …}` (ShareGPT) |
 | one message as `chosen` or `rejected`, not in a list | a list of one message |
@@ -220,16 +220,20 @@ class PairRows:
         if _says(more := cells.get("input")):
             if not isinstance(prompt, str):
                 raise _BadRow("bad_input", "its prompt is no text that `input` could follow")
+            if self._whole(chosen) and self._whole(rejected):
+                raise _BadRow("bad_input", "its prompt is what the conversations share, which `input` is no part of")
             prompt = f"{prompt}\n{_text('input', more)}"
         system = _text("system", cells["system"]) if _says(cells.get("system")) else None
         if self.text_as_messages and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = _as_turn(prompt)
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
         if system is None:
             return prompt, chosen, rejected
         if isinstance(prompt, str) and not self._whole(chosen):
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, list) and prompt:
+            prompt = _as_turn(prompt)
+        if prompt == []:
+            return prompt, chosen, rejected  # the check of the row says that it is empty
+        if isinstance(prompt, list):
             return _with_system(prompt, system), chosen, rejected
         if self._whole(chosen) and self._whole(rejected):
             return prompt, _with_system(chosen, system), _with_system(rejected, system)
@@ -263,14 +267,13 @@ def _find_parts(rows: Rows, columns: dict[str, str], label: str) -> dict[str, st
     if more is None:
         more = next((name for name in INPUT_COLUMNS if name in there and name not in taken), "")
         beside_instruction = parts.get("prompt") == "instruction"
-        if not beside_instruction and (more != "input" or "prompt" not in parts):
-            more = ""
-        if more and not _is_used(rows, more):
+        if more and not ((beside_instruction or "prompt" in parts) and _is_used(rows, more)):
             more = ""
         if more and not beside_instruction:
             raise PreferenceDataError(
-                f"It must be clear whether `input` belongs to the prompt, got both columns in {label}. Add it to the "
-                "prompt with `columns` input=input (a line break goes between), or leave it out with `columns` input=."
+                f"It must be clear whether `{more}` belongs to the prompt, got both columns in {label}. Add it to the "
+                f"prompt with `columns` input={more} (a line break goes between), or leave it out with `columns` "
+                "input=."
             )
     parts |= {part: name for part, name in (("system", columns["system"]), ("input", more)) if name}
     if "system" in parts and "prompt" not in parts and not _are_conversations(rows, parts):
@@ -333,6 +336,11 @@ def _call(said: Any) -> dict[str, Any]:
         return {"name": call["name"], "arguments": call["arguments"]}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise _BadRow("bad_call", "the call of a function is no JSON object with `name` and `arguments`") from None
+
+
+def _as_turn(prompt: str) -> list[Any]:
+    """A text prompt as messages: none of a blank one, which a system message must not hide."""
+    return [{"role": "user", "content": prompt}] if prompt.strip() else []
 
 
 def _with_system(messages: list[Any], system: str) -> list[Any]:

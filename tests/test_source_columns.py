@@ -341,3 +341,27 @@ def test_the_command_trains_on_columns_that_it_is_told(tmp_path, streamed, capsy
     with pytest.raises(SystemExit):
         train.start([*words, "question"])
     assert "`columns` must be given as OURS=THEIRS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["Q?", [{"role": "user", "content": "Q?"}]])
+@pytest.mark.parametrize("name", ["input", "context"])
+def test_what_may_be_part_of_a_prompt_of_another_name_is_asked_for_and_never_lost(prompt, name):
+    sides = ["a", "b"] if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in "ab"]
+    row = {"prompt": prompt, name: "The sky is green.", "chosen": sides[0], "rejected": sides[1]}
+    with pytest.raises(PreferenceDataError, match=f"`columns` input={name} "):
+        load_preferences(Dataset.from_list([row]))
+    assert load_preferences(Dataset.from_list([row]), columns={"input": ""})["prompt"][0] == prompt
+
+
+def test_an_input_beside_whole_conversations_is_an_error_for_they_are_the_prompt():
+    sides = [[{"role": "user", "content": "Q?"}, {"role": "assistant", "content": text}] for text in "ab"]
+    row = {"instruction": "Q?", "input": "Sky", "chosen": sides[0], "rejected": sides[1]}
+    with pytest.raises(PreferenceDataError, match="which `input` is no part of"):
+        load_preferences(Dataset.from_list([row]), columns={"prompt": "instruction"})
+
+
+def test_a_system_message_does_not_hide_an_empty_prompt():
+    row = {"system": "Be brief.", "prompt": " ", "chosen": "a", "rejected": "b"}
+    with pytest.raises(PreferenceDataError) as caught:
+        load_preferences(Dataset.from_list([row]))
+    assert [(fault.kind, fault.column) for fault in caught.value.faults] == [("empty", "prompt")]
