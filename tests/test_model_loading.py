@@ -15,6 +15,7 @@ from transformers import LlamaForSequenceClassification
 
 from sampo import cli
 from sampo.commands import train
+from sampo.commands.launch import refuse_engine_that_cannot_run
 from sampo.model_loading import ModelError, add_adapter, check_model, create_model, not_finite
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -357,3 +358,11 @@ def test_the_code_of_a_tokenizer_is_refused_with_the_option_that_lets_it_run(tmp
     for name in ("generate", "diagnose"):
         assert "set `trust_remote_code`" in refusal(capsys, name, commands(coded, files, tmp_path / name)[name])
     assert not marker.exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_several_processes_without_a_gpu_are_refused_before_they_are_started():
+    with pytest.raises(SystemExit, match="got 2 on a machine without one"):
+        refuse_engine_that_cannot_run({"num_processes": "2"}, [])
+    refuse_engine_that_cannot_run({"num_processes": "2"}, ["--use_cpu"])
+    refuse_engine_that_cannot_run({"num_processes": "1"}, [])
