@@ -141,7 +141,8 @@ def _refuse_weights_without_place(model: "PeftModel", name: str, revision: str |
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    stored = load_peft_weights(name, device="cpu", **({} if revision is None else {"revision": revision}))
+    where: dict[str, Any] = {} if revision is None else {"revision": revision}
+    stored = load_peft_weights(name, device="cpu", **where)
     known = get_peft_model_state_dict(model, save_embedding_layers=False)
     # whole embeddings are stored beside the adapter when tokens were added
     further = [key for key in stored.keys() - known.keys() if not _EMBEDDINGS & set(key.split("."))]
