@@ -182,7 +182,7 @@ def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dty
     """Merge, save in `folder`, load what was saved, compare."""
     processor = _processor(adapter, base, revision)
     tokenizer = getattr(processor, "tokenizer", processor)
-    _refuse_another_vocabulary(tokenizer, base, revision)
+    _refuse_another_vocabulary(_trained_with(adapter, base, tokenizer), base, revision)
     model = _with_adapter(_load(base, revision, quantization), adapter)
     refuse_weights_not_finite(model.named_parameters(), f"{base} with {adapter}")
     stays_quantized = quantization is None and bool(getattr(model.config, "quantization_config", None))
@@ -211,19 +211,41 @@ def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dty
     )
 
 
+def _trained_with(adapter: str, base: str, tokenizer: Any) -> Any:
+    """The tokenizer of the training: that of the adapter, or where it has none that of the base which it names."""
+    from transformers import AutoTokenizer
+
+    named, revision = base_of(adapter)
+    if base == named or _holds_tokenizer(adapter):
+        return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(named, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError):
+        logger.warning("The tokenizer of %s, the base that the adapter names, is not there to be compared.", named)
+        return tokenizer
+
+
+def _holds_tokenizer(adapter: str) -> bool:
+    return not os.path.isdir(adapter) or os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+
+
 def _refuse_another_vocabulary(tokenizer: Any, base: str, revision: str | None) -> None:
     """The tokenizer that comes with the adapter must be that of the base: token numbers mean what they meant."""
     from transformers import AutoConfig, AutoTokenizer
 
     with opening(base, "base"):
-        rows = AutoConfig.from_pretrained(base, revision=revision or "main").get_text_config().vocab_size
+        rows = (
+            AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
+            .get_text_config()
+            .vocab_size
+        )
     if max(tokenizer.get_vocab().values()) >= rows:
         raise ValueError(
             f"The base must have the vocabulary that the adapter was trained with, got {base} with {rows:,} rows of "
             f"embeddings for token numbers up to {max(tokenizer.get_vocab().values()):,}. Name the right `base`."
         )
     try:
-        theirs = AutoTokenizer.from_pretrained(base, revision=revision or "main").get_vocab()
+        theirs = AutoTokenizer.from_pretrained(base, revision=revision or "main", trust_remote_code=False).get_vocab()
     except (OSError, ValueError):  # a base without a tokenizer of its own
         return
     if differing := differing_tokens(tokenizer.get_vocab(), theirs):
@@ -275,7 +297,6 @@ def _processor(adapter: str, base: str, revision: str | None) -> Any:
     """The tokenizer (or processor) that lies with the adapter, else that of its base."""
     from transformers import AutoProcessor
 
-    own = not os.path.isdir(adapter) or os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
-    name, revision = (adapter, None) if own else (base, revision)
+    name, revision = (adapter, None) if _holds_tokenizer(adapter) else (base, revision)
     with opening(name, "tokenizer of the merged model"):
         return AutoProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"}
 NAMED = 5  # names of tensors in a message
 
 
@@ -124,13 +125,33 @@ def add_adapter(model: "PreTrainedModel", name: str, **options: Any) -> "PeftMod
     with opening(name, "adapter"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, name, **options)
+            adapted = PeftModel.from_pretrained(model, name, **options)
         except UserWarning as error:
             names = str(error).partition(": ")[2].split(". ")[0]
             raise ModelError(
                 f"The files of the adapter {name} must hold all of its weights, got none for {names[:300]}. Fetch or "
                 "save it again, or take the base that it was made for."
             ) from None
+        _refuse_weights_without_place(adapted, name, options.get("revision"))
+    return adapted
+
+
+def _refuse_weights_without_place(model: "PeftModel", name: str, revision: str | None) -> None:
+    """Peft leaves them aside without a word: the adapter would be another one than was trained."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    where: dict[str, Any] = {} if revision is None else {"revision": revision}
+    stored = load_peft_weights(name, device="cpu", **where)
+    known = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # whole embeddings are stored beside the adapter when tokens were added
+    further = [key for key in stored.keys() - known.keys() if not _EMBEDDINGS & set(key.split("."))]
+    if further:
+        raise ModelError(
+            f"The files of the adapter {name} must fit its adapter_config.json and its base, got "
+            f"{_some(sorted(further))} without a place in the model. Fetch or save it again, or take the base that it "
+            "was made for."
+        )
 
 
 @contextlib.contextmanager
@@ -264,4 +285,6 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "sentencepiece" in text:  # transformers' last resort for a tokenizer whose files it cannot find
         return "there are no files of a tokenizer that transformers can read. Save it there with `save_pretrained`."
+    if "trust_remote_code" in text:  # theirs is long, and names the option at its end
+        return "it brings code of its own. Read that code, and set `trust_remote_code` if it may run."
     return text if len(text) <= 400 else f"{text[:400]}…"

@@ -15,7 +15,8 @@ from transformers import LlamaForSequenceClassification
 
 from sampo import cli
 from sampo.commands import train
-from sampo.model_loading import ModelError, check_model, create_model, not_finite
+from sampo.commands.launch import refuse_engine_that_cannot_run
+from sampo.model_loading import ModelError, add_adapter, check_model, create_model, not_finite
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -311,3 +312,57 @@ def test_the_class_checks_a_model_that_it_is_given_by_name(tmp_path, whole):
     args = SamPOConfig(**training_options(tmp_path / "out"))
     with pytest.raises(ModelError, match=f"without {WEIGHT}"):
         SamPOTrainer(str(folder), args=args, train_dataset=make_pairs(8))
+
+
+def test_an_adapter_with_weights_that_have_no_place_is_refused(tmp_path, adapter, files, capsys):
+    def add(weights):
+        name = next(iter(weights))
+        weights[name.replace("q_proj", "k_proj")] = weights[name].clone()
+
+    broken = changed(adapter, tmp_path / "broken", add, name="adapter_model.safetensors")
+    for name in ("generate", "train", "diagnose"):
+        said = refusal(capsys, name, commands(broken, files, tmp_path / name)[name])
+        assert "k_proj.lora_" in said
+        assert "without a place in the model" in said
+
+
+def test_an_adapter_with_whole_embeddings_loads_with_equal_weights(tmp_path, adapter):
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    saved = get_peft_model(make_model(), settings)
+    saved.save_pretrained(tmp_path / "adapter")
+    found = add_adapter(make_model(), str(tmp_path / "adapter")).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in saved.state_dict().items())
+    plain = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    plain.save_pretrained(tmp_path / "with-embeddings", save_embedding_layers=True)
+    add_adapter(make_model(), str(tmp_path / "with-embeddings"))
+
+
+def test_an_adapter_without_a_tokenizer_has_the_vocabulary_of_the_base_that_it_names(tmp_path, adapter, capsys):
+    other = save_model(tmp_path / "other")
+    tokenizer = json.loads((Path(other) / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (Path(other) / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = refusal(capsys, "merge", [str(adapter), "--out", str(tmp_path / "merged"), "--base", other])
+    assert "2 tokens of other numbers, the first: 'w1'" in said
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_code_of_a_tokenizer_is_refused_with_the_option_that_lets_it_run(tmp_path, whole, files, capsys):
+    coded = Path(shutil.copytree(whole, tmp_path / "coded"))
+    marker = tmp_path / "code-was-run"
+    (coded / "code.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass T: pass\n")
+    settings = json.loads((coded / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", "code.T"]}}
+    (coded / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("generate", "diagnose"):
+        assert "set `trust_remote_code`" in refusal(capsys, name, commands(coded, files, tmp_path / name)[name])
+    assert not marker.exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_several_processes_without_a_gpu_are_refused_before_they_are_started():
+    with pytest.raises(SystemExit, match="got 2 on a machine without one"):
+        refuse_engine_that_cannot_run({"num_processes": "2"}, [])
+    refuse_engine_that_cannot_run({"num_processes": "2"}, ["--use_cpu"])
+    refuse_engine_that_cannot_run({"num_processes": "1"}, [])

@@ -145,6 +145,13 @@ def refuse_engine_that_cannot_run(options: dict[str, str], rest: list[str]) -> N
     import torch
 
     if "accelerate_config" not in options:
+        several = _number("num_processes", options.get("num_processes", 1)) > 1
+        if several and not _asks_for_cpu(rest) and not torch.accelerator.is_available():
+            raise SystemExit(
+                f"sampo train: `--num_processes` must be at most the number of GPUs, got {options['num_processes']} "
+                f"on a machine without one that torch {torch.__version__} can use. To try a run on the CPU, use "
+                "`--accelerate_config cpu_ddp`."
+            )
         return
     engine = _read_config(accelerate_config(options["accelerate_config"])).get("distributed_type")
     on_cpu = _asks_for_cpu(rest)
