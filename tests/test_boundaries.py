@@ -57,7 +57,7 @@ def test_every_interval_is_one_of_95_percent_unless_another_is_asked_for():
     for name in MODULES:
         module = import_module(f"sampo.{name}")
         for what, thing in vars(module).items():
-            if callable(thing) and getattr(thing, "__module__", "") == module.__name__:
+            if inspect.isfunction(thing) and thing.__module__ == module.__name__:
                 parameter = inspect.signature(thing).parameters.get("confidence")
                 if parameter is not None and parameter.default is not inspect.Parameter.empty:
                     defaults[f"{name}.{what}"] = parameter.default
