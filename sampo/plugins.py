@@ -14,7 +14,7 @@ GROUP = "sampo.weightings"
 COMMANDS = ("train", "iterate", "diagnose", "cache", "lab")  # those that take `--plugin`
 
 
-class PluginError(ValueError):
+class PluginError(Exception):
     """A plugin that cannot be loaded."""
 
 

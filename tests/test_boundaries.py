@@ -1,0 +1,80 @@
+"""Values at the border of a rule, which tests over random numbers seldom hit."""
+
+import inspect
+from importlib import import_module
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sampo.audit.bias import mean, preference_slope, share
+from sampo.evaluation.intervals import wilson
+from sampo.evaluation.verdicts import Verdicts, compare_orders
+from sampo.evaluation.win_rate import length_matched, paired, win_rate, winner_is_longer
+from sampo.lengths import LengthSums
+
+TWO = np.array([0, 1])  # two prompts of one pair each
+
+
+def test_two_prompts_are_enough_for_an_interval_and_one_is_not():
+    found = mean(np.array([1.0, 3.0]), TWO)
+    low, high = stats.t.interval(0.95, 1, loc=2, scale=1)  # sd √2 over √2
+    assert (found.value, found.se, found.n) == (2, pytest.approx(1), 2)
+    assert found.interval == pytest.approx((low, high))
+    assert mean(np.array([1.0, 3.0]), np.array([0, 0])).interval is None
+    difference = np.array([30, -10])
+    slope = preference_slope(difference, TWO)
+    assert slope.interval == pytest.approx(stats.t.interval(0.95, 1, loc=slope.value, scale=slope.se))
+    assert preference_slope(difference, np.array([0, 0])).interval is None
+
+
+def test_the_share_of_two_prompts_counts_for_no_more_than_one_coin():
+    found = share(np.array([1.0, 0.0]), TWO)
+    assert found.se == pytest.approx(0.5)  # √(p(1 − p)/2) by the correction 2/(2 − 1)
+    assert found.interval == pytest.approx(wilson(0.5, 1.0))
+
+
+def test_a_margin_of_exactly_0_is_not_right():
+    sums = LengthSums()
+    lengths = {"chosen_tokens": np.array([5.0, 5, 2, 2]), "rejected_tokens": np.array([3.0, 3, 4, 4])}
+    margin = np.array([0.0, 1.0, 0.0, -1.0])
+    sums.add({**lengths, "counted_tokens": np.full(4, 6.0), "margin": margin, "dpo_margin": margin})
+    found = sums.metrics()
+    for prefix in ("", "dpo/"):
+        assert found[f"{prefix}accuracies/chosen_longer"] == 0.5
+        assert found[f"{prefix}accuracies/chosen_shorter"] == 0
+
+
+MODULES = (
+    *("evaluation.win_rate", "evaluation.intervals", "evaluation.length_control", "evaluation.verbosity"),
+    *("evaluation.summary", "evaluation.comparing", "evaluation.metrics", "evaluation.alpaca_eval"),
+    *("audit.bias", "audit.audit", "diagnostics"),
+)
+
+
+def test_every_interval_is_one_of_95_percent_unless_another_is_asked_for():
+    defaults = {}
+    for name in MODULES:
+        module = import_module(f"sampo.{name}")
+        for what, thing in vars(module).items():
+            if inspect.isfunction(thing) and thing.__module__ == module.__name__:
+                parameter = inspect.signature(thing).parameters.get("confidence")
+                if parameter is not None and parameter.default is not inspect.Parameter.empty:
+                    defaults[f"{name}.{what}"] = parameter.default
+    assert len(defaults) >= 15
+    assert set(defaults.values()) == {0.95}, {name: value for name, value in defaults.items() if value != 0.95}
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(50, 70, 80), rng.integers(50, 70, 80)
+    verdicts = Verdicts(
+        prompt=np.repeat(np.arange(40), 2),
+        order=np.tile([0, 1], 40),
+        preference=rng.random(80),
+        system_length=np.repeat(lengths[0][:40], 2),
+        baseline_length=np.repeat(lengths[1][:40], 2),
+    )
+    both = compare_orders(verdicts)
+    for measure in (win_rate, length_matched, winner_is_longer):
+        default, wide, narrow = measure(both), measure(both, confidence=0.95), measure(both, confidence=0.5)
+        intervals = [getattr(found, "rate", found).interval for found in (default, wide, narrow)]
+        assert intervals[0] == intervals[1] != intervals[2]
+    assert paired(both, both).difference.interval == paired(both, both, confidence=0.95).difference.interval
