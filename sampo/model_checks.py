@@ -18,7 +18,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf"
 
 
 def faults_of_model_folder(
-    name: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
+    name: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path", tokenizer: bool = True
 ) -> list[str]:
     """Of a local folder: its configuration, its tokenizer, and its weights, by their headers. A hub id has none here.
 
@@ -26,6 +26,7 @@ def faults_of_model_folder(
         name: What the user gave.
         trust_remote_code: Whether the folder may bring code of its own.
         option: By which it was given.
+        tokenizer: Whether one must be there.
     """
     folder = Path(name).expanduser()
 
@@ -45,7 +46,7 @@ def faults_of_model_folder(
             faults.append(fault(f"{path.name} is damaged: {damage}. Fetch or save it again."))
     if faults or any(path.suffix == ".gguf" for path in weights):
         return faults
-    return [fault(what) for what in _faults_of_kind(folder, trust_remote_code)]
+    return [fault(what) for what in _faults_of_kind(folder, trust_remote_code, tokenizer)]
 
 
 def faults_of_place(name: str, *, option: str = "model_name_or_path") -> list[str]:
@@ -132,7 +133,7 @@ def _faults_of_json(folder: Path) -> list[str]:
     return faults
 
 
-def _faults_of_kind(folder: Path, trust_remote_code: bool) -> list[str]:
+def _faults_of_kind(folder: Path, trust_remote_code: bool, tokenizer: bool) -> list[str]:
     """No configuration, a model that brings its own code or that nobody knows, no tokenizer."""
     from transformers import CONFIG_MAPPING
 
@@ -150,7 +151,7 @@ def _faults_of_kind(folder: Path, trust_remote_code: bool) -> list[str]:
             f"its `model_type` is {kind!r}, which this version of transformers does not know. Check config.json, or "
             "use a newer transformers."
         )
-    if not any([*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("*.model")]):
+    if tokenizer and not any([*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("*.model")]):
         faults.append("it has no tokenizer. Save it there with `tokenizer.save_pretrained`.")
     return faults
 

@@ -58,7 +58,13 @@ def has_adapter(name: str, revision: str | None = None) -> bool:
 
 
 def check_model(
-    name: str, *, option: str = "model", trust_remote_code: bool = False, reward: bool = False, base: str | None = None
+    name: str,
+    *,
+    option: str = "model",
+    trust_remote_code: bool = False,
+    tokenizer: bool = False,
+    reward: bool = False,
+    base: str | None = None,
 ) -> None:
     """All that can be known to be wrong with a local model or adapter before its weights are read.
 
@@ -66,13 +72,14 @@ def check_model(
         name: folder or hub id; of a hub id nothing is known here.
         option: by which the user gave it.
         trust_remote_code: whether the folder may bring code of its own.
+        tokenizer: whether one must be there.
         reward: a sequence classifier is wanted, in place of a causal language model.
         base: of an adapter, if another one than it names.
 
     Raises:
         ModelError: with all faults.
     """
-    faults = faults_of_model_folder(name, trust_remote_code=trust_remote_code, option=option)
+    faults = faults_of_model_folder(name, trust_remote_code=trust_remote_code, option=option, tokenizer=tokenizer)
     if faults:
         raise ModelError(" ".join(faults))
     if not os.path.isdir(name):

@@ -264,12 +264,12 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             raise ValueError(" ".join(faults))
         if fault := fault_of_output_folder(str(args.output_dir)):
             raise ValueError(fault)
-        if isinstance(model, str):  # TRL would train what a folder lacks from random weights
-            check_model(model, trust_remote_code=args.trust_remote_code)
         if processing_class is None:
             processing_class = find_processor(model, args, train_dataset, eval_dataset)
         check_data(args, train_dataset, eval_dataset, processing_class)
         refuse_without_end_token(train_dataset, processing_class, args)
+        if isinstance(model, str):  # TRL would train what a folder lacks from random weights
+            check_model(model, trust_remote_code=args.trust_remote_code)
         self._token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`
         self._rows_with_other_ends: list[int] = []  # fingerprints of rows whose end tokens end other turns
         self._reference_is_start = ref_model is None

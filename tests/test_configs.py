@@ -170,7 +170,9 @@ def test_the_slurm_script_is_bash_and_starts_what_the_options_name(tmp_path):
         **{"accelerate_config": "fsdp2", "num_machines": "2", "num_processes": "16"},
         **{"machine_rank": "1", "main_process_ip": "first-node"},
     }
-    assert rest == ["--config", "recipe.yaml", "--model_name_or_path", "org/model", "--max_steps", "3"]
+    assert rest == [
+        *("--config", "recipe.yaml", "--resume", "auto", "--model_name_or_path", "org/model", "--max_steps", "3"),
+    ]
     missing = subprocess.run(["bash", str(script)], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert missing.returncode != 0
     assert "RECIPE" in missing.stderr

@@ -89,6 +89,9 @@ def check_sampo(words: list[str]) -> None:
     from sampo.commands import iterate
 
     assert words[0] in COMMANDS or words[0].startswith("-"), words
+    if "--plugin" in words:  # the file is the reader's own, and so is its method
+        place = words.index("--plugin")
+        words = ["sampo" if word == "last_half" else word for word in [*words[:place], *words[place + 2 :]]]
     if words[0] in ("train", "cache"):
         from sampo.commands.cache import make_parser
 

@@ -324,10 +324,10 @@ def test_a_broken_or_foreign_line_is_named(tmp_path):
     results.append(path, [make_record()])
     good = path.read_text()
     path.write_text(good + "no json\n" + good)
-    with pytest.raises(ValueError, match="line 2 must be a JSON record"):
+    with pytest.raises(ValueError, match="line 2: it must be JSON"):
         results.read(path)
     path.write_text(json.dumps({**json.loads(good), "schema": 99}) + "\n")
-    with pytest.raises(ValueError, match="line 1 must be a record of schema 1, got schema 99"):
+    with pytest.raises(ValueError, match="line 1: `schema` must be 1, got 99"):
         results.read(path)
     with pytest.raises(ValueError, match="must be finite"):
         make_record(value=float("nan"))

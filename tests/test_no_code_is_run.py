@@ -74,7 +74,7 @@ def test_pickled_weights(tmp_path, model, marker, name, capsys):
     assert train.start(words(tmp_path, folder)) == 2
     said = capsys.readouterr().err
     assert said.count("sampo train: error: ") == 1
-    assert name == "adapter_model.bin" or "got one that would run code when it is loaded" in said
+    assert name == "adapter_model.bin" or "that would run code when it is loaded" in said
 
 
 def test_the_code_of_a_model(tmp_path, model, marker, capsys):

@@ -26,10 +26,12 @@ from sampo.io.files import SEAL, sealed
 from sampo.io.schemas import WrongFile, WrongShape, parse_json, parse_yaml, read_json, read_yaml, typed
 from sampo.iterate import STATE, Plan, RefusedIteration, Round
 from sampo.model_checks import faults_of_model_folder
+from sampo.pair_rows import PreferenceDataError
 from sampo.ref_logps import About, RefCacheError, RefManifest, ShardEntry
 from sampo.resuming import LOG_WINDOW, LogWindow
 
-OURS = (WrongFile, RefCacheError, RefusedIteration, ValueError, SystemExit)  # these types and none below them
+# these types and none below them
+OURS = (WrongFile, PreferenceDataError, RefCacheError, RefusedIteration, ValueError, SystemExit)
 
 # --- typed -----------------------------------------------------------------------------------------------------------
 

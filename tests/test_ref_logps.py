@@ -223,7 +223,7 @@ def test_a_reference_given_as_a_path_is_that_model_and_is_not_loaded_from_a_comp
         make_trainer(model_folder, root, ref_model=path),
     ]
     assert runs[2].ref_model is None
-    monkeypatch.delattr(cached_reference, "create_model_from_path")  # loading it would fail
+    monkeypatch.delattr(cached_reference, "create_model")  # loading it would fail
     runs.append(make_trainer(model_folder, root, ref_model=path))
     losses = []
     for trainer in runs:

@@ -178,13 +178,19 @@ class _Setup:
 def _prepare(args: argparse.Namespace) -> _Setup:
     """Everything that can be found fault with, then the reference."""
     from ..end_tokens import end_token_ids
-    from ..model_loading import check_model
+    from ..model_loading import ModelError, check_model
     from ..pair_scores import tokenise
     from ..ref_key import data_hash
 
     given = [("policy", name) for name in args.policy] + [("reference", args.reference)] * bool(args.reference)
+    faults = []
     for option, name in given:
-        check_model(name, option=option, trust_remote_code=args.trust_remote_code)
+        try:
+            check_model(name, option=option, trust_remote_code=args.trust_remote_code, tokenizer=True)
+        except ModelError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise ModelError(" ".join(faults))
     policies = [LazyModel(name, args) for name in args.policy]
     reference = _reference(args, policies)
     tokenizer = _tokenizer(policies, reference)

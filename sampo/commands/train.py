@@ -81,7 +81,8 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
         **(training_args.model_init_kwargs or {}),
     }
     trusts = training_args.trust_remote_code
-    check_model(model_args.model_name_or_path, option="model_name_or_path", trust_remote_code=trusts)
+    policy = model_args.model_name_or_path
+    check_model(policy, option="model_name_or_path", trust_remote_code=trusts, tokenizer=True)
     check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
     with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
@@ -363,6 +364,7 @@ def _check_model(options: Any) -> None:
             options.model_name_or_path,
             option="model_name_or_path",
             trust_remote_code=bool(options.trust_remote_code),
+            tokenizer=True,
         )
     except ModelError as error:
         print(f"sampo train: error: {error}", file=sys.stderr)
