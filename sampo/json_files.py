@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .pair_rows import MAX_DEPTH, Fault, PreferenceDataError
+from .pair_rows import MAX_DEPTH, Fault, PreferenceDataError, phrase
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")  # that JSON allows between values
 LOOK_AHEAD = 1 << 24  # bytes in which the first of several pretty-printed objects must end
@@ -131,7 +131,8 @@ def rows_of_files(paths: list[Path]) -> Iterator[dict | BrokenLine]:
 
 def _nothing_whole(path: Path, broken: list[BrokenLine], kinds: Counter[str]) -> PreferenceDataError:
     cure = 'Write each row as an object, like {"prompt": …}, in UTF-8.'
-    got = f"none in {kinds.total():,} lines or elements; the first is {broken[0].place}"
+    first = broken[0]
+    got = f"none in {kinds.total():,} lines or elements: the first {phrase(first.kind, '', 1)}, {first.place}"
     faults = []
     for kind, count in kinds.items():
         rows = [row for row, line in enumerate(broken) if line.kind == kind]

@@ -9,7 +9,7 @@ What other collections put beside a pair is used by these rules, the same for lo
 | `input` or `context` beside another `prompt` | an error, unless `columns` names it: it may be the prompt again |
 | `conversations` | the prompt |
 | `{"from": "human", "value": …}` | `{"role": "user", "content": …}` (ShareGPT) |
-| one message as `chosen` or `rejected`, not in a list | a list of one message |
+| one message as `chosen` or `rejected`, not in a list; text beside `conversations` | a list of one message |
 
 A [`PairRows`] stands in front of the rows of a source and makes these of them, one row at a time.
 """
@@ -113,7 +113,8 @@ def pair_rows(rows: Rows, columns: Mapping[str, str] | None = None, label: str =
     columns = dict(columns or {})
     check_columns(columns, rows.columns, label)
     parts = _find_parts(rows, columns, label)
-    makes = bool({"system", "input"} & parts.keys()) or _has_other_messages(rows, parts)
+    makes = bool({"system", "input"} & parts.keys()) or parts.get("prompt") == "conversations"
+    makes = makes or _has_other_messages(rows, parts)
     if not makes and all(theirs == ours for ours, theirs in parts.items()):
         return rows
     return PairRows(rows, parts, makes, text_as_messages="system" in parts and "chosen" in parts)
@@ -224,6 +225,11 @@ class PairRows:
                 raise _BadRow("bad_input", "its prompt is what the conversations share, which `input` is no part of")
             prompt = f"{prompt}\n{_text('input', more)}"
         system = _text("system", cells["system"]) if _says(cells.get("system")) else None
+        if self.parts.get("prompt") == "conversations":  # LLaMA-Factory's responses may be text beside it
+            chosen, rejected = (
+                [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+                for side in (chosen, rejected)
+            )
         if self.text_as_messages and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             prompt = _as_turn(prompt)
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))

@@ -149,6 +149,12 @@ CASES = {
         [user(USER)],
         [assistant(BLUE)],
     ),
+    "ShareGPT with responses of text": (
+        {"conversations": [shared("human", USER)], "chosen": BLUE, "rejected": RED},
+        {},
+        [user(USER)],
+        [assistant(BLUE)],
+    ),
     "one message a side": (
         {"conversations": [user(USER)], "chosen": assistant(BLUE), "rejected": assistant(RED)},
         {},
