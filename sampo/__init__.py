@@ -1,4 +1,4 @@
-"""Preference optimisation without training for length: SamPO and its kin, on TRL's `DPOTrainer`."""
+"""Preference optimisation without training for length: SamPO and related methods, on TRL's `DPOTrainer`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -7,8 +7,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .audit.audit import Audit, audit_preferences
+    from .checkpoints import CheckpointNotSavedError
     from .config import SamPOConfig
     from .data import PreferenceDataError, load_preferences
+    from .io.locks import FolderInUseError
+    from .model_loading import ModelError
+    from .ref_logps import RefCacheError
+    from .resuming import Preempted, ResumeRefusedError, WeightsNotFiniteError
     from .trainer import SamPOTrainer
     from .weighting import WEIGHTINGS, PairTokens, Weighting, register_weighting
 
@@ -24,15 +29,30 @@ _PUBLIC = {
     "load_preferences": "data",
     "Audit": "audit.audit",
     "audit_preferences": "audit.audit",
+    # what a trainer raises
+    "CheckpointNotSavedError": "checkpoints",
+    "FolderInUseError": "io.locks",
+    "ModelError": "model_loading",
+    "Preempted": "resuming",
+    "RefCacheError": "ref_logps",
+    "ResumeRefusedError": "resuming",
+    "WeightsNotFiniteError": "resuming",
 }
 __all__ = [
     "WEIGHTINGS",
     "Audit",
+    "CheckpointNotSavedError",
+    "FolderInUseError",
+    "ModelError",
     "PairTokens",
+    "Preempted",
     "PreferenceDataError",
+    "RefCacheError",
+    "ResumeRefusedError",
     "SamPOConfig",
     "SamPOTrainer",
     "Weighting",
+    "WeightsNotFiniteError",
     "audit_preferences",
     "load_preferences",
     "register_weighting",
