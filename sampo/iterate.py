@@ -45,6 +45,9 @@ PACKAGES = ("sampo-dpo", "trl", "transformers", "torch", "peft", "datasets", "ac
 Status = Literal["waiting", "training", "merging", "failed", "finished"]
 
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a round that a signal has ended
+
+
 class RefusedIteration(ValueError):
     """The rounds cannot be run as asked; the text says why."""
 
@@ -303,6 +306,11 @@ def _step(plan, rounds: list[Round], one: Round, status: Status, command: list[s
     if status_code != 0:
         one.status = "failed"
         _save(plan, rounds)
+        if status_code in STOPPED:
+            raise RoundFailed(
+                f"Round {one.number} was stopped while {status}. The same `sampo iterate` goes on from there.",
+                status_code,
+            )
         raise RoundFailed(
             f"Round {one.number} must end with status 0, got {status_code} while {status}. Once the cause is gone, "
             "the same `sampo iterate` goes on from there.",

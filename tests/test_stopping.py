@@ -125,9 +125,45 @@ def test_the_command_of_the_kubernetes_template_goes_on_when_it_is_started_again
     assert losses(tmp_path / "out") == list(range(1, step + 2))
 
 
-def test_the_slurm_script_hands_on_the_same_option():
-    script = (ROOT / "scripts" / "launch.slurm").read_text()
-    assert "--resume auto" in script.partition("words=(")[2].partition(")\n")[0]
+def test_the_job_of_the_slurm_template_goes_on_when_it_is_submitted_again(folder, tmp_path, monkeypatch):
+    """With stand-ins for Slurm's programs, on this machine and with two processes on the CPU."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in {
+        "scontrol": "echo 127.0.0.1",
+        "srun": 'while [[ "$1" == --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"',
+        "sampo": f'exec {sys.executable} -m sampo.cli "$@"',
+    }.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "recipe.yaml").write_text("bf16: false\n")
+    job = {
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_JOB_ID": str(os.getpid()),
+    }
+    job |= {"RECIPE": str(tmp_path / "recipe.yaml"), "ACCELERATE_CONFIG": "cpu_ddp"}
+    for name, value in {**job, "PATH": f"{programs}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    command = ["bash", str(ROOT / "scripts" / "launch.slurm"), *options(folder, tmp_path / "out")]
+    stopped = stop_after_a_step([*command, "--max_steps", "100000"], signal.SIGTERM)
+    assert stopped.returncode != 0
+    (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
+    step = checkpoints.step_of(checkpoint)
+    done = subprocess.run([*command, "--max_steps", str(step + 1)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "out") == list(range(1, step + 2))
+
+
+def test_ctrl_c_in_a_round_is_waited_for_and_the_same_command_goes_on(folder, tmp_path):
+    command = [*SAMPO, "iterate", "--rounds", "1", *options(folder, tmp_path / "out", max_steps=100000)]
+    stopped = stop_after_a_step(command, signal.SIGINT)
+    assert stopped.returncode == 130, stopped.stderr[-2000:]
+    assert "Round 1 was stopped while training. The same `sampo iterate` goes on from there." in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out" / "round-1")
+    assert checkpoints.fault_of(checkpoint) is None
 
 
 def test_what_fails_in_every_process_is_said_by_the_first_alone(folder, tmp_path):

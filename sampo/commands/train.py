@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from .. import plugins
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..model_loading import ModelError, check_model
@@ -272,6 +273,11 @@ def start(argv: list[str] | None = None) -> int:
         The exit status: 0 done, 1 a checkpoint could not be written or the training has diverged, 2 refused before
         the first step, 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint saved.
     """
+    try:
+        argv = plugins.take(sys.argv[1:] if argv is None else argv)
+    except plugins.PluginError as error:
+        print(f"sampo train: error: {error}", file=sys.stderr)
+        return 2
     return start_with(make_parser(), main, argv)
 
 
