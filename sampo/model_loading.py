@@ -175,16 +175,21 @@ def opening(name: str, option: str) -> Iterator[None]:
     except ModelError:
         raise
     except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"The files of a model must hold tensors and nothing else, got one in {name} that would run code when it "
-            "is loaded. Nothing was run. Get the model as safetensors, from a source you trust."
-        ) from error
+        raise code_refused(f"one in {name}") from error
     except PermissionError as error:
         raise ModelError(
             f"{error.filename} must be open to the user of this process, got: {error.strerror}. Change who may use it."
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"`{option}` {name} must load, got: {_reason(error)}") from error
+
+
+def code_refused(what: str) -> ModelError:
+    """The error for a file that torch did not unpickle, whose own advice is to let its code run."""
+    return ModelError(
+        f"The files of a model must hold tensors and nothing else, got {what} that would run code when it is loaded. "
+        "Nothing was run. Get the model as safetensors, from a source you trust."
+    )
 
 
 def refuse_weights_not_finite(weights: "Iterable[tuple[str, Tensor]]", name: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from .. import plugins
 from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
-from ..model_loading import ModelError, check_model
+from ..model_loading import ModelError, check_model, code_refused
 from ..pair_rows import PreferenceDataError
 from ..source_columns import pairs_of_stream, read_columns
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
@@ -43,7 +43,8 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         ResumeRefusedError: there is no whole checkpoint to go on from, or it is of another run.
         FolderInUseError: another run works in `output_dir`.
         CheckpointNotSavedError: a checkpoint could not be written.
-        Preempted: SIGTERM came, and a checkpoint was saved.
+        Preempted: SIGTERM or Ctrl-C came, and a checkpoint was saved.
+        FloatingPointError: the loss or the weights are not finite.
     """
     resume = _resume(script_args.resume or training_args.resume_from_checkpoint)
     with _output_folder(training_args, resume):
@@ -118,10 +119,7 @@ def _faults_in_one_line() -> Iterator[None]:
     except (RefusedRun, PreferenceDataError, ModelError):
         raise
     except pickle.UnpicklingError as error:
-        raise RefusedRun(
-            "The files of a model must hold tensors and nothing else, got one that would run code when it is loaded. "
-            "Nothing was run. Get the model as safetensors, from a source you trust."
-        ) from error
+        raise code_refused("one") from error
     except PermissionError as error:
         raise RefusedRun(
             f"{error.filename} must be open to the user of this process, got: {error.strerror}. Change who may use it."
