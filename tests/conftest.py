@@ -11,6 +11,7 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it in its processes, and our tables would take that width
 
 if "SAMPO_CACHE" not in os.environ:  # no test may touch the user's
     os.environ["SAMPO_CACHE"] = tempfile.mkdtemp(prefix="sampo-tests-")
