@@ -5,13 +5,14 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from scipy import stats
 
 from sampo.audit.bias import mean, preference_slope, share
 from sampo.evaluation.intervals import wilson
 from sampo.evaluation.verdicts import Verdicts, compare_orders
 from sampo.evaluation.win_rate import length_matched, paired, win_rate, winner_is_longer
-from sampo.lengths import LengthSums
+from sampo.lengths import LengthSums, count_tokens
 
 TWO = np.array([0, 1])  # two prompts of one pair each
 
@@ -32,6 +33,27 @@ def test_the_share_of_two_prompts_counts_for_no_more_than_one_coin():
     found = share(np.array([1.0, 0.0]), TWO)
     assert found.se == pytest.approx(0.5)  # √(p(1 − p)/2) by the correction 2/(2 − 1)
     assert found.interval == pytest.approx(wilson(0.5, 1.0))
+
+
+@pytest.mark.parametrize("estimate", [mean, share])
+def test_nothing_has_no_mean_and_no_share(estimate):
+    found = estimate(np.array([]), np.array([], dtype=int))
+    assert (found.value, found.interval, found.se, found.n) == (None, None, None, 0)
+
+
+def test_a_response_that_just_fits_is_not_cut():
+    rows = Dataset.from_dict(
+        {
+            "prompt_ids": [[1, 2], [1, 2], [1]],
+            "chosen_ids": [[3, 4, 5], [3, 4, 5, 6], [3]],
+            "rejected_ids": [[7, 8, 9], [7, 8, 9], [4, 5, 6, 7, 8, 9]],
+        }
+    )
+    found = count_tokens(rows, max_length=5)
+    assert (found.cut_chosen, found.cut_rejected) == (1, 1)
+    assert (found.chosen_tokens, found.rejected_tokens) == (3 + 3 + 1, 3 + 3 + 4)
+    assert found.in_words(5).startswith("3 pairs, 2.3 chosen and 3.3 rejected tokens on average; at max_length 5: ")
+    assert "1 chosen and 1 rejected responses truncated" in found.in_words(5)
 
 
 def test_a_margin_of_exactly_0_is_not_right():
