@@ -1,5 +1,6 @@
 """Tables on screens of every width: no number is cut, no column dropped, no name shortened."""
 
+import io
 import os
 import pty
 import re
@@ -250,6 +251,12 @@ def test_the_width_is_columns_then_the_terminal_then_none(monkeypatch, tmp_path)
 
     for columns, expected in ((40, 40), (200, 200), (None, 80), (3, 20)):
         assert through_terminal(columns, width_of, echo=[]) == expected
+
+    class Notebook(io.StringIO):  # says that it is a terminal, and has none behind it
+        def isatty(self) -> bool:
+            return True
+
+    assert screen_width(Notebook()) == 80
 
 
 def test_a_command_started_in_a_terminal_of_40_columns_is_whole(judged, tmp_path):
