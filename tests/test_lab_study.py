@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracles import weights as weights_of
 
 from sampo import SamPOConfig, results
 from sampo.cli import main
@@ -109,28 +110,19 @@ def token_logps(model, prompt, answer):
 
 
 def naive_weights(t_w, t_l, options, end_probs):
-    """Weights of the chosen and of the rejected answer, token by token, from the descriptions of the methods."""
+    """Weights of the chosen and of the rejected answer, token by token: random ones by their mean."""
     balanced = options.get("balance_end_token", False)
-    shorter, sides = min(t_w, t_l), []
-    for length, is_chosen in ((t_w, True), (t_l, False)):
-        name, keep = options["token_weighting"], options.get("keep_end_token", balanced)
-        budget = length if is_chosen and options.get("sampled_sides") == "rejected" else shorter
-        side = []
-        for t in range(length):
-            if name in ("sampo", "expected") and keep:
-                side.append(1.0 if t == length - 1 else (budget - 1) / (length - 1))
-            else:
-                side.append(
-                    {
-                        "all": 1.0 if t < shorter else options.get("ld_alpha", 1.0),
-                        "sampo": budget / length,
-                        "expected": budget / length,
-                        "mean": 1 / length,
-                        "mean_rescaled": (t_w + t_l) / (2 * length),
-                        "prefix": float(t < budget),
-                        "decay": options.get("decay_gamma", 1.0) ** t,
-                    }[name]
-                )
+    name, keeps = options["token_weighting"], options.get("keep_end_token", balanced)
+    sides = []
+    for own, other, is_chosen in ((t_w, t_l, True), (t_l, t_w, False)):
+        if name == "all":
+            side = [1.0 if t < min(own, other) else options.get("ld_alpha", 1.0) for t in range(own)]
+        else:
+            end = own - 1 if keeps and name in ("sampo", "expected") else None
+            whole = is_chosen and options.get("sampled_sides") == "rejected"
+            gamma = options.get("decay_gamma", 1.0)
+            mean = "expected" if name == "sampo" else name
+            side = weights_of(mean, own, other, end=end, whole=whole, gamma=gamma)
         if balanced:
             p = end_probs[len(sides)]
             side[-1] = sum(w * q for w, q in zip(side[:-1], p[:-1], strict=True)) / (1 - p[-1])
