@@ -217,12 +217,8 @@ class SamPOConfig(DPOConfig):
         def is_number(value) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-        expect(
-            self.token_weighting in WEIGHTINGS,
-            "token_weighting",
-            f"one of {sorted(WEIGHTINGS)}",
-            "Plain DPO is `all`.",
-        )
+        known = f"one of {sorted(WEIGHTINGS)}"
+        expect(self.token_weighting in WEIGHTINGS, "token_weighting", known, "Plain DPO is `all`.")
         expect(self.sampled_sides in SAMPLED_SIDES, "sampled_sides", f"one of {list(SAMPLED_SIDES)}")
         expect(self.mask_sharing in MASK_SHARINGS, "mask_sharing", f"one of {list(MASK_SHARINGS)}")
         expect(self.pair_stream in PAIR_STREAMS, "pair_stream", f"one of {list(PAIR_STREAMS)}")

@@ -1,4 +1,4 @@
-"""Writing: never through a link, under random names, whole or not at all, with permissions as they should be."""
+"""Files are written whole or not at all, under a random name, never through a link, with the usual permissions."""
 
 import errno
 import json

@@ -252,12 +252,12 @@ def decoded(text: str) -> str:
     return "\n".join(layers)
 
 
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("way", ways(KEY))
+@pytest.mark.parametrize(
+    ("key", "way"),  # a half of less than 8 characters is not looked for
+    [(key, way) for key in KEYS for way in ways(KEY) if way != "two fields" or len(key) >= 16],
+)
 def test_the_key_is_taken_out_in_whatever_form_it_comes(key, way):
     sent = ways(key)[way]
-    if way == "two fields" and len(key) < 16:
-        pytest.skip("each half is shorter than what is looked for")
     found = Redaction(key)(f'{{"a": "before {sent} after"}}')
     assert "[key]" in found
     assert sent not in found
