@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from sampo import results
-from sampo.evaluation.difficulty import difficulty_from
-from sampo.evaluation.intervals import difference_interval, mean_interval, quantile_interval, rate_interval, wilson
-from sampo.evaluation.length_control import ExtrapolationWarning, length_controlled
-from sampo.evaluation.verdicts import Comparisons
-from sampo.evaluation.win_rate import win_rate
+from sampo.evaluation.results.difficulty import difficulty_from
+from sampo.evaluation.results.length_control import ExtrapolationWarning, length_controlled
+from sampo.evaluation.results.verdicts import Comparisons
+from sampo.evaluation.results.win_rate import win_rate
+from sampo.io import records as results
+from sampo.stats.intervals import difference_interval, mean_interval, quantile_interval, rate_interval, wilson
 
 SIZES = (10, 20, 50, 100, 400)
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)

@@ -61,8 +61,8 @@ def record(adapter: str, merged: str, dtype: str, quantized: str | None, setting
     """Merge once and append what was found."""
     from transformers import BitsAndBytesConfig
 
-    from sampo import results
-    from sampo.adapters import merge
+    from sampo.io import records as results
+    from sampo.training.merge import merge
 
     quantization = None if quantized is None else BitsAndBytesConfig(**QUANTIZED[quantized])
     report = merge(adapter, merged, dtype=dtype, quantization_config=quantization)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import real_model_study as study
 
-from sampo import results
 from sampo.cli import main as sampo
+from sampo.io import records as results
 
 JUDGE_PAIRS = 512
 JUDGE_SEED = 100  # of the shuffle of its pairs

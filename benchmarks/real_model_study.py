@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sampo import results
+from sampo.io import records as results
 from sampo.lab.methods import METHODS, STUDY_METHODS, Method
 
 START = "start"
@@ -123,9 +123,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         from sampo import load_preferences
-        from sampo.data import split_by_prompt
+        from sampo.data.load import split_by_prompt
+        from sampo.evaluation.answers.prompts import Question
         from sampo.evaluation.models import Texts, fingerprint, load_tokenizer
-        from sampo.evaluation.prompt_files import Question
 
         self.args = args
         self.tokenizer = load_tokenizer(args.model)
@@ -236,11 +236,11 @@ class Bench:
         return {name: Number(measured.get(source), n) for name, source in names.items()}
 
     def _measure_answers(self, policy, key: str, weights: str | None) -> dict[str, dict[str, Any]]:
-        from sampo.evaluation.answers import read_answers
-        from sampo.evaluation.backends import TransformersBackend
-        from sampo.evaluation.generate import Sampling, generate
-        from sampo.evaluation.intervals import mean_interval, rate_interval
+        from sampo.evaluation.answers.answers import read_answers
+        from sampo.evaluation.answers.backends import TransformersBackend
+        from sampo.evaluation.answers.generate import Sampling, generate
         from sampo.evaluation.models import Loaded
+        from sampo.stats.intervals import mean_interval, rate_interval
 
         folder = self.args.out / "answers"
         folder.mkdir(parents=True, exist_ok=True)

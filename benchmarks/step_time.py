@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sampo import results
+from sampo.io import records as results
 
 HERE = Path(__file__).resolve().parent
 TINY = {"config": "tiny", "dtype": "float32", "batch": 4, "batches": 2, "max_length": 256, "threads": 1}

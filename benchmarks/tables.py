@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from statistics import median
 
-from sampo.results import Record
+from sampo.io.records import Record
 
 OF_A_PART = ("side", "repeat", "group")
 # (what, better side, other side, the least that it must be times better)

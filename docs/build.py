@@ -51,7 +51,7 @@ LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "corr
 
 def lab() -> str:
     """The main columns of the lab's table, from the records of its last run for these documents."""
-    from sampo import results
+    from sampo.io import records as results
     from sampo.lab.report import collect, markdown_table, outcomes_of
 
     lines = collect(outcomes_of(results.read(ROOT / "docs" / "lab" / "records.jsonl")))
@@ -60,7 +60,7 @@ def lab() -> str:
 
 @cache
 def _study():
-    from sampo import results
+    from sampo.io import records as results
     from sampo.lab.analysis import Study
 
     records = results.read(ROOT / "docs" / "study" / "records.jsonl.gz")
@@ -78,7 +78,7 @@ def real_model() -> str:
     """The study's methods on a real model, from the records of benchmarks/real_model_study.py."""
     from real_model_study import table
 
-    from sampo import results
+    from sampo.io import records as results
 
     records = results.read(ROOT / "docs" / "study" / "real_model.jsonl")
     return table(records) if records else "Not measured yet."
@@ -142,8 +142,8 @@ def audit_columns() -> str:
 
 
 def _audited() -> Any:
-    from sampo import results
     from sampo.audit.report import Audited
+    from sampo.io import records as results
 
     return Audited(results.read(ROOT / "docs" / "audit" / "records.jsonl"))
 
@@ -155,7 +155,7 @@ def lab_judged() -> str:
 
 def real_judged() -> str:
     """The real model's answers by a model and by a ruler, from the records of benchmarks/real_model_judged.py."""
-    from sampo import results
+    from sampo.io import records as results
 
     table = _judged(
         "real_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
@@ -168,7 +168,7 @@ def real_judged() -> str:
 
 def _judged(file: str, judges: dict[str, str], empty: str) -> str:
     """Verbosity, and win rates by each judge, of each system."""
-    from sampo import results
+    from sampo.io import records as results
 
     cells: dict[str, dict[str, str]] = {}
     for record in results.read(ROOT / "docs" / "evaluation" / file):
@@ -195,20 +195,20 @@ def _judged(file: str, judges: dict[str, str], empty: str) -> str:
 
 
 def _simulated() -> list:
-    from sampo import results
+    from sampo.io import records as results
 
     return results.read(ROOT / "docs" / "evaluation" / "records.jsonl")
 
 
 def _measured() -> list:
-    from sampo import results
+    from sampo.io import records as results
 
     return results.read(ROOT / "benchmarks" / "records.jsonl")
 
 
 def campaign() -> str:
     """What came of the runs that were killed, from the records of tests/kill_campaign.py."""
-    from sampo import results
+    from sampo.io import records as results
 
     runs: dict[str, dict[str, results.Record]] = {}
     for record in results.read(ROOT / "docs" / "resume" / "records.jsonl"):
@@ -230,7 +230,7 @@ def campaign() -> str:
 
 def memory_formula() -> str:
     """Bytes of each trainable parameter, by engine."""
-    from sampo.memory import ENGINES
+    from sampo.training.memory import ENGINES
 
     parts = ("weights", "gradients", "master", "adam", "copies")
     lines = ["| engine | " + " | ".join(parts) + " | reference |", "|---|" + "---|" * (len(parts) + 1)]
@@ -250,7 +250,7 @@ FITS_GB = 72.0  # of an 80 GB GPU, with a tenth to spare
 
 def memory() -> str:
     """Gigabytes per GPU of every model, engine and method."""
-    from sampo.memory import ENGINES, METHODS, QLORA_ENGINES, REFERENCES, SHAPES, gpu_bytes, machine_bytes
+    from sampo.training.memory import ENGINES, METHODS, QLORA_ENGINES, REFERENCES, SHAPES, gpu_bytes, machine_bytes
 
     blocks, titles = [], {"full": "All parameters", "lora": "LoRA", "qlora": "QLoRA"}
     for method in METHODS:
@@ -279,7 +279,7 @@ def memory() -> str:
 
 def engines() -> str:
     """Largest difference of a loss from one process, from the last run of the tests that kept records."""
-    from sampo import results
+    from sampo.io import records as results
 
     last: dict[str, dict[str, results.Record]] = {}
     for record in results.read(ROOT / "docs" / "engines.jsonl"):
@@ -301,14 +301,14 @@ def merging() -> str:
     """What merging an adapter changes, from the records of benchmarks/merging.py."""
     import merging as measured
 
-    from sampo import results
+    from sampo.io import records as results
 
     return measured.table(results.read(ROOT / "docs" / "merging.jsonl"))
 
 
 def diagnosed() -> str:
     """Length pressure of a real model before training, from the records of `sampo diagnose`."""
-    from sampo import results
+    from sampo.io import records as results
 
     groups = ("all", "chosen longer", "chosen shorter")
     cells: dict[str, dict[str, str]] = {}

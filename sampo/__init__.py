@@ -7,13 +7,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .audit.audit import Audit, audit_preferences
-    from .checkpoints import CheckpointNotSavedError
+    from .checkpointing.files import CheckpointNotSavedError
+    from .checkpointing.resume import Preempted, ResumeRefusedError, WeightsNotFiniteError
     from .config import SamPOConfig
-    from .data import PreferenceDataError, load_preferences
+    from .data.load import PreferenceDataError, load_preferences
     from .io.locks import FolderInUseError
-    from .model_loading import ModelError
-    from .ref_logps import RefCacheError
-    from .resuming import Preempted, ResumeRefusedError, WeightsNotFiniteError
+    from .models.load import ModelError
+    from .reference_cache.store import RefCacheError
     from .trainer import SamPOTrainer
     from .weighting import WEIGHTINGS, PairTokens, Weighting, register_weighting
 
@@ -25,18 +25,18 @@ _PUBLIC = {
     "PairTokens": "weighting",
     "Weighting": "weighting",
     "register_weighting": "weighting",
-    "PreferenceDataError": "data",
-    "load_preferences": "data",
+    "PreferenceDataError": "data.load",
+    "load_preferences": "data.load",
     "Audit": "audit.audit",
     "audit_preferences": "audit.audit",
     # what a trainer raises
-    "CheckpointNotSavedError": "checkpoints",
+    "CheckpointNotSavedError": "checkpointing.files",
     "FolderInUseError": "io.locks",
-    "ModelError": "model_loading",
-    "Preempted": "resuming",
-    "RefCacheError": "ref_logps",
-    "ResumeRefusedError": "resuming",
-    "WeightsNotFiniteError": "resuming",
+    "ModelError": "models.load",
+    "Preempted": "checkpointing.resume",
+    "RefCacheError": "reference_cache.store",
+    "ResumeRefusedError": "checkpointing.resume",
+    "WeightsNotFiniteError": "checkpointing.resume",
 }
 __all__ = [
     "WEIGHTINGS",

@@ -48,12 +48,26 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from .cached_reference import CachedReferenceTrainer
-from .chat import with_strings_for_template
-from .checkpoints import fault_of_output_folder
+from .checkpointing.files import fault_of_output_folder
+from .checkpointing.resume import ResumableTrainer
 from .config import SamPOConfig
-from .end_tokens import ResponseEnds, end_token_ids
-from .guards import (
+from .data.chat import with_strings_for_template
+from .data.end_tokens import ResponseEnds, end_token_ids
+from .data.lengths import LengthSums, TokenCounts, count_tokens
+from .data.tokenize import prepare, rows_with_other_ends
+from .io.files import write_whole
+from .logs import get_logger, show_logs
+from .models.checks import faults_of_reference, faults_of_tokens
+from .models.load import check_model
+from .old_options import faults_of_arguments
+from .reference_cache.fill import CachedReferenceTrainer
+from .reference_cache.store import BATCH as CACHED_REF_LOGPS
+from .reference_cache.store import END
+from .scoring.lm_head import score_places
+from .scoring.packing import PairStreams, Stream, lay_out, score
+from .training.micro_batches import group_pairs, pair_tokens, put_pairs, take_pairs
+from .training.model_card import finish_card
+from .training.preflight import (
     check_data,
     faults_of_packages,
     find_processor,
@@ -62,21 +76,7 @@ from .guards import (
     refuse_separate_processes,
     refuse_without_end_token,
 )
-from .head import score_places
-from .io.files import write_whole
-from .lengths import LengthSums, TokenCounts, count_tokens
-from .logs import get_logger, show_logs
-from .model_card import finish_card
-from .model_checks import faults_of_reference, faults_of_tokens
-from .model_loading import check_model
-from .old_options import faults_of_arguments
-from .pair_stream import PairStreams, Stream, lay_out, score
-from .pair_tokens import prepare, rows_with_other_ends
-from .pieces import group_pairs, pair_tokens, put_pairs, take_pairs
-from .ref_logps import BATCH as CACHED_REF_LOGPS
-from .ref_logps import END
-from .resuming import ResumableTrainer
-from .run_state import RunState
+from .training.run_state import RunState
 from .weighting import (
     EVAL_EPOCH,
     WEIGHTINGS,

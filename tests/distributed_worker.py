@@ -18,7 +18,8 @@ from tiny import make_pairs, training_options
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from sampo import SamPOConfig, SamPOTrainer, ref_logps
+from sampo import SamPOConfig, SamPOTrainer
+from sampo.reference_cache import store as ref_logps
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import forkserver
 from pathlib import Path
 
-from sampo.checkpoints import MANIFEST, STAGING, numbered_checkpoints
+from sampo.checkpointing.files import MANIFEST, STAGING, numbered_checkpoints
 
 LIMIT_S = 300
 
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from tiny import save_model
 
-    from sampo.results import Record, append, provenance
+    from sampo.io.records import Record, append, provenance
 
     options = {"max_steps": args.steps, "save_total_limit": 2, "lora": args.lora}
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.pair_stream import install, lay_out, remove, score
+from sampo.scoring.packing import install, lay_out, remove, score
 
 COMMON = {
     "vocab_size": 69,

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny import make_model, make_pairs, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sampo import adapters, cli
+from sampo import cli
 from sampo.commands import train
+from sampo.training import merge as adapters
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 

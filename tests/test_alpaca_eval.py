@@ -12,7 +12,7 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from sampo.cli import main
-from sampo.evaluation.alpaca_eval import Gamed, _controlled, alpaca_eval
+from sampo.evaluation.results.alpaca_eval import Gamed, _controlled, alpaca_eval
 
 N = 300  # instructions of the made-up set
 

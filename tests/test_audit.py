@@ -21,10 +21,11 @@ from scipy.special import expit
 from tiny import make_pairs, make_tokenizer, save_model, training_options
 from tokenizers import processors
 
-from sampo import SamPOConfig, SamPOTrainer, audit_preferences, cli, results
+from sampo import SamPOConfig, SamPOTrainer, audit_preferences, cli
 from sampo.audit import files, report
 from sampo.audit.bias import length_bias, preference_auc, preference_slope, share
-from sampo.pair_rows import PreferenceDataError
+from sampo.data.layouts import PreferenceDataError
+from sampo.io import records as results
 
 ALONE = np.arange
 

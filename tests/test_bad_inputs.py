@@ -28,7 +28,7 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import train
-from sampo.model_checks import faults_of_tokens
+from sampo.models.checks import faults_of_tokens
 
 CASES = sorted(Path(__file__).with_name("bad_inputs").glob("*.yaml"))
 GOOD = [{"prompt": f"w{i} w1 ", "chosen": f"w2 w{i} w3 ", "rejected": f"w4 w{i} "} for i in range(4)]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 
-from sampo import results
 from sampo.cli import main
 from sampo.commands import bench
 from sampo.evaluation import harness
+from sampo.io import records as results
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM

@@ -18,7 +18,7 @@ from tiny import make_model, make_pairs, save_model
 from transformers import LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from sampo import results
+from sampo.io import records as results
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

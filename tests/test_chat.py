@@ -14,17 +14,18 @@ import torch
 from datasets import Dataset
 from tiny import CHAT_TEMPLATE, make_pairs, make_tokenizer, save_model, training_options
 
-from sampo import SamPOConfig, SamPOTrainer, chat
+from sampo import SamPOConfig, SamPOTrainer
 from sampo.audit import report
 from sampo.audit.audit import audit_preferences
 from sampo.commands import audit, diagnose, generate, train
-from sampo.data import PreferenceDataError, check_preferences, load_preferences
-from sampo.end_tokens import ResponseEnds, end_token_ids
+from sampo.data import chat
+from sampo.data.end_tokens import ResponseEnds, end_token_ids
+from sampo.data.lengths import count_tokens, kept_ids
+from sampo.data.load import PreferenceDataError, check_preferences, load_preferences
+from sampo.diagnostics.pair_scores import tokenise
+from sampo.evaluation.answers.prompts import check_prompts, load_prompts
 from sampo.evaluation.models import Texts
-from sampo.evaluation.prompt_files import check_prompts, load_prompts
-from sampo.lengths import count_tokens, kept_ids
-from sampo.model_checks import faults_of_tokenizer
-from sampo.pair_scores import tokenise
+from sampo.models.checks import faults_of_tokenizer
 from sampo.weighting import fingerprints, last_end_tokens
 
 ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_eval_gpt4_pairs.jsonl.gz"
@@ -148,7 +149,7 @@ def test_a_template_that_never_ends_is_stopped_in_any_thread_and_work_goes_on(mo
         [right, *(["TimeoutError: it takes more than 0.3 seconds for one conversation"] * 2)] * 3
     )
     assert end_token_ids(tokenizer) == [1]  # EOS has to do
-    monkeypatch.setattr("sampo.model_checks.LIMIT", 0.3)
+    monkeypatch.setattr("sampo.models.checks.LIMIT", 0.3)
     assert "must come to an end" in faults_of_tokenizer(tokenizer)[0]
 
 

@@ -14,16 +14,16 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from sampo import results
 from sampo.cli import main
-from sampo.evaluation.answers import Answer, read_answers, write_answers
-from sampo.evaluation.comparing import compare as compare_runs
-from sampo.evaluation.comparing import shared_prompts
-from sampo.evaluation.difficulty import difficulty_from
-from sampo.evaluation.judged import AnswerFile, Judged, read
-from sampo.evaluation.judges import Judgement, drawn_prompts
-from sampo.evaluation.length_control import length_controlled
-from sampo.evaluation.verdicts import compare_orders
+from sampo.evaluation.answers.answers import Answer, read_answers, write_answers
+from sampo.evaluation.judging.judges import Judgement, drawn_prompts
+from sampo.evaluation.results.comparing import compare as compare_runs
+from sampo.evaluation.results.comparing import shared_prompts
+from sampo.evaluation.results.difficulty import difficulty_from
+from sampo.evaluation.results.judged import AnswerFile, Judged, read
+from sampo.evaluation.results.length_control import length_controlled
+from sampo.evaluation.results.verdicts import compare_orders
+from sampo.io import records as results
 
 N = 80
 SYSTEMS = {"dpo": (0.55, 6), "sampo": (0.75, 3), "sft": (0.5, 4)}  # share of right answers, words of chatter

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from sampo.audit.audit import audit_preferences
-from sampo.data import load_preferences
-from sampo.evaluation.answers import Answer, prompt_id, read_answers
-from sampo.evaluation.judges import match
-from sampo.evaluation.prompt_files import load_prompts
-from sampo.pair_files import MAX_COLUMNS
-from sampo.pair_rows import MAX_DEPTH, PreferenceDataError, is_blank_text
+from sampo.data.layouts import MAX_DEPTH, PreferenceDataError, is_blank_text
+from sampo.data.load import load_preferences
+from sampo.data.sources import MAX_COLUMNS
+from sampo.evaluation.answers.answers import Answer, prompt_id, read_answers
+from sampo.evaluation.answers.prompts import load_prompts
+from sampo.evaluation.judging.judges import match
 
 
 def text_rows(n: int = 12) -> list[dict]:

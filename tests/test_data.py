@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from sampo.data import (
+from sampo.data.layouts import KINDS
+from sampo.data.load import (
     PreferenceDataError,
     check_preferences,
     load_preference_splits,
     load_preferences,
     split_by_prompt,
 )
-from sampo.pair_rows import KINDS
 
 ROOT = Path(__file__).parents[1]
 HH = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless_test.jsonl.gz"
@@ -81,7 +81,7 @@ def test_every_pair_of_hh_rlhf_is_accounted_for(hh_rows, caplog):
     assert faults == {("empty", "chosen"): empty, ("prompt_not_shared", "prompt"): unshared}
     assert "4 of 2,312 pairs have an empty `chosen`, at rows [" in message
 
-    with caplog.at_level(logging.INFO, "sampo.data"):
+    with caplog.at_level(logging.INFO, "sampo.data.load"):
         pairs = load_preferences(HH, on_bad_rows="drop")
     assert "dropped 9 of 2,312 pairs, kept 2,303: 4 have an empty `chosen`; 5 have no shared" in caplog.text
     assert "joined in 4 pairs" in caplog.text
@@ -279,7 +279,7 @@ def test_a_hub_id_goes_through_the_datasets_library(tmp_path):
     shutil.copytree(made, tmp_path / "cache" / "owner___pairs" / "default")
     for arrow in (tmp_path / "cache").rglob("*.arrow"):
         arrow.rename(arrow.with_name("pairs-train.arrow"))
-    code = "from sampo.data import load_preferences as l; print(l('owner/pairs', name='default').num_rows)"
+    code = "from sampo.data.load import load_preferences as l; print(l('owner/pairs', name='default').num_rows)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
@@ -426,11 +426,11 @@ def test_kept_and_dropped_rows_add_up_as_a_naive_loop_has_them(rows):
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("sampo.data").addHandler(handler)
+    logging.getLogger("sampo.data.load").addHandler(handler)
     try:
         pairs = loaded(rows, on_bad_rows="drop")
     finally:
-        logging.getLogger("sampo.data").removeHandler(handler)
+        logging.getLogger("sampo.data.load").removeHandler(handler)
     good = [r for r, kind in zip(rows, kinds, strict=True) if kind is None]
     assert [(p["prompt"], p["chosen"], p["rejected"], p.get("number")) for p in pairs] == [
         (r["prompt"], r["chosen"], r["rejected"], r.get("number")) for r in good
@@ -721,7 +721,7 @@ def test_lengths_are_counted_in_tokens_when_a_tokenizer_is_given(caplog):
             return {"input_ids": [list(text) for text in texts]}
 
     rows = [row(0, chosen="a b c", rejected="loooong")]  # longer in words, shorter in characters
-    with caplog.at_level(logging.INFO, "sampo.data"):
+    with caplog.at_level(logging.INFO, "sampo.data.load"):
         assert len(loaded(rows, length_split="long")) == 1
         assert len(loaded(rows, length_split="short", tokenizer=Characters())) == 1
     assert "lengths in whitespace words; 1 long" in caplog.text
@@ -820,7 +820,7 @@ def test_the_document_names_every_kind_of_fault():
 
 def test_importing_the_module_loads_no_heavy_library():
     code = (
-        "import sys, sampo.data; heavy = {'torch', 'transformers', 'datasets', 'trl', 'pyarrow', 'numpy'};"
+        "import sys, sampo.data.load; heavy = {'torch', 'transformers', 'datasets', 'trl', 'pyarrow', 'numpy'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_diagnostics import made_up
 
-from sampo.diagnostics import Finding, findings
-from sampo.evaluation.intervals import Estimate
+from sampo.diagnostics.findings import Finding, findings
 from sampo.report import diagnostic_figures as figures
+from sampo.stats.intervals import Estimate
 
 BETA = 0.5
 

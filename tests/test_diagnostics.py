@@ -18,13 +18,14 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 
-from sampo import SamPOConfig, SamPOTrainer, cli, results
+from sampo import SamPOConfig, SamPOTrainer, cli
 from sampo.commands import lazy_model
-from sampo.diagnostics import CLASSES, Finding, PairScores, findings, groups, read_scores
-from sampo.pair_scores import METHODS, ScoreKey, cached_reference, common_end_token, score_pairs, tokenise
-from sampo.ref_key import RefKey, data_hash
-from sampo.ref_logps import RefCache
-from sampo.token_scorer import TokenScorer
+from sampo.diagnostics.findings import CLASSES, Finding, PairScores, findings, groups, read_scores
+from sampo.diagnostics.pair_scores import METHODS, ScoreKey, cached_reference, common_end_token, score_pairs, tokenise
+from sampo.io import records as results
+from sampo.reference_cache.key import RefKey, data_hash
+from sampo.reference_cache.store import RefCache
+from sampo.scoring.scorer import TokenScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
 
 SEED, GAMMA, MAX_LENGTH = 5, 0.9, 40

@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
-from sampo import SamPOConfig, SamPOTrainer, results
+from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import train
-from sampo.memory import ENGINES as MEMORY
+from sampo.io import records as results
+from sampo.training.memory import ENGINES as MEMORY
 
 OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
 # The reference of an adapter is the policy, which FSDP2 cannot ask before training: it takes a cache that is filled.
@@ -205,7 +206,7 @@ def test_the_moments_of_adam_are_spread_as_the_estimate_of_memory_says(launched,
 
 @pytest.mark.parametrize("engine", ["fsdp2"])
 def test_under_fsdp2_trl_gathers_the_whole_reference_at_once(launched, engine):
-    """sampo.memory counts it; with a group for each layer, as the policy has, the reference would need far less."""
+    """`sampo.training.memory` counts it; a group for each layer, as the policy has, would need far less."""
     assert [rank["reference_groups"] for rank in launched(engine, "full")[1]] == [1, 1]
 
 

@@ -10,7 +10,7 @@ from tiny import make_pairs, make_tokenizer, training_options
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from trl import DPOConfig, DPOTrainer
 
-from sampo.token_scorer import TokenScorer
+from sampo.scoring.scorer import TokenScorer
 
 SMALL = {**COMMON, **GROUPED, "num_experts_per_tok": 2}
 CONFIGS = {

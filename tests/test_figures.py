@@ -113,7 +113,7 @@ def _assert_readable(figure):
 def test_figures_of_the_study_have_their_whole_legend_and_no_overlapping_ticks(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    from sampo import results
+    from sampo.io import records as results
     from sampo.lab.analysis import Study
     from sampo.lab.study_page import write_figures
 

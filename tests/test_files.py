@@ -15,10 +15,9 @@ from processes import environment
 from tiny import make_pairs
 
 import sampo
-from sampo import results
 from sampo.commands import audit, compare, judge, recipes, report
-from sampo.evaluation.journal import Journal
 from sampo.io import files
+from sampo.io import records as results
 from sampo.io.files import (
     Content,
     contents,
@@ -32,6 +31,7 @@ from sampo.io.files import (
     unsealed,
     write_whole,
 )
+from sampo.io.journal import Journal
 
 
 def test_a_link_at_the_target_is_replaced_and_what_it_points_to_stays(tmp_path):
@@ -206,7 +206,7 @@ def test_a_recipe_is_not_copied_through_a_link(tmp_path):
 
 def test_a_run_does_not_write_through_a_link_in_its_output_folder(tmp_path):
     """transformers and TRL would."""
-    from sampo.checkpoints import fault_of_output_folder
+    from sampo.checkpointing.files import fault_of_output_folder
 
     (tmp_path / "README.md").symlink_to(tmp_path / "victim")
     assert "must have no links to files, got ['README.md']" in fault_of_output_folder(tmp_path)

@@ -12,12 +12,19 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sampo.cli import main
-from sampo.evaluation.answers import Answer, prompt_id, prompt_text, read_answers, write_alpaca_eval, write_answers
-from sampo.evaluation.backends import Draw, TransformersBackend, end_tokens
-from sampo.evaluation.generate import Sampling, generate
-from sampo.evaluation.journal import read_rows
+from sampo.evaluation.answers.answers import (
+    Answer,
+    prompt_id,
+    prompt_text,
+    read_answers,
+    write_alpaca_eval,
+    write_answers,
+)
+from sampo.evaluation.answers.backends import Draw, TransformersBackend, end_tokens
+from sampo.evaluation.answers.generate import Sampling, generate
+from sampo.evaluation.answers.prompts import Question, load_prompts
 from sampo.evaluation.models import Texts, fingerprint, load_causal, load_tokenizer, tokenizer_hash
-from sampo.evaluation.prompt_files import Question, load_prompts
+from sampo.io.journal import read_rows
 
 DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=3)
 GREEDY = Sampling(max_tokens=12)
@@ -83,7 +90,7 @@ def by_hand(folder: str, prompt: str, sampling: Sampling, seed: int | None) -> t
     "sampling", [GREEDY, DRAWN, replace(DRAWN, temperature=0.7)], ids=["greedy", "drawn", "cooler"]
 )
 def test_answers_are_those_of_a_loop_over_single_tokens(sampling, folder, tmp_path):
-    from sampo.evaluation.generate import Job
+    from sampo.evaluation.answers.generate import Job
 
     asked = questions(12)
     report = generate(asked, backend(folder), sampling, tmp_path / "a.jsonl")
@@ -364,7 +371,7 @@ def test_prompts_come_from_all_the_formats_and_the_same_ones_have_the_same_id(tm
 
 
 def test_a_transcript_of_several_turns_becomes_messages():
-    from sampo.evaluation.prompt_files import _prompt
+    from sampo.evaluation.answers.prompts import _prompt
 
     text = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: A colour?\n\nAnd why?\n\nAssistant:"
     assert _prompt(text) == [

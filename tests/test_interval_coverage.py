@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sampo import results
-from sampo.evaluation.verdicts import Comparisons
-from sampo.evaluation.win_rate import win_rate
+from sampo.evaluation.results.verdicts import Comparisons
+from sampo.evaluation.results.win_rate import win_rate
+from sampo.io import records as results
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import interval_coverage  # noqa: E402
 
 PROMISED = (0.93, 0.97)  # coverage of 95 % from 50 prompts on
-pytestmark = pytest.mark.filterwarnings("ignore::sampo.evaluation.length_control.ExtrapolationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::sampo.evaluation.results.length_control.ExtrapolationWarning")
 
 
 def covered(records) -> dict[tuple[str, int], results.Record]:

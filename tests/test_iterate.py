@@ -22,10 +22,10 @@ from sampo import cli
 from sampo.commands import train
 from sampo.commands.iterate import make_plan
 from sampo.commands.options import make_parser
-from sampo.data import shard_by_prompt, split_by_prompt
+from sampo.data.load import shard_by_prompt, split_by_prompt
 from sampo.io import locks
-from sampo.iterate import STATE, Round, hash_model
-from sampo.ref_logps import cache_folders
+from sampo.reference_cache.store import cache_folders
+from sampo.training.rounds import STATE, Round, hash_model
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +403,6 @@ def test_a_round_that_fails_says_so_and_may_be_corrected_before_it_has_trained(p
     assert "Round 1 must end with status 0, got 2 while training" in said
     assert state_of(place / "failed")["rounds"][0]["status"] == "failed"
     plan, _ = make_plan({"rounds": 1}, ["--config", write_recipe(place, "failed")])
-    from sampo.iterate import _take_up
+    from sampo.training.rounds import _take_up
 
     assert [one.status for one in _take_up(plan)] == ["waiting"]

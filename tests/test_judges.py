@@ -14,18 +14,15 @@ import numpy as np
 import pytest
 from judge_server import Reply, Server, completion, goods, judge, shown
 
-from sampo import results
 from sampo.cli import main
 from sampo.commands.judge import make_parser
 from sampo.commands.shown import command_line
-from sampo.evaluation import judged as judged_files
-from sampo.evaluation import templates
-from sampo.evaluation.answers import Answer, read_answers, write_answers
+from sampo.evaluation.answers.answers import Answer, read_answers, write_answers
 from sampo.evaluation.endpoint import Endpoint, key_from_environment
-from sampo.evaluation.endpoint_judge import EndpointJudge
-from sampo.evaluation.human_judge import HumanJudge, write_sheet
-from sampo.evaluation.journal import Journal, read_rows
-from sampo.evaluation.judges import (
+from sampo.evaluation.judging import templates
+from sampo.evaluation.judging.endpoint_judge import EndpointJudge
+from sampo.evaluation.judging.human_judge import HumanJudge, write_sheet
+from sampo.evaluation.judging.judges import (
     Comparison,
     Pair,
     Verdict,
@@ -37,9 +34,12 @@ from sampo.evaluation.judges import (
     read_judgements,
     write_judgements,
 )
-from sampo.evaluation.rule_judges import contains_judge, exact_judge, lab_judge, longer_judge
-from sampo.evaluation.summary import summarise
-from sampo.evaluation.verdicts import Verdicts, compare_orders
+from sampo.evaluation.judging.rule_judges import contains_judge, exact_judge, lab_judge, longer_judge
+from sampo.evaluation.results import judged as judged_files
+from sampo.evaluation.results.summary import summarise
+from sampo.evaluation.results.verdicts import Verdicts, compare_orders
+from sampo.io import records as results
+from sampo.io.journal import Journal, read_rows
 
 HELP = templates.load("helpfulness")
 KEY = "sk-do-not-tell-0123456789"
@@ -1021,7 +1021,7 @@ def test_a_reward_model_scores_each_row_as_it_does_alone(model_folders):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from sampo.evaluation.model_judges import RewardJudge
+    from sampo.evaluation.judging.model_judges import RewardJudge
 
     folder = str(model_folders / "reward")
     these = of_words(7)
@@ -1045,14 +1045,14 @@ def test_a_reward_model_scores_each_row_as_it_does_alone(model_folders):
 
 
 def test_a_language_model_is_no_reward_model(model_folders):
-    from sampo.evaluation.model_judges import RewardJudge
+    from sampo.evaluation.judging.model_judges import RewardJudge
 
     with pytest.raises(ValueError, match="must be a reward model"):
         RewardJudge(str(model_folders / "policy"))
 
 
 def test_a_row_that_is_too_long_fails_and_is_not_cut(model_folders):
-    from sampo.evaluation.model_judges import RewardJudge
+    from sampo.evaluation.judging.model_judges import RewardJudge
 
     these = of_words(3)
     long = Pair(replace(these[0].system, answer="w1 " * 300), these[0].baseline)
@@ -1064,7 +1064,7 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio_of_the_answer(model_fol
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sampo.evaluation.model_judges import ImplicitJudge
+    from sampo.evaluation.judging.model_judges import ImplicitJudge
 
     folders = [str(model_folders / name) for name in ("policy", "reference")]
     these = of_words(6, seed=1)
@@ -1096,7 +1096,7 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio_of_the_answer(model_fol
 def test_a_policy_without_a_reference_or_with_another_vocabulary_is_refused(model_folders, tmp_path):
     from tiny import make_tokenizer
 
-    from sampo.evaluation.model_judges import ImplicitJudge
+    from sampo.evaluation.judging.model_judges import ImplicitJudge
 
     policy = str(model_folders / "policy")
     with pytest.raises(ValueError, match="`ref_model` must name the reference"):

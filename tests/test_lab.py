@@ -12,8 +12,8 @@ import pytest
 import torch
 from scipy import stats
 
-from sampo import results
 from sampo.commands.lab import main, make_parser
+from sampo.io import records as results
 from sampo.lab import model as lm
 from sampo.lab import report
 from sampo.lab.experiment import RECORDS, mean_number

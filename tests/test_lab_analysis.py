@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sampo import results
+from sampo.io import records as results
 from sampo.lab.analysis import (
     Spread,
     Study,

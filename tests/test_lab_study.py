@@ -12,8 +12,9 @@ import pytest
 import torch
 from oracles import weights as weights_of
 
-from sampo import SamPOConfig, results
+from sampo import SamPOConfig
 from sampo.cli import main
+from sampo.io import records as results
 from sampo.lab import model as lm
 from sampo.lab.experiment import RECORDS, run_all, unmeasured, unseen
 from sampo.lab.methods import SLOPE, STUDY_METHODS

@@ -18,10 +18,10 @@ from kill_campaign import _start_server
 from processes import environment
 from tiny import make_pairs, save_model
 
-from sampo import results
-from sampo.checkpoints import STAGING, find_whole_checkpoint
+from sampo.checkpointing.files import STAGING, find_whole_checkpoint
 from sampo.commands import audit, cache, compare, diagnose, lab_study, train
 from sampo.io import locks
+from sampo.io import records as results
 from sampo.io.locks import LOCK, FolderInUseError, Owner, alone_at, alone_in
 
 HOLDER = """
@@ -299,7 +299,7 @@ def test_one_output_is_locked_and_its_neighbour_is_not(tmp_path):
 def test_a_cache_that_is_being_filled_is_not_deleted(tmp_path, capsys, monkeypatch):
     from filelock import FileLock
 
-    from sampo import ref_logps
+    from sampo.reference_cache import store as ref_logps
 
     folder = tmp_path / ("a" * 24)
     folder.mkdir()

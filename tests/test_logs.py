@@ -11,8 +11,8 @@ from tiny import make_pairs, save_model
 from transformers.integrations import integration_utils
 
 from sampo.cli import main
-from sampo.guards import _LOGGERS, faults_of_loggers
 from sampo.logs import get_logger, show_logs
+from sampo.training.preflight import _LOGGERS, faults_of_loggers
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = """

@@ -9,7 +9,16 @@ from tiny import make_model, make_pairs, make_tokenizer, training_options
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.memory import ENGINES, METHODS, QLORA_ENGINES, SHAPES, Shape, activation_bytes, gpu_bytes, machine_bytes
+from sampo.training.memory import (
+    ENGINES,
+    METHODS,
+    QLORA_ENGINES,
+    SHAPES,
+    Shape,
+    activation_bytes,
+    gpu_bytes,
+    machine_bytes,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

@@ -10,7 +10,7 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 from trl import DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer, __version__
-from sampo.model_card import describe_command
+from sampo.training.model_card import describe_command
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from sampo import cli
 from sampo.commands import train
 from sampo.commands.launch import refuse_engine_that_cannot_run
-from sampo.model_loading import ModelError, add_adapter, check_model, create_model, not_finite
+from sampo.models.load import ModelError, add_adapter, check_model, create_model, not_finite
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -286,7 +286,7 @@ def test_what_can_be_known_is_said_before_processes_are_started(tmp_path, whole,
 
 
 def test_a_checkpoint_that_is_not_finite_is_skipped_for_an_older_one(tmp_path, whole, files, capsys, caplog):
-    from sampo.checkpoints import read_manifest, write_manifest
+    from sampo.checkpointing.files import read_manifest, write_manifest
 
     words = commands(whole, files, tmp_path)["train"]
     words[words.index("--max_steps") + 1] = "2"

@@ -16,9 +16,9 @@ from resume_worker import make_run
 from tiny import make_pairs, save_model
 
 from sampo import load_preferences
-from sampo.checkpoints import read_manifest, write_manifest
+from sampo.checkpointing.files import read_manifest, write_manifest
+from sampo.checkpointing.resume import ResumeRefusedError
 from sampo.commands import train
-from sampo.resuming import ResumeRefusedError
 
 
 class Payload:

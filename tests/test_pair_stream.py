@@ -34,7 +34,7 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from sampo.pair_stream import install, lay_out, remove
+from sampo.scoring.packing import install, lay_out, remove
 
 EXACT = {
     "llama": LlamaConfig(**COMMON, **GROUPED),

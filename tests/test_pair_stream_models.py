@@ -33,8 +33,8 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sampo.pair_stream import NAME, PairStreams, RowsTooLong, lay_out, score, too_long, why_not
-from sampo.stream_attention import StreamRefused
+from sampo.scoring.attention import StreamRefused
+from sampo.scoring.packing import NAME, PairStreams, RowsTooLong, lay_out, score, too_long, why_not
 
 GEMMA2 = Gemma2Config(**COMMON, **GROUPED, head_dim=8)
 NO_AUX = {"router_aux_loss_coef": 0.0}

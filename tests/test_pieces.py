@@ -14,8 +14,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config import BATCH_LOSSES, LOSS_TYPES
-from sampo.pair_stream import lay_out
-from sampo.pieces import group_pairs, pair_tokens, put_pairs, take_pairs
+from sampo.scoring.packing import lay_out
+from sampo.training.micro_batches import group_pairs, pair_tokens, put_pairs, take_pairs
 
 sizes = st.integers(1, 14)
 shapes_of_pairs = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=7)

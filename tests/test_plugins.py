@@ -10,7 +10,8 @@ import pytest
 import yaml
 from tiny import make_pairs, save_model, training_options
 
-from sampo import Weighting, plugins, register_weighting, results
+from sampo import Weighting, plugins, register_weighting
+from sampo.io import records as results
 from sampo.weighting import WEIGHTINGS
 
 DOCS = Path(__file__).parent.parent / "docs" / "plugins.md"

@@ -12,23 +12,27 @@ import pytest
 import yaml
 from tiny import save_model
 
-from sampo import iterate, pair_scores, ref_logps, results
-from sampo.checkpoints import MANIFEST, RunRecord, fault_of, write_manifest
+from sampo.checkpointing.files import MANIFEST, RunRecord, fault_of, write_manifest
+from sampo.checkpointing.resume import LOG_WINDOW, LogWindow
 from sampo.commands import cache
 from sampo.commands.iterate import _summary
 from sampo.commands.launch import launch_command
 from sampo.commands.options import make_parser
-from sampo.evaluation import judged, judges, rule_judges, templates
-from sampo.evaluation.answers import Answer, read_answers, write_answers
+from sampo.data.layouts import PreferenceDataError
+from sampo.diagnostics import pair_scores
+from sampo.evaluation.answers.answers import Answer, read_answers, write_answers
 from sampo.evaluation.endpoint import Endpoint
-from sampo.evaluation.endpoint_judge import EndpointJudge
+from sampo.evaluation.judging import judges, rule_judges, templates
+from sampo.evaluation.judging.endpoint_judge import EndpointJudge
+from sampo.evaluation.results import judged
+from sampo.io import records as results
 from sampo.io.files import SEAL, sealed
 from sampo.io.schemas import WrongFile, WrongShape, parse_json, parse_yaml, read_json, read_yaml, typed
-from sampo.iterate import STATE, Plan, RefusedIteration, Round
-from sampo.model_checks import faults_of_model_folder
-from sampo.pair_rows import PreferenceDataError
-from sampo.ref_logps import About, RefCacheError, RefManifest, ShardEntry
-from sampo.resuming import LOG_WINDOW, LogWindow
+from sampo.models.checks import faults_of_model_folder
+from sampo.reference_cache import store as ref_logps
+from sampo.reference_cache.store import About, RefCacheError, RefManifest, ShardEntry
+from sampo.training import rounds as iterate
+from sampo.training.rounds import STATE, Plan, RefusedIteration, Round
 
 # these types and none below them
 OURS = (WrongFile, PreferenceDataError, RefCacheError, RefusedIteration, ValueError, SystemExit)

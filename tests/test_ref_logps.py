@@ -16,12 +16,15 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
-from sampo import SamPOConfig, SamPOTrainer, cached_reference, ref_key, ref_logps
+from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import cache as command
 from sampo.commands import train
 from sampo.io.files import SEAL, sealed, unsealed
-from sampo.ref_key import RefKey, data_hash, files_hash, weights_hash
-from sampo.ref_logps import CHOSEN, END, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
+from sampo.reference_cache import fill as cached_reference
+from sampo.reference_cache import key as ref_key
+from sampo.reference_cache import store as ref_logps
+from sampo.reference_cache.key import RefKey, data_hash, files_hash, weights_hash
+from sampo.reference_cache.store import CHOSEN, END, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
 from sampo.weighting import WEIGHTINGS
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

@@ -10,8 +10,8 @@ from tiny import make_tokenizer, save_model, training_options
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.audit.audit import audit_preferences
 from sampo.commands import audit, cache, diagnose, train
-from sampo.data import PreferenceDataError, check_preferences, load_preference_splits, load_preferences
-from sampo.repeated_prompts import are_many, split_response
+from sampo.data.load import PreferenceDataError, check_preferences, load_preference_splits, load_preferences
+from sampo.data.repeated_prompts import are_many, split_response
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 

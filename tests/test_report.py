@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from test_diagnostics import made_up
 
-from sampo import results
 from sampo.cli import COMMANDS, main
-from sampo.diagnostics import findings
-from sampo.evaluation.answers import Answer, write_answers
+from sampo.diagnostics.findings import findings
+from sampo.evaluation.answers.answers import Answer, write_answers
+from sampo.io import records as results
 from sampo.report import evaluation_figures, training_figures
 from sampo.report.build import build_report
 from sampo.report.collect import collect, plain

@@ -18,11 +18,11 @@ from resume_worker import Interrupted, make_run, outcome
 from tiny import make_model, make_pairs, save_model
 from transformers import TrainerCallback
 
-from sampo import checkpoints
-from sampo.checkpoints import MANIFEST, STAGING, CheckpointNotSavedError, find_whole_checkpoint
+from sampo.checkpointing import files as checkpoints
+from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_whole_checkpoint
+from sampo.checkpointing.fingerprint import FREE, ROUNDING, data_hash, weights_hash
+from sampo.checkpointing.resume import Preempted, ResumeRefusedError
 from sampo.commands import train
-from sampo.resuming import Preempted, ResumeRefusedError
-from sampo.run_identity import FREE, ROUNDING, data_hash, weights_hash
 
 
 @pytest.fixture(scope="module")

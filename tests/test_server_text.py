@@ -19,9 +19,9 @@ from test_judges import KEY, asking, files, judged, pairs, words_of
 from sampo.cli import main
 from sampo.evaluation import endpoint as endpoint_module
 from sampo.evaluation.endpoint import Endpoint
-from sampo.evaluation.journal import read_rows
-from sampo.evaluation.judges import judge_pairs, read_judgements
+from sampo.evaluation.judging.judges import judge_pairs, read_judgements
 from sampo.evaluation.server_text import MOST_TOKENS, Redaction, read_reply, retry_after, usage_of, visible
+from sampo.io.journal import read_rows
 
 GOOD = completion("Preferred: A").body
 

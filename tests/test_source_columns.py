@@ -10,10 +10,10 @@ from tiny import WORDS, save_model
 from sampo import audit_preferences, load_preferences
 from sampo.commands import train
 from sampo.commands.options import make_parser
-from sampo.data import check_preferences
-from sampo.evaluation.prompt_files import load_prompts
-from sampo.pair_rows import PreferenceDataError
-from sampo.source_columns import pairs_of_stream, read_columns
+from sampo.data.columns import pairs_of_stream, read_columns
+from sampo.data.layouts import PreferenceDataError
+from sampo.data.load import check_preferences
+from sampo.evaluation.answers.prompts import load_prompts
 
 USER, BLUE, RED = "Name a colour.", "Blue.", "Red, perhaps, or green."
 

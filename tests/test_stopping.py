@@ -14,8 +14,8 @@ import yaml
 from processes import ROOT, environment
 from tiny import make_pairs, save_model
 
-from sampo import checkpoints
-from sampo.resuming import Preempted, SaveOnSignal
+from sampo.checkpointing import files as checkpoints
+from sampo.checkpointing.resume import Preempted, SaveOnSignal
 
 SAMPO = [sys.executable, "-m", "sampo.cli"]
 

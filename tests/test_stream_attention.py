@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from sampo.stream_attention import Segments, StreamRefused, attend, sees
+from sampo.scoring.attention import Segments, StreamRefused, attend, sees
 
 # FlexAttention wants to be compiled, which takes half a minute here
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -20,18 +20,18 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from tiny import make_pairs
 
-from sampo import results
 from sampo.audit import report as audit_report
 from sampo.audit.audit import audit_preferences
 from sampo.commands.diagnose_page import Checkpoint, tables
-from sampo.diagnostics import PLAIN, Finding
-from sampo.evaluation.answers import Answer, write_answers
-from sampo.evaluation.comparing import compare, duel_table
-from sampo.evaluation.intervals import Estimate
-from sampo.evaluation.judged import read
-from sampo.evaluation.summary import summary_table
+from sampo.diagnostics.findings import PLAIN, Finding
+from sampo.evaluation.answers.answers import Answer, write_answers
+from sampo.evaluation.results.comparing import compare, duel_table
+from sampo.evaluation.results.judged import read
+from sampo.evaluation.results.summary import summary_table
+from sampo.io import records as results
+from sampo.io.tables import Table, clean, screen_width
 from sampo.lab import report as lab_report
-from sampo.tables import Table, clean, screen_width
+from sampo.stats.intervals import Estimate
 
 WIDTHS = (20, 40, 60, 80, 120, 200)
 NUMBER = re.compile(r"[-+]?\d[\d,.]*")

@@ -24,8 +24,8 @@ from trl import DPOConfig, DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config import LOSS_TYPES
-from sampo.end_tokens import end_token_ids
-from sampo.run_state import RunState
+from sampo.data.end_tokens import end_token_ids
+from sampo.training.run_state import RunState
 from sampo.weighting import WEIGHTINGS, draw_keys, token_weights
 
 LN2 = math.log(2)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sampo.evaluation.summary import records
-from sampo.evaluation.verbosity import (
+from sampo.evaluation.results.summary import records
+from sampo.evaluation.results.verbosity import (
     System,
     compare_verbosity,
     compression_ratio,
@@ -265,15 +265,15 @@ def metrics(tmp_path, monkeypatch):
     import evaluate.config
 
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
-    from sampo.evaluation import metrics
+    from sampo.evaluation.results import metrics
 
     return metrics
 
 
 def test_the_adapters_give_the_numbers_of_the_functions(metrics):
-    from sampo.evaluation.length_control import length_controlled
-    from sampo.evaluation.verdicts import Comparisons
-    from sampo.evaluation.win_rate import win_rate
+    from sampo.evaluation.results.length_control import length_controlled
+    from sampo.evaluation.results.verdicts import Comparisons
+    from sampo.evaluation.results.win_rate import win_rate
 
     rng = np.random.default_rng(0)
     ours, theirs = rng.integers(50, 300, 60).astype(float), rng.integers(50, 300, 60).astype(float)

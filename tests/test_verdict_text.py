@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampo.evaluation import templates
-from sampo.evaluation.verdict_text import read_verdict
+from sampo.evaluation.judging import templates
+from sampo.evaluation.judging.verdict_text import read_verdict
 
 VERDICTS = {"A": 1.0, "B": 0.0, "tie": 0.5}
 WORDS = {"A": "A", "B": "B", "tie": "Tie"}

@@ -17,19 +17,20 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from sampo.cli import main
-from sampo.evaluation import intervals, length_control, win_rate
-from sampo.evaluation.difficulty import difficulty_from
-from sampo.evaluation.length_control import (
+from sampo.evaluation.results import length_control, win_rate
+from sampo.evaluation.results.difficulty import difficulty_from
+from sampo.evaluation.results.length_control import (
     ExtrapolationError,
     ExtrapolationWarning,
     length_controlled,
     length_slope,
     overlap,
 )
-from sampo.evaluation.logistic import newton
-from sampo.evaluation.summary import records, summarise, summary_table
-from sampo.evaluation.verdicts import Comparisons, Verdicts, compare_orders, order_consistency
-from sampo.evaluation.win_rate import by_length_ratio, length_matched, longer_wins, paired, winner_is_longer
+from sampo.evaluation.results.summary import records, summarise, summary_table
+from sampo.evaluation.results.verdicts import Comparisons, Verdicts, compare_orders, order_consistency
+from sampo.evaluation.results.win_rate import by_length_ratio, length_matched, longer_wins, paired, winner_is_longer
+from sampo.stats import intervals
+from sampo.stats.logistic import newton
 
 OUTCOMES = {  # name -> (true mean, sampler): what judges produce, from coins to soft probabilities
     "coins 0.5": (0.5, lambda rng, size: (rng.random(size) < 0.5) * 1.0),
@@ -579,14 +580,14 @@ WORLDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::sampo.evaluation.length_control.ExtrapolationWarning")
+@pytest.mark.filterwarnings("ignore::sampo.evaluation.results.length_control.ExtrapolationWarning")
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_interval_of_a_controlled_rate_covers_what_it_says(world):
     assert 0.91 <= hits_of_control(100, 400, 3, **WORLDS[world]) <= 0.985
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::sampo.evaluation.length_control.ExtrapolationWarning")
+@pytest.mark.filterwarnings("ignore::sampo.evaluation.results.length_control.ExtrapolationWarning")
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("n", [50, 100, 300])
 def test_the_interval_of_a_controlled_rate_covers_93_to_97_percent(world, n):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..pair_files import Files, open_source
-from ..pair_rows import PreferenceDataError, guess
-from ..source_columns import pair_rows
-from ..treatment import Treatment
+from ..data.columns import pair_rows
+from ..data.layouts import PreferenceDataError, guess
+from ..data.sources import Files, open_source
+from ..data.treatment import Treatment
 from .bias import LengthBias, length_bias
 from .duplicates import Overlap, Repeats, overlap, repeats
 from .scan import Advance, Groups, PairNumbers, Rows, SplitScan, scan_split

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
-from ..evaluation.intervals import Estimate, undefined, wilson
-from ..evaluation.logistic import newton
+from ..stats.intervals import Estimate, undefined, wilson
+from ..stats.logistic import newton
 
 PER = 100  # units of length that the slope is for
 SEPARATED = 1e-8  # ridge on the slope in units of its scale: too small to be seen where the slope is finite

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import results
+from ..io import records as results
 from ..io.files import replacing, write_whole
 from .audit import Audit
 from .report import conclusion, records

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import results
-from ..evaluation.intervals import Estimate
-from ..pair_rows import phrase
-from ..tables import Table, clean
+from ..data.layouts import phrase
+from ..io import records as results
+from ..io.tables import Table, clean
+from ..stats.intervals import Estimate
 from .audit import Audit
 from .bias import LengthBias
 from .truncation import Truncation
@@ -185,7 +185,7 @@ def fault_lines(audit: Audit) -> list[str]:
                 f"splits `{both.first}` and `{both.second}` share {both.prompts:,} prompts: {both.pairs_of_second:,} "
                 f"pairs of `{both.second}` have a prompt of `{both.first}`, {both.same_pairs:,} are the same pair, "
                 f"{both.swapped_pairs:,} the same with swapped sides. To split by prompt: "
-                "`sampo.data.split_by_prompt`, or the option `eval_fraction`."
+                "`sampo.data.load.split_by_prompt`, or the option `eval_fraction`."
             )
     return [clean(line) for line in lines]
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..data import as_text, missing_columns
-from ..json_files import BrokenLine
-from ..pair_rows import (
+from ..data.columns import nearest_column
+from ..data.json_files import BrokenLine
+from ..data.layouts import (
     EXTRA_COLUMNS,
     KINDS,
     PAIR_COLUMNS,
@@ -30,10 +30,10 @@ from ..pair_rows import (
     has_other_content,
     layout_of,
 )
-from ..pair_tokens import note_of_text
-from ..repeated_prompts import FEW_BYTES, are_many
-from ..source_columns import nearest_column
-from ..treatment import Treatment, repeats_in_plain_text
+from ..data.load import as_text, missing_columns
+from ..data.repeated_prompts import FEW_BYTES, are_many
+from ..data.tokenize import note_of_text
+from ..data.treatment import Treatment, repeats_in_plain_text
 from .tokens import TokenCounter, WordCounter
 
 HEAD = 1000  # rows that the layout is decided by

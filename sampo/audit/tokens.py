@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..chat import ChatTemplate, NotRendered
-from ..data import said
-from ..end_tokens import ResponseEnds, end_token_ids
-from ..pair_rows import Pair
+from ..data.chat import ChatTemplate, NotRendered
+from ..data.end_tokens import ResponseEnds, end_token_ids
+from ..data.layouts import Pair
+from ..data.load import said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

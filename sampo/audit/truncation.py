@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..lengths import kept_tokens
+from ..data.lengths import kept_tokens
 from .bias import LengthBias, length_bias
 from .scan import PairNumbers
 

@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Compute, show and write."""
-    from ..evaluation.alpaca_eval import alpaca_eval, read_instructions
+    from ..evaluation.results.alpaca_eval import alpaca_eval, read_instructions
     from ..io.files import write_whole
     from .shown import command_line, say
 

@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
 
 def _run_all(args: argparse.Namespace) -> list[Any]:
     """The record of each score."""
-    from .. import results
     from ..evaluation import harness
+    from ..io import records as results
     from .shown import command_line
 
     if args.limit is not None and args.limit < 1:
@@ -96,7 +96,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
 
 def _show(args: argparse.Namespace, found: Sequence[Any]) -> None:
     from ..evaluation.harness import BENCHMARKS
-    from ..tables import Table
+    from ..io.tables import Table
     from .shown import say, show
 
     heads = ("benchmark", "metric", "%", "95 % interval", "prompts", "shots used", "asked for")

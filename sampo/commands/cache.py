@@ -71,8 +71,8 @@ def _train_parser() -> RecipeParser:
 
 
 def _list(folder: str | None) -> int:
-    from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest
-    from ..tables import Table
+    from ..io.tables import Table
+    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest
     from .shown import say, show
 
     root = cache_root(folder)
@@ -103,7 +103,7 @@ def _list(folder: str | None) -> int:
 
 
 def _remove(folder: str | None, names: list[str]) -> int:
-    from ..ref_logps import RefCacheError, cache_folders, cache_root, remove_cache
+    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, remove_cache
 
     caches = {path.name: path for path in cache_folders(cache_root(folder))}
     chosen = list(caches) if names == ["all"] else names

@@ -62,7 +62,7 @@ def _names(files: Sequence[str]) -> dict[str, str]:
 
 
 def _compare_judged(args: argparse.Namespace) -> None:
-    from ..evaluation import comparing, judged
+    from ..evaluation.results import comparing, judged
 
     if args.baseline:
         raise ValueError("`baseline` goes with `answers` alone: judgements say what they were made against.")
@@ -89,7 +89,7 @@ def _compare_judged(args: argparse.Namespace) -> None:
 
 def _place(file: Any, moved: Mapping[str, Path]) -> Path:
     """Where the answers are that were judged."""
-    from ..evaluation.judged import content_hash
+    from ..evaluation.results.judged import content_hash
 
     place = moved.get(file.sha256, Path(file.file))
     if not place.is_file() or content_hash(place) != file.sha256:
@@ -99,10 +99,10 @@ def _place(file: Any, moved: Mapping[str, Path]) -> Path:
 
 
 def _compare_lengths(args: argparse.Namespace) -> None:
-    from ..evaluation.answers import read_answers
-    from ..evaluation.comparing import shared_prompts
-    from ..evaluation.judged import content_hash
-    from ..evaluation.judges import drawn_prompts
+    from ..evaluation.answers.answers import read_answers
+    from ..evaluation.judging.judges import drawn_prompts
+    from ..evaluation.results.comparing import shared_prompts
+    from ..evaluation.results.judged import content_hash
 
     if args.difficulty:
         raise ValueError("`difficulty` goes with `judgements`, got none.")
@@ -123,8 +123,8 @@ def _compare_lengths(args: argparse.Namespace) -> None:
 
 def _lengths(places: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
     """Measures of length of each file, on some prompts."""
-    from ..evaluation.answers import read_answers
-    from ..evaluation.verbosity import System, compare_verbosity
+    from ..evaluation.answers.answers import read_answers
+    from ..evaluation.results.verbosity import System, compare_verbosity
 
     systems = [
         System.of(name, [answer for answer in read_answers(place) if answer.prompt_id in prompts])
@@ -141,13 +141,13 @@ def _finish(
     configs: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Show and write."""
-    from ..evaluation import comparing
-    from ..evaluation.judged import csv_text
-    from ..evaluation.summary import summary_table
-    from ..evaluation.verbosity import verbosity_table
+    from ..evaluation.results import comparing
+    from ..evaluation.results.judged import csv_text
+    from ..evaluation.results.summary import summary_table
+    from ..evaluation.results.verbosity import verbosity_table
     from ..io.files import write_whole
     from ..io.locks import alone_at
-    from ..results import lines
+    from ..io.records import lines
     from .shown import command_line, say, show
 
     if summaries:

@@ -63,9 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Compute what is not there yet, and say what was found."""
+    from ..data.layouts import PreferenceDataError
     from ..io.locks import alone_in
-    from ..pair_rows import PreferenceDataError
-    from ..ref_logps import RefCacheError
+    from ..reference_cache.store import RefCacheError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
@@ -83,8 +83,8 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
     import transformers
     from accelerate import PartialState
 
-    from .. import results
-    from ..diagnostics import findings, read_scores
+    from ..diagnostics.findings import findings, read_scores
+    from ..io import records as results
     from .diagnose_page import Checkpoint, show
 
     transformers.utils.logging.disable_progress_bar()
@@ -177,10 +177,10 @@ class _Setup:
 
 def _prepare(args: argparse.Namespace) -> _Setup:
     """Everything that can be found fault with, then the reference."""
-    from ..end_tokens import end_token_ids
-    from ..model_loading import ModelError, check_model
-    from ..pair_scores import tokenise
-    from ..ref_key import data_hash
+    from ..data.end_tokens import end_token_ids
+    from ..diagnostics.pair_scores import tokenise
+    from ..models.load import ModelError, check_model
+    from ..reference_cache.key import data_hash
 
     given = [("policy", name) for name in args.policy] + [("reference", args.reference)] * bool(args.reference)
     faults = []
@@ -232,7 +232,7 @@ def _reference(args: argparse.Namespace, policies: list[LazyModel]) -> LazyModel
 
 def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
     """That of the first policy; the others must mean the same by a token's number."""
-    from ..model_checks import faults_of_tokenizer
+    from ..models.checks import faults_of_tokenizer
 
     tokenizer = policies[0].tokenizer()
     faults = faults_of_tokenizer(tokenizer)
@@ -245,7 +245,7 @@ def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
 
 
 def _load(args: argparse.Namespace, tokenizer: Any) -> Any:
-    from ..data import load_preferences
+    from ..data.load import load_preferences
 
     dataset = load_preferences(
         args.data,
@@ -273,9 +273,9 @@ def _load(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> list[int]:
     """Rows whose end tokens end other turns; says where no response ends, for the pressure is on its end."""
-    from ..end_tokens import ResponseEnds, end_token_ids
-    from ..lengths import count_tokens
-    from ..pair_tokens import rows_with_other_ends
+    from ..data.end_tokens import ResponseEnds, end_token_ids
+    from ..data.lengths import count_tokens
+    from ..data.tokenize import rows_with_other_ends
 
     ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
     counts = count_tokens(pairs, args.max_length or None, args.truncation_mode, ends)
@@ -289,7 +289,7 @@ def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> li
 
 
 def _check_tokens(pairs: Any, tokenizer: Any, models: list[LazyModel]) -> None:
-    from ..model_checks import faults_of_reference, faults_of_tokens
+    from ..models.checks import faults_of_reference, faults_of_tokens
 
     sizes = [getattr(model.config(), "vocab_size", None) for model in models]
     faults = faults_of_tokens({"given": pairs}, vocabulary=sizes[0], tokenizer=tokenizer)
@@ -321,9 +321,9 @@ def _quality(args: argparse.Namespace, pairs: Any) -> Any:
 
 def _add_reference(args: argparse.Namespace, setup: _Setup, reference: LazyModel) -> None:
     """The reference's log-probs beside the pairs, from the cache of a training run if one fits."""
-    from ..pair_scores import cached_reference
-    from ..ref_key import RefKey
-    from ..ref_logps import RefCache, cache_root
+    from ..diagnostics.pair_scores import cached_reference
+    from ..reference_cache.key import RefKey
+    from ..reference_cache.store import RefCache, cache_root
     from .progress import progress
 
     def cache(identity: dict[str, Any]) -> RefCache:
@@ -361,7 +361,7 @@ def _add_reference(args: argparse.Namespace, setup: _Setup, reference: LazyModel
 
 def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str) -> tuple[list[Path], str]:
     """The shards of a policy, and the digest of their key."""
-    from ..pair_scores import ScoreKey, common_end_token, score_pairs
+    from ..diagnostics.pair_scores import ScoreKey, common_end_token, score_pairs
     from .progress import progress
 
     key = ScoreKey(
@@ -392,7 +392,7 @@ def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str
 
 
 def _record(args: argparse.Namespace, command: str, policy: str, digest: str, finding: Any) -> Any:
-    from ..results import Record, provenance
+    from ..io.records import Record, provenance
 
     settings = {name: getattr(args, name) for name in ("reference", "data", "split", "beta", "dtype", "bf16", "seed")}
     settings |= {"max_length": args.max_length, "truncation_mode": args.truncation_mode}

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..diagnostics import PLAIN, Finding
-from ..evaluation.intervals import FEW, Estimate
-from ..tables import Table
+from ..diagnostics.findings import PLAIN, Finding
+from ..io.tables import Table
+from ..stats.intervals import FEW, Estimate
 from . import shown
 
 

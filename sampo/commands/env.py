@@ -35,8 +35,8 @@ def main(args: argparse.Namespace) -> None:
 
 def describe_environment() -> dict[str, dict[str, Any]]:
     """Section -> name -> value; values are text, except for counts."""
-    from ..ref_logps import cache_folders, cache_root
-    from ..results import commit
+    from ..io.records import commit
+    from ..reference_cache.store import cache_folders, cache_root
 
     root = cache_root(None)
     devices = _devices()

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.generate import Sampling
+from ..data.columns import read_columns
+from ..evaluation.answers.generate import Sampling
+from ..evaluation.answers.prompts import ON_BAD_ROWS
 from ..evaluation.models import FORMATS
-from ..evaluation.prompt_files import ON_BAD_ROWS
-from ..source_columns import read_columns
 from . import endpoints
 from .pair_options import COLUMNS_HELP
 
@@ -71,8 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Generate and say what was written."""
-    from ..evaluation.generate import generate
-    from ..evaluation.prompt_files import load_prompts
+    from ..evaluation.answers.generate import generate
+    from ..evaluation.answers.prompts import load_prompts
     from .progress import progress
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -109,16 +109,16 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _export(answers: Path, path: Path) -> None:
-    from ..evaluation.answers import read_answers, write_alpaca_eval
+    from ..evaluation.answers.answers import read_answers, write_alpaca_eval
 
     write_alpaca_eval(path, read_answers(answers))
 
 
 def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any], Any, Any]:
     """(prompts that can be asked, backend, endpoint if it is one)."""
-    from ..evaluation import backends
+    from ..evaluation.answers import backends
+    from ..evaluation.answers.prompts import check_prompts
     from ..evaluation.models import Texts, fingerprint, load_causal, load_tokenizer
-    from ..evaluation.prompt_files import check_prompts
 
     kind = args.backend or ("endpoint" if args.url else "transformers")
     if (kind == "endpoint") != bool(args.url):

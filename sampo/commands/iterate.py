@@ -1,7 +1,7 @@
 """`sampo iterate`: Iterative SamPO, several rounds of `sampo train`, each from the model of the round before.
 
 All options of `sampo train` are taken, from the YAML file and the command line, and three more, which may stand in the
-YAML file too. Each round is a launch of its own; see `sampo.iterate`.
+YAML file too. Each round is a launch of its own; see `sampo.training.rounds`.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.locks import FolderInUseError
-from ..iterate import (
+from ..training.rounds import (
     DATA,
     OF_THE_MACHINE,
     REFERENCES,
@@ -122,7 +122,7 @@ def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
     """Delete the caches that a round has made, and with one reference for all rounds only after the last."""
     if plan.reference == "initial" and one.number < plan.rounds:
         return
-    from ..ref_logps import RefCacheError, cache_folders, cache_root, read_manifest, remove_cache
+    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest, remove_cache
 
     made_by = {str(plan.round_folder(number)) for number in range(1, one.number + 1)}
     for path in cache_folders(cache_root(folder)):

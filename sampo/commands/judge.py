@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import human_judge, judges, rule_judges, templates
+from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from ..io.locks import alone_at
 from . import endpoints
 
@@ -91,8 +91,8 @@ def main(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> tuple[list[judges.Pair], tuple[Any, Any]]:
     """The pairs to judge, and the two files that they are from."""
-    from ..evaluation.answers import read_answers
-    from ..evaluation.judged import AnswerFile
+    from ..evaluation.answers.answers import read_answers
+    from ..evaluation.results.judged import AnswerFile
 
     system, baseline = read_answers(args.system), read_answers(args.baseline)
     matching = judges.match(system, baseline)
@@ -126,7 +126,7 @@ def _needs(args: argparse.Namespace, name: str) -> Any:
 
 
 def _endpoint(args: argparse.Namespace) -> Any:
-    from ..evaluation.endpoint_judge import EndpointJudge
+    from ..evaluation.judging.endpoint_judge import EndpointJudge
 
     endpoint = endpoints.build(args, _needs(args, "model"))
     return EndpointJudge(
@@ -141,13 +141,13 @@ def _endpoint(args: argparse.Namespace) -> Any:
 
 
 def _reward(args: argparse.Namespace) -> Any:
-    from ..evaluation.model_judges import RewardJudge
+    from ..evaluation.judging.model_judges import RewardJudge
 
     return RewardJudge(_needs(args, "model"), batch_size=args.batch_size, device=args.device)
 
 
 def _implicit(args: argparse.Namespace) -> Any:
-    from ..evaluation.model_judges import ImplicitJudge
+    from ..evaluation.judging.model_judges import ImplicitJudge
 
     return ImplicitJudge(
         _needs(args, "model"), args.ref_model, beta=args.beta, batch_size=args.batch_size, device=args.device
@@ -170,7 +170,7 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 
 def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files: tuple[Any, Any]) -> int:
-    from ..evaluation import judged
+    from ..evaluation.results import judged
     from .progress import progress
     from .shown import command_line
 
@@ -228,7 +228,7 @@ def _cost(args: argparse.Namespace, judge: Any) -> dict[str, Any]:
 
 
 def _show(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
-    from ..evaluation.summary import summary_table
+    from ..evaluation.results.summary import summary_table
     from .shown import say, show
 
     show(summary_table([found]))

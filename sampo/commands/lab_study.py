@@ -87,7 +87,7 @@ def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> 
 
 def _report(folder: Path) -> None:
     """Tables and figures of all records in the folder."""
-    from .. import results
+    from ..io import records as results
     from ..lab.analysis import Study
     from ..lab.experiment import RECORDS
     from ..lab.study_page import PARTS, verdicts, write_figures

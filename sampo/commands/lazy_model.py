@@ -15,7 +15,7 @@ class LazyModel:
     """
 
     def __init__(self, name: str, args: argparse.Namespace):
-        from ..model_loading import base_of, has_adapter
+        from ..models.load import base_of, has_adapter
 
         self.name, self._args = name, args
         self._model: Any = None
@@ -36,7 +36,7 @@ class LazyModel:
 
     def load(self) -> Any:
         """The model, in evaluation mode."""
-        from ..model_loading import add_adapter, create_model, refuse_weights_not_finite
+        from ..models.load import add_adapter, create_model, refuse_weights_not_finite
 
         if self._model is None:
             model = create_model(self.base, **self._settings)
@@ -51,19 +51,19 @@ class LazyModel:
 
     def file_identity(self) -> dict[str, Any] | None:
         """What its log-probs depend on, without loading it, if its files say that."""
-        from ..ref_key import identity_of_files
+        from ..reference_cache.key import identity_of_files
 
         return None if self.adapter else identity_of_files(self.name, self._settings, self.arithmetic)
 
     def identity(self) -> dict[str, Any]:
         """The same from the loaded model."""
-        from ..ref_key import identity_of_model
+        from ..reference_cache.key import identity_of_model
 
         return identity_of_model(self.load(), self.arithmetic, adapter="default")
 
     def scorer(self) -> Any:
         """What scores tokens with it."""
-        from ..token_scorer import TokenScorer
+        from ..scoring.scorer import TokenScorer
 
         return TokenScorer(self.load(), pair_stream=self._args.pair_stream, bf16=self._args.bf16)
 

@@ -5,8 +5,8 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from ..adapters import BOUNDS, DTYPES, TEXTS
 from ..io.locks import alone_at
+from ..training.merge import BOUNDS, DTYPES, TEXTS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     """Merge and say what was found."""
     import transformers
 
-    from ..adapters import merge
+    from ..training.merge import merge
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)

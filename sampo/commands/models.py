@@ -22,8 +22,8 @@ def load_processor(script_args, training_args, model_args):
     """
     from transformers import AutoProcessor
 
-    from ..model_checks import faults_of_tokenizer
-    from ..model_loading import base_of
+    from ..models.checks import faults_of_tokenizer
+    from ..models.load import base_of
 
     path, revision = model_args.model_name_or_path, model_args.model_revision
     if is_adapter(path) and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
@@ -51,7 +51,7 @@ def check_adapter(model_args) -> None:
     Raises:
         RefusedRun: it does not.
     """
-    from ..model_loading import base_of
+    from ..models.load import base_of
 
     if _holds_adapter(model_args):
         try:
@@ -93,8 +93,8 @@ def load_models(script_args, training_args, model_args) -> dict:
     """The trainer's arguments that say what is trained and what the reference is."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..adapters import load_trainable
-    from ..model_loading import create_model
+    from ..models.load import create_model
+    from ..training.merge import load_trainable
 
     policy, reference = model_args.model_name_or_path, script_args.ref_model_name_or_path
     quantization = get_quantization_config(model_args)

@@ -18,9 +18,9 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
 
+from ..data.columns import read_columns
 from ..io.schemas import WrongFile, named, read_yaml, shown, typed
 from ..old_options import OLD_OPTIONS
-from ..source_columns import read_columns
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 
@@ -328,7 +328,7 @@ def find_faults(options: Any) -> list[str]:
     Args:
         options: An attribute for each option of all the dataclasses together.
     """
-    from ..guards import faults_of_packages
+    from ..training.preflight import faults_of_packages
 
     evaluates = str(options.eval_strategy) not in ("no", "False", "IntervalStrategy.NO")
     mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]

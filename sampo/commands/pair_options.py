@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from ..source_columns import read_columns
-from ..treatment import REPEATED_PROMPT
+from ..data.columns import read_columns
+from ..data.treatment import REPEATED_PROMPT
 
 COLUMNS_HELP = (
     "names in the source of prompt, chosen, rejected, system and input, as prompt=question; system= leaves the system "

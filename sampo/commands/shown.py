@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..tables import Table
+    from ..io.tables import Table
 
 SECRET = ("proxy",)  # its URL may hold a password
 
@@ -26,7 +26,7 @@ def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
 
 def show(*tables: "Table") -> None:
     """Print tables in the width that there is."""
-    from ..tables import screen_width
+    from ..io.tables import screen_width
 
     for table in tables:
         print("\n" + table.text(screen_width()), flush=True)
@@ -34,7 +34,7 @@ def show(*tables: "Table") -> None:
 
 def say(*sentences: str) -> None:
     """Print sentences, each a line of its own; a terminal wraps it, a file keeps it whole."""
-    from ..tables import clean_lines
+    from ..io.tables import clean_lines
 
     for sentence in sentences:
         print("\n".join(clean_lines(sentence)), flush=True)

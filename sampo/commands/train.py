@@ -4,7 +4,7 @@ In the shape of TRL's `dpo.py`, with the same options and three differences:
 
 1. An option that nobody knows is an error with the nearest name. TRL's script drops it.
 2. All that is wrong with the options is said at once; then the data is checked; only then a model is loaded.
-3. `dataset_name` may also be a file, and the data may be raw transcripts (see `sampo.data`).
+3. `dataset_name` may also be a file, and the data may be raw transcripts (see `sampo.data.load`).
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import plugins
-from ..checkpoints import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
+from ..checkpointing.files import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
+from ..data.columns import pairs_of_stream, read_columns
+from ..data.layouts import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
-from ..model_loading import ModelError, check_model, code_refused
-from ..pair_rows import PreferenceDataError
-from ..source_columns import pairs_of_stream, read_columns
+from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .options import RecipeParser, find_faults, make_parser, read_shard
 
@@ -180,7 +180,7 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
         RefusedRun: no data to evaluate on, or messages without a chat template.
     """
     evaluates = training_args.eval_strategy != "no"
-    from ..data import shard_by_prompt
+    from ..data.load import shard_by_prompt
 
     if script_args.dataset_streaming or dataset_args.streaming:
         data = _open_streams(script_args, dataset_args, evaluates)
@@ -206,7 +206,7 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
 def _load_rows(script_args, training_args, dataset_args, processor, evaluates: bool) -> dict:
     from trl import get_dataset
 
-    from ..data import load_preference_splits
+    from ..data.load import load_preference_splits
 
     mixture = bool(dataset_args.datasets)
     test_split = "test" if mixture else script_args.dataset_test_split
@@ -237,7 +237,7 @@ def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
     from datasets import load_dataset
     from trl import get_dataset
 
-    from ..data import check_preferences
+    from ..data.load import check_preferences
 
     if dataset_args.datasets:
         splits, names = get_dataset(dataset_args), {"train": "train", "test": "test"}
@@ -281,7 +281,7 @@ def start(argv: list[str] | None = None) -> int:
 
 def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] | None) -> int:
     """Parse the options and do the work; what is refused is said in one line."""
-    from ..ref_logps import RefCacheError
+    from ..reference_cache.store import RefCacheError
 
     end_with_launcher()
     # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
@@ -290,7 +290,7 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
-    from ..resuming import Preempted, ResumeRefusedError
+    from ..checkpointing.resume import Preempted, ResumeRefusedError
 
     try:
         work(*parsed)

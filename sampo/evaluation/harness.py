@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..results import Record, provenance
-from .intervals import Estimate, bootstrap, rate_interval, undefined
+from ..io.records import Record, provenance
+from ..stats.intervals import Estimate, bootstrap, rate_interval, undefined
 
 RESAMPLES = 2000  # of the interval of a rate over instructions, several to a prompt
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat import ChatTemplate, NotRendered
-from ..model_checks import faults_of_place
-from ..model_loading import (
+from ..data.chat import ChatTemplate, NotRendered
+from ..data.layouts import has_other_content, phrase
+from ..models.checks import faults_of_place
+from ..models.load import (
     ModelError,
     add_adapter,
     base_of,
@@ -21,8 +22,7 @@ from ..model_loading import (
     opening,
     refuse_weights_not_finite,
 )
-from ..pair_rows import has_other_content, phrase
-from .answers import Prompt, prompt_text
+from .answers.answers import Prompt, prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..results import Record
+from ..io.records import Record
 from .settings import SFT, Settings
 from .study import GRID
 

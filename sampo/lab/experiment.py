@@ -26,7 +26,7 @@ import torch
 from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from .. import results
+from ..io import records as results
 from . import model as lm
 from .methods import SLOPE
 from .pressure import logistic_slope, mean_pressures

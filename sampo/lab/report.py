@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..io.files import replacing
-from ..results import Record
-from ..tables import Table
+from ..io.records import Record
+from ..io.tables import Table
 from .methods import METHODS
 from .settings import GROUPS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
 

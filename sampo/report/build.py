@@ -6,14 +6,7 @@ from pathlib import Path
 from .collect import Found, Problem, collect, plain
 from .evaluation_sections import answer_section, win_rate_section
 from .page import Section, render
-from .sections import (
-    benchmark_section,
-    data_section,
-    diagnosis_section,
-    lab_section,
-    other_section,
-    training_section,
-)
+from .sections import benchmark_section, data_section, diagnosis_section, lab_section, other_section, training_section
 
 SECTIONS = (
     *(data_section, training_section, diagnosis_section, win_rate_section, answer_section, lab_section),

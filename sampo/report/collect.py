@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .. import results
-from ..checkpoints import MANIFEST, RunRecord, TrainerState, read_manifest
-from ..evaluation import judged
-from ..evaluation.answers import ANSWER_NAMES, PROMPT_NAMES, Answer, read_answers
+from ..checkpointing.files import MANIFEST, RunRecord, TrainerState, read_manifest
+from ..evaluation.answers.answers import ANSWER_NAMES, PROMPT_NAMES, Answer, read_answers
+from ..evaluation.results import judged
+from ..io import records as results
+from ..io.records import Record
 from ..io.schemas import parse_json, typed
-from ..results import Record
 
 MAX_FILES = 20_000  # looked at in all
 MAX_DEPTH = 8  # folders below the first

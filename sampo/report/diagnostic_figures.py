@@ -1,7 +1,7 @@
 """Figures of `sampo diagnose`: each function draws into matplotlib Axes, given or new, and returns them.
 
-They take what `sampo.diagnostics.findings` returns. Checkpoints are told apart by colour, sides and groups by the
-shape of the marker; every line is a 95 % interval.
+They take what `sampo.diagnostics.findings.findings` returns. Checkpoints are told apart by colour, sides and groups by
+the shape of the marker; every line is a 95 % interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..diagnostics import PLAIN, SIDES, Finding, PairScores
+from ..diagnostics.findings import PLAIN, SIDES, Finding, PairScores
 from .figures import legend_above
 
 if TYPE_CHECKING:

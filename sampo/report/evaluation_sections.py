@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.answers import prompt_text
-from ..evaluation.judges import drawn_prompts
-from ..evaluation.verbosity import System, Verbosity, compare_verbosity
+from ..evaluation.answers.answers import prompt_text
+from ..evaluation.judging.judges import drawn_prompts
+from ..evaluation.results.verbosity import System, Verbosity, compare_verbosity
 from . import evaluation_figures
 from .collect import AnswerSet, Compared, Found, JudgedRun, plain
 from .page import Heading, Listing, Origin, Sample, Section, Shown, Table, Text, origins_of, shorten

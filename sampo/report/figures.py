@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..audit.bias import PER, preference_slope
-from ..evaluation.intervals import wilson
+from ..stats.intervals import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from .. import results
-from ..results import Record
+from ..io import records as results
+from ..io.records import Record
 from .collect import BROKEN, Found, Problem, plain, reason
 from .svg import SIZE, inline_svg
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..audit.report import CUT_COUNTS, GROUP_COLUMNS, MEASURES, PART_KEYS, interval_shown, overall_rows, shown
-from ..diagnostics import PLAIN, Finding, read_scores
-from ..evaluation.intervals import Estimate
+from ..data.layouts import Fault
+from ..diagnostics.findings import PLAIN, Finding, read_scores
+from ..io.records import Record
 from ..lab import report as lab
 from ..lab.settings import SFT, Settings
-from ..pair_rows import Fault
-from ..results import Record
+from ..stats.intervals import Estimate
 from . import diagnostic_figures, figures, training_figures
 from .collect import Audited, Found, RecordFile, TrainingRun
 from .page import Heading, Listing, Origin, Section, Table, Text, origins_of, shorten

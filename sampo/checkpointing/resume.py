@@ -1,0 +1,441 @@
+"""A trainer that can be interrupted at any moment and goes on as if it had not been.
+
+[`ResumableTrainer`] stands between transformers' `Trainer` and ours. What it relies on in transformers 5.23, pinned by
+tests/test_resume.py:
+
+1. `_save_checkpoint` asks `_get_output_dir` where to write, and writes nothing of the checkpoint elsewhere.
+2. `_run_epoch` is called for each epoch, first with the counters of the log just set to zero; `_tr_loss`,
+   `_total_loss_scalar` and `_globalstep_last_logged` are those counters.
+3. `_push_from_checkpoint(folder)` is the last thing that happens to a checkpoint but for the removal of older ones.
+4. The loader of an epoch that is gone on with is accelerate's `skip_first_batches`, whose `remainder` stays at −1.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from ..data.lengths import LengthSums
+from ..io.files import write_whole
+from ..io.locks import FolderInUseError, alone_in
+from ..io.schemas import WrongFile, read_json
+from ..logs import get_logger, silenced
+from ..models.load import not_finite
+from . import files as checkpoints
+from .fingerprint import changes, identity
+
+logger = get_logger(__name__)
+
+LOG_WINDOW = "log_window.json"
+ONE_KEY_PRESS = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
+
+
+@dataclass(frozen=True)
+class LogWindow:
+    """What was measured since the last line of the log.
+
+    Attributes:
+        last_logged_step: the step of that line.
+        loss_sums: of each process.
+        metrics: values of each metric of TRL's.
+        num_tokens: trained on so far.
+        length_sums: columns of `LengthSums`.
+    """
+
+    last_logged_step: int
+    loss_sums: list[float]
+    metrics: dict[str, list[float]]
+    num_tokens: int
+    length_sums: dict[str, float]
+
+    def __post_init__(self):
+        if not self.loss_sums:
+            raise ValueError("`loss_sums` must hold a number for each process, got none")
+
+
+class WeightsNotFiniteError(FloatingPointError):
+    """The weights have become NaN or infinite, and were not saved."""
+
+
+class ResumeRefusedError(ValueError):
+    """The run cannot go on from this checkpoint; the text says why."""
+
+
+class Preempted(SystemExit):
+    """SIGTERM or Ctrl-C came, and a checkpoint was saved.
+
+    A process in which nobody catches this ends with status 143 or 130: 128 + the number of the signal, as shells
+    report a process that the signal has ended.
+    """
+
+    def __init__(self, checkpoint: Path, received: int = signal.SIGTERM):
+        self.status = 128 + received
+        self.checkpoint = checkpoint
+        super().__init__(self.status)
+
+
+class SaveOnSignal(TrainerCallback):
+    """After SIGTERM or Ctrl-C: save at the end of the step and stop, all processes together.
+
+    A second Ctrl-C stops at once. transformers' own `enable_jit_checkpoint` saves before the optimiser step, each
+    process when *it* got the signal, and lets the run end as if it were finished.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the number of the signal
+        self._first = 0.0  # when it came
+        self.stopped = False
+
+    @contextlib.contextmanager
+    def listening(self, *, active: bool) -> Iterator[None]:
+        """Handle the signals inside. Only a main thread can; the others are told by their peers."""
+        self.received, self.stopped = 0, False
+        self._active = active
+        if not active or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if number == self.received == signal.SIGINT and now - self._first > ONE_KEY_PRESS:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self._first = number, now
+
+    def _asked_for(self, args: Any) -> bool:
+        """Whether any process got a signal; all then know which."""
+        if self._active and torch.distributed.is_initialized():
+            flag = torch.tensor(int(self.received), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(flag.item())
+        return bool(self.received)
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102, transformers' own interface
+        if self._asked_for(args):
+            name = "Ctrl-C" if self.received == signal.SIGINT else "SIGTERM"
+            now = " Ctrl-C once more stops at once." if self.received == signal.SIGINT else ""
+            logger.info(f"{name}: saving checkpoint-{state.global_step}, then leaving.{now}")
+            control.should_save = control.should_training_stop = self.stopped = True
+            control.should_evaluate = False  # there may be seconds left
+
+    def on_save(self, args, state, control, **kwargs):  # noqa: D102
+        if not self.stopped and self._asked_for(args):  # the signal came during the save
+            control.should_training_stop = self.stopped = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # noqa: D102
+        if self.stopped:
+            control.should_save = control.should_evaluate = control.should_log = False
+
+
+@contextlib.contextmanager
+def _code_refused(checkpoint: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as error:  # torch's own advice is to let the code run
+        raise ResumeRefusedError(
+            f"The files of a checkpoint must hold tensors and plain values, got one in {checkpoint} that would run "
+            "code when it is loaded. Nothing was run. Somebody has changed it: use another checkpoint."
+        ) from error
+
+
+def fault_of_values(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from the weights of a checkpoint, in words that follow "because"."""
+    from safetensors import safe_open
+
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if bad := not_finite((name, file.get_tensor(name)) for name in file.keys()):  # noqa: SIM118, no mapping
+                return f"{bad[0]} in {path.name} holds NaN or infinity"
+    return None
+
+
+class ResumableTrainer(Trainer):
+    """Whole checkpoints, an exact resume, a checkpoint at SIGTERM and Ctrl-C. For trainers that log as TRL's do."""
+
+    args: Any
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+    _length_sums: dict[str, LengthSums]
+
+    _staging = False
+    _log_window: "LogWindow | None" = None
+    _stop: SaveOnSignal
+    _identity: dict[str, Any]
+
+    def make_resumable(self) -> None:
+        """To be called at the end of the constructor, while the model has its first weights."""
+        if self.args.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` must be off, got true: this trainer saves at SIGTERM by itself, at the end "
+                "of the step and on all processes. Remove the option."
+            )
+        self._stop = SaveOnSignal()
+        self.add_callback(self._stop)
+        self._identity = identity(self) if self.is_world_process_zero() else {}
+
+    # --- going on ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest, **kwargs):
+        """As in transformers, from a checkpoint that is whole.
+
+        Args:
+            resume_from_checkpoint: `True` goes on from the last whole checkpoint in `output_dir`, `"auto"` too but
+                begins if there is none, and a path from that one alone.
+            *rest: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            ResumeRefusedError: no whole checkpoint, or one of another run; what has changed is named.
+            CheckpointNotSavedError: a checkpoint could not be written.
+            FolderInUseError: another process trains into `output_dir`.
+            Preempted: SIGTERM or Ctrl-C came, and a checkpoint was saved.
+            WeightsNotFiniteError: the weights have become NaN or infinite; the checkpoints before are untouched.
+        """
+        with self._alone_in_output_dir():
+            return self._train_alone(resume_from_checkpoint, *rest, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *rest, **kwargs):
+        checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        self._log_window = None
+        if checkpoint is not None:
+            try:
+                self._log_window = read_json(checkpoint / LOG_WINDOW, LogWindow, complete=True)
+            except (OSError, WrongFile) as error:
+                raise ResumeRefusedError(f"{error} Use another checkpoint.") from None
+        own_words = silenced("transformers.trainer_utils", "Warning: The following arguments do not match")
+        with self._stop.listening(active=self.args.save_strategy != "no"), _code_refused(checkpoint), own_words:
+            result = super().train(str(checkpoint) if checkpoint else None, *rest, **kwargs)
+        if self._stop.stopped:
+            self.accelerator.wait_for_everyone()
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            raise Preempted(checkpoint, self._stop.received)
+        return result
+
+    @contextlib.contextmanager
+    def _alone_in_output_dir(self) -> Iterator[None]:
+        """A run that saves has the folder for itself. The first process takes the lock, the others are told."""
+        if self.args.save_strategy == "no":
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            told: list[Any] = [None]
+            if self.is_world_process_zero():
+                try:
+                    stack.enter_context(alone_in(Path(str(self.args.output_dir))))
+                except FolderInUseError as error:
+                    told[0] = str(error)
+            if self.args.world_size > 1:
+                broadcast_object_list(told)
+            if told[0] is not None:
+                raise FolderInUseError(told[0])
+            yield
+
+    def _choose_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        """The first process looks and decides, the others are told: they must not go on from different steps."""
+        if not wanted:
+            return None
+        told: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                told[0] = self._find_checkpoint(wanted)
+            except ResumeRefusedError as error:
+                told[1] = str(error)
+        if self.args.world_size > 1:
+            broadcast_object_list(told)
+        if told[1] is not None:
+            raise ResumeRefusedError(told[1])
+        return told[0]
+
+    def _find_checkpoint(self, wanted: str | Literal[True]) -> Path | None:
+        folder = Path(str(self.args.output_dir))
+        if wanted is True or wanted == "auto":
+            checkpoints.finish_interrupted(folder)
+            found = checkpoints.find_whole_checkpoint(folder, fault_of_values)
+            checkpoints.clear_staging(folder)
+            for path, reason in found.skipped.items():
+                logger.warning(f"{path.name} is skipped: {reason}.")
+            if found.path is None and wanted is True:
+                raise ResumeRefusedError(
+                    f"`resume_from_checkpoint: true` needs a whole checkpoint in `output_dir`, got none in {folder}."
+                    f"{found.skipped_in_words()} To begin in that case, use `resume_from_checkpoint: auto`."
+                )
+            if found.path is None:
+                logger.info(f"No checkpoint to go on from in {folder}: the run begins.")
+                return None
+            checkpoint = found.path
+        else:
+            checkpoint = Path(wanted)
+            fault = checkpoints.fault_of(checkpoint) or fault_of_values(checkpoint)
+            if fault is not None:
+                raise ResumeRefusedError(
+                    f"`resume_from_checkpoint` must be a whole checkpoint, got {wanted}, and {fault}. With `true` the "
+                    "last whole one in `output_dir` is found."
+                )
+        self._refuse_other_run(checkpoint)
+        return checkpoint
+
+    def _refuse_other_run(self, checkpoint: Path) -> None:
+        before = checkpoints.read_manifest(checkpoint).run
+        if self.args.sync_ref_model:
+            raise ResumeRefusedError(
+                "A run with `sync_ref_model` cannot be resumed, got one to resume: its reference has moved, and "
+                "checkpoints hold the policy alone. Begin anew, or unset the option in a new run."
+            )
+        changed = changes(before.must, self._identity["must"])
+        if changed:
+            raise ResumeRefusedError(
+                f"A resumed run must be the run that wrote {checkpoint}, got one that differs: {'; '.join(changed)}. "
+                "Set this back, or begin anew in another `output_dir`."
+            )
+        rounding = changes(before.rounding, self._identity["rounding"])
+        if rounding:
+            logger.warning(f"The resumed run equals an uninterrupted one but for rounding: {'; '.join(rounding)}.")
+        length = {"`max_steps`": self.args.max_steps, "`num_train_epochs`": self.args.num_train_epochs}
+        lengthened = changes(before.length, length)
+        if lengthened and not self.args.lr_scheduler_type.value.startswith("constant"):
+            logger.warning(
+                f"{'; '.join(lengthened)}: from here on the learning rate follows the schedule of the new length, "
+                "which is neither that of the old run nor that of a new one."
+            )
+        logger.info(f"Going on from {checkpoint}.")
+
+    def recall_remainder(self) -> None:
+        """Tell `gather_for_metrics` how many rows of the epoch's last batch are not repeated ones, after a resume too.
+
+        To be called in a step of the training.
+        """
+        loader = self.accelerator.gradient_state.active_dataloader
+        known = loader is None or loader.remainder >= 0 or self.args.dataloader_drop_last
+        if not known and has_length(loader.dataset):
+            loader.remainder = len(loader.dataset) % (self.args.train_batch_size * self.accelerator.num_processes)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self._log_window is not None:
+            self._restore_log_window(self._log_window)
+            self._log_window = None
+        if self.state.global_step >= self.state.max_steps:  # transformers would train one more step
+            logger.info(f"Nothing is left to train: the checkpoint is at step {self.state.global_step}, the last one.")
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, checkpoints.STAGING) if self._staging else folder
+
+    def refuse_weights_not_finite(self, name: str) -> None:
+        """Stop on all processes if a trained weight is NaN or infinite: nothing good is replaced by it.
+
+        Args:
+            name: of what would have been saved.
+
+        Raises:
+            WeightsNotFiniteError: with the names of such weights.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        bad = not_finite((each, weight) for each, weight in model.named_parameters() if weight.requires_grad)
+        if self.args.world_size > 1:  # each has a part of the weights, or all
+            bad = sorted(set(gather_object(bad)))
+        if not bad:
+            return
+        kept = [path.name for path in checkpoints.numbered_checkpoints(str(self.args.output_dir))]
+        last = f"The last checkpoint is {kept[-1]}: `resume: auto` goes on from it" if kept else "Begin anew"
+        raise WeightsNotFiniteError(
+            f"The weights must be finite, got NaN or infinity in {len(bad)} of them after step "
+            f"{self.state.global_step}, first in {bad[0]}: the training has diverged, and {name} is not saved. "
+            f"{last}, with a lower `learning_rate` or `max_grad_norm`, or with bf16 or fp32 in place of fp16."
+        )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.refuse_weights_not_finite(f"checkpoint-{self.state.global_step}")
+        target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        staged = target.parent / checkpoints.STAGING / target.name
+        with checkpoints.told_in_one_error(target):
+            if self.args.should_save:
+                checkpoints.clear_staging(target.parent)
+            self.accelerator.wait_for_everyone()
+            self._staging = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = False
+            self._note_best_checkpoint(target, staged)
+            self._save_log_window(staged)
+            self.accelerator.wait_for_everyone()
+            self._publish(staged, target)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(target))
+
+    def _publish(self, staged: Path, target: Path) -> None:
+        """The first process gives the checkpoint its name; on machines with a disk of their own, one process each."""
+        length = {"`max_steps`": self.args.max_steps, "`num_train_epochs`": self.args.num_train_epochs}
+        run = checkpoints.RunRecord(**self._identity, length=length)
+        first = self.is_world_process_zero()
+        for its_turn in (first, self.args.local_process_index == 0 and not first):
+            if its_turn and staged.is_dir():
+                checkpoints.write_manifest(staged, run, resumable=not self.args.save_only_model)
+                checkpoints.publish(staged, target)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.remove_older(target, self.args.save_total_limit, self.state.best_model_checkpoint)
+            checkpoints.clear_staging(target.parent)
+
+    def _note_best_checkpoint(self, target: Path, staged: Path) -> None:
+        """For the best checkpoint transformers looks beside the new one, which is elsewhere while it is written."""
+        if not self.state.best_global_step:
+            return
+        best = target.parent / f"checkpoint-{self.state.best_global_step}"
+        if best == target or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # else when it has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    # --- the log -------------------------------------------------------------------------------------------------
+
+    def _save_log_window(self, folder: Path) -> None:
+        losses = gather_object([self._tr_loss.item()])
+        if self.args.should_save:
+            window = LogWindow(
+                last_logged_step=self._globalstep_last_logged,
+                loss_sums=losses,
+                metrics=dict(self._metrics["train"]),
+                num_tokens=self._total_train_tokens,
+                length_sums=self._length_sums["train"].columns,
+            )
+            write_whole(folder / LOG_WINDOW, json.dumps(asdict(window)))
+
+    def _restore_log_window(self, window: "LogWindow") -> None:
+        sums, mine = window.loss_sums, self.args.process_index
+        same = len(sums) == self.args.world_size
+        self._tr_loss += sums[mine] if same else sum(sums) / len(sums)
+        self._total_loss_scalar -= sum(sums) / len(sums)  # the last line of the log is about this launch alone
+        self._globalstep_last_logged = window.last_logged_step
+        for name, values in window.metrics.items():
+            self._metrics["train"][name] = list(values)
+        self._total_train_tokens = window.num_tokens
+        self._length_sums["train"] = LengthSums(window.length_sums)

@@ -1,0 +1,179 @@
+"""What is done to a pair on request: repeated prompts and role tags are cut, messages are made of text."""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .layouts import PAIR_COLUMNS, READERS, Faults, Pair, PreferenceDataError
+from .repeated_prompts import (
+    PROMPT_ROLES,
+    Response,
+    cut_texts,
+    is_rendered,
+    repeated_messages,
+    split_response,
+    without_end_tags,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+REPEATED_PROMPT = ("error", "cut")
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to a pair after it is read.
+
+    Attributes:
+        repeated_prompt: `error`, or `cut` a prompt that the responses repeat, and role tags in front of them.
+        text_as_messages: make a user's and an assistant's message of text.
+    """
+
+    repeated_prompt: str = "error"
+    text_as_messages: bool = False
+
+    def __post_init__(self) -> None:
+        if self.repeated_prompt not in REPEATED_PROMPT:
+            raise ValueError(
+                f"`repeated_prompt` must be one of {list(REPEATED_PROMPT)}, got {self.repeated_prompt!r}."
+            )
+
+    def check_layout(self, layout: str) -> None:
+        """Refuse to make messages of text whose prompt is what two texts happen to share, letter by letter.
+
+        Raises:
+            PreferenceDataError: such a layout.
+        """
+        if self.text_as_messages and layout == "shared_text":
+            raise PreferenceDataError(
+                "`text_as_messages` needs a column `prompt`, got `chosen` and `rejected` alone: what they share can "
+                "end inside a word of the answer. Name the column of the prompts with `columns`, or add one."
+            )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether repeated prompts are cut."""
+        return self.repeated_prompt == "cut"
+
+    def take(self, pair: Pair, faults: Faults, *, plain_repeats: bool = False) -> tuple[Pair, Faults]:
+        """The pair as it is to be used, or its faults.
+
+        Args:
+            pair: as a reader returns it.
+            faults: likewise.
+            plain_repeats: whether the data set repeats prompts in plain text (`are_many`); tags are looked for anyway.
+        """
+        if self.cuts and (again := [column for kind, column in faults if kind == "repeated_prompt"]):
+            pair, faults = _cut_messages(pair, again)
+        if not faults:
+            pair, faults = self._without_head(pair, plain_repeats)
+        if not faults and self.text_as_messages and isinstance(pair[0], str):
+            return _as_messages(pair)
+        return pair, faults
+
+    def _without_head(self, pair: Pair, plain_repeats: bool) -> tuple[Pair, Faults]:
+        heads = find_heads(pair)
+        found = {column: head for column, head in heads.items() if head is not None and head.tagged}
+        if not found and plain_repeats:
+            found = {column: head for column, head in heads.items() if head is not None} if all(heads.values()) else {}
+        if not found:
+            return pair, []
+        faults = [("repeated_prompt" if head.repeats else "role_tags", column) for column, head in found.items()]
+        return _cut_heads(pair, found, faults) if self.cuts else (pair, faults)
+
+
+def find_heads(pair: Pair) -> dict[str, Response | None]:
+    """For each response what stands in front of its answer, if that is the prompt again or a role tag."""
+    prompt, *sides = pair
+    if not isinstance(prompt, str):  # the last message before the answer
+        prompt = next((m["content"] for m in reversed(prompt) if m["role"] in PROMPT_ROLES), None)
+        sides = [side[0].get("content") if side[0]["role"] == "assistant" else None for side in sides]
+    return {
+        column: split_response(prompt, side) if isinstance(prompt, str) and isinstance(side, str) else None
+        for column, side in zip(("chosen", "rejected"), sides, strict=True)
+    }
+
+
+def repeats_in_plain_text(pair: Pair) -> int:
+    """Bytes, blanks aside, of the prompt that both responses begin with, without tags of a template; 0 for others.
+
+    Bytes and not letters, since a question takes fewer letters in Chinese.
+    """
+    heads = find_heads(pair).values()
+    if not all(head is not None and head.repeats and not head.tagged for head in heads):
+        return 0
+    return min(len("".join(head.head.split()).encode()) for head in heads if head is not None)
+
+
+def _cut_messages(pair: Pair, columns: list[str]) -> tuple[Pair, Faults]:
+    prompt, *sides = pair
+    sides = [
+        side[repeated_messages(prompt, side) :] if column in columns else side
+        for column, side in zip(("chosen", "rejected"), sides, strict=True)
+    ]
+    return READERS["messages"](prompt, *sides)
+
+
+def _cut_heads(pair: Pair, found: dict[str, Response], faults: Faults) -> tuple[Pair, Faults]:
+    prompt, *sides = pair
+    columns = dict(zip(("chosen", "rejected"), sides, strict=True))
+    if isinstance(prompt, str):
+        heads = [found.get(column, Response("", text, False, False)) for column, text in columns.items()]
+        cut = cut_texts(prompt, *heads)
+        return READERS["text"](*cut) if cut is not None else (pair, faults)
+    for column, head in found.items():
+        first, *others = columns[column]
+        columns[column] = [{**first, "content": without_end_tags(head.answer).strip()}, *others]
+    return READERS["messages"](prompt, columns["chosen"], columns["rejected"])
+
+
+def _as_messages(pair: Pair) -> tuple[Pair, Faults]:
+    """One message of the user and one of the assistant: text without the blanks at its ends."""
+    tagged: Faults = [
+        ("rendered_text", column) for column, text in zip(PAIR_COLUMNS, pair, strict=True) if is_rendered(text)
+    ]
+    roles = ("user", "assistant", "assistant")
+    made = [[{"role": role, "content": text.strip()}] for role, text in zip(roles, pair, strict=True)]
+    return (pair, tagged) if tagged else READERS["messages"](*made)
+
+
+def treated(dataset: "Dataset", treatment: Treatment, plain_repeats: bool, label: str) -> "Dataset":
+    """The good rows as `Treatment.take` makes them; the data set itself where nothing is asked for."""
+    if treatment == Treatment():
+        return dataset
+    before, as_text = dataset, isinstance(dataset[0]["prompt"], str)
+    features = dict(dataset.features)
+    if as_text and treatment.text_as_messages:
+        from datasets import List, Value
+
+        features |= dict.fromkeys(PAIR_COLUMNS, List({"role": Value("string"), "content": Value("string")}))
+    dataset = dataset.with_format(None).map(
+        _treat_batch,
+        batched=True,
+        fn_kwargs={"treatment": treatment, "plain_repeats": plain_repeats},
+        features=type(dataset.features)(features),
+        desc="Cutting repeated prompts and role tags, making messages",
+    )
+    if treatment.cuts:
+        sides = zip(before["chosen"], dataset["chosen"], strict=True)
+        cut = sum(
+            (old.strip() != new[0]["content"]) if type(old) is not type(new) else old != new for old, new in sides
+        )
+        logger.info("%s: repeated prompts or role tags cut in %s of %s pairs", label, f"{cut:,}", f"{len(dataset):,}")
+    if treatment.text_as_messages:
+        what = "made into one user and one assistant message each" if as_text else "messages already"
+        logger.info("%s: %s pairs %s (`text_as_messages`)", label, f"{len(dataset):,}", what)
+    return dataset
+
+
+def _treat_batch(batch: dict[str, list], treatment: Treatment, plain_repeats: bool) -> dict[str, list]:
+    reader = READERS["text" if isinstance(batch["prompt"][0], str) else "messages"]
+    pairs = []
+    for row in zip(*(batch[column] for column in PAIR_COLUMNS), strict=True):
+        pair, faults = treatment.take(*reader(*row), plain_repeats=plain_repeats)
+        assert not faults, faults  # bad rows are out
+        pairs.append(pair)
+    return dict(zip(PAIR_COLUMNS, map(list, zip(*pairs, strict=True)), strict=True))

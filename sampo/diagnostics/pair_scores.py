@@ -1,0 +1,359 @@
+"""What a policy, and a reference, say of each preference pair: forward passes alone, and what is kept of them on disk.
+
+One forward pass gives two numbers for each completion token: log π of the token that is there, and log π of the end
+token in its place. With the reference's log-probs (`sampo.reference_cache`, computed once for all policies) they
+give every weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, and a manifest names what
+each must hold: a run that is killed goes on with the shards that it does not name, and a shard whose bytes are others
+is refused, never read. What is made of them is in `sampo.diagnostics.findings`.
+
+The pairs are tokenised and cut as in training, by TRL itself: `DPOTrainer._prepare_dataset` asks its `self` for
+`_tokenizer` alone, and `DataCollatorForPreference` does the rest (pinned by tests/test_diagnostics.py).
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from ..data.chat import with_strings_for_template
+from ..data.tokenize import prepare
+from ..io.files import Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
+from ..io.schemas import WrongFile, named, parse_json, typed
+from ..reference_cache.key import ID_COLUMNS
+from ..reference_cache.store import BATCH, CHOSEN, REJECTED, RefCache, RefCacheError, RefCollator
+from ..scoring.scorer import TokenScorer
+from ..weighting import (
+    EVAL_EPOCH,
+    WEIGHTINGS,
+    draw_keys,
+    fingerprints,
+    last_end_tokens,
+    length_pressure,
+    sequence_logps,
+    token_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ROWS_PER_SHARD = 512  # what a killed run loses at most
+Progress = Callable[[int, int], None]
+
+
+class Method(NamedTuple):
+    """A weighting with its options."""
+
+    weighting: str
+    sampled_sides: str = "both"
+    keep_end_token: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in `sampo+rejected+end`: what differs from the default, in the order of the fields."""
+        return self.weighting + "+rejected" * (self.sampled_sides == "rejected") + "+end" * self.keep_end_token
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for name, weighting in WEIGHTINGS.items()
+    for sides in ("both", "rejected")[: 1 + weighting.thins]
+    for keeps in (False, True)[: 1 + weighting.can_keep_end]
+    for method in [Method(name, sides, keeps)]
+}
+
+
+def tokenise(dataset: Dataset, tokenizer, *, max_length: int | None, truncation_mode: str = "keep_start") -> Dataset:
+    """The pairs as the trainer sees them.
+
+    Args:
+        dataset: with `prompt`, `chosen` and `rejected`; other columns stay.
+        tokenizer: the policy's.
+        max_length: tokens of prompt and response together, or None. A pair whose prompt alone fills it is left out.
+        truncation_mode: which end is cut.
+
+    Returns:
+        The data set with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Raises:
+        ValueError: a pair has a response of no tokens.
+    """
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
+    args: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode=truncation_mode)
+    dataset = with_strings_for_template(dataset, tokenizer, "diagnosed data")
+    trl_prepares = partial(DPOTrainer._prepare_dataset, trainer, dataset, tokenizer, args, "diagnosed")
+    prepared, note = prepare(trl_prepares, tokenizer)
+    if note is not None:
+        logger.warning("%s", note)
+    sides = prepared.select_columns(["chosen_ids", "rejected_ids"])
+    empty = [row for row, ids in enumerate(sides) if not all(ids.values())]
+    if empty:
+        raise ValueError(
+            f"Each response must have at least one token, got {len(empty)} pairs without, first at rows {empty[:10]}. "
+            "Remove them."
+        )
+    return prepared
+
+
+def common_end_token(dataset: Dataset, end_ids: Sequence[int]) -> int:
+    """The token that ends most responses; EOS, the first of `end_ids`, where none ends one.
+
+    The pressure is that on one token's logit. Where several end responses (of other templates, say), it is this one's.
+    """
+    counts: Counter[int] = Counter()
+    wanted = set(end_ids)
+    for batch in dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format(None).iter(batch_size=1000):
+        for ids in (*batch["chosen_ids"], *batch["rejected_ids"]):
+            counts.update([next((token for token in reversed(ids) if token in wanted), -1)])
+    del counts[-1]
+    return max(counts, key=counts.__getitem__) if counts else end_ids[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreKey:
+    """What the rows of one policy depend on.
+
+    Attributes:
+        policy: fields of the key that a model fills (`sampo.reference_cache.key.identity_of_model`).
+        reference: digest of the reference's cache; None without a reference.
+        data: hash of the token ids.
+        max_length: tokens of prompt and response together, or None.
+        truncation_mode: which end is cut.
+        end_ids: tokens that end a response.
+        end_id: the one whose logit is shifted.
+        seed: of the subsets.
+        gamma: factor of `decay`.
+        other_ends: fingerprints of rows whose end tokens all end other turns (`pair_tokens.rows_with_other_ends`).
+        schema: version of this list and of the columns.
+    """
+
+    policy: dict[str, str]
+    reference: str | None
+    data: str
+    max_length: int | None
+    truncation_mode: str
+    end_ids: list[int]
+    end_id: int
+    seed: int
+    gamma: float
+    other_ends: list[int] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    @property
+    def digest(self) -> str:
+        """24 hex digits over all fields."""
+        known = {name: value for name, value in asdict(self).items() if name != "other_ends" or value}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class ScoreManifest:
+    """What the folder of a policy says about itself: the key as a dictionary, and what each finished shard holds."""
+
+    key: dict[str, Any]
+    shards: dict[str, Content]
+
+
+def score_pairs(
+    dataset: Dataset,
+    folder: Path,
+    key: ScoreKey,
+    scorer: Callable[[], TokenScorer],
+    *,
+    pad_id: int,
+    ref_dtype: str = "float32",
+    batch_size: int = 8,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Compute the shards of a policy that are not there yet; returns all of them, in the order of the rows.
+
+    Args:
+        dataset: tokenised, with the columns of the reference's cache if there is one.
+        folder: of this policy; its name should hold the key's digest.
+        key: what the rows depend on.
+        scorer: makes the policy's; not called if nothing is missing.
+        pad_id: of the tokenizer.
+        ref_dtype: type of the reference's log-probs on disk.
+        batch_size: pairs at a time.
+        rows_per_shard: pairs in a file.
+        progress: told (done, of) in pairs.
+
+    Raises:
+        WrongFile: the manifest is damaged, or a shard is not what it names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_left_overs(folder)
+    known = _known_shards(folder, key)
+    starts = range(0, len(dataset), rows_per_shard)
+    paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
+    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN, REJECTED)]
+    rows = dataset.select_columns(names).with_format(None)
+    collate = RefCollator(DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode), ref_dtype)
+    score_tokens: TokenScorer | None = None
+    for start, path in zip(starts, paths, strict=True):
+        stop = min(start + rows_per_shard, len(dataset))
+        if path.name not in known:
+            score_tokens = score_tokens or scorer()
+            parts = []
+            for batch in _alike(rows, start, stop, batch_size):
+                inputs = collate([rows[row] for row in batch])
+                parts.append(_columns(batch, inputs, score_tokens, key))
+            known[path.name] = _write_shard(path, parts)
+            _write_manifest(folder, key, known)
+        if progress is not None:
+            progress(stop, len(dataset))
+    return paths
+
+
+def _known_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
+    """What the shards that are there must hold, after they were compared with it."""
+    path, again = folder / MANIFEST, f"Delete {folder}, and it is computed again"
+    try:
+        with named(path, again):
+            manifest = typed(ScoreManifest, unsealed(typed(dict[str, Any], parse_json(path.read_bytes()))))
+            if manifest.key != asdict(key):
+                raise ValueError("its `key` must be that of this run, got another one")
+    except FileNotFoundError:
+        _write_manifest(folder, key, {})
+        return {}
+    known = {name: content for name, content in manifest.shards.items() if (folder / name).exists()}
+    for name, content in known.items():
+        if fault := fault_of_contents(folder, {name: content}):
+            raise WrongFile(f"{folder / name} must be as it was written, and {fault}. Delete it, and run again.")
+    return known
+
+
+def _write_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> None:
+    write_whole(folder / MANIFEST, sealed(asdict(ScoreManifest(asdict(key), shards))))
+
+
+def _alike(rows: Dataset, start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
+    """Batches of rows of like length."""
+    lengths = {row: sum(len(rows[row][name]) for name in ID_COLUMNS) for row in range(start, stop)}
+    order = sorted(lengths, key=lengths.__getitem__, reverse=True)
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
+
+
+def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: TokenScorer, key: ScoreKey) -> dict[str, Any]:
+    """One entry per pair in each column of docs/diagnose.md."""
+    ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
+    targets = ids[:, 1:]
+    end_targets = torch.full_like(targets, key.end_id)
+    logps, end_logps = (each.double().cpu() for each in scorer(inputs, targets, end_targets))
+    is_end = mask & (targets == key.end_id)
+    ends = last_end_tokens(ids, mask, torch.tensor(key.end_ids))
+    if key.other_ends:
+        ends &= ~torch.isin(fingerprints(ids, inputs["attention_mask"]), torch.tensor(key.other_ends))[:, None]
+    places = torch.where(ends.any(dim=1), ((mask.cumsum(dim=1) - 1) * ends).sum(dim=1), -1)
+    prompts = inputs["attention_mask"] * (1 - inputs["completion_mask"])
+    n_pairs = len(rows)
+    columns: dict[str, Any] = {"row": np.array(rows), "prompt": fingerprints(ids, prompts)[:n_pairs].numpy()}
+    columns |= _sides("tokens", mask.sum(dim=1)) | _sides("end_place", places)
+    columns |= _sides("policy_logps", (logps * mask).sum(dim=1))
+    log_ratios = torch.zeros_like(logps)
+    if BATCH in inputs:
+        ref_logps = inputs[BATCH].double()
+        log_ratios = (logps - ref_logps) * mask
+        columns |= _sides("ref_logps", ref_logps.sum(dim=1)) | _sides("log_ratio", log_ratios.sum(dim=1))
+        each = [row[kept].float().numpy() for row, kept in zip(log_ratios, mask, strict=True)]
+        columns |= {"chosen_token_log_ratios": each[:n_pairs], "rejected_token_log_ratios": each[n_pairs:]}
+    keys = draw_keys(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH)
+    for name, method in METHODS.items():
+        weights = token_weights(
+            method.weighting,
+            mask,
+            end=ends,
+            keys=keys,
+            log_ratios=log_ratios,
+            sampled_sides=method.sampled_sides,
+            keep_end_token=method.keep_end_token,
+            gamma=key.gamma,
+        ).double()
+        columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
+        if BATCH in inputs:
+            columns |= _sides(f"score/{name}", sequence_logps(log_ratios, weights))
+    return columns
+
+
+def _sides(name: str, values: Tensor) -> dict[str, np.ndarray]:
+    chosen, rejected = values.chunk(2)
+    return {f"chosen_{name}": chosen.numpy(), f"rejected_{name}": rejected.numpy()}
+
+
+def _write_shard(path: Path, parts: list[dict[str, Any]]) -> Content:
+    order = np.argsort(np.concatenate([part["row"] for part in parts]))
+    columns = {}
+    for name in parts[0]:
+        values = [value for part in parts for value in part[name]]
+        columns[name] = pa.array([values[i] for i in order])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    content = sink.getvalue().to_pybytes()
+    write_whole(path, content)
+    return content_of(content)
+
+
+def cached_reference(
+    dataset: Dataset,
+    cache: RefCache,
+    scorer: Callable[[], TokenScorer],
+    about: dict[str, Any],
+    *,
+    pad_id: int,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Dataset:
+    """The tokenised data set with the reference's log-probs beside it, computed where the cache lacks them.
+
+    Args:
+        dataset: tokenised.
+        cache: of the reference; a training run with the same reference, data and truncation fills and reads the same.
+        scorer: makes the reference's; not called if nothing is missing.
+        about: for people who look into the manifest.
+        pad_id: of the tokenizer.
+        batch_size: pairs at a time.
+        progress: told (done, of) in pairs.
+
+    Raises:
+        RefCacheError: the cache is damaged, or another run fills it.
+    """
+    if cache.missing() == []:
+        return cache.attach(dataset)
+    if not cache.lock():
+        raise RefCacheError(f"One run at a time may fill a cache, got another one that fills {cache.folder}. Wait.")
+    try:
+        missing, score_tokens = cache.begin(about), scorer()
+        collate = DataCollatorForPreference(pad_id, cache.key.max_length, cache.key.truncation_mode)
+        rows = dataset.select_columns(list(ID_COLUMNS)).with_format(None)
+        for shard in missing:
+            found: dict[int, tuple[Tensor, Tensor]] = {}
+            for batch in _alike(rows, shard.start, shard.stop, batch_size):
+                inputs = collate([rows[row] for row in batch])
+                mask = inputs["completion_mask"][:, 1:].bool()
+                (logps,) = score_tokens(inputs, inputs["input_ids"][:, 1:])
+                each = [row[kept] for row, kept in zip(logps.cpu(), mask, strict=True)]
+                found |= {row: (each[i], each[i + len(batch)]) for i, row in enumerate(batch)}
+            chosen, rejected = zip(*(found[row] for row in range(shard.start, shard.stop)), strict=True)
+            cache.record([cache.write(shard, list(chosen), list(rejected))])
+            if progress is not None:
+                progress(shard.stop, len(dataset))
+    finally:
+        cache.unlock()
+    return cache.attach(dataset)

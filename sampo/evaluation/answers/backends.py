@@ -1,0 +1,307 @@
+"""What generates answers: transformers in this process, vLLM in this process, or any OpenAI-compatible server."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..models import tokenizer_hash
+from .generate import Job, Output, Sampling
+
+if TYPE_CHECKING:
+    from ..endpoint import Endpoint
+    from ..models import Loaded, Texts
+
+VLLM_CHUNK = 256  # prompts at a time; what is done is on the disk after each
+
+# --- transformers --------------------------------------------------------------------------------------------------
+
+
+class TransformersBackend:
+    """`generate` of transformers, batches padded on the left, long prompts first.
+
+    Nothing of the model's own generation settings is used but its end tokens: what is not asked for is not done.
+
+    Args:
+        name: What to call the model in the records.
+        loaded: The model.
+        texts: Its tokenizer and template.
+        batch_size: Rows at a time.
+        stop_tokens: Further end tokens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loaded: "Loaded",
+        texts: "Texts",
+        *,
+        batch_size: int = 8,
+        stop_tokens: Sequence[str] = (),
+    ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self._model: Any = loaded.model
+        self._texts, self._batch_size = texts, batch_size
+        self.stop_ids = end_tokens(texts.tokenizer, self._model.generation_config, stop_tokens)
+        self.options = {"stop_tokens": list(stop_tokens)} if stop_tokens else {}
+        self.about = {
+            "model": name,
+            "weights": loaded.weights,
+            "backend": "transformers",
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_hash(texts.tokenizer),
+            "template": texts.template_hash,
+        }
+
+    def check(self, jobs: Sequence[Job], sampling: Sampling) -> dict[int, str]:
+        """Prompts that leave no room for `max_tokens`."""
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return {}
+        lengths = [len(self._texts.prompt(job.prompt)) for job in jobs]
+        return {
+            number: f"{length} tokens and `max_tokens` {sampling.max_tokens} for {limit} positions"
+            for number, length in enumerate(lengths)
+            if length + sampling.max_tokens > limit
+        }
+
+    def generate(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[Job, Output]]]:
+        """One batch at a time."""
+        rows = sorted(((self._texts.prompt(job.prompt), job) for job in jobs), key=lambda row: -len(row[0]))
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            outputs = self._batch([ids for ids, _ in batch], [job.seed(sampling) for _, job in batch], sampling)
+            yield [(job, output) for (_, job), output in zip(batch, outputs, strict=True)]
+
+    def _batch(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Output]:
+        import torch
+        from transformers import GenerationConfig
+
+        width, device = max(map(len, prompts)), self._model.device
+        pad = self.stop_ids[0] if self._texts.tokenizer.pad_token_id is None else self._texts.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # (B, width)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=self.stop_ids, pad_token_id=pad
+        )
+        with _in_place_of_its_own(self._model, settings):
+            found = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=[] if sampling.greedy else [Draw(seeds, width, sampling)],
+            )
+        return [self._output(row) for row in found[:, width:].tolist()]
+
+    def _output(self, ids: list[int]) -> Output:
+        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
+        text = str(self._texts.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        return Output(text, len(ids), "length") if end is None else Output(text, end + 1, "eos")
+
+
+@contextmanager
+def _in_place_of_its_own(model: Any, settings: Any) -> Iterator[None]:
+    """What given settings leave open, a repetition penalty say, is filled in from the model's own; so replace these.
+
+    Under an adapter it is the base model that generates, with its own settings.
+    """
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, own in zip(owners, kept, strict=True):
+            owner.generation_config = own
+
+
+def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = ()) -> list[int]:
+    """Ids that end an answer: of the model, of its tokenizer, and those that are asked for.
+
+    Raises:
+        ValueError: there is none, or one is no single token.
+    """
+    found = generation_config.eos_token_id if generation_config is not None else None
+    ids = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id]
+    for token in further:
+        number = tokenizer.convert_tokens_to_ids(token)
+        if number is None or number == tokenizer.unk_token_id:
+            raise ValueError(f"`stop_tokens` must be tokens of the model, got {token!r}.")
+        ids.append(number)
+    known = list(dict.fromkeys(number for number in ids if number is not None))
+    if not known:
+        raise ValueError("The model must have an end token, and has none. Name one with `stop_tokens`.")
+    return known
+
+
+class Draw:
+    """A logits processor that leaves one token: the one that a row's own random numbers point at.
+
+    Number t of a row points into the cumulative distribution over the tokens, in the order of their ids; so a draw
+    needs one number, whatever the size of the vocabulary, and no generator that the rows of a batch share.
+    """
+
+    def __init__(self, seeds: Sequence[int], width: int, sampling: Sampling):
+        import torch
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self._width = width
+        numbers = [np.random.default_rng(seed).integers(2**32, size=sampling.max_tokens) for seed in seeds]
+        self._numbers = torch.from_numpy(np.stack(numbers)) / 2**32  # (B, max_tokens), from 0 to just below 1
+        self._numbers = self._numbers.double()
+        self._warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k:
+            self._warp.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warp.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Scores (B, V) in which only the drawn token is finite."""
+        import torch
+
+        warped = self._warp(input_ids, scores.float())
+        if warped.device.type == "mps":  # has no float64
+            warped = warped.cpu()
+        cumulative = warped.double().softmax(dim=1).cumsum(dim=1)  # (B, V)
+        number = self._numbers[:, input_ids.shape[1] - self._width].to(cumulative.device)  # (B,)
+        target = number[:, None] * cumulative[:, -1:]  # below the last sum, which rounding leaves not quite at 1
+        drawn = torch.searchsorted(cumulative, target, right=True).to(scores.device)  # (B, 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+# --- vLLM ----------------------------------------------------------------------------------------------------------
+
+
+class VLLMBackend:
+    """The engine of vLLM in this process. Written to its documented interface (0.10), and not tested here."""
+
+    def __init__(
+        self,
+        name: str,
+        texts: "Texts",
+        *,
+        adapter: str | None = None,
+        weights: str | None = None,
+        dtype: str = "auto",
+        stop_tokens: Sequence[str] = (),
+        engine: Mapping[str, Any] | None = None,
+    ):
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise ImportError("`backend: vllm` needs vLLM, which is not installed: pip install vllm.") from None
+        self._texts, self._adapter = texts, adapter
+        self._engine = LLM(model=name, dtype=dtype, enable_lora=adapter is not None, **(engine or {}))
+        self.options = {"stop_tokens": list(stop_tokens)} if stop_tokens else {}
+        self._further = [texts.tokenizer.convert_tokens_to_ids(token) for token in stop_tokens]
+        self.about = {
+            "model": name if adapter is None else adapter,
+            "weights": weights,
+            "backend": "vllm",
+            "dtype": dtype,
+            "tokenizer": tokenizer_hash(texts.tokenizer),
+            "template": texts.template_hash,
+        }
+
+    def check(self, jobs: Sequence[Job], sampling: Sampling) -> dict[int, str]:
+        """Prompts that leave no room for `max_tokens`."""
+        limit = self._engine.llm_engine.model_config.max_model_len
+        lengths = [len(self._texts.prompt(job.prompt)) for job in jobs]
+        return {
+            number: f"{length} tokens and `max_tokens` {sampling.max_tokens} for {limit}"
+            for number, length in enumerate(lengths)
+            if length + sampling.max_tokens > limit
+        }
+
+    def generate(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[Job, Output]]]:
+        """A chunk of prompts at a time."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        lora = None if self._adapter is None else LoRARequest("adapter", 1, self._adapter)
+        for start in range(0, len(jobs), VLLM_CHUNK):
+            chunk = jobs[start : start + VLLM_CHUNK]
+            parameters = [
+                SamplingParams(
+                    max_tokens=sampling.max_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k or -1,
+                    seed=None if sampling.greedy else job.seed(sampling),
+                    stop_token_ids=self._further or None,
+                )
+                for job in chunk
+            ]
+            prompts = [{"prompt_token_ids": self._texts.prompt(job.prompt)} for job in chunk]
+            found = self._engine.generate(prompts, parameters, lora_request=lora)
+            yield [(job, _of_vllm(request.outputs[0])) for job, request in zip(chunk, found, strict=True)]
+
+
+def _of_vllm(output: Any) -> Output:
+    stop = {"stop": "eos", "length": "length"}.get(output.finish_reason, "unknown")
+    return Output(output.text, len(output.token_ids), stop)
+
+
+# --- any OpenAI-compatible server ----------------------------------------------------------------------------------
+
+
+class EndpointBackend:
+    """A server. It counts its own tokens and applies its own template; whether the seed has an effect is up to it."""
+
+    def __init__(self, endpoint: "Endpoint", options: Mapping[str, Any] | None = None):
+        self._endpoint, self.options = endpoint, dict(options or {})
+        self.about = {
+            "model": endpoint.model,
+            "weights": None,
+            "backend": endpoint.url,
+            "dtype": None,
+            "tokenizer": f"{endpoint.model} at {endpoint.url}",
+            "template": None,
+        }
+
+    def check(self, jobs: Sequence[Job], sampling: Sampling) -> dict[int, str]:
+        """The server knows its limits."""
+        return {}
+
+    def generate(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[Job, Output]]]:
+        """One answer at a time, as they come."""
+        from ..endpoint import Unanswered
+
+        def ask(job: Job) -> Output:
+            prompt = job.prompt
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            try:
+                return _of_reply(self._endpoint.ask(messages, self._request(job, sampling)))
+            except Unanswered as failure:
+                return Output(failure=failure.reason, detail=failure.detail)
+
+        for number, output in self._endpoint.for_each(jobs, ask):
+            yield [(jobs[number], output)]
+
+    def _request(self, job: Job, sampling: Sampling) -> dict[str, Any]:
+        fields: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
+        if not sampling.greedy:
+            fields |= {"seed": job.seed(sampling)}
+            fields |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
+            fields |= {"top_k": sampling.top_k} if sampling.top_k else {}  # known to vLLM and others, not to OpenAI
+        return {key: value for key, value in (fields | self.options).items() if value is not None}
+
+
+def _of_reply(body: str) -> Output:
+    from ..server_text import read_reply, usage_of, visible
+
+    choice, fault = read_reply(body)
+    if choice is None:
+        return Output(failure=fault, detail=visible(body[:200]))
+    message, reason = choice["message"], choice.get("finish_reason")
+    if message.get("refusal") or reason == "content_filter":
+        return Output(failure="refused", detail=visible(body[:200]))
+    if not isinstance(message["content"], str):
+        return Output(failure="no_text", detail=visible(body[:200]))
+    if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+        return Output(failure="not_utf8", detail=visible(body[:200]))
+    stop = {"stop": "eos", "length": "length"}.get(str(reason), "unknown")
+    return Output(message["content"], usage_of(body)[1] or None, stop)

@@ -1,0 +1,195 @@
+"""A judge behind an OpenAI-compatible URL. What it has said once is kept and never paid for again.
+
+Every reply goes to the cache as it came, before it is read; a verdict is read from the cache each time. So a better
+reader needs no new request. A reply that cannot be read is asked for again, at most `attempts` times in all runs
+together.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ...io.journal import Journal
+from ...io.schemas import named, typed
+from ..answers.answers import prompt_text
+from ..endpoint import Endpoint, Unanswered
+from ..server_text import read_reply, usage_of, visible
+from .judges import Comparison, Progress, Verdict
+from .templates import JudgePrompt
+
+CHARS_PER_TOKEN = 4  # of English, roughly; for the estimate of a dry run alone
+
+
+@dataclass(frozen=True)
+class KeptReply:
+    """What is read of a row of the cache: the hash of a request, and the server's reply as it came."""
+
+    key: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would ask for: requests at least and at most, tokens to read and to write at least and at most."""
+
+    kept: int
+    requests: int
+    requests_at_most: int
+    tokens_in: int
+    tokens_out_at_most: int
+
+
+class EndpointJudge:
+    """Asks an endpoint, keeps what it says.
+
+    Args:
+        endpoint: Whom to ask.
+        template: What to ask.
+        cache: JSONL file of replies; may be shared by judges and runs, one at a time.
+        temperature: Of the judge.
+        top_logprobs: For a template that reads log-probabilities.
+        attempts: How often a reply that cannot be read is asked for, in all runs together.
+        options: Further fields of the request; None takes one out.
+    """
+
+    name = "endpoint"
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        template: JudgePrompt,
+        cache: str | Path,
+        *,
+        temperature: float = 0.0,
+        top_logprobs: int = 20,
+        attempts: int = 2,
+        options: Mapping[str, Any] | None = None,
+    ):
+        if attempts < 1:
+            raise ValueError(f"`attempts` must be at least 1, got {attempts}.")
+        fields = {"temperature": temperature, **template.options(top_logprobs), **(options or {})}
+        self.endpoint, self.template, self.attempts = endpoint, template, attempts
+        self.options = {key: value for key, value in fields.items() if value is not None}
+        self.tokens_in = self.tokens_out = 0  # of this run's replies
+        self._journal = Journal(cache)
+        self._replies: dict[str, list[str]] = {}
+        try:
+            for number, row in enumerate(self._journal.rows, 1):
+                with named(cache, "Restore it, or delete the line", line=number):
+                    kept = typed(KeptReply, row, ignore_unknown=True)
+                self._replies.setdefault(kept.key, []).append(kept.reply)
+        except ValueError:
+            self.close()
+            raise
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the verdicts depend on."""
+        return {
+            "url": self.endpoint.url,
+            "model": self.endpoint.model,
+            "options": self.options,
+            "template": self.template.name,
+            "template_version": self.template.version,
+            "template_hash": self.template.hash,
+        }
+
+    def close(self) -> None:
+        """Give the cache to others, and close the connections."""
+        self._journal.close()
+        self.endpoint.close()
+
+    def key(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Hash of the whole request: URL, model, all options, template, prompt, both answers, their order."""
+        request = {"url": self.endpoint.url, "model": self.endpoint.model, "messages": messages, **self.options}
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+    def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:
+        """What [`judge`] would ask for, without asking."""
+        requests = {key: messages for key, messages, _ in self._requests(comparisons)}
+        open_ = {key: m for key, m in requests.items() if self._wanted(key)}
+        chars = sum(len(message["content"]) for messages in open_.values() for message in messages)
+        at_most = sum(self.attempts - len(self._replies.get(key, [])) for key in open_)
+        room = self.options.get("max_tokens") or self.options.get("max_completion_tokens") or self.template.max_tokens
+        return Estimate(
+            len(requests) - len(open_), len(open_), at_most, round(chars / CHARS_PER_TOKEN), len(open_) * room
+        )
+
+    def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict for each comparison; each different request is made once, two equal answers need none."""
+        requests: dict[str, tuple[list[dict[str, str]], str]] = {}
+        for key, messages, prompt_id in self._requests(comparisons):
+            requests.setdefault(key, (messages, prompt_id))
+        wanted = [(key, *request) for key, request in requests.items() if self._wanted(key)]
+        failures: dict[str, Unanswered] = {}
+        for done, (number, (replies, failure)) in enumerate(self.endpoint.for_each(wanted, self._fetch), 1):
+            for tokens_in, tokens_out in map(usage_of, replies):
+                self.tokens_in += tokens_in
+                self.tokens_out += tokens_out
+            if failure is not None:
+                failures[wanted[number][0]] = failure
+            if progress:
+                progress(done, len(wanted))
+        return [self._verdict(shown, failures) for shown in comparisons]
+
+    def _requests(self, comparisons: Sequence[Comparison]):
+        for shown in comparisons:
+            if shown.answer_a != shown.answer_b:
+                messages = self._messages(shown)
+                yield self.key(messages), messages, shown.prompt_id
+
+    def _messages(self, shown: Comparison) -> list[dict[str, str]]:
+        return self.template.messages(prompt_text(shown.prompt), shown.answer_a, shown.answer_b)
+
+    def _wanted(self, key: str) -> bool:
+        replies = self._replies.get(key, [])
+        return len(replies) < self.attempts and all(self._read(reply).failure for reply in replies)
+
+    def _fetch(self, request: tuple[str, list[dict[str, str]], str]) -> tuple[list[str], Unanswered | None]:
+        """Ask until a reply can be read or the attempts are spent; the new replies, and why there are no more."""
+        key, messages, prompt_id = request
+        replies: list[str] = []
+        while self._wanted(key):
+            try:
+                reply = self.endpoint.ask(messages, self.options)
+            except Unanswered as failure:
+                return replies, failure
+            self._journal.append(
+                {
+                    "key": key,
+                    "prompt_id": prompt_id,
+                    "model": self.endpoint.model,
+                    "template": f"{self.template.name} {self.template.version}",
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "reply": reply,
+                }
+            )
+            self._replies.setdefault(key, []).append(reply)
+            replies.append(reply)
+        return replies, None
+
+    def _read(self, reply: str) -> Verdict:
+        choice, fault = read_reply(reply)
+        if choice is None:
+            return Verdict(None, fault, visible(reply[:200]))
+        preference, fault = self.template.verdict(choice)
+        if preference is not None:
+            return Verdict(preference)
+        content = choice["message"]["content"]
+        return Verdict(None, fault, visible(content[-200:] if isinstance(content, str) and content else reply[:200]))
+
+    def _verdict(self, shown: Comparison, failures: Mapping[str, Unanswered]) -> Verdict:
+        if shown.answer_a == shown.answer_b:
+            return Verdict(0.5)
+        key = self.key(self._messages(shown))
+        verdicts = [self._read(reply) for reply in self._replies.get(key, [])]
+        good = next((verdict for verdict in verdicts if verdict.failure is None), None)
+        if good is not None:
+            return good
+        if key in failures:  # of this run, and the reason why there are no more attempts
+            return Verdict(None, failures[key].reason, failures[key].detail)
+        return verdicts[-1]

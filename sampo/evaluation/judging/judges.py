@@ -1,0 +1,237 @@
+"""Judges: (prompt, answer A, answer B) → preference for A in [0, 1], or a failure with its reason.
+
+Here are the protocol, the joining of two files of answers, both orders, and the control with an empty answer. The
+judges themselves: `endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies,
+`rule_judges` and `human_judge` say what they are.
+
+A failure is never a tie: it has no preference, and is counted.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...io.files import write_whole
+from ...io.journal import read_rows
+from ...io.schemas import named, typed
+from ..answers.answers import Answer, prompt_text
+
+ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
+ONCE = "shown in one order only"  # `detail` of a preference that serves for an order which nobody was shown
+Progress = Callable[[int, int], None]  # (done, of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a judge sees, in this order."""
+
+    prompt: Any
+    prompt_id: str
+    answer_a: str
+    answer_b: str
+    reference: str | None = None
+
+    @property
+    def swapped(self) -> "Comparison":
+        """The same in the other order."""
+        return replace(self, answer_a=self.answer_b, answer_b=self.answer_a)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A preference for answer A in [0, 1], or None and why there is none: one word, and details for people."""
+
+    preference: float | None
+    failure: str | None = None
+    detail: str = ""
+
+    def __post_init__(self):
+        if (self.preference is None) == (self.failure is None):
+            raise ValueError("A verdict must have either a `preference` or a `failure`, got both or none.")
+        if self.preference is not None and not 0 <= self.preference <= 1:  # NaN too
+            raise ValueError(f"`preference` must be from 0 to 1, got {self.preference}.")
+
+
+class Judge(Protocol):
+    """A judge; `about` are the settings that its verdicts depend on."""
+
+    name: str
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """The settings."""
+        ...
+
+    def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict for each comparison, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The answers of a system and of a baseline to one prompt."""
+
+    system: Answer
+    baseline: Answer
+
+    def comparison(self, order: str) -> Comparison:
+        """What is shown in that order."""
+        reference = self.system.extra.get("reference", self.baseline.extra.get("reference"))
+        shown = Comparison(
+            prompt=self.system.prompt,
+            prompt_id=self.system.prompt_id,
+            answer_a=self.system.answer,
+            answer_b=self.baseline.answer,
+            reference=None if reference is None else str(reference),
+        )
+        return shown if order == "ab" else shown.swapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A verdict on one pair in one order, with the lengths: a row of the file that statistics are made from.
+
+    Attributes:
+        prompt_id: Of the prompt; the unit of all statistics.
+        sample: Of the system's answer.
+        order: `ab` if the system's answer was shown first, else `ba`.
+        preference: For the system, in [0, 1]; None if the judge failed.
+        failure: Why, in one word; None if it did not.
+        detail: Why, for people.
+        judge: Name of the judge.
+        system_tokens, system_words, system_chars, system_stop: Of the system's answer; tokens as its file says.
+        baseline_tokens, baseline_words, baseline_chars, baseline_stop: Of the baseline's.
+    """
+
+    prompt_id: str
+    sample: int
+    order: str
+    preference: float | None
+    failure: str | None
+    detail: str
+    judge: str
+    system_tokens: int | None
+    system_words: int
+    system_chars: int
+    system_stop: str
+    baseline_tokens: int | None
+    baseline_words: int
+    baseline_chars: int
+    baseline_stop: str
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise ValueError(f"`order` must be one of {list(ORDERS)}, got {self.order!r}")
+        Verdict(self.preference, self.failure)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Pairs with a prompt in common, and how many answers have no partner on the other side."""
+
+    pairs: list[Pair]
+    system_only: int
+    baseline_only: int
+
+
+def match(system: Sequence[Answer], baseline: Sequence[Answer]) -> Matching:
+    """Join by prompt and sample; a baseline with one answer to a prompt is compared with each of the system's."""
+    by_key = {answer.key: answer for answer in baseline}
+    samples = Counter(answer.prompt_id for answer in baseline)
+    only = {answer.prompt_id: answer.key for answer in baseline if samples[answer.prompt_id] == 1}
+    pairs, used = [], set()
+    for answer in system:
+        key = answer.key if answer.key in by_key else only.get(answer.prompt_id, answer.key)
+        if key in by_key:
+            pairs.append(Pair(answer, by_key[key]))
+            used.add(key)
+    return Matching(pairs, len(system) - len(pairs), len(baseline) - len(used))
+
+
+def nearly_matched(system: Sequence[Answer], baseline: Sequence[Answer]) -> int:
+    """How many prompts have no partner, but would have one if blanks around prompts did not count."""
+    ids = [{answer.prompt_id for answer in side} for side in (system, baseline)]
+    texts = [
+        {prompt_text(a.prompt).strip(): a.prompt_id for a in side if a.prompt_id not in others}
+        for side, others in ((system, ids[1]), (baseline, ids[0]))
+    ]
+    return len(set(texts[0]) & set(texts[1]))
+
+
+def draw(pairs: Sequence[Pair], n: int | None, seed: int = 0) -> list[Pair]:
+    """The pairs of `n` prompts, drawn by a hash: a larger `n` adds some, and kept replies still serve."""
+    if n is None:
+        return list(pairs)
+    kept = drawn_prompts((pair.system.prompt_id for pair in pairs), n, seed)
+    return [pair for pair in pairs if pair.system.prompt_id in kept]
+
+
+def drawn_prompts(prompt_ids: Iterable[str], n: int, seed: int) -> set[str]:
+    """The `n` prompts that come first by a hash of the seed and their id.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    prompts = set(prompt_ids)
+    if not 0 <= n <= len(prompts):
+        raise ValueError(f"`n` must be at most the number of prompts, got {n} for {len(prompts)}.")
+    return set(sorted(prompts, key=lambda prompt_id: hashlib.sha256(f"{seed} {prompt_id}".encode()).hexdigest())[:n])
+
+
+def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress | None = None) -> list[Judgement]:
+    """Both orders of each pair, next to each other."""
+    shown = [(pair, order) for pair in pairs for order in ORDERS]
+    verdicts = judge.judge([pair.comparison(order) for pair, order in shown], progress)
+    return [_judgement(judge.name, *what, verdict) for what, verdict in zip(shown, verdicts, strict=True)]
+
+
+def _judgement(judge: str, pair: Pair, order: str, verdict: Verdict) -> Judgement:
+    p = verdict.preference
+    lengths = {
+        f"{side}_{measure}": getattr(answer, measure)
+        for side, answer in (("system", pair.system), ("baseline", pair.baseline))
+        for measure in ("tokens", "words", "chars", "stop")
+    }
+    return Judgement(
+        prompt_id=pair.system.prompt_id,
+        sample=pair.system.sample,
+        order=order,
+        preference=p if p is None or order == "ab" else 1 - p,
+        failure=verdict.failure,
+        detail=verdict.detail,
+        judge=judge,
+        **lengths,
+    )
+
+
+def write_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:
+    """One row per prompt, sample and order; the file is whole or absent."""
+    write_whole(Path(path), "".join(json.dumps(asdict(row)) + "\n" for row in judgements))
+
+
+def read_judgements(path: str | Path) -> list[Judgement]:
+    """The rows of such a file.
+
+    Raises:
+        WrongFile: a row is no judgement.
+    """
+    rows = []
+    for number, row in enumerate(read_rows(path), 1):
+        with named(path, line=number):
+            rows.append(typed(Judgement, row, complete=True))
+    return rows
+
+
+def empty_answers(pairs: Sequence[Pair], n: int | None = None, seed: int = 0) -> list[Pair]:
+    """The control of every judge: an empty answer in the system's place, on `n` prompts (on all without it).
+
+    It should win against nothing but another empty answer. A judge that prefers silence, or a parser that reads
+    nothing as a verdict, shows here.
+    """
+    if n is not None:
+        n = min(n, len({pair.system.prompt_id for pair in pairs}))
+    return [Pair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw(pairs, n, seed)]

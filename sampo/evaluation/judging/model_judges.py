@@ -1,0 +1,222 @@
+"""Judges that are models on this machine: a reward model, and the implicit reward of a policy and its reference.
+
+Both score each answer by itself, so the order of the two does not matter to them; length may. The preference is
+sigmoid(score A − score B), the Bradley-Terry model that such scores are trained with.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...models.load import check_model, opening, refuse_weights_not_finite
+from ..answers.answers import Prompt
+from ..models import Texts, default_device, fingerprint, load_causal, load_tokenizer
+from .judges import Comparison, Progress, Verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Score = float | str  # or why there is none
+
+
+class _ScoreJudge:
+    """Scores every different (prompt, answer) once, long ones together."""
+
+    name = ""
+    batch_size = 8
+
+    def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict for each comparison."""
+        wanted: dict[tuple[str, str], Prompt] = {}
+        for shown in comparisons:
+            for answer in (shown.answer_a, shown.answer_b):
+                wanted.setdefault((shown.prompt_id, answer), shown.prompt)
+        rows = [(prompt, answer) for (_, answer), prompt in wanted.items()]
+        scores = dict(zip(wanted, self._score(rows, progress), strict=True))
+        return [
+            _verdict(scores[shown.prompt_id, shown.answer_a], scores[shown.prompt_id, shown.answer_b])
+            for shown in comparisons
+        ]
+
+    def _score(self, rows: Sequence[tuple[Prompt, str]], progress: Progress | None) -> list[Score]:
+        raise NotImplementedError
+
+    def _in_batches(
+        self, lengths: Sequence[int], limit: int | None, score: Callable[[list[int]], list[float]], progress: Any
+    ) -> list[Score]:
+        """`score` gets row numbers; rows of more than `limit` tokens are not cut but fail."""
+        scores: list[Score] = ["too_long"] * len(lengths)
+        kept = [i for i in range(len(lengths)) if limit is None or lengths[i] <= limit]
+        kept.sort(key=lambda i: -lengths[i])
+        for start in range(0, len(kept), self.batch_size):
+            batch = kept[start : start + self.batch_size]
+            for i, value in zip(batch, score(batch), strict=True):
+                scores[i] = value if math.isfinite(value) else "not_finite"
+            if progress:
+                progress(min(start + self.batch_size, len(kept)), len(kept))
+        return scores
+
+
+def _verdict(a: Score, b: Score) -> Verdict:
+    for score in (a, b):
+        if isinstance(score, str):
+            return Verdict(None, score)
+    assert isinstance(a, float)
+    assert isinstance(b, float)
+    return Verdict(0.5 * (1 + math.tanh((a - b) / 2)))  # sigmoid, without overflow
+
+
+class RewardJudge(_ScoreJudge):
+    """A sequence classifier with one output.
+
+    Args:
+        model: Folder or hub id.
+        revision: On the hub.
+        batch_size: Rows at a time.
+        device: Where; the first accelerator, else the CPU.
+        dtype: Of the weights; `auto`: as stored.
+
+    Raises:
+        ValueError: the model has several outputs, or its head is not in the file.
+    """
+
+    name = "reward"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        batch_size: int = 8,
+        device: str | None = None,
+        dtype: str = "auto",
+    ):
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        found: dict[str, Any] = {"missing_keys": []}
+        loaded = None
+        with opening(model, "model"):
+            options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+            labels = AutoConfig.from_pretrained(model, **options).num_labels
+        if labels == 1:
+            check_model(model, reward=True)
+            with opening(model, "model"):
+                loaded, found = AutoModelForSequenceClassification.from_pretrained(
+                    model, dtype=dtype, output_loading_info=True, num_labels=1, **options
+                )
+            refuse_weights_not_finite(loaded.named_parameters(), model)
+        if loaded is None or found["missing_keys"]:
+            what = f"{labels} outputs" if loaded is None else f"no weights of {sorted(found['missing_keys'])}"
+            raise ValueError(f"`model` must be a reward model with one output, got {what} in {model}.")
+        self.batch_size = batch_size
+        self._model: PreTrainedModel = loaded.to(device or default_device()).eval()
+        tokenizer = load_tokenizer(model, revision=revision)
+        self._texts = Texts(tokenizer)
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self._model.config.pad_token_id = self._pad  # else a batch of several rows is refused
+        self.about = {"model": model, "weights": fingerprint(model, loaded), "template": self._texts.template_hash}
+
+    def _score(self, rows: Sequence[tuple[Prompt, str]], progress: Progress | None) -> list[Score]:
+        import torch
+
+        ids = [prompt + answer for prompt, answer in (self._texts.row(*row) for row in rows)]
+
+        def score(batch: list[int]) -> list[float]:
+            width = max(len(ids[i]) for i in batch)
+            padded = [ids[i] + [self._pad] * (width - len(ids[i])) for i in batch]
+            mask = [[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch]
+            device = self._model.device
+            with torch.no_grad():
+                logits = self._model(
+                    input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device)
+                ).logits  # (B, 1)
+            return logits[:, 0].float().tolist()
+
+        return self._in_batches([len(row) for row in ids], _positions(self._model), score, progress)
+
+
+class ImplicitJudge(_ScoreJudge):
+    """β (log π(y|x) − log π_ref(y|x)), summed over the answer and its end token: the reward that DPO has trained.
+
+    An answer that was cut off is scored as if it had ended there.
+
+    Args:
+        policy: Folder or hub id of a model or an adapter.
+        reference: The same; None for the base of an adapter.
+        beta: The β of the training.
+        batch_size: Rows at a time.
+        device: Where; the first accelerator, else the CPU.
+        dtype: Of the weights; `auto`: as stored.
+
+    Raises:
+        ValueError: there is no reference, or the two have different vocabularies.
+    """
+
+    name = "implicit"
+
+    def __init__(
+        self,
+        policy: str,
+        reference: str | None = None,
+        *,
+        beta: float = 0.1,
+        batch_size: int = 8,
+        device: str | None = None,
+        dtype: str = "auto",
+    ):
+        if not beta > 0:
+            raise ValueError(f"`beta` must be above 0, got {beta}.")
+        device = device or default_device()
+        loaded = load_causal(policy, device=device, dtype=dtype)
+        if reference is None:
+            reference = loaded.base
+        if reference is None:
+            raise ValueError(f"`ref_model` must name the reference, since `model` {policy} is no adapter.")
+        tokenizer, other = load_tokenizer(policy), load_tokenizer(reference)
+        if tokenizer.get_vocab() != other.get_vocab():
+            raise ValueError(f"`ref_model` must have the vocabulary of `model`, got {reference} with another one.")
+        self.batch_size, self.beta = batch_size, beta
+        self._policy, self._reference = loaded.model, load_causal(reference, device=device, dtype=dtype).model
+        self._texts = Texts(tokenizer)
+        self.about = {
+            "model": policy,
+            "weights": loaded.weights,
+            "ref_model": reference,
+            "beta": beta,
+            "template": self._texts.template_hash,
+        }
+
+    def _score(self, rows: Sequence[tuple[Prompt, str]], progress: Progress | None) -> list[Score]:
+        parts = [self._texts.row(*row) for row in rows]
+
+        def score(batch: list[int]) -> list[float]:
+            chosen = [parts[i] for i in batch]
+            policy, reference = (_answer_logps(model, chosen) for model in (self._policy, self._reference))
+            return [self.beta * (p - r) for p, r in zip(policy, reference, strict=True)]
+
+        lengths = [len(prompt) + len(answer) for prompt, answer in parts]
+        return self._in_batches(lengths, _positions(self._policy), score, progress)
+
+
+def _answer_logps(model: "PreTrainedModel", rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """Σ log π of each row's answer, in nats; padding on the right, which a causal model does not see."""
+    import torch
+
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask, counted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for number, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[number, :end] = torch.tensor(prompt + answer)
+        mask[number, :end] = 1
+        counted[number, len(prompt) : end] = True
+    device = model.device
+    with torch.no_grad():
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]  # (B, L-1, V)
+    targets = ids[:, 1:].to(device)
+    logps = logits.float().log_softmax(dim=2).gather(2, targets[..., None])[..., 0].cpu()  # (B, L-1)
+    return (logps.double() * counted[:, 1:]).sum(dim=1).tolist()
+
+
+def _positions(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,91 @@
+"""Judges that follow a rule: length, a right answer, the ground truth of the lab."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..answers.answers import prompt_text
+from .judges import Comparison, Progress, Verdict
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """Compares a score of the two answers: the higher one is preferred, equal ones tie, None is a failure.
+
+    `score(prompt, answer, reference)` returns a number or None; `failure` names what None means.
+    """
+
+    name: str
+    score: Callable[[Any, str, str | None], float | None]
+    failure: str = "no_score"
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict for each comparison."""
+        verdicts = []
+        for done, shown in enumerate(comparisons, 1):
+            a, b = (self.score(shown.prompt, text, shown.reference) for text in (shown.answer_a, shown.answer_b))
+            if a is None or b is None:
+                verdicts.append(Verdict(None, self.failure, f"prompt {shown.prompt_id}"))
+            else:
+                verdicts.append(Verdict(0.5 + 0.5 * ((a > b) - (a < b))))
+            if progress:
+                progress(done, len(comparisons))
+        return verdicts
+
+
+def longer_judge() -> RuleJudge:
+    """The answer with more characters."""
+    return RuleJudge("longer", lambda prompt, answer, reference: len(answer), about={"unit": "characters"})
+
+
+def exact_judge() -> RuleJudge:
+    """The answer that equals the reference, apart from blanks around both and case."""
+
+    def score(prompt: Any, answer: str, reference: str | None) -> float | None:
+        return None if reference is None else float(answer.strip().casefold() == reference.strip().casefold())
+
+    return RuleJudge("exact", score, "no_reference")
+
+
+def contains_judge() -> RuleJudge:
+    """The answer that holds the reference as whole words, in any case."""
+
+    def score(prompt: Any, answer: str, reference: str | None) -> float | None:
+        if reference is None or not reference.strip():
+            return None
+        return float(_has_words(answer.casefold(), reference.strip().casefold()))
+
+    return RuleJudge("contains", score, "no_reference")
+
+
+def _has_words(text: str, words: str) -> bool:
+    """`4` is not in `42`."""
+    start = text.find(words)
+    while start >= 0:
+        before, after = text[start - 1 : start], text[start + len(words) : start + len(words) + 1]
+        inside = (before.isalnum() and words[0].isalnum()) or (after.isalnum() and words[-1].isalnum())
+        if not inside:
+            return True
+        start = text.find(words, start + 1)
+    return False
+
+
+def lab_judge(seed: int) -> RuleJudge:
+    """The true quality in the lab's world of that seed; what is not written in its words has none."""
+    from ...lab.world import ATTRIBUTE, ENTITY, FILLER, NIL, SEP, VALUE, WORDS, Question, World
+
+    world, numbers = World(seed), {word: number for number, word in enumerate(WORDS)}
+
+    def score(prompt: Any, answer: str, reference: str | None) -> float | None:
+        asked = [numbers.get(word) for word in prompt_text(prompt).split()]
+        said = [numbers.get(word) for word in answer.split()]
+        entities = [word - ENTITY for word in asked if word is not None and ENTITY <= word < VALUE]
+        attributes = [word - ATTRIBUTE for word in asked if word is not None and ATTRIBUTE <= word < ENTITY]
+        if None in asked or None in said or len(entities) != 1 or not attributes or SEP not in asked:
+            return None
+        assert FILLER > VALUE > ENTITY > ATTRIBUTE > NIL
+        question = Question(entities[0], tuple(attributes))
+        return float(world.quality(question, [word for word in said if word is not None]))
+
+    return RuleJudge("lab", score, "not_of_the_lab", {"world_seed": seed})

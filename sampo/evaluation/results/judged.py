@@ -1,0 +1,258 @@
+"""What a run of `sampo judge` leaves on the disk, and reads back: nothing has to be judged again for its statistics.
+
+Beside `judgements.jsonl`, one row per prompt and order, lie
+
+- `judgements.control.jsonl`: the same for an empty answer in the system's place;
+- `judgements.summary.json`: what all of it depends on, the result, failures, cost;
+- `judgements.csv`: the result as one flat row;
+- `judgements.records.jsonl`: each number as a record (`sampo.io.records`).
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...io.files import write_whole
+from ...io.records import lines
+from ...io.schemas import WrongFile, read_json
+from ...stats.intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
+from ..answers.answers import Answer
+from ..judging.judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
+from ..server_text import visible
+from .summary import Summary, records, summarise
+from .verdicts import Verdicts
+
+SCHEMA = 1
+AGAIN = "Run `sampo judge` again with the same cache: no reply is paid twice"
+ORDERLESS = frozenset({"reward", "implicit", "longer", "exact", "contains", "lab"})  # judges that see no order
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """A file of answers: where it is, what is in it, and whose tokens it counts (None: unknown, or several)."""
+
+    file: str
+    sha256: str
+    tokenizer: str | None
+
+    @classmethod
+    def of(cls, path: str | Path, answers: Sequence[Answer]) -> "AnswerFile":
+        """Of a file that was just read."""
+        tokenizers = {answer.tokenizer for answer in answers}
+        return cls(str(path), content_hash(path), tokenizers.pop() if len(tokenizers) == 1 else None)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return visible(Path(self.file).stem)
+
+
+@dataclass(frozen=True)
+class JudgedFile:
+    """The part of the summary file that is read back; `Judged` has the meanings."""
+
+    schema: int
+    judgements_sha256: str
+    system: AnswerFile
+    baseline: AnswerFile
+    judge: dict[str, Any]
+    n: int | None
+    seed: int
+
+    def __post_init__(self):
+        if not isinstance(self.judge.get("name"), str):
+            raise ValueError(f"`judge` must have a text in `name`, got {str(self.judge.get('name'))[:40]}")
+
+
+def content_hash(path: str | Path) -> str:
+    """Sixteen hex digits of what a file holds."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A system, a baseline, and what a judge said.
+
+    Attributes:
+        system: the answers of the system.
+        baseline: the answers that they were compared with.
+        judge: name of the judge and all its settings.
+        n: prompts that were drawn; None for all.
+        seed: of that draw.
+        rows: the judgements.
+        empty: judgements on empty answers in the system's place; none where that control was left out.
+    """
+
+    system: AnswerFile
+    baseline: AnswerFile
+    judge: Mapping[str, Any]
+    n: int | None
+    seed: int
+    rows: Sequence[Judgement]
+    empty: Sequence[Judgement] = ()
+
+    @property
+    def judge_name(self) -> str:
+        """The judge for a reader: its kind, and the model behind it."""
+        kind, model = str(self.judge["name"]), self.judge.get("model")
+        if not model:
+            return visible(kind)
+        return visible(f"{kind} {Path(model).name if Path(model).is_absolute() else model}")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that its numbers depend on."""
+        return {
+            "system_answers": self.system.sha256,
+            "baseline_answers": self.baseline.sha256,
+            "judged_by": dict(self.judge),
+            "n": self.n,
+        }
+
+    def _cut(self) -> tuple[Estimate, Estimate] | None:
+        """Share of the answers of each side that the limit of tokens cut off; None where no stop reason is known."""
+        shares = []
+        for side in ("system", "baseline"):
+            stops = {(row.prompt_id, row.sample): getattr(row, f"{side}_stop") for row in self.rows}
+            known = [(key[0], stop == "length") for key, stop in stops.items() if stop in ("eos", "length")]
+            codes = codes_of([prompt for prompt, _ in known])[0]
+            values = np.array([float(cut) for _, cut in known])
+            shares.append(rate_interval(prompt_means(values, codes)) if known else undefined(0))
+        return (shares[0], shares[1]) if any(share.value is not None for share in shares) else None
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Judgements that failed, by reason."""
+        return dict(Counter(row.failure for row in self.rows if row.failure))
+
+    def on(self, prompts: set[str]) -> "Judged":
+        """The same on some prompts only."""
+        kept = [row for row in self.rows if row.prompt_id in prompts]
+        return replace(self, rows=kept, empty=[row for row in self.empty if row.prompt_id in prompts])
+
+    def drawn(self, n: int | None, seed: int) -> "Judged":
+        """The same on `n` of its prompts, drawn by a hash of `seed`."""
+        if n is None:
+            return self
+        return replace(self.on(drawn_prompts((row.prompt_id for row in self.rows), n, seed)), n=n, seed=seed)
+
+    def verdicts(self, length_unit: str = "characters") -> Verdicts:
+        """What the statistics are made from, with lengths in `characters`, `words` or `tokens`."""
+        if length_unit == "tokens" and (
+            self.system.tokenizer is None or self.system.tokenizer != self.baseline.tokenizer
+        ):
+            raise ValueError(
+                f"`length_unit` tokens must be of one tokenizer, got {self.system.tokenizer} and "
+                f"{self.baseline.tokenizer}. Use `characters` or `words`."
+            )
+        verdicts = Verdicts.of(self.rows, length_unit=length_unit)
+        if self.judge["name"] in ORDERLESS or any(row.detail == ONCE for row in self.rows):
+            return replace(verdicts, order=None)  # one verdict stands in both rows: they agree, and that says nothing
+        return verdicts
+
+    def summary(
+        self, name: str = "", *, length_unit: str = "characters", difficulty: Mapping[Any, float] | None = None
+    ) -> Summary:
+        """All that the judgements say, both controls beside it."""
+        once = {(row.prompt_id, row.sample): row.order for row in self.rows if row.detail == ONCE}
+        pairs = len({(row.prompt_id, row.sample) for row in self.rows if row.preference is not None})
+        remarks = []
+        if once:
+            first = sum(order == "ba" for order in once.values())
+            remarks.append(
+                f"{len(once)} of {pairs} pairs were shown in one order only, {first} of them with the system's answer "
+                "first. A preference for a position cannot be seen, and averages out only if that is about one half."
+            )
+        return summarise(
+            self.verdicts(length_unit),
+            cut=self._cut(),
+            order_said=f"{len(once)} of {pairs} pairs shown in one order only" if once else "",
+            remarks=remarks,
+            system=name or self.system.name,
+            baseline=self.baseline.name,
+            judge=self.judge_name,
+            empty=Verdicts.of(self.empty) if self.empty else None,
+            difficulty=difficulty,
+        )
+
+
+def _beside(out: Path) -> dict[str, Path]:
+    endings = {"control": "control.jsonl", "summary": "summary.json", "table": "csv", "records": "records.jsonl"}
+    return {what: out.with_suffix(f".{ending}") for what, ending in endings.items()}
+
+
+def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any], command: str) -> list[Path]:
+    """Write the files of one run; each is whole or absent.
+
+    Args:
+        out: file of the judgements; the others lie beside it.
+        judged: the run.
+        summary: what came of it.
+        more: further entries of the summary file.
+        command: that gives the same again.
+
+    Returns:
+        The files.
+    """
+    places = _beside(out)
+    write_judgements(out, judged.rows)
+    write_judgements(places["control"], judged.empty)
+    about = {
+        "schema": SCHEMA,
+        "judgements_sha256": content_hash(out),
+        **{name: asdict(getattr(judged, name)) for name in ("system", "baseline")},
+        **{name: getattr(judged, name) for name in ("judge", "n", "seed", "failures")},
+        "result": summary.row(),
+        "sentence": summary.sentence(),
+        **more,
+    }
+    write_whole(places["summary"], json.dumps(about, indent=2) + "\n")
+    write_whole(places["table"], csv_text([summary.row()]))
+    made = records(summary, config=judged.config, seed=judged.seed, command=command)
+    write_whole(places["records"], lines(made))
+    return [out, *places.values()]
+
+
+def read(path: str | Path) -> Judged:
+    """A run that was written.
+
+    Raises:
+        FileNotFoundError: the judgements or what lies beside them are not there.
+        ValueError: they do not belong together.
+    """
+    path = Path(path)
+    places = _beside(path)
+    for needed in (path, places["summary"], places["control"]):
+        if not needed.is_file():
+            raise FileNotFoundError(
+                f"{path} must be what `sampo judge` wrote, with its other files beside it, and {needed} is not there. "
+                f"{AGAIN}."
+            )
+    about = read_json(places["summary"], JudgedFile, AGAIN, ignore_unknown=True)
+    if about.schema != SCHEMA or about.judgements_sha256 != content_hash(path):
+        raise WrongFile(
+            f"{places['summary']} must be of schema {SCHEMA} and written with {path}, got schema {about.schema}"
+            f"{' and other judgements' if about.schema == SCHEMA else ''}. {AGAIN}."
+        )
+    return Judged(
+        **{"system": about.system, "baseline": about.baseline, "judge": about.judge, "n": about.n, "seed": about.seed},
+        rows=read_judgements(path),
+        empty=read_judgements(places["control"]),
+    )
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with the columns of all of them in the order of their first appearance; None is an empty cell."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,382 @@
+"""Per-token log-probs of a batch of pairs with no padding, and each prompt computed once.
+
+The batch is laid out as one row of N tokens: for each pair `prompt[:-1] | last prompt token + chosen[:-1] | last
+prompt token + rejected[:-1]`. Each branch starts with a copy of its own of the last prompt token, so every completion
+token is predicted inside its branch. Position ids restart with each branch; a branch attends to its prompt and,
+causally, to itself, never to the other branch or to another pair. Linear layers and norms cost N tokens; the LM head
+sees only the tokens that are to be scored, on every device. Prefix sharing for preference pairs: arXiv 2410.20305.
+
+transformers lets a library register an attention function, and hands extra keyword arguments of the forward down to
+it: no model code is touched. Ours is in `stream_attention`; calls without a stream go to the model's own.
+
+Example, with a prompt of the tokens 1 2 3:
+
+    chosen  1 2 3 4 5     stream     1 2 | 3 4 | 3
+    rejected 1 2 3 6      position   0 1 | 2 3 | 2
+                          predicts   . . | 4 5 | 6
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..logs import get_logger
+from .attention import Segments, StreamRefused, attend, describe
+from .lm_head import score_places
+
+logger = get_logger(__name__)
+
+NAME = "sampo_pair_stream"
+# what some models hand to their attention function that changes its result, and that ours does not do
+_NOT_HONOURED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+
+class RowsTooLong(StreamRefused):
+    """The model treats long rows differently, and this batch has one."""
+
+
+@dataclass
+class Stream:
+    """A batch of pairs as one row.
+
+    Attributes:
+        input_ids: `(1, N)`.
+        position_ids: `(1, N)`.
+        segments: which tokens see which.
+        positions: `(M,)` stream index of each of the M branch tokens.
+        rows: `(M,)` its row in the `(2B, L − 1)` layout of TRL.
+        columns: `(M,)` its column there.
+        row_length: L, tokens of the longest row before it was laid out.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Segments
+    positions: Tensor
+    rows: Tensor
+    columns: Tensor
+    row_length: int
+
+
+def lay_out(
+    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, needed: Tensor | None = None
+) -> Stream:
+    """Lay a collated batch out as one row.
+
+    Args:
+        input_ids: `(2B, L)`, chosen rows first, padded on the right.
+        attention_mask: `(2B, L)`.
+        completion_mask: `(2B, L)`.
+        needed: `(2B, L − 1)` bool, the completion tokens that may be scored; None for all. What comes after the last
+            of a row is left out, which is exact because attention is causal; a row without any gets no branch.
+
+    A pair whose rows do not begin with the same prompt (`truncation_mode: keep_end` can do that) shares nothing: each
+    of its rows gets a prompt of its own.
+    """
+    ids = input_ids.tolist()
+    n_prompt = (attention_mask.sum(dim=1) - completion_mask.sum(dim=1)).tolist()
+    in_completion = completion_mask[:, 1:].bool()
+    stops = _stops(in_completion if needed is None else needed)
+    if not any(stops):
+        n_prompt[0] = stops[0] = 1  # a model needs a token, if only one that nobody scores
+    tokens: list[int] = []
+    position_ids: list[int] = []
+    borders: list[tuple[int, int, int, int]] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    for group in _groups(ids, n_prompt, stops):
+        shared = max(n_prompt[group[0]] - 1, 0)  # the last prompt token belongs to the branches
+        start = len(tokens)
+        tokens += ids[group[0]][:shared]
+        position_ids += range(shared)
+        for i, row in enumerate(group):
+            branch_start = len(tokens)
+            tokens += ids[row][shared : stops[row]]
+            position_ids += range(shared, stops[row])
+            positions += range(branch_start, len(tokens))
+            rows += [row] * (stops[row] - shared)
+            columns += range(shared, stops[row])
+            borders.append((start if i == 0 else branch_start, len(tokens), start, start + shared))
+
+    def tensor(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=input_ids.device)
+
+    return Stream(
+        input_ids=tensor([tokens]),
+        position_ids=tensor([position_ids]),
+        segments=Segments(borders, input_ids.device),
+        positions=tensor(positions),
+        rows=tensor(rows),
+        columns=tensor(columns),
+        row_length=input_ids.size(1),
+    )
+
+
+def _stops(needed: Tensor) -> list[int]:
+    """How many tokens of each row the needed ones depend on; 0 where none is needed."""
+    counts = torch.arange(1, needed.size(1) + 1, device=needed.device)  # column c is predicted by the tokens 0 … c
+    return (needed * counts).amax(dim=1).tolist() if needed.size(1) else [0] * len(needed)
+
+
+def _groups(ids: list[list[int]], n_prompt: list[int], stops: list[int]) -> Iterator[list[int]]:
+    """Rows that share a prompt, chosen first: one or two of a pair."""
+    n_pairs = len(ids) // 2
+    for chosen in range(n_pairs):
+        rows = [row for row in (chosen, chosen + n_pairs) if stops[row]]
+        prompts = [ids[row][: n_prompt[row]] for row in rows]
+        if len(rows) == 2 and prompts[0] != prompts[1]:
+            yield from ([row] for row in rows)
+        elif rows:
+            yield rows
+
+
+def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
+    """Per-token output of a model with TRL's fused head, in the layout that the plain forward has.
+
+    Args:
+        model: a causal LM with the fused head, maybe wrapped (PEFT, DDP, …).
+        backbone: the module of the same model whose output the LM head takes.
+        stream: the batch.
+        scored: `(2B, L − 1)` bool, the tokens that go through the LM head; they must be in the stream.
+        targets: `(2B, L − 1)` the token to be scored at each place.
+
+    Returns:
+        TRL's `FusedCausalLMOutput` with `(2B, L − 1)` fields, zero where `scored` is not.
+
+    Raises:
+        StreamRefused: the model did something with the attention that the stream does not do, or (`RowsTooLong`) does
+            so with rows of this length.
+    """
+    reason = too_long(backbone.config, stream)
+    if reason:
+        raise RowsTooLong(reason)
+    kept = scored[stream.rows, stream.columns]
+    missing = (scored.sum() - kept.sum()).item()
+    assert not missing, f"{missing} of the tokens to be scored are not in the stream: `needed` must hold for them all"
+    at, rows, columns = stream.positions[kept], stream.rows[kept], stream.columns[kept]
+    stream.segments.calls = 0
+    router = {}
+    if hasattr(backbone.config.get_text_config(), "output_router_logits"):
+        router["output_router_logits"] = False  # whatever the config says: the auxiliary loss is one of padded rows
+    output = score_places(
+        model,
+        backbone,
+        (torch.zeros_like(at), at),
+        (rows, columns),
+        targets,
+        input_ids=stream.input_ids,
+        position_ids=stream.position_ids,
+        # a mask of four dimensions is handed on as it is; ours stands in the stream
+        attention_mask=torch.zeros(1, 1, 1, 1, device=stream.input_ids.device),
+        use_cache=False,
+        pair_stream=stream,
+        **router,
+    )
+    layers = backbone.config.get_text_config().num_hidden_layers
+    calls = stream.segments.calls
+    if calls != layers:
+        raise StreamRefused(
+            f"{calls} of the model's {layers} layers called the attention function that was registered"
+        )
+    return output
+
+
+def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, pair_stream=None, **kwargs):
+    """What transformers calls in each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
+    if pair_stream is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    _refuse(pair_stream, kwargs)
+    pair_stream.segments.calls += 1
+    output = attend(pair_stream.segments, query, key, value, kwargs.get("scaling"))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
+    """Raise if a layer wants what `attend` does not do."""
+    asked = [f"`{name}`" for name in _NOT_HONOURED if kwargs.get(name) is not None]
+    if kwargs.get("is_causal") is False:
+        asked.append("what comes after a token")
+    if kwargs.get("dropout"):
+        asked.append(f"dropout of {kwargs['dropout']}")
+    if asked:
+        raise StreamRefused(f"the model's attention uses {', '.join(asked)}")
+    window = kwargs.get("sliding_window")
+    if window is not None and 0 < window < stream.segments.longest:
+        raise RowsTooLong(f"a layer has a sliding window of {window} tokens, and a row has {stream.segments.longest}")
+
+
+def too_long(config, stream: Stream) -> str | None:
+    """Why a batch is too long for streams of a model with this config; None if it is not.
+
+    Some models put a window into their mask and do not say so when they call the attention, and some change the
+    rotary frequencies of all rows when one of them, padding included, is longer than a limit.
+    """
+    text = config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size", "keep_window_size"):
+        limit = getattr(text, name, None)
+        if limit is not None and 0 < limit < stream.segments.longest:  # 0 and -1 are some models' None
+            return f"the model's `{name}` is {limit} tokens, and a row has {stream.segments.longest}"
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_type = [value for value in rope.values() if isinstance(value, dict)]  # some have them for each type of layer
+    for each in [rope, *by_type]:
+        limits = {
+            "longrope": each.get("original_max_position_embeddings"),
+            "dynamic": getattr(text, "max_position_embeddings", None),
+        }
+        limit = limits.get(each.get("rope_type", ""))
+        if limit is not None and stream.row_length > limit:
+            return f"the model's rotary frequencies change beyond {limit} tokens, and a row has {stream.row_length}"
+    return None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def why_not(model) -> str | None:
+    """Why a model cannot take streams, as far as that can be known without running it; None if nothing is known."""
+    peft = getattr(model, "active_peft_config", None)
+    text = model.config.get_text_config()
+    if peft is not None and peft.is_prompt_learning:
+        return "prompt learning puts virtual tokens in front of each row"
+    if text is not model.config:
+        return "the model takes more than text, whose positions are not those of a row"
+    if text._attn_implementation not in ("sdpa", NAME):
+        return f"the model's attention implementation is `{text._attn_implementation}`, not `sdpa`"
+    return None
+
+
+def install(model) -> None:
+    """Let the model's attention take streams. Calls without a stream give what they gave before."""
+    model.set_attn_implementation(NAME)
+
+
+def remove(model) -> None:
+    """Undo `install`."""
+    model.set_attn_implementation("sdpa")
+
+
+class PairStreams:
+    """Whether the batches of a run go through streams: decided for the models at its start, and by its first batch.
+
+    Attributes:
+        on: streams are in use.
+    """
+
+    def __init__(self, mode: str, models: list, *, refuse: str | None = None):
+        """Make the models ready.
+
+        Args:
+            mode: `auto`, `true` or `false`.
+            models: policy and, if there is one, reference; not wrapped.
+            refuse: a reason against streams that the caller knows of.
+
+        Raises:
+            ValueError: `true`, and there is a reason against.
+        """
+        self.mode, self.on, self._models, self._compared = mode, False, models, False
+        if mode == "false":
+            return
+        reason = refuse or next(filter(None, map(why_not, models)), None)
+        if reason:
+            self._refuse(reason)
+            return
+        for model in models:
+            install(model)
+        self.on = True
+
+    @property
+    def to_be_compared(self) -> bool:
+        """Streams are on and no batch has been computed both ways yet."""
+        return self.on and not self._compared
+
+    def take(self, pairs) -> bool:
+        """Whether this batch (anything with a `stream`) goes through it; not if a model treats long rows differently.
+
+        Raises:
+            ValueError: `true`, and the batch cannot go through it.
+        """
+        if not self.on:
+            return False
+        reason = next(filter(None, (too_long(model.config, pairs.stream) for model in self._models)), None)
+        if reason and self.mode == "true":
+            raise ValueError(
+                f"`pair_stream: true` must be exact for every batch, but {reason}. Set a smaller `max_length`, or use "
+                "`auto`, which takes the plain forward for such batches."
+            )
+        return not reason
+
+    def compare(
+        self,
+        streamed: Callable[[], Tensor],
+        plain: Callable[[], Tensor],
+        *,
+        tolerance: float,
+        largest: Callable[[Tensor], float],
+        padded_tokens: int,
+        stream_tokens: int,
+    ) -> None:
+        """Keep the streams if both ways agree on a batch. A batch with too long rows is left for the next to decide.
+
+        Args:
+            streamed: computes the log-probs of the batch's completion tokens by the stream, `(M,)` nats.
+            plain: and by the plain forward, in the same order.
+            tolerance: largest mean difference of a token. The largest difference of all says little: in bf16 a rare
+                token can be off by 0.3 for no other reason than rounding.
+            largest: of a number, the largest over all processes, so that all decide alike. Called exactly once.
+            padded_tokens: tokens of the plain forward.
+            stream_tokens: tokens of the stream.
+
+        Raises:
+            ValueError: `true`, and the ways do not agree, or the stream fails.
+        """
+        expected = plain()
+        mine, failure = expected.new_tensor(-1.0), None
+        try:
+            mine = (streamed() - expected).abs().mean()
+        except RowsTooLong:
+            plain()  # other processes may have computed a stream: as many forwards as they
+        except AssertionError:
+            raise  # our own mistake
+        except Exception as error:  # the plain forward ran, so it is the stream that the model cannot take
+            mine, failure = expected.new_tensor(math.inf), error
+        difference = largest(mine)
+        if difference < 0:
+            return
+        self._compared = True
+        if failure is None and difference <= tolerance:
+            logger.info(
+                f"pair_stream: on. The first batch has {stream_tokens:,} tokens instead of {padded_tokens:,}; its "
+                f"log-probs differ from those of the plain forward by {difference:.1g} nats a token, which is "
+                f"rounding (the bound is {tolerance:g})."
+            )
+            return
+        reason = (
+            f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} nats a "
+            f"token, which is more than rounding (the bound is {tolerance:g})"
+        )
+        if failure is not None:
+            reason = failure.reason if isinstance(failure, StreamRefused) else f"it failed with {describe(failure)}"
+        elif difference == math.inf:
+            reason = "it failed in another process"
+        self._refuse(reason, failure)
+
+    def _refuse(self, reason: str, cause: Exception | None = None) -> None:
+        if self.on:
+            for model in self._models:
+                remove(model)
+        self.on = False
+        if self.mode == "true":
+            raise ValueError(
+                f"`pair_stream: true` must be exact for this model, but {reason}. Use `auto`, which takes the plain "
+                "forward then, or `false`."
+            ) from cause
+        logger.warning(f"pair_stream: auto takes the plain forward, because {reason}.")

@@ -1,0 +1,221 @@
+"""What is refused before a model is loaded: launches that would not train together, data that cannot be used."""
+
+import importlib.util
+import os
+import re
+from typing import Any
+
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor
+
+from ..config import SamPOConfig
+from ..data.end_tokens import ResponseEnds, end_token_ids
+from ..data.lengths import TokenCounts
+from ..data.load import check_preferences
+from ..logs import get_logger
+
+logger = get_logger(__name__)
+
+
+def refuse_separate_processes(args: SamPOConfig) -> None:
+    """Processes that do not know of each other.
+
+    Raises:
+        RuntimeError: several were launched, and each sees itself alone.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and args.world_size == 1:
+        raise RuntimeError(
+            f"All {world} launched processes must train one model together, got a process that sees itself alone: "
+            "each would train on the same rows and overwrite the other's output. On CPU set `use_cpu: true` and "
+            "launch with `torchrun` or an accelerate config of type MULTI_GPU; on GPUs check that each process sees "
+            "its device."
+        )
+
+
+def refuse_another_engine(accelerator) -> None:
+    """On the CPU accelerate turns FSDP into DDP, or into separate runs, without a word.
+
+    Raises:
+        RuntimeError: the launch asked for FSDP or DeepSpeed, and accelerate took something else.
+    """
+    for engine, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
+        asked = os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+        if asked and accelerator.distributed_type != kind:
+            raise RuntimeError(
+                f"The processes must train with {kind.value}, as the launch asks for, got "
+                f"{accelerator.distributed_type.value} on {accelerator.device.type}. FSDP needs a GPU for each "
+                "process; on the CPU launch with `cpu_zero3`, which shards as well, or with `cpu_ddp`."
+            )
+
+
+_LOGGERS = {  # name in `report_to`: how transformers looks for it, what is to be installed
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "comet_ml": ("comet", "comet-ml"),
+    "mlflow": ("mlflow", "mlflow"),
+    "neptune": ("neptune", "neptune"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+    "codecarbon": ("codecarbon", "codecarbon"),
+    "clearml": ("clearml", "clearml"),
+    "dagshub": ("dagshub", "dagshub mlflow"),
+    "flyte": ("flytekit", "flytekit"),
+    "dvclive": ("dvclive", "dvclive"),
+    "swanlab": ("swanlab", "swanlab"),
+    "kubeflow": ("kubeflow", ""),  # needs no package, but a pod of Kubeflow Trainer
+}
+_OPTIMISERS = {  # part of the name in `optim`: what is imported, what is to be installed
+    "8bit|paged|lion|ademamix|rmsprop_bnb": ("bitsandbytes", "bitsandbytes"),
+    "adamw_torch_[48]bit": ("torchao", "torchao"),
+    "galore": ("galore_torch", "git+https://github.com/jiaweizzhao/GaLore"),
+    "apollo": ("apollo_torch", "git+https://github.com/zhuhanqing/APOLLO"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+}
+
+
+def faults_of_packages(options: Any) -> list[str]:
+    """Options that need a package which is not installed: transformers would say so after the model is loaded.
+
+    Args:
+        options: With the attributes `report_to`, `optim` and `use_liger_kernel` of transformers' arguments.
+    """
+    optim = str(getattr(options.optim, "value", options.optim))
+    needs = [(f"optim: {optim}", *each) for part, each in _OPTIMISERS.items() if re.search(part, optim)]
+    if optim.startswith("adamw_torch_"):  # their `8bit` is torchao's, not that of bitsandbytes
+        needs = [each for each in needs if each[1] != "bitsandbytes"]
+    if options.use_liger_kernel:
+        needs.append(("use_liger_kernel: true", "liger_kernel", "liger-kernel"))
+    missing = [(option, package) for option, module, package in needs if importlib.util.find_spec(module) is None]
+    return [
+        *faults_of_loggers(options.report_to),
+        *(
+            f"`{option}` needs a package that is not installed. `pip install {package}`, or choose another value."
+            for option, package in missing
+        ),
+    ]
+
+
+def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
+    """Loggers that are asked for and cannot be used: transformers would say so after the model is loaded.
+
+    Args:
+        report_to: As in transformers.
+    """
+    from transformers.integrations import integration_utils
+
+    asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    faults = []
+    for name in asked:
+        if name in ("all", "none"):
+            continue
+        if name not in _LOGGERS:
+            faults.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
+            continue
+        look_for, package = _LOGGERS[name]
+        if getattr(integration_utils, f"is_{look_for}_available")():
+            continue
+        if package:
+            needs = f"a package that is not installed. `pip install {package}`, or set"
+        else:
+            needs = "a job of Kubeflow Trainer, got none (KUBEFLOW_TRAINER_SERVER_URL is not set). Set"
+        faults.append(f"`report_to: {name}` needs {needs} `report_to: none`.")
+    return faults
+
+
+def _each_dataset(train_dataset, eval_dataset) -> list:
+    return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+
+
+def check_data(args: SamPOConfig, train_dataset, eval_dataset, processing_class=None) -> None:
+    """All faults of the rows, before a model is loaded; of messages also what the chat template makes of them.
+
+    Raises:
+        PreferenceDataError: missing columns or bad rows.
+        ValueError: rows are to be grouped by a length that they do not have.
+    """
+    grouped = args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, Dataset)
+    if grouped and args.length_column_name not in train_dataset.column_names:
+        raise ValueError(
+            "`train_sampling_strategy: group_by_length` needs the length of each pair in the column "
+            f"`{args.length_column_name}` (`length_column_name`), got {train_dataset.column_names}. Add it, or use "
+            "`random`; `pair_stream: auto` does without padding in any order."
+        )
+    for dataset in _each_dataset(train_dataset, eval_dataset):
+        if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
+            check_preferences(dataset, chat_template_of=processing_class)
+
+
+def find_processor(model, args: SamPOConfig, train_dataset, eval_dataset):
+    """The tokenizer or processor that TRL would load, where messages are to be looked at before the model is loaded.
+
+    None where TRL has to find it: it then says what is wrong.
+    """
+    if not isinstance(model, str) or not any(map(_holds_messages, _each_dataset(train_dataset, eval_dataset))):
+        return None
+    options: Any = args.model_init_kwargs or {}
+    try:
+        return AutoProcessor.from_pretrained(
+            model, revision=options.get("revision") or "main", trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _holds_messages(dataset) -> bool:
+    if not isinstance(dataset, Dataset) or "chosen" not in dataset.column_names or not len(dataset):
+        return False
+    return isinstance(dataset.with_format(None)[0]["chosen"], list)
+
+
+def refuse_without_end_token(train_dataset, processing_class, args: SamPOConfig) -> None:
+    """`keep_end_token` and `balance_end_token` with a chat template that ends no turn.
+
+    Raises:
+        ValueError: such a template.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    asked = args.keep_end_token or args.balance_end_token
+    if not asked or not getattr(tokenizer, "chat_template", None) or not _holds_messages(train_dataset):
+        return
+    ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
+    if not ends.template_ends_turns and not ends.template_fails:
+        raise ValueError(
+            f"{_end_options(args)} needs responses with an end token, got a chat template that puts none behind an "
+            "answer. Unset it, or take a template that ends each turn of the assistant (`chat_template`)."
+        )
+
+
+def refuse_endless_responses(counts: TokenCounts, args: SamPOConfig, name: str) -> None:
+    """Warn where no response ends, or stop where an option is about its end.
+
+    Args:
+        counts: of the tokenised data.
+        args: of the run.
+        name: of the data, `train` or that of an evaluation set.
+
+    Raises:
+        ValueError: `keep_end_token` or `balance_end_token`, and no training response has an end token.
+    """
+    if counts.has_ends:
+        return
+    what = f"0 of {2 * counts.pairs:,} responses of the {name} data have an end token after truncation"
+    if name == "train" and (args.keep_end_token or args.balance_end_token):
+        raise ValueError(
+            f"{_end_options(args)} needs responses with an end token, got none: {what}. Unset it, raise `max_length`, "
+            "or take a chat template that ends each turn of the assistant."
+        )
+    logger.warning(
+        f"{what}: training does not teach where a response ends. Raise `max_length` if it cuts all of them, or take a "
+        "chat template that ends each turn of the assistant."
+    )
+
+
+def _end_options(args: SamPOConfig) -> str:
+    asked = [name for name in ("keep_end_token", "balance_end_token") if getattr(args, name)]
+    return " and ".join(f"`{name}`" for name in asked)

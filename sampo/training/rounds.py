@@ -1,0 +1,431 @@
+"""Iterative SamPO: rounds of training, each a launch of its own that starts from the model of the last.
+
+As in the authors' code (dpo_iterative.sh), a round is a new process with a fresh optimiser and schedule; policy and
+reference are the model of the round before. What is ours:
+
+1. `reference: initial` keeps the first model as the reference of all rounds.
+2. Round k trains with `seed` + k − 1, so that order of data and random subsets are new in each round; what divides
+   the data (`eval_fraction`, shards) keeps the first seed.
+3. An adapter is merged at the end of a round, and the next round starts from the merged model with a new adapter.
+4. `iterate_state.json` remembers what is done. A round that has finished is never run again; one that was interrupted
+   goes on from its last whole checkpoint.
+
+Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpointing.files import TrainerState, numbered_checkpoints
+from ..io.files import sealed, unsealed, write_whole
+from ..io.locks import alone_in
+from ..io.schemas import WrongFile, named, parse_json, read_json, typed
+
+STATE = "iterate_state.json"
+RECIPE = "recipe.yaml"
+DATA = ("full", "shards")
+REFERENCES = ("previous", "initial")
+OF_THE_MACHINE = ("gpu_ids", "main_process_port")  # launcher's options that change nothing in the weights
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+PACKAGES = ("sampo-dpo", "trl", "transformers", "torch", "peft", "datasets", "accelerate")
+
+
+Status = Literal["waiting", "training", "merging", "failed", "finished"]
+
+
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a round that a signal has ended
+
+
+class RefusedIteration(ValueError):
+    """The rounds cannot be run as asked; the text says why."""
+
+
+class RoundFailed(RuntimeError):
+    """The command of a round has ended with an error.
+
+    Attributes:
+        status: its exit status.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: everything that, if it were another, would make these other rounds.
+
+    Attributes:
+        rounds: number of rounds.
+        data: `full` (each round sees all training pairs) or `shards` (each one a part of the prompts).
+        reference: `previous` (the model that the round starts from) or `initial` (the one that round 1 starts from).
+        output_dir: where the rounds lie.
+        model: what round 1 starts from.
+        revision: its revision on the hub.
+        seed: of round 1.
+        dtype: of the weights in training.
+        use_peft: whether a round trains an adapter, which is merged at its end.
+        quantization: the options, as words, if it is trained on weights that are quantised on loading.
+        recipe: options of the YAML file.
+        words: options of the command line, as typed.
+        launch: options for the launcher.
+        inputs: hashes of what lies on this machine: the model's weights, the data.
+    """
+
+    rounds: int
+    data: str
+    reference: str
+    output_dir: str
+    model: str
+    revision: str
+    seed: int
+    dtype: str
+    use_peft: bool
+    quantization: list[str] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+    launch: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(self.output_dir)
+
+    def round_folder(self, number: int) -> Path:
+        """Where round 1, 2, … writes."""
+        return self.folder / f"round-{number}"
+
+    def model_after(self, number: int) -> str:
+        """The whole model after round 1, 2, …; after none, what the first starts from."""
+        if number == 0:
+            return self.model
+        folder = self.round_folder(number)
+        return str(folder / "merged" if self.use_peft else folder)
+
+    def train_command(self, number: int) -> list[str]:
+        """The command of round 1, 2, …; the last of two equal options holds."""
+        start = self.model_after(number - 1)
+        words = ["sampo", "train"]
+        for name, value in self.launch.items():
+            words += [f"--{name}", value]
+        words += ["--config", str(self.folder / RECIPE), *self.words]
+        words += ["--model_name_or_path", start, "--output_dir", str(self.round_folder(number))]
+        words += ["--seed", str(self.seed + number - 1), "--split_seed", str(self.seed)]
+        if self.data == "shards":
+            words += ["--prompt_shard", f"{number}/{self.rounds}"]
+        if number > 1:
+            words += ["--model_revision", "main"]  # of the round's own folder there is one
+        if number > 1 and self.reference == "initial":
+            words += ["--ref_model_name_or_path", self.model, "--ref_model_revision", self.revision]
+        return words
+
+    def merge_command(self, number: int) -> list[str] | None:
+        """The command that makes a whole model of the round's adapter; None where a round trains all weights."""
+        if not self.use_peft:
+            return None
+        words = ["sampo", "merge", str(self.round_folder(number)), "--base", self.model_after(number - 1)]
+        if number == 1:
+            words += ["--base_revision", self.revision]
+        return [*words, "--out", self.model_after(number), "--dtype", self.dtype, *self.quantization]
+
+    def commands(self, number: int) -> list[str]:
+        """All commands of a round, each as one line for a shell."""
+        words = [self.train_command(number), self.merge_command(number)]
+        return [shlex.join(command) for command in words if command is not None]
+
+
+@dataclass
+class Round:
+    """What is known of a round; times in seconds.
+
+    Attributes:
+        number: 1, 2, …
+        status: what is being done, or how it has ended.
+        commands: what gives this round's model, one line each, from the model of the round before.
+        config_sha256: of the recipe and the commands.
+        model: the whole model at its end.
+        model_sha256: of that model's weights.
+        started: time of the first attempt, UTC.
+        seconds: spent, over all attempts that were not killed together with us.
+        attempts: the command line of each launch, those that went on from a checkpoint among them.
+        metrics: `first` and `last` line of the training log, last `eval`, `merge`, and the number of `steps`.
+        versions: of the packages that matter.
+    """
+
+    number: int
+    status: Status = "waiting"
+    commands: list[str] = field(default_factory=list)
+    config_sha256: str = ""
+    model: str = ""
+    model_sha256: str = ""
+    started: str = ""
+    seconds: float = 0.0
+    attempts: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """What `iterate_state.json` holds."""
+
+    plan: Plan
+    rounds: list[Round]
+
+    def __post_init__(self):
+        if [one.number for one in self.rounds] != list(range(1, self.plan.rounds + 1)):
+            raise ValueError(f"`rounds` must be the {self.plan.rounds} rounds of the plan in their order")
+
+
+def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], None] | None = None) -> list[Round]:
+    """Run all rounds that are not finished.
+
+    Args:
+        plan: What to do.
+        say: Takes each line of what is being done.
+        after: Is called with each round that has finished now.
+
+    Raises:
+        RefusedIteration: the folder belongs to other rounds.
+        FolderInUseError: another process works in it.
+        RoundFailed: a round's command has failed.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(plan.folder) as lock:
+        rounds = _take_up(plan)
+        write_whole(plan.folder / RECIPE, _as_yaml(plan.recipe))
+        for one in rounds:
+            if one.status == "finished":
+                say(f"round {one.number} of {plan.rounds} is finished: {one.model}")
+                continue
+            _check_start(plan, rounds, one.number)
+            _run_round(plan, rounds, one, say, lock)
+            if after is not None:
+                after(one)
+    return rounds
+
+
+def _take_up(plan: Plan) -> list[Round]:
+    """The rounds as the state file knows them, or new ones."""
+    path = plan.folder / STATE
+    saved = _read_state(path)
+    if saved is not None:
+        rounds = saved.rounds
+        changes = list(_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
+        if not changes:
+            return rounds
+        if any(one.status == "finished" for one in rounds) or _has_begun(plan.round_folder(1)):
+            raise RefusedIteration(
+                f"{path} must be of the same rounds to go on with them, got changes: {'; '.join(changes)}. Undo them, "
+                "or set another `output_dir`."
+            )
+    elif any(plan.round_folder(number).exists() for number in range(1, plan.rounds + 1)):
+        raise RefusedIteration(
+            f"`output_dir` must have no rounds without a state file, got some in {plan.folder}. Set another "
+            "`output_dir`, or remove them."
+        )
+    rounds = [_plan_round(plan, number) for number in range(1, plan.rounds + 1)]
+    _save(plan, rounds)
+    return rounds
+
+
+def _plan_round(plan: Plan, number: int) -> Round:
+    commands = plan.commands(number)
+    digest = hashlib.sha256(json.dumps([plan.recipe, commands], sort_keys=True).encode()).hexdigest()
+    return Round(number, commands=commands, config_sha256=digest, model=plan.model_after(number))
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Iterator[str]:
+    """What differs, in words."""
+    for name in sorted(old.keys() | new.keys()):
+        was, now = old.get(name), new.get(name)
+        if name in ("recipe", "launch", "inputs") and not begin:
+            yield from _changes(was or {}, now or {}, f"{name}: ")
+        elif was != now and begin == "inputs: ":
+            yield f"{name} has other content than before"
+        elif was != now and not (begin == "launch: " and name in OF_THE_MACHINE):
+            yield f"{begin}`{name}` was {was!r} and is {now!r}"
+
+
+def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
+    """What the round starts from must be what the round before has left."""
+    if number == 1:
+        return
+    before = rounds[number - 2]
+    found = hash_model(before.model)
+    if found != before.model_sha256:
+        raise RefusedIteration(
+            f"{before.model} must be as round {before.number} left it, got "
+            f"{'other weights' if found else 'no weights'}. Put it back, or remove {plan.folder} to begin again."
+        )
+
+
+def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str], None], lock: int) -> None:
+    """Train, merge, note what came out; whatever of it is done already is left alone."""
+    one.started = one.started or datetime.now(UTC).isoformat(timespec="seconds")
+    one.versions = _versions()
+    folder = plan.round_folder(one.number)
+    if not _is_trained(folder):
+        again = ["--resume", "auto"] if _has_begun(folder) else []
+        _step(plan, rounds, one, "training", [*plan.train_command(one.number), *again], say, lock)
+    merge = plan.merge_command(one.number)
+    if merge is not None and not Path(one.model).is_dir():  # it is whole or absent
+        _step(plan, rounds, one, "merging", merge, say, lock)
+    one.metrics = read_metrics(folder, Path(one.model))
+    one.model_sha256 = hash_model(one.model)
+    if not one.model_sha256:
+        raise RoundFailed(f"Round {one.number} has ended without weights in {one.model}.", 1)
+    one.status = "finished"
+    _save(plan, rounds)
+    say(f"round {one.number} of {plan.rounds} finished after {one.seconds:.0f} s: {one.model}")
+
+
+def _step(plan, rounds: list[Round], one: Round, status: Status, command: list[str], say, lock: int) -> None:
+    """One launch, with the state before and after it on the disk."""
+    one.status = status
+    one.attempts.append(shlex.join(command))
+    _save(plan, rounds)
+    say(f"round {one.number} of {plan.rounds}, {status}: {one.attempts[-1]}")
+    began = time.monotonic()
+    status_code = _launch(command, lock)
+    one.seconds = round(one.seconds + time.monotonic() - began, 1)
+    if status_code != 0:
+        one.status = "failed"
+        _save(plan, rounds)
+        if status_code in STOPPED:
+            raise RoundFailed(
+                f"Round {one.number} was stopped while {status}. The same `sampo iterate` goes on from there.",
+                status_code,
+            )
+        raise RoundFailed(
+            f"Round {one.number} must end with status 0, got {status_code} while {status}. Once the cause is gone, "
+            "the same `sampo iterate` goes on from there.",
+            status_code if status_code > 0 else 128 - status_code,
+        )
+
+
+# In the process of a round, before anything else happens in it.
+_IN_A_ROUND = (
+    "import sys; from sampo.io.locks import end_with_parent; end_with_parent(int(sys.argv.pop(1))); "
+    "from sampo.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def _launch(command: list[str], lock: int) -> int:
+    """Run `sampo …` in a process of its own, which holds the lock as long as it lives."""
+    words = [sys.executable, "-c", _IN_A_ROUND, str(os.getpid()), *command[1:]]
+    process = subprocess.Popen(words, pass_fds=[lock])
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it may want to save, and we wait for it
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal has told the process too
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- what a round has left -------------------------------------------------------------------------------------------
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether a training has come to its end: the last thing it writes is the state, after the model."""
+    return _read(folder / "trainer_state.json", TrainerState) is not None
+
+
+def _has_begun(folder: Path) -> bool:
+    return _is_trained(folder) or bool(numbered_checkpoints(folder))
+
+
+def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:
+    """The lines of a round's log that tell most, and what merging has changed."""
+    state = _read(folder / "trainer_state.json", TrainerState) or TrainerState([], 0)
+    log = [{name: value for name, value in entry.items() if _is_number(value)} for entry in state.log_history]
+    trained = [entry for entry in log if "loss" in entry]
+    evaluated = [entry for entry in log if "eval_loss" in entry]
+    found: dict[str, Any] = {"steps": state.global_step}
+    if trained:
+        found |= {"first": trained[0], "last": trained[-1]}
+    if evaluated:
+        found["eval"] = evaluated[-1]
+    merged = _read(model / "sampo_merge.json", dict[str, Any]) if model is not None else None
+    return found if merged is None else {**found, "merge": merged}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def hash_model(folder: str | Path) -> str:
+    """SHA-256 of a folder's weights; empty where there is none."""
+    paths = {path for pattern in WEIGHTS for path in Path(folder).glob(pattern)} if Path(folder).is_dir() else set()
+    return hash_files(path for path in paths if path.name != "training_args.bin")
+
+
+def hash_files(paths) -> str:
+    """SHA-256 over names and contents of files, in the order of their names; empty for no files."""
+    digest, names = hashlib.sha256(), []
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        names.append(path.name)
+        digest.update(f"{path.name}\n{content}\n".encode())
+    return digest.hexdigest() if names else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
+            continue
+    return found
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _save(plan: Plan, rounds: list[Round]) -> None:
+    write_whole(plan.folder / STATE, sealed(asdict(State(plan, rounds))))
+
+
+def _read_state(path: Path) -> State | None:
+    """What is remembered of the rounds; None where nothing is."""
+    try:
+        with named(path, "Restore it, or move it and the rounds away"):
+            return typed(State, unsealed(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, WrongFile) as error:
+        raise RefusedIteration(str(error)) from None
+
+
+def _read(path: Path, kind: Any) -> Any:
+    """What the file holds; None where it is not there or not whole."""
+    try:
+        return read_json(path, kind, ignore_unknown=True)
+    except (OSError, WrongFile):
+        return None
+
+
+def _as_yaml(recipe: dict[str, Any]) -> str:
+    import yaml
+
+    begin = "# The recipe of all rounds, as it was at the start. Written by `sampo iterate`.\n"
+    return begin + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
