@@ -38,15 +38,15 @@ test-all: install  ## all tests
 
 # What leans on other libraries, with the newest versions that pyproject.toml allows, in an environment of its own.
 LATEST := .venv-latest/bin
-LATEST_TESTS := trl_contract dpo_options trainer experts model_card logs config architecture pair_stream pair_stream_models \
-	pieces adapters ref_logps resume cli lab generate iterate diagnostics judges audit data bad_inputs
+LATEST_TESTS := test_config.py data scoring training reference_cache checkpointing models diagnostics audit evaluation \
+	commands lab
 
 test-latest:  ## the tests that lean on TRL and transformers, with the newest versions that are allowed
 	test -x $(LATEST)/python || $(PYTHON) -m venv .venv-latest
 	$(LATEST)/python -m pip install -c constraints.txt $(TORCH)
 	$(LATEST)/python -m pip install --upgrade --upgrade-strategy eager $(TORCH) -e '.[dev]'
 	$(LATEST)/python -m pip list | grep -iE '^(torch|trl|transformers|accelerate|peft|datasets) '
-	OMP_NUM_THREADS=1 $(LATEST)/python -m pytest -n 2 --dist loadfile -m "not slow" $(LATEST_TESTS:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(LATEST)/python -m pytest -n 2 --dist loadfile -m "not slow" $(LATEST_TESTS:%=tests/%)
 
 notebooks: install  ## run the notebooks anew and keep their outputs
 	$(BIN)/python notebooks/execute.py

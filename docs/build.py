@@ -207,7 +207,7 @@ def _measured() -> list:
 
 
 def campaign() -> str:
-    """What came of the runs that were killed, from the records of tests/kill_campaign.py."""
+    """What came of the runs that were killed, from the records of tests/support/kill_campaign.py."""
     from sampo.io import records as results
 
     runs: dict[str, dict[str, results.Record]] = {}

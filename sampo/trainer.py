@@ -5,7 +5,7 @@ and reference are scored on them; TRL's own loss then gets, in place of a model,
 log-probs, a completion mask narrowed to the counted tokens, and the weighted reference sums, through the door that TRL
 has for precomputed ones. So every loss of TRL works with every weighting, and no line of TRL stands here.
 
-What we rely on in TRL 1.16, pinned by tests/test_trl_contract.py:
+What we rely on in TRL 1.16, pinned by tests/training/test_trl_contract.py:
 
 1. `DPOTrainer._compute_loss(model, inputs, return_outputs)` calls `model(**kw, labels=…, fused_lm_head=True)` once,
    sums `output.log_probs` over each row, and reads `input_ids`, `attention_mask` and `completion_mask` from `inputs`;

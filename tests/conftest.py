@@ -1,4 +1,4 @@
-"""Shared by all tests. Helper modules (`tiny`, `oracles`, …) lie beside them and are imported by name."""
+"""Shared by all tests. Helper modules (`tiny`, `oracles`, …) lie in `support/` and are imported by name."""
 
 import atexit
 import functools

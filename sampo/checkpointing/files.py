@@ -38,7 +38,7 @@ class CheckpointNotSavedError(OSError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What tells one run from another (`sampo.checkpointing.fingerprint`); `length`: `max_steps`, `num_train_epochs`."""
+    """What tells one run from another (`fingerprint.identity`); `length` is `max_steps` and `num_train_epochs`."""
 
     must: dict[str, Any] = field(default_factory=dict)
     rounding: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """A trainer that can be interrupted at any moment and goes on as if it had not been.
 
 [`ResumableTrainer`] stands between transformers' `Trainer` and ours. What it relies on in transformers 5.23, pinned by
-tests/test_resume.py:
+tests/checkpointing/test_resume.py:
 
 1. `_save_checkpoint` asks `_get_output_dir` where to write, and writes nothing of the checkpoint elsewhere.
 2. `_run_epoch` is called for each epoch, first with the counters of the log just set to zero; `_tr_loss`,

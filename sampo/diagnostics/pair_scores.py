@@ -2,12 +2,12 @@
 
 One forward pass gives two numbers for each completion token: log π of the token that is there, and log π of the end
 token in its place. With the reference's log-probs (`sampo.reference_cache`, computed once for all policies) they
-give every weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, and a manifest names what
-each must hold: a run that is killed goes on with the shards that it does not name, and a shard whose bytes are others
-is refused, never read. What is made of them is in `sampo.diagnostics.findings`.
+give every weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, and a manifest
+names what each must hold: a run that is killed goes on with the shards that it does not name, and a shard whose bytes
+are others is refused, never read. What is made of them is in `sampo.diagnostics.findings`.
 
 The pairs are tokenised and cut as in training, by TRL itself: `DPOTrainer._prepare_dataset` asks its `self` for
-`_tokenizer` alone, and `DataCollatorForPreference` does the rest (pinned by tests/test_diagnostics.py).
+`_tokenizer` alone, and `DataCollatorForPreference` does the rest (pinned by tests/diagnostics/test_diagnostics.py).
 """
 
 import hashlib

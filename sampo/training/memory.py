@@ -3,8 +3,8 @@
     weights + gradients + master + adam + copies + reference + activations + buffers
 
 Each of the first five is a number of bytes for each trainable parameter (`ENGINES`), divided by the number of GPUs
-where the engine spreads it. tests/test_memory.py compares them with the tensors of real runs, and the activations with
-what autograd keeps; docs/scale.md has the table and what is left out.
+where the engine spreads it. tests/training/test_memory.py compares them with the tensors of real runs, and the
+activations with what autograd keeps; docs/scale.md has the table and what is left out.
 
 1. Full fine-tuning on one GPU or with DDP holds the weights in float32 and computes in bf16 by autocast, which keeps a
    bf16 copy of each weight until the end of the forward pass. ZeRO and FSDP2 compute in bf16 and keep the float32

@@ -1,0 +1,142 @@
+"""What a run says without being asked: to a script that sets no logging up, and on the command line."""
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_pairs, save_model
+from transformers.integrations import integration_utils
+
+from sampo.cli import main
+from sampo.logs import get_logger, show_logs
+from sampo.training.preflight import _LOGGERS, faults_of_loggers
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+{setup}
+from tiny import make_pairs, training_options
+from sampo import SamPOConfig, SamPOTrainer
+
+def run(**options):
+    args = SamPOConfig(**training_options({out!r}, max_steps=2, save_strategy="steps", **options))
+    trainer = SamPOTrainer(model={model!r}, args=args, train_dataset=make_pairs(16))
+    trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
+
+{body}
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def script(model_folder, tmp_path, setup="", body="run(pair_stream='auto')") -> str:
+    text = SCRIPT.format(here=str(SUPPORT), setup=setup, out=str(tmp_path / "out"), model=model_folder, body=body)
+    path = tmp_path / "run.py"
+    path.write_text(text)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, timeout=300)
+    return done.stderr + done.stdout
+
+
+def test_a_script_that_swaps_the_class_sees_method_reference_and_stream_once_and_no_noise(model_folder, tmp_path):
+    body = "run(pair_stream='auto', logging_steps=0.5)\nrun(pair_stream='auto', logging_steps=0.5, save_steps=1, "
+    text = script(model_folder, tmp_path, body=body + "resume_from_checkpoint=True)")
+    for line in ("method: SamPO (`token_weighting: sampo`", "reference: a copy of the initial policy"):
+        assert text.count(f"\n{line}") == 2  # of two trainers
+    assert len(re.findall(r"pair_stream: on\..* which is rounding \(the bound is 0\.0001\)\.", text)) == 1
+    for noise in ("[RANK", "Setting accelerator to CPU", "arguments do not match"):
+        assert noise not in text
+
+
+def test_who_sets_logging_up_decides(model_folder, tmp_path):
+    setup = "import logging; logging.basicConfig(level=logging.INFO, format='ours %(message)s')"
+    text = script(model_folder, tmp_path, setup)
+    assert text.count("method:") == text.count("ours method:") == 1
+
+
+def test_a_handler_is_added_once_where_there_is_none_and_levels_are_kept(monkeypatch):
+    logger = logging.getLogger("sampo.nobody")
+    logger.propagate = False  # pytest has a handler at the root
+    monkeypatch.setattr("sampo.logs.ROOT", "sampo.nobody")
+    try:
+        for _ in range(2):
+            show_logs(logging.WARNING)
+        assert len(logger.handlers) == 1
+        assert logger.level == logging.WARNING
+        logger.handlers.clear()
+        logger.setLevel(logging.ERROR)
+        show_logs()
+        assert logger.level == logging.ERROR
+    finally:
+        logger.handlers.clear()
+
+
+def test_other_processes_than_the_first_are_silent(monkeypatch, caplog):
+    from accelerate import PartialState
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    logger = get_logger("sampo.somewhere")
+    for rank, heard in (("1", 0), ("0", 1)):
+        caplog.clear()
+        monkeypatch.setenv("RANK", rank)
+        logger.warning("heard")
+        assert len(caplog.records) == heard
+
+
+@pytest.mark.parametrize(("world", "said"), [("1", "padding"), ("2", "[RANK 0] padding")])
+def test_the_prefix_of_trl_goes_on_one_process_and_stays_on_several(monkeypatch, caplog, world, said):
+    from accelerate import PartialState
+    from trl.trainer import dpo_trainer
+
+    PartialState()
+    monkeypatch.setenv("WORLD_SIZE", world)
+    dpo_trainer.logger.warning("padding")
+    assert caplog.messages == [said]
+
+
+# --- where metrics are reported to -----------------------------------------------------------------------------------
+
+
+def test_every_logger_of_transformers_is_known():
+    assert _LOGGERS.keys() == integration_utils.INTEGRATION_TO_CALLBACK.keys()
+
+
+@pytest.mark.parametrize("name", list(_LOGGERS))
+def test_a_logger_without_its_package_is_refused_in_one_sentence_and_one_with_it_is_not(monkeypatch, name):
+    look_for, package = _LOGGERS[name]
+    for there in (True, False):
+        monkeypatch.setattr(integration_utils, f"is_{look_for}_available", lambda there=there: there)
+        faults = faults_of_loggers([name])
+        assert len(faults) == (not there)
+    assert faults[0].startswith(f"`report_to: {name}` needs")
+    assert f"`pip install {package}`" in faults[0] or not package
+
+
+def test_none_all_and_unknown_loggers():
+    assert (
+        faults_of_loggers(None) == faults_of_loggers([]) == faults_of_loggers("none") == faults_of_loggers("all") == []
+    )
+    assert "got 'wandbb'" in faults_of_loggers("wandbb")[0]
+
+
+@pytest.mark.parametrize("command", [["train"], ["iterate", "--rounds", "2"], ["cache"]], ids=" ".join)
+def test_commands_say_it_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    make_pairs(8).to_json(tmp_path / "pairs.jsonl")
+    options = {"model_name_or_path": "/no/such/model", "dataset_name": tmp_path / "pairs.jsonl"}
+    options |= {"output_dir": tmp_path / "out", "report_to": "wandb", "use_cpu": True, "bf16": False}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    try:
+        status = main([*command, *words])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err
+    assert status == 2
+    assert "`report_to: wandb` needs a package that is not installed. `pip install wandb`" in said
+    assert "Traceback" not in said
