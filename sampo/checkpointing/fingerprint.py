@@ -63,8 +63,8 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
         "the training data": data_hash(trainer.train_dataset),
         "the weights of model and reference": weights_hash([model, getattr(trainer, "ref_model", None)]),
         # a cache may have been filled by a reference that is not loaded now
-        "the precomputed reference": _values_of(getattr(trainer, "_ref_identity", None)),
-        "the end tokens": getattr(trainer, "_end_token_ids", None),
+        "the precomputed reference": _values_of(getattr(trainer, "ref_identity", None)),
+        "the end tokens": getattr(trainer, "end_token_ids", None),
         "the pairs per step": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
     if code := REGISTERED.get(getattr(args, "token_weighting", "")):

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -28,7 +28,6 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..data.lengths import LengthSums
 from ..io.files import write_whole
 from ..io.locks import FolderInUseError, alone_in
 from ..io.schemas import WrongFile, read_json
@@ -52,18 +51,26 @@ class LogWindow:
         loss_sums: of each process.
         metrics: values of each metric of TRL's.
         num_tokens: trained on so far.
-        length_sums: columns of `LengthSums`.
+        carried: the state of what the trainer has given to be carried along.
     """
 
     last_logged_step: int
     loss_sums: list[float]
     metrics: dict[str, list[float]]
     num_tokens: int
-    length_sums: dict[str, float]
+    carried: dict[str, float]
 
     def __post_init__(self):
         if not self.loss_sums:
             raise ValueError("`loss_sums` must hold a number for each process, got none")
+
+
+class Carried(Protocol):
+    """Something that a checkpoint carries without knowing what it is."""
+
+    def state(self) -> dict[str, float]: ...  # noqa: D102
+
+    def restore(self, state: dict[str, float]) -> None: ...  # noqa: D102
 
 
 class WeightsNotFiniteError(FloatingPointError):
@@ -174,15 +181,20 @@ class ResumableTrainer(Trainer):
     args: Any
     _metrics: dict[str, Any]
     _total_train_tokens: int
-    _length_sums: dict[str, LengthSums]
+    _carried: Carried
 
     _staging = False
     _log_window: "LogWindow | None" = None
     _stop: SaveOnSignal
     _identity: dict[str, Any]
 
-    def make_resumable(self) -> None:
-        """To be called at the end of the constructor, while the model has its first weights."""
+    def make_resumable(self, carried: Carried) -> None:
+        """To be called at the end of the constructor, while the model has its first weights.
+
+        Args:
+            carried: what is measured since the last line of the log, saved and restored with it.
+        """
+        self._carried = carried
         if self.args.enable_jit_checkpoint:
             raise ValueError(
                 "`enable_jit_checkpoint` must be off, got true: this trainer saves at SIGTERM by itself, at the end "
@@ -318,7 +330,7 @@ class ResumableTrainer(Trainer):
             )
         logger.info(f"Going on from {checkpoint}.")
 
-    def recall_remainder(self) -> None:
+    def restore_dataloader(self) -> None:
         """Tell `gather_for_metrics` how many rows of the epoch's last batch are not repeated ones, after a resume too.
 
         To be called in a step of the training.
@@ -425,7 +437,7 @@ class ResumableTrainer(Trainer):
                 loss_sums=losses,
                 metrics=dict(self._metrics["train"]),
                 num_tokens=self._total_train_tokens,
-                length_sums=self._length_sums["train"].columns,
+                carried=self._carried.state(),
             )
             write_whole(folder / LOG_WINDOW, json.dumps(asdict(window)))
 
@@ -438,4 +450,4 @@ class ResumableTrainer(Trainer):
         for name, values in window.metrics.items():
             self._metrics["train"][name] = list(values)
         self._total_train_tokens = window.num_tokens
-        self._length_sums["train"] = LengthSums(window.length_sums)
+        self._carried.restore(window.carried)

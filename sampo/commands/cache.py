@@ -51,7 +51,7 @@ def fill(script_args, training_args, model_args, dataset_args, *, rebuild: bool 
     from ..trainer import SamPOTrainer
 
     class Filler(SamPOTrainer):
-        _rebuild_ref_cache = rebuild
+        rebuild_ref_cache = rebuild
 
     training_args.precompute_ref_log_probs = True
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, kind=Filler)

@@ -63,9 +63,9 @@ class LazyModel:
 
     def scorer(self) -> Any:
         """What scores tokens with it."""
-        from ..scoring.scorer import TokenScorer
+        from ..scoring.scorer import ModelScorer
 
-        return TokenScorer(self.load(), pair_stream=self._args.pair_stream, bf16=self._args.bf16)
+        return ModelScorer(self.load(), pair_stream=self._args.pair_stream, bf16=self._args.bf16)
 
     def tokenizer(self) -> Any:
         """Its own, or that of its base; with the template that was asked for."""

@@ -1,4 +1,4 @@
-"""The one definition of length, and what length says about pairs: sums over a window, and counts over a data set.
+"""The one definition of length, and what truncation does to the lengths of a data set.
 
 The length of a response is the number of its completion tokens after truncation, its end token included (T_w of the
 chosen, T_l of the rejected one).
@@ -9,80 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .end_tokens import ResponseEnds
-
-
-class LengthSums:
-    """Running sums over pairs, for metrics over a whole logging window or evaluation set and all processes.
-
-    Means of batches would depend on the batch size; sums do not.
-
-    Attributes:
-        columns: the sums, by name; with them a window begun elsewhere goes on.
-    """
-
-    def __init__(self, columns: dict[str, float] | None = None):
-        self.columns: dict[str, float] = dict(columns or {})
-
-    def add(self, pairs: dict[str, np.ndarray]) -> None:
-        """Add pairs.
-
-        Args:
-            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `counted_tokens` (of both sides), `margin` (of
-                implicit rewards), and if known `dpo_margin` (over all tokens) and `pressure`.
-        """
-        difference = pairs["chosen_tokens"] - pairs["rejected_tokens"]
-        longer, shorter = difference > 0, difference < 0
-        columns = {**pairs, "n": np.ones_like(difference), "longer": longer, "shorter": shorter}
-        columns |= {"d": difference, "dd": difference**2}
-        for name in ("margin", "dpo_margin"):
-            if name in pairs:
-                right = pairs[name] > 0
-                columns |= {f"{name}^2": pairs[name] ** 2, f"{name}*d": pairs[name] * difference}
-                columns |= {f"{name}>0,longer": right & longer, f"{name}>0,shorter": right & shorter}
-        for name, values in columns.items():
-            self.columns[name] = self.columns.get(name, 0.0) + float(values.sum())
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics of docs/metrics.md; what these pairs do not define (a correlation of one pair) is left out."""
-        sums = self.columns
-        if not sums:
-            return {}
-        n, tokens = sums["n"], sums["chosen_tokens"] + sums["rejected_tokens"]
-        metrics = {
-            "length/chosen": sums["chosen_tokens"] / n,
-            "length/rejected": sums["rejected_tokens"] / n,
-            "length/chosen_longer": sums["longer"] / n,
-            "length/counted": sums["counted_tokens"] / tokens if tokens else 0.0,
-        }
-        metrics |= self._of_margin("margin", prefix="")
-        if "dpo_margin" in sums:
-            metrics |= self._accuracies("margin", prefix="") | self._accuracies("dpo_margin", prefix="dpo/")
-            metrics |= self._of_margin("dpo_margin", prefix="dpo/")
-        if "pressure" in sums:
-            metrics["length_gap/pressure"] = sums["pressure"] / n
-        return metrics
-
-    def _of_margin(self, name: str, prefix: str) -> dict[str, float]:
-        sums, n = self.columns, self.columns["n"]
-        var_d = sums["dd"] - sums["d"] ** 2 / n
-        var_m = sums[f"{name}^2"] - sums[name] ** 2 / n
-        cov = sums[f"{name}*d"] - sums[name] * sums["d"] / n
-        # what cancels to rounding is no variance: at the first step all margins are 0
-        known_d = var_d > 1e-9 * sums["dd"]
-        known_m = var_m > 1e-9 * sums[f"{name}^2"]
-        metrics = {}
-        if known_d:
-            metrics[f"{prefix}length_gap/slope"] = cov / var_d
-        if known_d and known_m:
-            metrics[f"{prefix}length_gap/correlation"] = cov / (var_d * var_m) ** 0.5
-        return metrics
-
-    def _accuracies(self, name: str, prefix: str) -> dict[str, float]:
-        return {
-            f"{prefix}accuracies/chosen_{side}": self.columns[f"{name}>0,{side}"] / self.columns[side]
-            for side in ("longer", "shorter")
-            if self.columns[side]
-        }
 
 
 @dataclass

@@ -15,6 +15,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,10 @@ from ..data.chat import with_strings_for_template
 from ..data.tokenize import prepare
 from ..io.files import Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
 from ..io.schemas import WrongFile, named, parse_json, typed
+from ..reference_cache.fill import Progress, ScoreRows, Sides, alike, fill, split_rows
 from ..reference_cache.key import ID_COLUMNS
-from ..reference_cache.store import BATCH, CHOSEN, REJECTED, RefCache, RefCacheError, RefCollator
-from ..scoring.scorer import TokenScorer
+from ..reference_cache.store import BATCH, CHOSEN, REJECTED, RefCache, RefCollator
+from ..scoring.scorer import ModelScorer
 from ..weighting import (
     EVAL_EPOCH,
     WEIGHTINGS,
@@ -53,7 +55,6 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ROWS_PER_SHARD = 512  # what a killed run loses at most
-Progress = Callable[[int, int], None]
 
 
 class Method(NamedTuple):
@@ -173,7 +174,7 @@ def score_pairs(
     dataset: Dataset,
     folder: Path,
     key: ScoreKey,
-    scorer: Callable[[], TokenScorer],
+    scorer: Callable[[], ModelScorer],
     *,
     pad_id: int,
     ref_dtype: str = "float32",
@@ -205,13 +206,13 @@ def score_pairs(
     names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN, REJECTED)]
     rows = dataset.select_columns(names).with_format(None)
     collate = RefCollator(DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode), ref_dtype)
-    score_tokens: TokenScorer | None = None
+    score_tokens: ModelScorer | None = None
     for start, path in zip(starts, paths, strict=True):
         stop = min(start + rows_per_shard, len(dataset))
         if path.name not in known:
             score_tokens = score_tokens or scorer()
             parts = []
-            for batch in _alike(rows, start, stop, batch_size):
+            for batch in alike(rows, range(start, stop), batch_size):
                 inputs = collate([rows[row] for row in batch])
                 parts.append(_columns(batch, inputs, score_tokens, key))
             known[path.name] = _write_shard(path, parts)
@@ -243,15 +244,7 @@ def _write_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> 
     write_whole(folder / MANIFEST, sealed(asdict(ScoreManifest(asdict(key), shards))))
 
 
-def _alike(rows: Dataset, start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
-    """Batches of rows of like length."""
-    lengths = {row: sum(len(rows[row][name]) for name in ID_COLUMNS) for row in range(start, stop)}
-    order = sorted(lengths, key=lengths.__getitem__, reverse=True)
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
-
-
-def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: TokenScorer, key: ScoreKey) -> dict[str, Any]:
+def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, key: ScoreKey) -> dict[str, Any]:
     """One entry per pair in each column of docs/diagnose.md."""
     ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
     targets = ids[:, 1:]
@@ -313,8 +306,8 @@ def _write_shard(path: Path, parts: list[dict[str, Any]]) -> Content:
 def cached_reference(
     dataset: Dataset,
     cache: RefCache,
-    scorer: Callable[[], TokenScorer],
-    about: dict[str, Any],
+    scorer: Callable[[], ModelScorer],
+    about: dict[str, str],
     *,
     pad_id: int,
     batch_size: int = 8,
@@ -329,31 +322,23 @@ def cached_reference(
         about: for people who look into the manifest.
         pad_id: of the tokenizer.
         batch_size: pairs at a time.
-        progress: told (done, of) in pairs.
+        progress: called with (done, of) in pairs.
 
     Raises:
-        RefCacheError: the cache is damaged, or another run fills it.
+        RefCacheError: the cache is damaged.
     """
-    if cache.missing() == []:
-        return cache.attach(dataset)
-    if not cache.lock():
-        raise RefCacheError(f"One run at a time may fill a cache, got another one that fills {cache.folder}. Wait.")
-    try:
-        missing, score_tokens = cache.begin(about), scorer()
-        collate = DataCollatorForPreference(pad_id, cache.key.max_length, cache.key.truncation_mode)
-        rows = dataset.select_columns(list(ID_COLUMNS)).with_format(None)
-        for shard in missing:
-            found: dict[int, tuple[Tensor, Tensor]] = {}
-            for batch in _alike(rows, shard.start, shard.stop, batch_size):
-                inputs = collate([rows[row] for row in batch])
-                mask = inputs["completion_mask"][:, 1:].bool()
-                (logps,) = score_tokens(inputs, inputs["input_ids"][:, 1:])
-                each = [row[kept] for row, kept in zip(logps.cpu(), mask, strict=True)]
-                found |= {row: (each[i], each[i + len(batch)]) for i, row in enumerate(batch)}
-            chosen, rejected = zip(*(found[row] for row in range(shard.start, shard.stop)), strict=True)
-            cache.record([cache.write(shard, list(chosen), list(rejected))])
-            if progress is not None:
-                progress(shard.stop, len(dataset))
-    finally:
-        cache.unlock()
+    collate = DataCollatorForPreference(pad_id, cache.key.max_length, cache.key.truncation_mode)
+
+    @contextmanager
+    def scoring() -> Iterator[ScoreRows]:
+        score_tokens = scorer()
+
+        def score_rows(rows: list[dict[str, Any]], targets: Sequence[str]) -> dict[str, list[Sides]]:
+            inputs = collate(rows)
+            (logps,) = score_tokens(inputs)
+            return {each: split_rows(logps.cpu(), inputs["completion_mask"][:, 1:].bool()) for each in targets}
+
+        yield score_rows
+
+    fill([cache], dataset, scoring, about, batch_size=batch_size, progress=progress)
     return cache.attach(dataset)

@@ -1,44 +1,60 @@
-"""The LM head only where it counts, on every device.
+"""The LM head at the positions that are asked for and nowhere else, on every device.
 
-Where there is no Triton, TRL's fused head scores every position of every padded row. Here a forward hook picks the
-wanted positions out of the backbone's output, so the head never sees the others; its results are put back into the
-layout of the rows. Both the plain forward and the pair stream go through this.
+Without Triton, TRL's fused head scores every position of every padded row. Here a forward hook takes the hidden states
+of the wanted positions out of the backbone's output, so the head never sees the others; its results are put back into
+the layout of the rows. The padded and the packed forward both use this.
 """
 
 import copy
+from typing import Any
 
+import torch
 from torch import Tensor
 
-_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # fields of TRL's output
+
+Index = tuple[Tensor, Tensor]  # rows and columns, each `(M,)`
 
 
-def score_places(model, backbone, at: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], targets: Tensor, **kwargs):
-    """Score one token at each of M places.
+def score_positions(
+    model: Any, backbone: Any, states_at: Index, positions: Index, targets: list[Tensor], **kwargs: Any
+) -> tuple[Any, list[Tensor]]:
+    """Score one or several tokens at each of M positions, by one forward pass.
 
     Args:
-        model: a causal LM with TRL's fused head, maybe wrapped (PEFT, DDP, …).
+        model: a causal LM with TRL's fused head, possibly wrapped (PEFT, DDP, …).
         backbone: the module of the same model whose output the LM head takes.
-        at: `(M,)` and `(M,)`, row and position in the backbone's output of the state that predicts each token.
-        places: `(M,)` and `(M,)`, row and column of each token in the result.
-        targets: `(2B, N)`, the token to be scored at each place.
+        states_at: row and position, in the backbone's output, of the state that predicts each token.
+        positions: row and column of each token in the result.
+        targets: each `(R, N)`, the tokens to be scored. Those after the first are scored without gradient.
         kwargs: what the model's forward gets, without labels.
 
     Returns:
-        TRL's `FusedCausalLMOutput` with `(2B, N)` fields, zero where nothing was scored.
+        TRL's `FusedCausalLMOutput` for the first target, with `(R, N)` fields that are zero where nothing was scored,
+        and the `(R, N)` log-probs of each further target.
     """
+    n = len(states_at[0])
 
-    def pick(module, args, output):
-        output.last_hidden_state = output.last_hidden_state[at][None]  # (1, M, H)
+    def take_states(module: Any, args: Any, output: Any) -> Any:
+        states = output.last_hidden_state[states_at]  # (M, H)
+        copies = [states, *[states.detach()] * (len(targets) - 1)]
+        output.last_hidden_state = (torch.cat(copies) if len(targets) > 1 else states)[None]  # (1, k·M, H)
         return output
 
-    handle = backbone.register_forward_hook(pick)
+    labels = torch.cat([each[positions] for each in targets])
+    handle = backbone.register_forward_hook(take_states)
     try:
-        output = model(**kwargs, shift_labels=targets[places][None], fused_lm_head=True)
+        output = model(**kwargs, shift_labels=labels[None], fused_lm_head=True)
     finally:
         handle.remove()
-    result = copy.copy(output)
-    for name in _PER_TOKEN:
+
+    def in_rows(values: Tensor) -> Tensor:
+        return values.new_zeros(targets[0].shape).index_put(positions, values)  # (R, N)
+
+    first = copy.copy(output)
+    for name in PER_TOKEN:
         values = getattr(output, name)
         if values is not None:
-            setattr(result, name, values.new_zeros(targets.shape).index_put(places, values[0]))
-    return result
+            setattr(first, name, in_rows(values[0, :n]))
+    others = [in_rows(part.detach()) for part in output.log_probs[0, n:].split(n)] if len(targets) > 1 else []
+    return first, others

@@ -16,8 +16,7 @@ Example, with a prompt of the tokens 1 2 3:
                           predicts   . . | 4 5 | 6
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..logs import get_logger
-from .attention import Segments, StreamRefused, attend, describe
-from .lm_head import score_places
-
-logger = get_logger(__name__)
+from .attention import Segments, StreamRefused, attend
+from .lm_head import score_positions
 
 NAME = "sampo_pair_stream"
 # what some models hand to their attention function that changes its result, and that ours does not do
@@ -138,18 +134,21 @@ def _groups(ids: list[list[int]], n_prompt: list[int], stops: list[int]) -> Iter
             yield rows
 
 
-def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
-    """Per-token output of a model with TRL's fused head, in the layout that the plain forward has.
+def score_packed(
+    model: Any, backbone: Any, stream: Stream, positions: Tensor, targets: list[Tensor]
+) -> tuple[Any, list[Tensor]]:
+    """Score one or several tokens at each position, in the layout that the padded forward has.
 
     Args:
-        model: a causal LM with the fused head, maybe wrapped (PEFT, DDP, …).
+        model: a causal LM with TRL's fused head, possibly wrapped (PEFT, DDP, …).
         backbone: the module of the same model whose output the LM head takes.
         stream: the batch.
-        scored: `(2B, L − 1)` bool, the tokens that go through the LM head; they must be in the stream.
-        targets: `(2B, L − 1)` the token to be scored at each place.
+        positions: `(2B, L − 1)` bool, the tokens that go through the LM head; they must be in the stream.
+        targets: each `(2B, L − 1)`, the tokens to be scored there. Those after the first are scored without gradient.
 
     Returns:
-        TRL's `FusedCausalLMOutput` with `(2B, L − 1)` fields, zero where `scored` is not.
+        TRL's `FusedCausalLMOutput` for the first target, with `(2B, L − 1)` fields that are zero where `positions` is
+        not, and the `(2B, L − 1)` log-probs of each further target.
 
     Raises:
         StreamRefused: the model did something with the attention that the stream does not do, or (`RowsTooLong`) does
@@ -158,15 +157,15 @@ def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
     reason = too_long(backbone.config, stream)
     if reason:
         raise RowsTooLong(reason)
-    kept = scored[stream.rows, stream.columns]
-    missing = (scored.sum() - kept.sum()).item()
+    kept = positions[stream.rows, stream.columns]
+    missing = (positions.sum() - kept.sum()).item()
     assert not missing, f"{missing} of the tokens to be scored are not in the stream: `needed` must hold for them all"
     at, rows, columns = stream.positions[kept], stream.rows[kept], stream.columns[kept]
     stream.segments.calls = 0
     router = {}
     if hasattr(backbone.config.get_text_config(), "output_router_logits"):
         router["output_router_logits"] = False  # whatever the config says: the auxiliary loss is one of padded rows
-    output = score_places(
+    output = score_positions(
         model,
         backbone,
         (torch.zeros_like(at), at),
@@ -174,7 +173,7 @@ def score(model, backbone, stream: Stream, scored: Tensor, targets: Tensor):
         targets,
         input_ids=stream.input_ids,
         position_ids=stream.position_ids,
-        # a mask of four dimensions is handed on as it is; ours stands in the stream
+        # a mask of four dimensions is handed on as it is; ours is in the stream
         attention_mask=torch.zeros(1, 1, 1, 1, device=stream.input_ids.device),
         use_cache=False,
         pair_stream=stream,
@@ -262,121 +261,3 @@ def install(model) -> None:
 def remove(model) -> None:
     """Undo `install`."""
     model.set_attn_implementation("sdpa")
-
-
-class PairStreams:
-    """Whether the batches of a run go through streams: decided for the models at its start, and by its first batch.
-
-    Attributes:
-        on: streams are in use.
-    """
-
-    def __init__(self, mode: str, models: list, *, refuse: str | None = None):
-        """Make the models ready.
-
-        Args:
-            mode: `auto`, `true` or `false`.
-            models: policy and, if there is one, reference; not wrapped.
-            refuse: a reason against streams that the caller knows of.
-
-        Raises:
-            ValueError: `true`, and there is a reason against.
-        """
-        self.mode, self.on, self._models, self._compared = mode, False, models, False
-        if mode == "false":
-            return
-        reason = refuse or next(filter(None, map(why_not, models)), None)
-        if reason:
-            self._refuse(reason)
-            return
-        for model in models:
-            install(model)
-        self.on = True
-
-    @property
-    def to_be_compared(self) -> bool:
-        """Streams are on and no batch has been computed both ways yet."""
-        return self.on and not self._compared
-
-    def take(self, pairs) -> bool:
-        """Whether this batch (anything with a `stream`) goes through it; not if a model treats long rows differently.
-
-        Raises:
-            ValueError: `true`, and the batch cannot go through it.
-        """
-        if not self.on:
-            return False
-        reason = next(filter(None, (too_long(model.config, pairs.stream) for model in self._models)), None)
-        if reason and self.mode == "true":
-            raise ValueError(
-                f"`pair_stream: true` must be exact for every batch, but {reason}. Set a smaller `max_length`, or use "
-                "`auto`, which takes the plain forward for such batches."
-            )
-        return not reason
-
-    def compare(
-        self,
-        streamed: Callable[[], Tensor],
-        plain: Callable[[], Tensor],
-        *,
-        tolerance: float,
-        largest: Callable[[Tensor], float],
-        padded_tokens: int,
-        stream_tokens: int,
-    ) -> None:
-        """Keep the streams if both ways agree on a batch. A batch with too long rows is left for the next to decide.
-
-        Args:
-            streamed: computes the log-probs of the batch's completion tokens by the stream, `(M,)` nats.
-            plain: and by the plain forward, in the same order.
-            tolerance: largest mean difference of a token. The largest difference of all says little: in bf16 a rare
-                token can be off by 0.3 for no other reason than rounding.
-            largest: of a number, the largest over all processes, so that all decide alike. Called exactly once.
-            padded_tokens: tokens of the plain forward.
-            stream_tokens: tokens of the stream.
-
-        Raises:
-            ValueError: `true`, and the ways do not agree, or the stream fails.
-        """
-        expected = plain()
-        mine, failure = expected.new_tensor(-1.0), None
-        try:
-            mine = (streamed() - expected).abs().mean()
-        except RowsTooLong:
-            plain()  # other processes may have computed a stream: as many forwards as they
-        except AssertionError:
-            raise  # our own mistake
-        except Exception as error:  # the plain forward ran, so it is the stream that the model cannot take
-            mine, failure = expected.new_tensor(math.inf), error
-        difference = largest(mine)
-        if difference < 0:
-            return
-        self._compared = True
-        if failure is None and difference <= tolerance:
-            logger.info(
-                f"pair_stream: on. The first batch has {stream_tokens:,} tokens instead of {padded_tokens:,}; its "
-                f"log-probs differ from those of the plain forward by {difference:.1g} nats a token, which is "
-                f"rounding (the bound is {tolerance:g})."
-            )
-            return
-        reason = (
-            f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} nats a "
-            f"token, which is more than rounding (the bound is {tolerance:g})"
-        )
-        if failure is not None:
-            reason = failure.reason if isinstance(failure, StreamRefused) else f"it failed with {describe(failure)}"
-        elif difference == math.inf:
-            reason = "it failed in another process"
-        self._refuse(reason, failure)
-
-    def _refuse(self, reason: str, cause: Exception | None = None) -> None:
-        if self.on:
-            for model in self._models:
-                remove(model)
-        self.on = False
-        if self.mode == "true":
-            raise ValueError(
-                f"`pair_stream: true` must be exact for this model, but {reason}. Use `auto`, which takes the plain "
-                "forward then, or `false`."
-            ) from cause
-        logger.warning(f"pair_stream: auto takes the plain forward, because {reason}.")

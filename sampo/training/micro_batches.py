@@ -1,11 +1,22 @@
-"""A batch of pairs in pieces: which pairs go through the model together when a forward may take only so many tokens.
+"""A batch of pairs in micro-batches: which pairs go through the model together when a forward takes few tokens.
 
-A piece is a group of whole pairs. The loss of a batch is the mean over its pairs, so the gradients of the pieces, each
-times its share of the pairs, add up to that of the batch; one piece's activations are in memory at a time.
+The loss of a batch is the mean over its pairs, so the gradients of its micro-batches, each times its share of the
+pairs, add up to that of the batch; the activations of one micro-batch are in memory at a time. The last one computes
+the loss and the metrics of the whole batch, with the log-probs of the earlier ones as constants.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..scoring.lm_head import PER_TOKEN
+from .batch import Draw, PairBatch, Scored
+
+MICRO_BATCH = "micro_batch"  # among the inputs of a step: which micro-batch they are
 
 
 def pair_tokens(inputs: dict[str, Tensor]) -> tuple[list[int], list[int]]:
@@ -73,9 +84,95 @@ def take_pairs(inputs: dict[str, Tensor], pairs: list[int]) -> dict[str, Tensor]
 
 
 def put_pairs(whole: Tensor, pairs: list[int], part: Tensor, *, n_pairs: int) -> None:
-    """Write a piece's rows, one or two a pair, to their places in those of the batch of `n_pairs`, in place."""
+    """Write the rows of a micro-batch, one or two a pair, to their positions in the batch of `n_pairs`, in place."""
     rows = pairs if part.size(0) == len(pairs) else pairs + [i + n_pairs for i in pairs]
     if whole.dim() == 1:
         whole[rows] = part
     else:
         whole[rows, : part.size(1)] = part
+
+
+class MicroBatches:
+    """A batch on its way through the models, one micro-batch after the other.
+
+    Args:
+        inputs: the collated batch.
+        groups: the pairs of each micro-batch.
+    """
+
+    def __init__(self, inputs: dict[str, Any], groups: list[list[int]]):
+        self.inputs, self.groups = inputs, groups
+        self.n_pairs = inputs["input_ids"].size(0) // 2
+        self.chosen_tokens = int(inputs["completion_mask"][: self.n_pairs, 1:].sum())
+        self.done: list[Scored] = []
+
+    def __iter__(self) -> "Iterator[MicroBatch]":
+        return (MicroBatch(self, number) for number in range(len(self.groups)))
+
+
+@dataclass
+class MicroBatch:
+    """One of them.
+
+    Attributes:
+        of: all of them.
+        number: from 0.
+    """
+
+    of: MicroBatches
+    number: int
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Its pairs as a collated batch, and itself under the key `MICRO_BATCH`."""
+        return {**take_pairs(self.of.inputs, self.of.groups[self.number]), MICRO_BATCH: self}
+
+    @property
+    def is_last(self) -> bool:
+        """Whether all others are done."""
+        return self.number == len(self.of.groups) - 1
+
+    @property
+    def share(self) -> float:
+        """Its part in the mean over the pairs of the batch."""
+        return len(self.of.groups[self.number]) / self.of.n_pairs
+
+    def keep(self, scored: Scored) -> None:
+        """Keep its log-probs, without gradient, for the last one."""
+        output = SimpleNamespace(**{name: _detached(getattr(scored.output, name)) for name in PER_TOKEN})
+        self.of.done.append(replace(scored, output=output, logps=scored.logps.detach()))
+
+    def join(self, whole: PairBatch, scored: Scored) -> Scored:
+        """The log-probs of the whole batch; those of the last micro-batch keep their gradient.
+
+        Args:
+            whole: the batch.
+            scored: of the last micro-batch.
+        """
+        parts = [*self.of.done, scored]
+
+        def join(values: list[Any]) -> Any:
+            if values[0] is None:
+                return None
+            rows = whole.n_pairs * values[0].size(0) // len(self.of.groups[0])
+            joined = values[0].new_zeros((rows, *whole.mask.shape[1:])[: values[0].dim()])
+            for group, part in zip(self.of.groups, values, strict=True):
+                put_pairs(joined, group, part, n_pairs=whole.n_pairs)
+            return joined
+
+        def draw(k: int) -> Draw:
+            names = ("weights", "ref_sums", "scores")
+            return Draw(**{name: join([getattr(part.draws[k], name) for part in parts]) for name in names})
+
+        output = {name: join([getattr(part.output, name) for part in parts]) for name in PER_TOKEN}
+        return Scored(
+            output=SimpleNamespace(**output),
+            logps=join([part.logps for part in parts]),
+            ref_logps=join([part.ref_logps for part in parts]),
+            draws=[draw(k) for k in range(len(scored.draws))],
+            pressure=join([part.pressure for part in parts]),
+        )
+
+
+def _detached(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach()

@@ -3,12 +3,15 @@
 import os
 import re
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..io.files import write_whole
+from .description import describe_method, describe_reference
 
 _NO_BASE = "This model is a fine-tuned version of [None](https://huggingface.co/None)"
 _OPTIONS = (
@@ -19,6 +22,32 @@ _ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_sav
 _HIDDEN = "HIDDEN"
 _SECRET = re.compile(r"token|key|secret|password", re.IGNORECASE)
 _LENGTH = re.compile(r"^(eval_)?(\w+_)?(length/|length_gap/|length_penalty/|accuracies/|dpo/)|rewards/accuracies$")
+
+
+def write_card(trainer: Any, folder: Path, write_draft: Callable[..., None], dataset_name: str | None) -> None:
+    """Write `README.md` into a folder: TRL's draft with method, data, options, lengths, versions and the command.
+
+    Args:
+        trainer: Has trained, or is about to.
+        folder: Where to.
+        write_draft: TRL's `create_model_card`, which takes the name of the data and writes into `args.output_dir`.
+        dataset_name: A hub id or a file, if it is known.
+    """
+    args = trainer.args
+    on_hub = dataset_name if dataset_name and not Path(dataset_name).exists() else None
+    before, args.output_dir = args.output_dir, str(folder)
+    try:
+        write_draft(dataset_name=on_hub)
+    finally:
+        args.output_dir = before
+    method = f"Trained with sampo. Method: {describe_method(args, trainer.length_penalty.scale)}.\n"
+    method += f"Reference: {describe_reference(trainer)}. Beta {trainer.beta}, loss {args.loss_type}."
+    counts = trainer.token_counts.get("train")
+    data = "" if dataset_name is None else f"`{dataset_name if on_hub else Path(dataset_name).name}`: "
+    data += "streamed." if counts is None else counts.in_words(args.max_length)
+    path = folder / "README.md"
+    card = finish_card(path.read_text(encoding="utf-8"), trainer, {"Method": method, "Data": data}, sys.argv)
+    write_whole(path, card)
 
 
 def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequence[str] = ()) -> str:

@@ -1,6 +1,7 @@
 """What is refused before a model is loaded: launches that would not train together, data that cannot be used."""
 
 import importlib.util
+import logging
 import os
 import re
 from typing import Any
@@ -9,13 +10,104 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor
 
+from ..checkpointing.files import fault_of_output_folder
 from ..config import SamPOConfig
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts
 from ..data.load import check_preferences
-from ..logs import get_logger
+from ..logs import get_logger, show_logs
+from ..models.checks import faults_of_reference, faults_of_tokens
+from ..models.load import check_model
+from ..old_options import faults_of_arguments
+from .engines import uses_prompt_learning
 
 logger = get_logger(__name__)
+
+
+def check_before_loading(
+    model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any, *, unknown: dict[str, Any]
+) -> Any:
+    """All that can be known to be wrong with the arguments of a trainer before its model is loaded.
+
+    Args:
+        model: a path or a model.
+        args: of the run.
+        train_dataset: as given.
+        eval_dataset: as given.
+        processing_class: as given, or None.
+        unknown: further arguments by name, of which TRL may have dropped some.
+
+    Returns:
+        The tokenizer or processor, where it had to be loaded to look at the data; else `processing_class`.
+
+    Raises:
+        TypeError: arguments that are no more, or `args` that are no `SamPOConfig`.
+        ValueError: missing packages, an unusable output folder, data that cannot be used.
+        RuntimeError: several processes were launched, and each sees itself alone.
+    """
+    if faults := faults_of_arguments(unknown, SamPOConfig.__dataclass_fields__):
+        raise TypeError(" ".join(faults))
+    if not isinstance(args, SamPOConfig):
+        raise TypeError(
+            f"`args` must be a `SamPOConfig`, got `{type(args).__name__}`. It takes all options of `DPOConfig`: "
+            "change the class, and set `token_weighting='all'` for plain DPO."
+        )
+    show_logs(logging.INFO if args.log_level == "passive" else args.get_process_log_level())
+    refuse_separate_processes(args)
+    if faults := faults_of_packages(args):
+        raise ValueError(" ".join(faults))
+    if fault := fault_of_output_folder(str(args.output_dir)):
+        raise ValueError(fault)
+    if processing_class is None:
+        processing_class = find_processor(model, args, train_dataset, eval_dataset)
+    check_data(args, train_dataset, eval_dataset, processing_class)
+    refuse_without_end_token(train_dataset, processing_class, args)
+    if isinstance(model, str):  # TRL would train what a folder lacks from random weights
+        check_model(model, trust_remote_code=args.trust_remote_code)
+    return processing_class
+
+
+def check_tokens(trainer: Any) -> None:
+    """Token ids and vocabularies that would end in an index error on the device, or in a run on nothing.
+
+    Raises:
+        ValueError: such tokens.
+    """
+    models = [each for each in (trainer.model, trainer.ref_model) if each is not None]
+    # DeepSpeed's engine has a config of its own
+    configs = [trainer.accelerator.unwrap_model(each).config for each in models]
+    sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in configs]
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    known = {
+        name: dataset
+        for name, dataset in {"train": trainer.train_dataset, **sets}.items()
+        if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names
+    }
+    faults = faults_of_tokens(known, vocabulary=sizes[0], tokenizer=trainer._tokenizer)
+    faults += faults_of_reference(sizes[0], sizes[-1])
+    if faults:
+        raise ValueError(" ".join(faults))
+
+
+def check_micro_batches(trainer: Any) -> None:
+    """Models and data whose batches cannot be cut at pair borders.
+
+    Raises:
+        ValueError: `max_tokens_per_forward` with one of them.
+    """
+    if not trainer.args.max_tokens_per_forward:
+        return
+    reasons = {
+        "a mixture of experts with an auxiliary loss, which is one of the whole batch (`router_aux_loss_coef: 0` "
+        "switches it off)": trainer.aux_loss_enabled,
+        "vision data, which are laid out by their processor": trainer._is_vision_dataset,
+        "a prompt-learning adapter, whose rows are longer than those of the batch": uses_prompt_learning(
+            trainer.accelerator.unwrap_model(trainer.model)
+        ),
+    }
+    for text, holds in reasons.items():
+        if holds:
+            raise ValueError(f"`max_tokens_per_forward` must cut batches at pair borders, got {text}. Unset it.")
 
 
 def refuse_separate_processes(args: SamPOConfig) -> None:

@@ -25,7 +25,7 @@ from sampo.diagnostics.pair_scores import METHODS, ScoreKey, cached_reference, c
 from sampo.io import records as results
 from sampo.reference_cache.key import RefKey, data_hash
 from sampo.reference_cache.store import RefCache
-from sampo.scoring.scorer import TokenScorer
+from sampo.scoring.scorer import ModelScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
 
 SEED, GAMMA, MAX_LENGTH = 5, 0.9, 40
@@ -63,13 +63,13 @@ def computed(folder, data, policy, reference=None, *, pair_stream="true", rows_p
     if reference is not None:
         cache = ref_cache(folder, data)
         data = cached_reference(
-            data, cache, lambda: TokenScorer(reference, pair_stream=pair_stream), {}, pad_id=0, batch_size=batch_size
+            data, cache, lambda: ModelScorer(reference, pair_stream=pair_stream), {}, pad_id=0, batch_size=batch_size
         )
     return score_pairs(
         data,
         Path(folder) / "pairs",
         key_of(data, **changes),
-        lambda: TokenScorer(policy, pair_stream=pair_stream),
+        lambda: ModelScorer(policy, pair_stream=pair_stream),
         pad_id=0,
         batch_size=batch_size,
         rows_per_shard=rows_per_shard,
@@ -328,7 +328,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
     assert len(there) == 2
     batches = []
 
-    class Counting(TokenScorer):
+    class Counting(ModelScorer):
         def __call__(self, inputs, *targets):
             batches.append(len(inputs["input_ids"]) // 2)
             return super().__call__(inputs, *targets)
@@ -356,7 +356,7 @@ def test_a_shard_that_is_not_as_it_was_written_is_refused_and_its_deletion_is_th
             data,
             tmp_path,
             key_of(data),
-            lambda: TokenScorer(make_model(seed=1), pair_stream="true"),
+            lambda: ModelScorer(make_model(seed=1), pair_stream="true"),
             pad_id=0,
             rows_per_shard=5,
         )

@@ -10,7 +10,7 @@ from tiny import make_pairs, make_tokenizer, training_options
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from trl import DPOConfig, DPOTrainer
 
-from sampo.scoring.scorer import TokenScorer
+from sampo.scoring.scorer import ModelScorer
 
 SMALL = {**COMMON, **GROUPED, "num_experts_per_tok": 2}
 CONFIGS = {
@@ -90,5 +90,5 @@ def test_diagnose_scores_tokens_by_the_stream(experts):
     model = AutoModelForCausalLM.from_pretrained(experts[0])
     batch = collate([(3, 2, 3), (6, 9, 4)])
     targets = batch["input_ids"][:, 1:]
-    streamed, plain = (TokenScorer(model, pair_stream=mode)(batch, targets)[0] for mode in ("true", "false"))
+    streamed, plain = (ModelScorer(model, pair_stream=mode)(batch, targets)[0] for mode in ("true", "false"))
     torch.testing.assert_close(streamed, plain, atol=1e-5, rtol=0)

@@ -94,9 +94,12 @@ def _numbers(entry: dict) -> dict:
 
 def machine() -> dict[str, str]:
     """What the last bits of a sum depend on."""
+    cpu = Path("/proc/cpuinfo")  # two models of one capability take sums in other orders
+    lines = cpu.read_text().split("\n\n")[0].splitlines() if cpu.exists() else []
+    model = [line.partition(":")[2].strip() for line in lines if line.startswith(("cpu family", "model", "stepping"))]
     return {
         "torch": torch.__version__,
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "processor": " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *model]),
     }
 
 

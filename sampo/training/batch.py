@@ -1,0 +1,115 @@
+"""The tensors of one step. B pairs are 2B rows, chosen first; of L tokens in a row N = L − 1 are predicted."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..scoring.packing import Stream, lay_out
+
+Weights = tuple[Tensor, Tensor]  # of the policy's and of the reference's log-probs, each `(2B, N)`
+
+
+@dataclass
+class PairBatch:
+    """A collated batch, and which of its tokens are scored.
+
+    Attributes:
+        inputs: what the collator made.
+        mask: `(2B, N)` bool, completion tokens.
+        end: `(2B, N)` bool, the end token of each completion.
+        epoch: key of the draws.
+        positions: `(2B, N)` bool, the tokens that go through the LM head of the policy.
+        ref_positions: `(2B, N)` bool, and of the reference.
+        weights: for each draw; None until they can be known.
+    """
+
+    inputs: dict[str, Any]
+    mask: Tensor
+    end: Tensor
+    epoch: int
+    positions: Tensor
+    ref_positions: Tensor
+    weights: list[Weights] | None = None
+
+    @property
+    def n_pairs(self) -> int:
+        """B."""
+        return self.mask.size(0) // 2
+
+    @property
+    def lengths(self) -> Tensor:
+        """`(2B,)` int64, completion tokens of each row."""
+        return self.mask.sum(dim=1)
+
+    @property
+    def ids(self) -> Tensor:
+        """`(2B, N)` the predicted tokens."""
+        return self.inputs["input_ids"][:, 1:]
+
+    def select(self, positions: Tensor, ref_positions: Tensor) -> None:
+        """Leave out of the batch what is not selected."""
+        self.positions, self.ref_positions = positions, ref_positions
+        self.__dict__.pop("stream", None)
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The batch as one row, as far as its scored tokens need it."""
+        ids, real, completion = (self.inputs[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+        return lay_out(ids, real, completion, needed=self.positions | self.ref_positions)
+
+
+@dataclass
+class Reference:
+    """Log-probs of the reference.
+
+    Attributes:
+        logps: `(2B, N)` log π_ref of the batch's tokens, of the scored ones at least.
+        sums: `(2B,)` TRL's sums, if the reference is live.
+        end_probs: `(2B, N)` its probability of the end token at each completion position, if it was asked for.
+    """
+
+    logps: Tensor
+    sums: Tensor | None = None
+    end_probs: Tensor | None = None
+
+
+@dataclass
+class Draw:
+    """One subset, or the one set of fractional weights, and what it makes of the batch.
+
+    Attributes:
+        weights: `(2B, N)` of the policy's log-probs.
+        ref_sums: `(2B,)` Σ w·log π_ref.
+        scores: `(2B,)` S without a length penalty, without gradient.
+    """
+
+    weights: Tensor
+    ref_sums: Tensor
+    scores: Tensor
+
+
+@dataclass
+class Scored:
+    """A batch with its log-probs.
+
+    Attributes:
+        output: TRL's output of the policy, and with it the statistics of the head.
+        logps: `(2B, N)` log π, zero where not scored.
+        ref_logps: `(2B, N)` log π_ref, of the scored tokens at least.
+        draws: what the weighting makes of them.
+        pressure: `(B,)` length pressure, if it is logged.
+    """
+
+    output: Any
+    logps: Tensor
+    ref_logps: Tensor
+    draws: list[Draw]
+    pressure: Tensor | None = None
+
+    @property
+    def mean_scores(self) -> Tensor:
+        """`(2B,)` S, averaged over the draws."""
+        return torch.stack([draw.scores for draw in self.draws]).mean(dim=0)

@@ -1,0 +1,64 @@
+"""What a run trains, in sentences: for the log, the model card and the errors."""
+
+from typing import Any
+
+from ..config import SamPOConfig
+from ..weighting import WEIGHTINGS
+
+OPTIONS = (
+    *("sampled_sides", "keep_end_token", "balance_end_token", "mask_sharing", "mask_samples"),
+    "length_penalty",
+)
+PAPER = {
+    "title": "Eliminating Biased Length Reliance of Direct Preference Optimization via Down-Sampled KL Divergence",
+    "id": "2406.10957",
+    "citation": """\
+@inproceedings{lu2024eliminating,
+    title        = {{Eliminating Biased Length Reliance of Direct Preference Optimization via
+                    Down-Sampled KL Divergence}},
+    author       = {Junru Lu and Jiazheng Li and Siyu An and Meng Zhao and Yulan He and Di Yin and
+                    Xing Sun},
+    year         = 2024,
+    booktitle    = {Proceedings of the 2024 Conference on Empirical Methods in Natural Language
+                    Processing},
+    pages        = {1047--1067},
+}""",
+}
+
+
+def describe_method(args: SamPOConfig, length_scale: float) -> str:
+    """The weighting, its source and the options that are not the default.
+
+    Args:
+        args: of the run.
+        length_scale: of a learned length penalty, in tokens.
+    """
+    method = WEIGHTINGS[args.token_weighting]
+    text = f"{method.title} (`token_weighting: {args.token_weighting}`, {method.source})"
+    for name in OPTIONS:
+        if getattr(args, name) != SamPOConfig.__dataclass_fields__[name].default:
+            text += f", `{name}: {getattr(args, name)}`"
+    if args.token_weighting == "decay":
+        text += f", `decay_gamma: {args.decay_gamma}`"
+    if args.learns_length_penalty:
+        text += f" with a scale of {length_scale:.1f} tokens"
+    return text
+
+
+def describe_reference(trainer: Any) -> str:
+    """What the policy is compared with."""
+    args = trainer.args
+    if args.precompute_ref_log_probs:
+        whose = "the initial policy" if trainer.reference_is_start else "the `ref_model` that was passed"
+        return f"log-probs of {whose}, one per token, from the cache"  # without its path: this goes to the card
+    if not trainer.reference_is_start:
+        return "the `ref_model` that was passed"
+    if trainer.ref_model is None:
+        if trainer.reference_is_base:
+            return "the base model, with the adapter disabled"
+        return 'a copy of the adapter as it was passed (adapter "ref")'
+    # DeepSpeed's engine has another kind of config
+    config = getattr(trainer.accelerator.unwrap_model(trainer.ref_model), "config", None)
+    source = "the policy's path" if config is None else config._name_or_path
+    synced = f", synchronised every {args.ref_model_sync_steps} steps" if args.sync_ref_model else ""
+    return f"a copy of the initial policy, loaded from `{source}`{synced}"

@@ -1,0 +1,212 @@
+"""TRL's loss of weighted log-probs: the only code that touches `DPOTrainer._compute_loss`.
+
+TRL's function gets, in place of a model, a callable that returns the policy's log-probs already weighted, a completion
+mask narrowed to the selected tokens, and the weighted reference sums through the door that TRL has for precomputed
+ones. So every loss of TRL works with every weighting. In place of the trainer it gets the trainer with some attributes
+of its own ([`_View`]), so that nothing of the trainer is changed while it runs. `sampo.trainer` lists what is relied
+on.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DPOTrainer
+
+from ..reference_cache.store import BATCH as CACHED_REF_LOGPS
+from ..reference_cache.store import END
+from .batch import Draw, PairBatch, Scored
+
+NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS, END.batch)
+TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
+WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
+TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")  # what TRL makes of them
+
+
+class _View:
+    """An object with some attributes of its own; all others are those of the object behind it."""
+
+    def __init__(self, behind: Any, **own: Any):
+        self._behind = behind
+        vars(self).update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)
+
+
+def _unchanged(values: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of a gather: the values of this process."""
+    return values
+
+
+class Objective:
+    """The loss of a batch, averaged over its draws, and TRL's metrics.
+
+    Args:
+        trainer: whose losses, betas and metrics these are.
+
+    Attributes:
+        sft_weight: of `sft` in `loss_type`, where it is added here: TRL would give it the selected tokens of a
+            micro-batch, but it is the mean of all chosen tokens of the batch.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer, self._args = trainer, trainer.args
+        terms = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
+        self.sft_weight = 0.0
+        if not self._args.is_plain_dpo or self._args.max_tokens_per_forward:
+            self.sft_weight = sum((weight for name, weight in terms if name == "sft"), 0.0)
+            terms = [term for term in terms if term[0] != "sft"]
+        self._loss_types = [name for name, _ in terms]
+        self._loss_weights = [weight for _, weight in terms]
+
+    def __call__(
+        self, model: Any, batch: PairBatch, scored: Scored, shift: Tensor | None, *, return_outputs: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Loss and outputs of a batch; TRL's metrics go into the trainer's.
+
+        Args:
+            model: for the logits, if outputs are asked for.
+            batch: of B pairs.
+            scored: its log-probs.
+            shift: `(B,)` what is added to the score of each chosen response, if there is a length penalty.
+            return_outputs: whether outputs are asked for.
+        """
+        trainer, losses, outputs = self._trainer, [], None
+        mode = "train" if trainer.model.training else "eval"
+        n_tokens = trainer._total_train_tokens
+        for i, draw in enumerate(scored.draws):
+            view = self._view(trainer.accelerator)
+            result = self._trl_loss(view, model, batch, scored, draw, shift, return_outputs and i == 0)
+            losses.append(result[0] if isinstance(result, tuple) else result)
+            if i == 0:  # TRL counts the tokens of a batch at each call
+                outputs, n_tokens = (result[1] if isinstance(result, tuple) else None), view._total_train_tokens
+            self._add_metrics(view._metrics[mode], draw, shift, mode)
+        trainer._total_train_tokens = n_tokens
+        trainer._metrics[mode]["num_tokens"] = [n_tokens]
+        return self._mean(losses) + self._sft(batch, scored, None), outputs
+
+    def of_micro_batch(
+        self, model: Any, batch: PairBatch, scored: Scored, shift: Tensor | None, *, share: float, chosen_tokens: int
+    ) -> Tensor:
+        """What the pairs of a micro-batch add to the loss of their batch, without metrics.
+
+        Args:
+            model: of the run.
+            batch: of the micro-batch.
+            scored: its log-probs.
+            shift: as above.
+            share: of the batch's pairs that it has.
+            chosen_tokens: of the whole batch.
+        """
+        losses = []
+        for draw in scored.draws:  # other processes have micro-batches of other sizes: nothing is gathered
+            view = self._view(_View(self._trainer.accelerator, gather=_unchanged, gather_for_metrics=_unchanged))
+            losses.append(self._trl_loss(view, model, batch, scored, draw, shift, return_outputs=False))
+        return self._mean(losses) * share + self._sft(batch, scored, chosen_tokens)
+
+    @staticmethod
+    def _mean(losses: list[Any]) -> Any:
+        return sum(losses) / len(losses)
+
+    def _sft(self, batch: PairBatch, scored: Scored, chosen_tokens: int | None) -> Tensor | float:
+        if not self.sft_weight:
+            return 0.0
+        logps = scored.logps[: batch.n_pairs][batch.mask[: batch.n_pairs]]
+        return -(self.sft_weight * logps.sum() / (chosen_tokens or logps.numel()))
+
+    def _view(self, accelerator: Any) -> _View:
+        """The trainer as TRL's loss sees it."""
+        return _View(
+            self._trainer,
+            accelerator=accelerator,
+            precompute_ref_logps=True,
+            loss_types=self._loss_types,
+            loss_weights=self._loss_weights,
+            _metrics={mode: defaultdict(list) for mode in ("train", "eval")},
+            _total_train_tokens=self._trainer._total_train_tokens,
+        )
+
+    def _trl_loss(
+        self,
+        view: Any,
+        model: Any,
+        batch: PairBatch,
+        scored: Scored,
+        draw: Draw,
+        shift: Tensor | None,
+        return_outputs: bool,
+    ) -> Any:
+        """TRL's result for one draw."""
+        plain = self._args.is_plain_dpo
+        kept = {name: value for name, value in batch.inputs.items() if name not in (CACHED_REF_LOGPS, END.batch)}
+        ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
+        inputs = {
+            **kept,
+            "completion_mask": kept["completion_mask"] if plain else widen(kept, draw.weights > 0),
+            "ref_chosen_logps": ref_chosen if shift is None else ref_chosen - shift,
+            "ref_rejected_logps": ref_rejected,
+        }
+        policy = self._scored_policy(model, batch, scored, draw)
+        return DPOTrainer._compute_loss(view, policy, inputs, return_outputs)
+
+    def _scored_policy(self, model: Any, batch: PairBatch, scored: Scored, draw: Draw) -> Callable[..., Any]:
+        """What TRL's loss calls in place of the model."""
+        weighted = copy.copy(scored.output)
+        if not self._args.is_plain_dpo:
+            weighted.log_probs = draw.weights * scored.logps  # TRL takes the sum over a row
+        if not self._args.log_token_statistics:
+            for name in TOKEN_STATISTICS:
+                setattr(weighted, name, torch.zeros_like(batch.mask))
+        expected = self.model_options(batch.inputs).keys() | {"labels", "fused_lm_head"}
+        if self._trainer.aux_loss_enabled:
+            expected |= {"output_router_logits"}
+
+        def policy(**kwargs: Any) -> Any:
+            if not kwargs.get("fused_lm_head"):  # the logits for `compute_metrics`
+                return model(**kwargs)
+            if kwargs.keys() != expected:
+                raise RuntimeError(
+                    f"TRL must call the model with {sorted(expected)}, got {sorted(kwargs)}. This version of TRL is "
+                    "not supported: install `trl~=1.16.0`."
+                )
+            return weighted
+
+        return policy
+
+    @staticmethod
+    def model_options(inputs: dict[str, Any]) -> dict[str, Any]:
+        """What TRL hands on of a batch to the model's forward."""
+        kept = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        return {**kept, "use_cache": False}
+
+    def _add_metrics(self, found: dict[str, list], draw: Draw, shift: Tensor | None, mode: str) -> None:
+        """TRL's metrics of one draw; rewards are logged without a length penalty."""
+        if shift is not None:
+            found |= {name: [value] for name, value in self._rewards(draw).items()}
+        for name, values in found.items():
+            if name != "num_tokens" and (self._args.log_token_statistics or name not in TOKEN_METRICS):
+                self._trainer._metrics[mode][name].extend(values)
+
+    def _rewards(self, draw: Draw) -> dict[str, float]:
+        sides = (self._trainer.beta * draw.scores).chunk(2)
+        chosen, rejected = (self._trainer.accelerator.gather(side) for side in sides)
+        found = {
+            "chosen": chosen,
+            "rejected": rejected,
+            "margins": chosen - rejected,
+            "accuracies": (chosen > rejected).float(),
+        }
+        return {f"rewards/{name}": value.mean().item() for name, value in found.items()}
+
+
+def widen(inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    """`(2B, N)` over predicted tokens to `(2B, L)` over all, in the completion mask's type.
+
+    The first token of a row is never predicted, and not selected.
+    """
+    first = torch.zeros_like(inputs["completion_mask"][:, :1])
+    return torch.cat((first, mask.to(first.dtype)), dim=1)

@@ -1,0 +1,152 @@
+"""The forward passes of a step: one of the policy, and one of the reference unless its log-probs are cached."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference_cache.key import OWN_TOKENS
+from ..reference_cache.store import BATCH as CACHED_REF_LOGPS
+from ..reference_cache.store import END
+from ..scoring.scorer import Packing, Scorer
+from ..weighting import length_pressure
+from .batch import PairBatch, Reference, Scored
+from .engines import is_compiled, uses_prompt_learning
+from .objective import Objective, widen
+from .weigher import Weigher
+
+
+class Passes:
+    """Policy and reference of a run.
+
+    Args:
+        trainer: whose models they are.
+        weigher: chooses the tokens, and weighs their log-probs.
+    """
+
+    def __init__(self, trainer: Any, weigher: Weigher):
+        self._trainer, self._args, self._weigher = trainer, trainer.args, weigher
+        self._scorer: Scorer | None = None  # TRL fills the reference cache before the run has one
+
+    def start(self) -> None:
+        """Make the scorer of the run, when policy and reference are there."""
+        self._scorer = self._make_scorer(self._models)
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches are packed."""
+        return self._scorer is not None and self._scorer.packing.on
+
+    def score(self, model: Any, batch: PairBatch) -> Scored:
+        """Score a batch by policy and reference, and weigh it.
+
+        Args:
+            model: the policy as the training loop calls it.
+            batch: as the weigher prepared it.
+        """
+        assert self._scorer is not None
+        weigher, reference = self._weigher, None
+        if weigher.needs_end_probs:  # of the reference, before the weights are known
+            reference = self._score_reference(batch)
+            if not weigher.method.needs_log_ratios:
+                weigher.weigh(batch, end_probs=reference.end_probs)
+        targets = [batch.ids, *([weigher.end_targets(batch)] if self._args.log_length_pressure else [])]
+        aux_loss = {"output_router_logits": True} if self._trainer.aux_loss_enabled else {}
+        policy = self._scorer(model, batch, batch.positions, *targets, **aux_loss)
+        logps, *end_logps = policy.log_probs
+        reference = reference or self._score_reference(batch)
+        draws = weigher.make_draws(batch, logps.detach(), reference)
+        pressure = None
+        if end_logps:
+            weights = torch.stack([draw.weights for draw in draws]).mean(dim=0)
+            pressure = length_pressure(weights, batch.mask & (batch.ids == targets[1]), end_logps[0].exp())
+        return Scored(policy.output, logps, reference.logps, draws, pressure)
+
+    def _score_reference(self, batch: PairBatch) -> Reference:
+        """From the cache, or by a pass of the live reference."""
+        if CACHED_REF_LOGPS in batch.inputs:
+            logps, sums, end_logps = batch.inputs[CACHED_REF_LOGPS], None, batch.inputs.get(END.batch)
+        else:
+            ends = [self._weigher.end_targets(batch)] if self._weigher.needs_end_probs else []
+            (logps, *others), sums = self._pass_of_reference(self._trainer.reference, batch, [batch.ids, *ends])
+            end_logps = others[0] if others else None
+        return Reference(logps, sums, None if end_logps is None else end_logps.exp() * batch.mask)
+
+    def reference_logps(self, reference: Any, inputs: dict[str, Any], targets: Sequence[str]) -> dict[str, Tensor]:
+        """What a cache keeps: for each of `targets`, `(2B, N)` log π_ref at the completion tokens, by one pass."""
+        batch = self._weigher.find_completions(inputs)
+        wanted = [batch.ids if each == OWN_TOKENS else self._weigher.end_targets(batch) for each in targets]
+        found, _ = self._pass_of_reference(reference, batch, wanted)
+        return dict(zip(targets, found, strict=True))
+
+    def _pass_of_reference(self, model: Any, batch: PairBatch, targets: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """`(2B, N)` log-probs of each target, and TRL's `(2B,)` sums of the first."""
+        found: list[Tensor] = []
+        scorer = self._scorer_of(model)
+
+        def reference(**kwargs: Any) -> Any:
+            scores = scorer(model, batch, batch.ref_positions, *targets)
+            found.extend(scores.log_probs)
+            return scores.output
+
+        # TRL's own function, for it knows which adapter is the reference; the tokens are taken on the way to their sum
+        mask = batch.inputs["completion_mask"]
+        if not self._args.is_plain_dpo:  # TRL counts the first token of a row where the prompt is empty
+            mask = widen(batch.inputs, batch.ref_positions)
+        sums = self._trainer.compute_ref_log_probs(reference, {**batch.inputs, "completion_mask": mask})
+        return found, torch.cat(sums)
+
+    # --- how models are called -----------------------------------------------------------------------------------
+
+    @property
+    def _models(self) -> list[Any]:
+        return [each for each in (self._trainer.model, self._trainer.ref_model) if each is not None]
+
+    def _scorer_of(self, model: Any) -> Scorer:
+        """The run's, or one for a reference that is loaded for its cache alone."""
+        unwrap = self._trainer.accelerator.unwrap_model
+        if self._scorer is not None and any(unwrap(model) is known for known in self._scorer.models):
+            return self._scorer
+        return self._make_scorer([model])
+
+    def _make_scorer(self, models: list[Any]) -> Scorer:
+        trainer, gather = self._trainer, self._trainer.accelerator.gather
+        unwrapped = [trainer.accelerator.unwrap_model(each) for each in models]
+        virtual_tokens = uses_prompt_learning(trainer.accelerator.unwrap_model(trainer.model))
+        by_labels = virtual_tokens or trainer._is_vision_dataset or is_compiled(trainer.accelerator, self._models)
+        return Scorer(
+            unwrapped,
+            pair_stream=self._args.pair_stream,
+            refuse=self._reason_against_packing,
+            head="labels" if by_labels else "positions",
+            reduced=self._args.bf16 or self._args.fp16 or trainer.model.dtype != torch.float32,
+            unwrap=trainer.accelerator.unwrap_model,
+            options=Objective.model_options,
+            largest=lambda difference: gather(difference[None]).max().item(),
+        )
+
+    def refuse_packing(self) -> None:
+        """Raise what `pair_stream: true` cannot be, before anything is scored.
+
+        Raises:
+            ValueError: there is a reason against it.
+        """
+        if self._args.pair_stream == "true":
+            Packing("true", [], refuse=self._reason_against_packing)
+
+    @property
+    def _reason_against_packing(self) -> str | None:
+        """What the trainer knows and no model tells."""
+        if self._trainer._is_vision_dataset:
+            return "vision data are laid out by their processor"
+        if self._trainer.aux_loss_enabled:
+            return (
+                "the auxiliary loss of a mixture of experts counts the tokens of padded rows "
+                "(`router_aux_loss_coef: 0` switches it off)"
+            )
+        if is_compiled(self._trainer.accelerator, self._models):
+            return "`torch_compile` compiles the model's own attention"
+        if self._args.neftune_noise_alpha:
+            return "`neftune_noise_alpha` is noise that depends on the length of a row"
+        return None

@@ -1,0 +1,151 @@
+"""From a collated batch to the weights of its tokens, and to the scores that they make: where a method is asked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SamPOConfig
+from ..weighting import (
+    EVAL_EPOCH,
+    WEIGHTINGS,
+    balance_end,
+    draw_keys,
+    fingerprints,
+    last_end_tokens,
+    sequence_logps,
+    token_weights,
+)
+from .batch import Draw, PairBatch, Reference, Weights
+
+
+class Weigher:
+    """The method of a run.
+
+    Args:
+        args: of the run.
+        end_token_ids: tokens that end a response, EOS first.
+        rows_with_other_ends: fingerprints of rows whose end tokens end other turns (`data.tokenize`).
+        scores_all: all chosen tokens have to be scored (`sft`).
+        ld_alpha: TRL's, which is a weighting itself.
+    """
+
+    def __init__(
+        self,
+        args: SamPOConfig,
+        end_token_ids: Sequence[int],
+        rows_with_other_ends: Sequence[int] = (),
+        *,
+        scores_all: bool = False,
+        ld_alpha: float | None = None,
+    ):
+        self.method = WEIGHTINGS[args.token_weighting]
+        self._args, self._ld_alpha = args, ld_alpha
+        self._end_token_ids = list(end_token_ids)
+        self._rows_with_other_ends = rows_with_other_ends  # not a copy: `evaluate` may add rows of another data set
+        # In evaluation all tokens are scored, so that the sums over the whole response are known too.
+        self._scores_all = scores_all or args.is_plain_dpo or args.mask_samples > 1 or self.method.needs_log_ratios
+
+    @property
+    def needs_end_probs(self) -> bool:
+        """The weights depend on the reference's probability of the end token."""
+        return self._args.balance_end_token
+
+    def find_completions(self, inputs: dict[str, Any], epoch: int = EVAL_EPOCH) -> PairBatch:
+        """A batch of which all completion tokens are scored, and nothing is weighed yet."""
+        mask = inputs["completion_mask"][:, 1:].bool()
+        end = last_end_tokens(inputs["input_ids"], mask, torch.tensor(self._end_token_ids, device=mask.device))
+        if self._rows_with_other_ends:
+            rows = fingerprints(inputs["input_ids"], inputs["attention_mask"])
+            end &= ~torch.isin(rows, rows.new_tensor(self._rows_with_other_ends))[:, None]
+        return PairBatch(inputs, mask, end, epoch, positions=mask, ref_positions=mask)
+
+    def prepare_batch(self, inputs: dict[str, Any], epoch: int = EVAL_EPOCH) -> PairBatch:
+        """A batch with its selected tokens, where no model has to be asked for them."""
+        batch = self.find_completions(inputs, epoch)
+        if not self.method.needs_log_ratios and not self.needs_end_probs:
+            self.weigh(batch)
+        return batch
+
+    def weigh(
+        self, batch: PairBatch, *, log_ratios: Tensor | None = None, end_probs: Tensor | None = None
+    ) -> list[Weights]:
+        """Give a batch its weights, and leave out of its positions what they do not select.
+
+        Args:
+            batch: gets them.
+            log_ratios: `(2B, N)`, for methods that need them.
+            end_probs: `(2B, N)` of the reference, for `balance_end_token`.
+        """
+        draws = range(self._args.mask_samples)
+        batch.weights = [self._draw(batch, k, log_ratios, end_probs) for k in draws]
+        if batch.epoch != EVAL_EPOCH and not self._scores_all:
+            policy, reference = batch.weights[0]
+            positions = policy > 0
+            batch.select(positions, positions if reference is policy else positions | (reference > 0))
+        return batch.weights
+
+    def _draw(self, batch: PairBatch, k: int, log_ratios: Tensor | None, end_probs: Tensor | None) -> Weights:
+        policy = self._weights(batch, k, log_ratios, end_probs)
+        if self._args.mask_sharing == "shared":
+            return policy, policy
+        return policy, self._weights(batch, self._args.mask_samples + k, log_ratios, end_probs)
+
+    def _weights(self, batch: PairBatch, stream: int, log_ratios: Tensor | None, end_probs: Tensor | None) -> Tensor:
+        """`(2B, N)`; `stream` tells the draws of an epoch apart."""
+        args, keys = self._args, None
+        if self.method.random:
+            ids, real = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+            keys = draw_keys(ids, real, seed=args.seed, epoch=batch.epoch, stream=stream)
+        weights = token_weights(
+            args.token_weighting,
+            batch.mask,
+            end=batch.end,
+            keys=keys,
+            log_ratios=log_ratios,
+            sampled_sides=args.sampled_sides,
+            keep_end_token=args.keep_end_token or (args.balance_end_token and self.method.can_keep_end),
+            gamma=args.decay_gamma,
+        )
+        return weights if end_probs is None else balance_end(weights, batch.end, end_probs)
+
+    def make_draws(self, batch: PairBatch, logps: Tensor, reference: Reference) -> list[Draw]:
+        """What the weights make of the log-probs.
+
+        Args:
+            batch: weighed here, if its method looks at log-ratios.
+            logps: `(2B, N)` log π, without gradient.
+            reference: of the same batch.
+        """
+        weights = batch.weights
+        if weights is None:
+            weights = self.weigh(batch, log_ratios=logps - reference.logps, end_probs=reference.end_probs)
+        return [self._make_draw(*each, batch, logps, reference) for each in weights]
+
+    def _make_draw(
+        self, weights: Tensor, ref_weights: Tensor, batch: PairBatch, logps: Tensor, reference: Reference
+    ) -> Draw:
+        ref_sums = reference.sums
+        if not self._args.is_plain_dpo:
+            ref_sums = sequence_logps(reference.logps, ref_weights)
+        elif self._ld_alpha is None:
+            ref_sums = sequence_logps(reference.logps, weights) if ref_sums is None else ref_sums
+        else:  # TRL weighs by itself; for our metrics, and for a cached reference, we do the same in the same order
+            prefix = token_weights("prefix", batch.mask)
+            tail = weights - prefix
+            if ref_sums is None:
+                of_prefix, of_tail = (sequence_logps(reference.logps, part) for part in (prefix, tail))
+                ref_sums = of_prefix + self._ld_alpha * of_tail
+            weights = prefix + self._ld_alpha * tail
+        return Draw(weights, ref_sums, sequence_logps(logps, weights) - ref_sums)
+
+    def end_targets(self, batch: PairBatch) -> Tensor:
+        """`(2B, N)` the end token of each completion, at all its positions.
+
+        One that was cut has none, and takes the batch's first; in a batch of cut completions it is EOS.
+        """
+        ids, ended = batch.ids, batch.end.any(dim=1, keepdim=True)
+        ends = ids[batch.end]  # (number of rows that end,), for no row has two
+        other = ends[0] if len(ends) else ids.new_tensor(self._end_token_ids[0])
+        return torch.where(ended, (ids * batch.end).sum(dim=1, keepdim=True), other).expand_as(ids)
