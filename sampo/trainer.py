@@ -107,6 +107,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
 
     _tag_names = [*DPOTrainer._tag_names, "sampo"]
     _name, _paper = "SamPO", PAPER
+    objective: Objective
     _initialised = _checked = _first_loss_checked = False
 
     def __init__(
@@ -280,7 +281,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
 
     # --- before the first step -----------------------------------------------------------------------------------
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SamPOConfig, dataset_name: str) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if self._initialised:  # another set for `evaluate`; the first ones were checked before the model
             check_data(args, None, dataset, processing_class)
         dataset = with_strings_for_template(dataset, processing_class, f"{dataset_name} data")

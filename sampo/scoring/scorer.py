@@ -166,7 +166,8 @@ class Scorer:
     ) -> tuple[Any, list[Tensor]]:
         options = {**self._options(batch.inputs), **more}
         if self._head == "positions":
-            at = positions.nonzero(as_tuple=True)
+            rows, columns = positions.nonzero(as_tuple=True)
+            at = rows, columns
             return score_positions(model, _base(self._unwrap(model)).base_model, at, at, targets, **options)
         if self._head == "logits":
             logps = model(**options).logits[:, :-1].float().log_softmax(dim=2)  # (R, N, V)

@@ -167,14 +167,14 @@ def token_logps(model: "PreTrainedModel | PeftModel", tokenizer: Any, texts: Seq
     """
     import torch
 
-    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
-    drawn = torch.randint(len(tokenizer), (1, 64), generator=torch.Generator().manual_seed(0))
+    from ..scoring.scorer import ModelScorer, Rows
+
+    drawn = torch.randint(len(tokenizer), (64,), generator=torch.Generator().manual_seed(0))
+    score = ModelScorer(model, own_head=True)  # an adapter may be on the head
     found = []
-    for row in [*rows, drawn]:
-        ids = row.to(model.device)  # (1, L)
-        with torch.no_grad():
-            logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)  # (L-1, V)
-        found.append(logps.gather(1, ids[0, 1:, None])[:, 0].cpu())  # (L-1,)
+    for ids in [*(tokenizer(text)["input_ids"] for text in texts), drawn.tolist()]:
+        (logps,) = score(Rows.of([(ids[:1], ids[1:])]).inputs)  # (1, L-1)
+        found.append(logps[0].cpu())
     return torch.cat(found)
 
 

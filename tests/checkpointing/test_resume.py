@@ -315,6 +315,7 @@ def test_the_best_checkpoint_is_found_under_its_name(model, tmp_path):
 FULL_DISK = """
 import os, shutil, subprocess, sys
 sys.path.insert(0, {tests!r})
+sys.path.insert(0, {here!r})
 import test_resume
 test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}), "Make room, and")
 """
@@ -359,7 +360,8 @@ def test_a_file_that_cannot_grow_ends_in_one_error_and_the_former_checkpoint_sta
 def test_a_full_disk_ends_in_one_error_and_the_former_checkpoint_stays(model, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    code = FULL_DISK.format(tests=str(Path(__file__).parents[1] / "support"), model=model, folder=str(folder))
+    here = Path(__file__).parent
+    code = FULL_DISK.format(tests=str(here.parent / "support"), here=str(here), model=model, folder=str(folder))
     mount = f'mount -t tmpfs -o size=4m tmpfs {folder} || exit 9; exec {sys.executable} -c "$0"'
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount, code], capture_output=True, text=True, timeout=300)
     if done.returncode == 9 or "unshare" in done.stderr:

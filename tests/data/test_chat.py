@@ -335,12 +335,12 @@ def test_the_end_of_another_turn_is_no_end_of_the_response(model, max_length, tm
     )
     data = trainer.train_dataset.with_format(None)
     inputs = trainer.data_collator(list(data))
-    found = trainer._find_completions(inputs, 0).end.any(dim=1).tolist()
+    found = trainer.weigher.find_completions(inputs).end.any(dim=1).tolist()
     # the oracle: a response has its end if the whole of it, but for the newline behind, is left by the cut
     whole = [len(row["prompt_ids"]) + len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in data]
     expected = [max_length is None or length - 1 <= max_length for length in whole]
     assert found == expected
-    counts = trainer._token_counts["train"]
+    counts = trainer.token_counts["train"]
     assert [counts.endless_chosen, counts.endless_rejected] == [
         expected[:40].count(False),
         expected[40:].count(False),
@@ -349,7 +349,7 @@ def test_the_end_of_another_turn_is_no_end_of_the_response(model, max_length, tm
     assert [cut.without_end_chosen, cut.without_end_rejected] == [counts.endless_chosen, counts.endless_rejected]
     if max_length in (14, 17, 23):
         assert 0 < expected.count(True) < 80
-        assert trainer._rows_with_other_ends  # and without them the answer would be another one
+        # without the rows whose end tokens end other turns the answer would be another one
         mask = inputs["completion_mask"][:, 1:].bool()
         ids = torch.tensor(end_token_ids(tokenizer))
         assert last_end_tokens(inputs["input_ids"], mask, ids).any(dim=1).tolist() != expected

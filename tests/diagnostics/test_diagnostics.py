@@ -300,6 +300,7 @@ def test_an_adapter_is_scored_with_its_weights(data, tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
+sys.path.insert(0, {here!r})
 from test_diagnostics import *
 data = tokenise(raw_pairs(), make_tokenizer(), max_length=MAX_LENGTH)
 import sampo.{module} as module
@@ -317,7 +318,8 @@ computed({folder!r}, data, make_model(seed=1), make_model(seed=0))
 def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp_path):
     code = KILLED.format(
         tests=str(Path(__file__).parents[1] / "support"),
-        module="pair_scores",
+        here=str(Path(__file__).parent),
+        module="diagnostics.pair_scores",
         write="write_whole",
         last="rows-0000010",
         folder=str(tmp_path),

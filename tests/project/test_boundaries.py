@@ -9,10 +9,11 @@ from datasets import Dataset
 from scipy import stats
 
 from sampo.audit.bias import mean, preference_slope, share
-from sampo.data.lengths import LengthSums, count_tokens
+from sampo.data.lengths import count_tokens
 from sampo.evaluation.results.verdicts import Verdicts, compare_orders
 from sampo.evaluation.results.win_rate import length_matched, paired, win_rate, winner_is_longer
 from sampo.stats.intervals import wilson
+from sampo.training.length_metrics import LengthSums
 
 TWO = np.array([0, 1])  # two prompts of one pair each
 

@@ -20,11 +20,12 @@ from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import cache as command
 from sampo.commands import train
 from sampo.io.files import SEAL, sealed, unsealed
-from sampo.reference_cache import fill as cached_reference
 from sampo.reference_cache import key as ref_key
 from sampo.reference_cache import store as ref_logps
+from sampo.reference_cache import trainer as cached_reference
 from sampo.reference_cache.key import RefKey, data_hash, files_hash, weights_hash
 from sampo.reference_cache.store import CHOSEN, END, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
+from sampo.training.description import describe_reference
 from sampo.weighting import WEIGHTINGS
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -235,7 +236,7 @@ def test_a_reference_given_as_a_path_is_that_model_and_is_not_loaded_from_a_comp
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], abs=1e-6)
     assert losses[0][0] != pytest.approx(0.6931, abs=1e-3)  # it is not the policy
-    assert "log-probs of the `ref_model` that was passed, one per token" in runs[3]._reference_in_words()
+    assert "log-probs of the `ref_model` that was passed, one per token" in describe_reference(runs[3])
 
 
 def test_a_second_run_makes_no_reference_forward_pass(model_folder, root):
@@ -496,7 +497,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from tiny import make_pairs, training_options
-from sampo import SamPOConfig, SamPOTrainer, ref_logps
+from sampo import SamPOConfig, SamPOTrainer
+from sampo.reference_cache import store as ref_logps
 
 ref_logps.ROWS_PER_SHARD = 4
 done = []

@@ -34,7 +34,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sampo.scoring.attention import StreamRefused
-from sampo.scoring.packing import NAME, PairStreams, RowsTooLong, lay_out, score, too_long, why_not
+from sampo.scoring.packing import NAME, RowsTooLong, lay_out, score_packed, too_long, why_not
+from sampo.scoring.scorer import Packing
 
 GEMMA2 = Gemma2Config(**COMMON, **GROUPED, head_dim=8)
 NO_AUX = {"router_aux_loss_coef": 0.0}
@@ -118,7 +119,9 @@ def test_what_the_model_asks_of_its_attention_is_refused_where_it_is_not_done(co
     model.set_attn_implementation(NAME)
     stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     with pytest.raises(StreamRefused, match=f"the model's attention uses `{what}`"):
-        score(model, model.base_model, stream, batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:])
+        score_packed(
+            model, model.base_model, stream, batch["completion_mask"][:, 1:].bool(), [batch["input_ids"][:, 1:]]
+        )
 
 
 ASKED = {
@@ -243,18 +246,23 @@ def test_chunked_attention_and_frequencies_by_layer_type_are_limits_too_and_some
         assert too_long(config, stream) is None
 
 
-def test_batches_with_long_rows_take_the_plain_forward_and_the_others_the_stream(tmp_path, caplog):
+def test_batches_with_long_rows_take_the_plain_forward_and_the_others_the_stream(tmp_path, caplog, monkeypatch):
     folder = str(tmp_path / "model")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(MistralConfig(**COMMON, **GROUPED, sliding_window=22)).save_pretrained(folder)
     data = make_pairs(48, max_len=14)
     runs, taken = [], []
+    takes = Packing.takes
+
+    def watched(packing, batch):
+        taken.append(takes(packing, batch))
+        return taken[-1]
+
     with caplog.at_level(logging.INFO, logger="sampo"):
         for mode in ("auto", "false"):
             trainer = make_trainer(folder, tmp_path, pair_stream=mode, data=data, max_steps=12)
             if mode == "auto":
-                take = trainer._streams.take
-                trainer._streams.take = lambda pairs, take=take: taken.append(take(pairs)) or taken[-1]
+                monkeypatch.setattr(Packing, "takes", watched)
             runs.append(losses(trainer))
     assert runs[0] == pytest.approx(runs[1], abs=1e-4)
     assert set(taken) == {True, False}
@@ -270,11 +278,11 @@ def test_batches_with_long_rows_take_the_plain_forward_and_the_others_the_stream
 
 
 class Decision:
-    """A `PairStreams` with one tiny model, whose first batch is whatever the test says."""
+    """A `Packing` with one tiny model, whose first batch is whatever the test says."""
 
     def __init__(self, mode="auto"):
         self.model = make(LlamaConfig(**COMMON, **GROUPED))
-        self.streams = PairStreams(mode, [self.model])
+        self.packing = Packing(mode, [self.model])
         self.asked = []
 
     def compare(self, streamed, plain=lambda: torch.zeros(5), everywhere=max):
@@ -284,13 +292,13 @@ class Decision:
             self.asked.append(difference.item())
             return difference.item() if everywhere is max else everywhere
 
-        settings = {"tolerance": 1e-4, "largest": largest, "padded_tokens": 100, "stream_tokens": 30}
-        self.streams.compare(streamed, plain, **settings)
+        settings = {"tolerance": 1e-4, "largest": largest, "padded_tokens": 100, "packed_tokens": 30}
+        self.packing.compare(self.model, streamed, plain, **settings)
 
     @property
     def on(self):
-        assert self.streams.on == (self.model.config._attn_implementation == NAME)
-        return self.streams.on
+        assert self.packing.on == (self.model.config._attn_implementation == NAME)
+        return self.packing.on
 
 
 def raising(error):
@@ -307,7 +315,7 @@ def test_the_mean_difference_of_a_token_decides(caplog, difference, on):
     decision = Decision()
     decision.compare(lambda: torch.tensor([0.0, 0.0, 0.0, 0.0, -5.0]) * difference)
     assert decision.on == on
-    assert not decision.streams.to_be_compared
+    assert not decision.packing.is_to_be_compared(decision.model)
     assert ("of the first batch differ from those of the plain forward by" in caplog.text) == (not on)
 
 
@@ -352,14 +360,14 @@ def test_a_first_batch_with_too_long_rows_leaves_the_decision_to_the_next():
     plain = []
     decision.compare(raising(RowsTooLong("long")), lambda: plain.append(0) or torch.zeros(5))
     assert decision.on
-    assert decision.streams.to_be_compared
+    assert decision.packing.is_to_be_compared(decision.model)
     assert len(plain) == 2  # as many forwards as where the rows are short
     decision.compare(lambda: torch.ones(5))
     assert not decision.on
     elsewhere = Decision()
     elsewhere.compare(raising(RowsTooLong("long")), everywhere=1e-6)  # other processes had short rows
     assert elsewhere.on
-    assert not elsewhere.streams.to_be_compared
+    assert not elsewhere.packing.is_to_be_compared(elsewhere.model)
 
 
 def test_flex_attention_that_does_not_run_here_makes_auto_fall_back(caplog):
@@ -369,7 +377,7 @@ def test_flex_attention_that_does_not_run_here_makes_auto_fall_back(caplog):
     places, targets = batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
 
     def streamed():
-        return score(decision.model, decision.model.base_model, stream, places, targets).log_probs[places]
+        return score_packed(decision.model, decision.model.base_model, stream, places, [targets])[0].log_probs[places]
 
     decision.compare(streamed, lambda: plain_output(decision.model, batch).log_probs[places])
     assert (
@@ -386,5 +394,5 @@ def test_flex_attention_gives_the_log_probs_of_a_model():
     model.set_attn_implementation(NAME)
     places = batch["completion_mask"][:, 1:].bool()
     with torch.no_grad():  # FlexAttention has no backward pass on CPU
-        ours = score(model, model.base_model, stream, places, batch["input_ids"][:, 1:]).log_probs
+        ours = score_packed(model, model.base_model, stream, places, [batch["input_ids"][:, 1:]])[0].log_probs
         torch.testing.assert_close(ours, plain_output(model, batch).log_probs, atol=1e-4, rtol=0)

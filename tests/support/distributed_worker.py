@@ -88,12 +88,12 @@ def train(
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "log": trainer.state.log_history,
         "eval": evaluated,
-        "theta": trainer._run_state.theta,
+        "theta": trainer.run_state.theta.value,
         "subsets": sorted(subsets),
         "processes": trainer.accelerator.num_processes,
         "engine": trainer.accelerator.distributed_type.value,
         "stage": getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None),
-        "streams": trainer._streams.on,
+        "streams": trainer.passes.packed,
         "adam_bytes": adam_bytes(trainer),
         "reference_groups": sum(isinstance(m, FSDPModule) for m in trainer.ref_model.modules())
         if trainer.ref_model is not None
@@ -119,23 +119,24 @@ def watch(trainer) -> tuple[list, set]:
     """Fills with (step, row, kept places) of all training rows, and with the types of the log-probs."""
     subsets: list = []
     dtypes: set = set()
-    weigh, make_draw = trainer._weigh, trainer._make_draw
+    weigh, make_draws = trainer.weigher.weigh, trainer.weigher.make_draws
 
-    def watched(pairs, draw, log_ratios=None):
-        weights = weigh(pairs, draw, log_ratios)
+    def watched(batch, **known):
+        draws = weigh(batch, **known)
         if trainer.model.training:
-            for row, real, kept in zip(
-                pairs.inputs["input_ids"], pairs.inputs["attention_mask"], weights[0], strict=True
-            ):
-                length = int(real.sum())
-                subsets.append([trainer.state.global_step, row[:length].tolist(), kept[: length - 1].tolist()])
-        return weights
+            for policy, _ in draws:
+                for row, real, kept in zip(
+                    batch.inputs["input_ids"], batch.inputs["attention_mask"], policy, strict=True
+                ):
+                    length = int(real.sum())
+                    subsets.append([trainer.state.global_step, row[:length].tolist(), kept[: length - 1].tolist()])
+        return draws
 
-    def typed(weights, ref_weights, logps, *rest):
+    def typed(batch, logps, reference):
         dtypes.add(str(logps.dtype))
-        return make_draw(weights, ref_weights, logps, *rest)
+        return make_draws(batch, logps, reference)
 
-    trainer._weigh, trainer._make_draw = watched, typed
+    trainer.weigher.weigh, trainer.weigher.make_draws = watched, typed
     return subsets, dtypes
 
 

@@ -61,13 +61,13 @@ def make_run(
         eval_dataset=make_pairs(6, seed=5),
         peft_config=LoraConfig(**LORA) if lora else None,
     )
-    compute, weigh = trainer._compute_loss, trainer._weigh
+    compute, weigh = trainer._compute_loss, trainer.weigher.weigh
     counted, done = [], []
 
     def watched_weigh(*args, **kwargs):
-        weights = weigh(*args, **kwargs)
-        counted.append(digest(weights[0]))
-        return weights
+        draws = weigh(*args, **kwargs)
+        counted.extend(digest(policy) for policy, _ in draws)
+        return draws
 
     def watched_loss(model, inputs, return_outputs):
         counted.clear()
@@ -80,7 +80,7 @@ def make_run(
             see({"step": trainer.state.global_step, "loss": loss.item(), "rows": rows, "counted": list(counted)})
         return loss
 
-    trainer._compute_loss, trainer._weigh = watched_loss, watched_weigh
+    trainer._compute_loss, trainer.weigher.weigh = watched_loss, watched_weigh
     return trainer
 
 
@@ -99,7 +99,7 @@ def outcome(trainer) -> dict:
     ]
     return {
         "weights": {name: digest(tensor) for name, tensor in model.named_parameters()},
-        "theta": trainer._run_state.theta,
+        "theta": trainer.run_state.theta.value,
         "log": log,
         "step": trainer.state.global_step,
     }

@@ -10,7 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.scoring.packing import install, lay_out, remove, score
+from sampo.scoring.packing import install, lay_out, remove, score_packed
 
 COMMON = {
     "vocab_size": 69,
@@ -59,7 +59,7 @@ def streamed_output(model, batch, scored=None, needed=None):
     scored = batch["completion_mask"][:, 1:].bool() if scored is None else scored
     install(model)
     try:
-        return score(model, model.base_model, stream, scored, batch["input_ids"][:, 1:])
+        return score_packed(model, model.base_model, stream, scored, [batch["input_ids"][:, 1:]])[0]
     finally:
         remove(model)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig
-from test_pair_stream import collate
+from streams import collate
 from tiny import make_pairs, make_tokenizer, save_model, training_options
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -249,8 +249,8 @@ def test_only_counted_tokens_are_projected_by_policy_and_reference(model_folder,
     seen = projected(trainer, monkeypatch)
     if stream == "true":
         seen = seen[2 * 2 :]  # the comparison of the first batch
-    batches = [trainer._see_pairs(batch, "train") for batch in trainer.get_train_dataloader()][:3]
-    trainer._run_state.epoch = 0
+    batches = [trainer.prepare_batch(batch) for batch in trainer.get_train_dataloader()][:3]
+    trainer.run_state.epoch = 0
     for pairs, policy, reference in zip(batches, seen[::2], seen[1::2], strict=True):
         chosen, rejected = pairs.lengths.chunk(2)
         assert policy[0] == reference[0] == 2 * torch.minimum(chosen, rejected).sum()

@@ -122,8 +122,8 @@ def test_the_pair_stream_gives_its_log_probs_and_gradients(folder, tmp_path):
         }
         args = SamPOConfig(**settings, pair_stream=mode, gradient_checkpointing=False, token_weighting="all")
         trainer = SamPOTrainer(model=folder, args=args, train_dataset=data)
-        pairs = trainer._see_pairs(trainer.data_collator([trainer.train_dataset[i] for i in range(3)]), "train")
-        logps = trainer._forward(trainer.model.train(), pairs, pairs.mask).log_probs
+        inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        logps = trainer.passes.score(trainer.model.train(), trainer.prepare_batch(inputs)).logps
         logps.sum().backward()
         results.append((logps.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}))
     (plain, theirs), (streamed, ours) = results

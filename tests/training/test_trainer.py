@@ -97,6 +97,8 @@ def test_with_all_tokens_it_is_trls_trainer_to_the_bit(model_folder, tmp_path, o
         for name, value in their_entry.items():
             if not name.endswith(TIMES):
                 if "precompute_ref_log_probs" in options:  # TRL's sums and our tokens come from other batches
+                    if name.endswith("accuracies") and abs(their_entry[name.replace("accuracies", "margins")]) < 1e-6:
+                        continue  # the sign of what is rounding
                     value = pytest.approx(value, rel=1e-5, abs=1e-6)
                 assert our_entry[name] == value, name
                 compared += 1
@@ -314,7 +316,7 @@ def test_a_row_that_begins_within_the_completion_counts_only_tokens_that_are_pre
             sums.append(sum(a - b for a, b in zip(token_logps(policy, row), token_logps(reference, row), strict=True)))
         expected += ((sums[0] - sums[1]) / 5 - 1 / (2 * 0.1)) ** 2 / len(rows)
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert trainer._length_sums["train"].metrics()["length/chosen"] == 5
+    assert trainer.length_recorder.sums["train"].metrics()["length/chosen"] == 5
 
 
 def test_training_pushes_only_the_counted_tokens_through_the_head(model_folder, tmp_path):
@@ -418,7 +420,7 @@ def test_independent_subsets_start_with_the_spread_of_the_formula(model_folder, 
         part = rows[i : i + 20]
         trainer.model.train()
         trainer.compute_loss(trainer.model, trainer.data_collator(part))
-    sums = trainer._length_sums["train"].columns
+    sums = trainer.length_recorder.sums["train"].columns
     for pair in rows:
         own, rival, n_prompt = len(pair["chosen_ids"]), len(pair["rejected_ids"]), len(pair["prompt_ids"])
         logps = torch.tensor(token_logps(trainer.ref_model, pair["prompt_ids"] + pair["chosen_ids"])[n_prompt - 1 :])
@@ -626,14 +628,14 @@ def test_evaluation_is_the_same_number_at_any_batch_size_and_time(model_folder, 
 def test_subsets_are_drawn_anew_each_epoch(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, data=make_pairs(8), max_steps=-1, num_train_epochs=3)
     epochs = []
-    original = trainer._see_pairs
+    original = trainer.prepare_batch
 
-    def watched(inputs, mode):
-        pairs = original(inputs, mode)
-        epochs.append((mode, pairs.epoch))
-        return pairs
+    def watched(inputs):
+        batch = original(inputs)
+        epochs.append(("train" if trainer.model.training else "eval", batch.epoch))
+        return batch
 
-    trainer._see_pairs = watched
+    trainer.prepare_batch = watched
     trainer.train()
     trainer.evaluate(make_pairs(4, seed=9))
     assert epochs == [("train", 0)] * 2 + [("train", 1)] * 2 + [("train", 2)] * 2 + [("eval", -1)]
@@ -659,12 +661,12 @@ def test_the_pressure_in_the_log_is_the_derivative_of_the_margin(tmp_path):
         for shift in (-0.05, 0.0, 0.05):
             policy.lm_head.bias[end_id] = shift
             trainer.compute_loss(trainer.model, batch)
-            metrics = trainer._length_sums["eval"].columns
+            metrics = trainer.length_recorder.sums["eval"].columns
             margins[shift] = metrics["margin"] / metrics["n"]
             pressure = metrics["pressure"] / metrics["n"]
             if shift == 0.0:
                 at_zero = pressure
-            trainer._length_sums["eval"].__init__()
+            trainer.length_recorder.take_metrics("eval")
     numerical = (margins[0.05] - margins[-0.05]) / 0.1 / 0.1  # of S, not of beta * S
     assert at_zero == pytest.approx(numerical, rel=2e-3)  # central difference in fp32
     assert abs(at_zero) > 0.01
@@ -710,13 +712,13 @@ def test_the_gradient_of_theta_is_that_of_finite_differences(tmp_path):
     trainer.model.train()
 
     def loss_at(theta):
-        trainer._run_state._set_theta(theta)
+        trainer.run_state.theta.set(theta)
         return trainer.compute_loss(trainer.model, batch).item()
 
     numerical = (loss_at(0.41) - loss_at(0.39)) / 0.02
-    trainer._run_state._gradients.clear()
+    trainer.run_state.theta.gradients.clear()
     loss_at(0.4)
-    (gradient,) = trainer._run_state._gradients
+    (gradient,) = trainer.run_state.theta.gradients
     assert gradient == pytest.approx(numerical, abs=2e-4)
     assert abs(gradient) > 0.01
 
@@ -814,7 +816,7 @@ def test_the_default_scale_is_the_root_mean_square_of_the_length_difference(mode
     for pair in trainer.train_dataset:
         room = 12 - len(pair["prompt_ids"])
         squares.append((min(len(pair["chosen_ids"]), room) - min(len(pair["rejected_ids"]), room)) ** 2)
-    assert trainer._length_scale == pytest.approx(math.sqrt(sum(squares) / len(squares)))
+    assert trainer.length_penalty.scale == pytest.approx(math.sqrt(sum(squares) / len(squares)))
 
 
 # --- what is said and refused ----------------------------------------------------------------------------------------
@@ -840,7 +842,7 @@ def test_truncation_is_counted_and_told(model_folder, tmp_path, caplog):
     )
     with caplog.at_level(logging.INFO, logger="sampo"):
         trainer = make_trainer(model_folder, tmp_path, data=data, max_length=6)
-    counts = trainer._token_counts["train"]
+    counts = trainer.token_counts["train"]
     assert (counts.pairs, counts.dropped, counts.cut_chosen, counts.cut_rejected, counts.identical) == (3, 1, 2, 1, 1)
     assert "1 dropped because the prompt alone fills it" in caplog.text
     assert "1 pairs identical after truncation" in caplog.text
@@ -899,9 +901,9 @@ def test_end_tokens_are_eos_the_models_other_eos_and_the_templates_end_of_turn()
 def test_the_kept_end_token_of_conversational_data_is_the_end_of_the_turn(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, data=make_pairs(8, conversational=True), keep_end_token=True)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    pairs = trainer._see_pairs(batch, "train")
+    pairs = trainer.weigher.find_completions(batch, 0)
     assert batch["input_ids"][:, 1:][pairs.end].tolist() == [3] * 16
     keys = draw_keys(batch["input_ids"], batch["attention_mask"], seed=7, epoch=0)
     kept = token_weights("sampo", pairs.mask, end=pairs.end, keys=keys, keep_end_token=True)
     assert (kept[pairs.end] == 1).all()
-    assert torch.equal(trainer._weigh(pairs, 0)[0], kept)
+    assert torch.equal(trainer.weigher.weigh(pairs)[0][0], kept)

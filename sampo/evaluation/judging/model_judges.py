@@ -166,6 +166,8 @@ class ImplicitJudge(_ScoreJudge):
     ):
         if not beta > 0:
             raise ValueError(f"`beta` must be above 0, got {beta}.")
+        from ...scoring.scorer import ModelScorer
+
         device = device or default_device()
         loaded = load_causal(policy, device=device, dtype=dtype)
         if reference is None:
@@ -176,7 +178,9 @@ class ImplicitJudge(_ScoreJudge):
         if tokenizer.get_vocab() != other.get_vocab():
             raise ValueError(f"`ref_model` must have the vocabulary of `model`, got {reference} with another one.")
         self.batch_size, self.beta = batch_size, beta
-        self._policy, self._reference = loaded.model, load_causal(reference, device=device, dtype=dtype).model
+        ref_model = load_causal(reference, device=device, dtype=dtype).model
+        self._policy, self._reference = (ModelScorer(model, own_head=True) for model in (loaded.model, ref_model))
+        self._max_length = _positions(loaded.model)
         self._texts = Texts(tokenizer)
         self.about = {
             "model": policy,
@@ -187,35 +191,17 @@ class ImplicitJudge(_ScoreJudge):
         }
 
     def _score(self, rows: Sequence[tuple[Prompt, str]], progress: Progress | None) -> list[Score]:
+        from ...scoring.scorer import Rows
+
         parts = [self._texts.row(*row) for row in rows]
 
         def score(batch: list[int]) -> list[float]:
-            chosen = [parts[i] for i in batch]
-            policy, reference = (_answer_logps(model, chosen) for model in (self._policy, self._reference))
-            return [self.beta * (p - r) for p, r in zip(policy, reference, strict=True)]
+            inputs = Rows.of([parts[i] for i in batch]).inputs
+            sums = [scorer(inputs)[0].cpu().double().sum(dim=1) for scorer in (self._policy, self._reference)]
+            return [self.beta * (p - r) for p, r in zip(*(each.tolist() for each in sums), strict=True)]
 
         lengths = [len(prompt) + len(answer) for prompt, answer in parts]
-        return self._in_batches(lengths, _positions(self._policy), score, progress)
-
-
-def _answer_logps(model: "PreTrainedModel", rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """Σ log π of each row's answer, in nats; padding on the right, which a causal model does not see."""
-    import torch
-
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask, counted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for number, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[number, :end] = torch.tensor(prompt + answer)
-        mask[number, :end] = 1
-        counted[number, len(prompt) : end] = True
-    device = model.device
-    with torch.no_grad():
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]  # (B, L-1, V)
-    targets = ids[:, 1:].to(device)
-    logps = logits.float().log_softmax(dim=2).gather(2, targets[..., None])[..., 0].cpu()  # (B, L-1)
-    return (logps.double() * counted[:, 1:]).sum(dim=1).tolist()
+        return self._in_batches(lengths, self._max_length, score, progress)
 
 
 def _positions(model: Any) -> int | None:
