@@ -61,7 +61,7 @@ def lab() -> str:
 @cache
 def _study():
     from sampo.io import records as results
-    from sampo.lab.analysis import Study
+    from studies.analysis import Study
 
     records = results.read(ROOT / "docs" / "study" / "records.jsonl.gz")
     return Study(records) if records else None
@@ -69,7 +69,7 @@ def _study():
 
 def study(part: str) -> str:
     """One part of the study, from the records of its last run."""
-    from sampo.lab.study_page import PARTS as parts
+    from studies.page import PARTS as parts
 
     return parts[part](_study()) if _study() else "Not measured yet."
 
@@ -351,7 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, no part of the package
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # `studies` and scripts, no part of the package
     stale = []
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")

@@ -469,3 +469,8 @@ def test_the_parser_knows_the_settings_without_loading_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_study_that_left_the_package_is_named():
+    with pytest.raises(SystemExit, match=r"run `python -m studies\.run` in a checkout of the repository"):
+        main(["lab", "study", "--jobs", "2"])

@@ -114,8 +114,8 @@ def test_figures_of_the_study_have_their_whole_legend_and_no_overlapping_ticks(t
     from matplotlib.figure import Figure
 
     from sampo.io import records as results
-    from sampo.lab.analysis import Study
-    from sampo.lab.study_page import write_figures
+    from studies.analysis import Study
+    from studies.page import write_figures
 
     kept = []
     save = Figure.savefig
