@@ -1,6 +1,6 @@
 """How often the 95 % intervals of an evaluation hold the truth, and how far control of length errs without overlap.
 
-    python benchmarks/interval_coverage.py --out docs/evaluation/records.jsonl
+    python benchmarks/interval_coverage.py --out measurements/interval_coverage.jsonl
 
 simulates judges and systems whose truth is known and writes one record per cell; `python docs/build.py` makes the
 tables of docs/evaluation.md from them. `--repeats 50` takes seconds and means nothing.

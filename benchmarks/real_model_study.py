@@ -9,7 +9,7 @@ scores held-out pairs and samples answers to held-out prompts. Nobody judges the
 not about quality. Records are appended to `records.jsonl` in the output folder, those of a run in one piece; a
 finished run is not run again, and answers that were written are not written again. The reference's log-probs are
 computed once.
-`python docs/build.py` makes the table of docs/results.md from docs/study/real_model.jsonl.
+`python docs/build.py` makes the table of docs/results.md from measurements/real_model_study.jsonl.
 """
 
 import argparse

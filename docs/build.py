@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MEASUREMENTS = ROOT / "measurements"  # the records; README.md there says what measured each file
 
 
 def methods() -> str:
@@ -54,7 +55,7 @@ def lab() -> str:
     from sampo.io import records as results
     from sampo.lab.report import collect, markdown_table, outcomes_of
 
-    lines = collect(outcomes_of(results.read(ROOT / "docs" / "lab" / "records.jsonl")))
+    lines = collect(outcomes_of(results.read(MEASUREMENTS / "lab.jsonl")))
     return markdown_table(lines, LAB_COLUMNS)
 
 
@@ -63,7 +64,7 @@ def _study():
     from sampo.io import records as results
     from studies.analysis import Study
 
-    records = results.read(ROOT / "docs" / "study" / "records.jsonl.gz")
+    records = results.read(MEASUREMENTS / "study.jsonl.gz")
     return Study(records) if records else None
 
 
@@ -80,7 +81,7 @@ def real_model() -> str:
 
     from sampo.io import records as results
 
-    records = results.read(ROOT / "docs" / "study" / "real_model.jsonl")
+    records = results.read(MEASUREMENTS / "real_model_study.jsonl")
     return table(records) if records else "Not measured yet."
 
 
@@ -145,7 +146,7 @@ def _audited() -> Any:
     from sampo.audit.report import Audited
     from sampo.io import records as results
 
-    return Audited(results.read(ROOT / "docs" / "audit" / "records.jsonl"))
+    return Audited(results.read(MEASUREMENTS / "audit.jsonl"))
 
 
 def lab_judged() -> str:
@@ -158,9 +159,9 @@ def real_judged() -> str:
     from sampo.io import records as results
 
     table = _judged(
-        "real_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
+        "real_model_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
     )
-    records = results.read(ROOT / "docs" / "evaluation" / "real_judged.jsonl")
+    records = results.read(MEASUREMENTS / "real_model_judged.jsonl")
     (accuracy,) = (record for record in records if record.name == "judge_accuracy")
     agrees = f"The judge agrees with people on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
     return f"{table}\n\n{agrees} `{accuracy.command}`"
@@ -171,7 +172,7 @@ def _judged(file: str, judges: dict[str, str], empty: str) -> str:
     from sampo.io import records as results
 
     cells: dict[str, dict[str, str]] = {}
-    for record in results.read(ROOT / "docs" / "evaluation" / file):
+    for record in results.read(MEASUREMENTS / file):
         if "system" not in record.config:  # of the judge, or of two systems
             continue
         scale = 1 if record.name.startswith("verbosity/") else 100
@@ -197,13 +198,13 @@ def _judged(file: str, judges: dict[str, str], empty: str) -> str:
 def _simulated() -> list:
     from sampo.io import records as results
 
-    return results.read(ROOT / "docs" / "evaluation" / "records.jsonl")
+    return results.read(MEASUREMENTS / "interval_coverage.jsonl")
 
 
 def _measured() -> list:
     from sampo.io import records as results
 
-    return results.read(ROOT / "benchmarks" / "records.jsonl")
+    return results.read(MEASUREMENTS / "step_time.jsonl")
 
 
 def campaign() -> str:
@@ -211,7 +212,7 @@ def campaign() -> str:
     from sampo.io import records as results
 
     runs: dict[str, dict[str, results.Record]] = {}
-    for record in results.read(ROOT / "docs" / "resume" / "records.jsonl"):
+    for record in results.read(MEASUREMENTS / "kill_campaign.jsonl"):
         runs.setdefault(record.command, {})[record.name] = record
     columns = {
         "kills": "kills",
@@ -282,7 +283,7 @@ def engines() -> str:
     from sampo.io import records as results
 
     last: dict[str, dict[str, results.Record]] = {}
-    for record in results.read(ROOT / "docs" / "engines.jsonl"):
+    for record in results.read(MEASUREMENTS / "engines.jsonl"):
         last.setdefault(record.config["engine"], {})[record.config["mode"]] = record
     if not last:
         return "Not measured yet."
@@ -303,7 +304,7 @@ def merging() -> str:
 
     from sampo.io import records as results
 
-    return measured.table(results.read(ROOT / "docs" / "merging.jsonl"))
+    return measured.table(results.read(MEASUREMENTS / "merging.jsonl"))
 
 
 def diagnosed() -> str:
@@ -312,7 +313,7 @@ def diagnosed() -> str:
 
     groups = ("all", "chosen longer", "chosen shorter")
     cells: dict[str, dict[str, str]] = {}
-    for record in results.read(ROOT / "docs" / "diagnose" / "records.jsonl"):
+    for record in results.read(MEASUREMENTS / "diagnose.jsonl"):
         if record.interval is None:
             raise ValueError(f"The record of {record.config['method']} must have an interval, got none.")
         low, high = record.interval
