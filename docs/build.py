@@ -122,17 +122,46 @@ def overlap() -> str:
 
 def audit() -> str:
     """The table of the audit that docs/audit.md shows."""
-    return _audited().overall_table()
+    from sampo.audit.report import MEASURES, PART_KEYS, interval_shown, shown
+
+    found = {r.name.removeprefix("audit/"): r for r in _audited() if not PART_KEYS & set(r.config)}
+    first = found["longer"]
+    lines = ["| | value | 95 % interval |", "|---|---|---|"]
+    for name, (title, how) in MEASURES.items():
+        value, interval = shown(found[name].value, how), interval_shown(found[name].interval, how)
+        lines.append(f"| {title.format(unit=first.config['unit'])} | {value} | {interval} |")
+    by = f"lengths in {first.config['unit']}"
+    by += f" of {first.config['tokenizer']}" if "tokenizer" in first.config else ""
+    return "\n".join([*lines, "", f"{first.config['data']}: {first.n:,} pairs, {by}. `{first.command}`"])
 
 
 def audit_faults() -> str:
     """Its faults, by kind."""
-    return _audited().fault_list()
+    from sampo.data.layouts import phrase
+
+    bad = [record for record in _audited() if record.name == "audit/bad_rows"]
+    return "\n".join(
+        f"- {record.value:,.0f} of {record.n:,} pairs "
+        f"{phrase(record.config['kind'], record.config['column'], int(record.value or 0))}"
+        for record in bad
+    )
 
 
 def audit_cuts() -> str:
     """What `max_length` cuts there."""
-    return _audited().cut_table()
+    from sampo.audit.report import CUT_COUNTS, shown
+
+    cuts: dict[int | None, dict[str, Any]] = {}
+    for record in _audited():
+        if "max_length" in record.config:
+            cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
+    cuts = dict(sorted(cuts.items(), key=lambda item: item[0] or 0))
+    lengths = ["none" if length is None else f"{length:,}" for length in cuts]
+    lines = [f"| `max_length` | {' | '.join(lengths)} |", f"|---|{'---|' * len(cuts)}"]
+    for name, title in CUT_COUNTS.items():
+        cells = [shown(found[name].value, 0) for found in cuts.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def audit_columns() -> str:
@@ -142,11 +171,10 @@ def audit_columns() -> str:
     return "\n".join(["| column | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in PAIR_COLUMNS.items())])
 
 
-def _audited() -> Any:
-    from sampo.audit.report import Audited
+def _audited() -> list:
     from sampo.io import records as results
 
-    return Audited(results.read(MEASUREMENTS / "audit.jsonl"))
+    return results.read(MEASUREMENTS / "audit.jsonl")
 
 
 def lab_judged() -> str:

@@ -84,7 +84,7 @@ def check(words: list[str]) -> bool:
         elif words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words
     else:
-        assert words[0] in ("pip", "git", "cd", "tensorboard"), f"say in this test how to check {words}"
+        assert words[0] in ("pip", "git", "cd", "tensorboard", "vllm"), f"say in this test how to check {words}"
     return True
 
 
