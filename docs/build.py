@@ -96,42 +96,42 @@ def speed() -> str:
     """README's few lines of the benchmark of a training step, from the records of its last run."""
     from tables import readme_table
 
-    return readme_table(_measured())
+    return readme_table(read("step_time.jsonl"))
 
 
 def benchmark() -> str:
     """All tables of the benchmark of a training step."""
     from tables import results_tables
 
-    return results_tables(_measured())
+    return results_tables(read("step_time.jsonl"))
 
 
 def coverage() -> str:
-    """How often the intervals of an evaluation hold the truth."""
+    """How often the intervals of an evaluation contain the true value."""
     from interval_coverage import coverage_table
 
-    return coverage_table(_simulated())
+    return coverage_table(read("interval_coverage.jsonl"))
 
 
 def hard_prompts() -> str:
-    """How far control of length errs where hard prompts have longer answers."""
+    """Error of the length control where hard prompts have longer answers."""
     from interval_coverage import difficulty_table
 
-    return difficulty_table(_simulated())
+    return difficulty_table(read("interval_coverage.jsonl"))
 
 
 def overlap() -> str:
-    """How far control of length errs where lengths hardly overlap."""
+    """Error of the length control where lengths hardly overlap."""
     from interval_coverage import overlap_table
 
-    return overlap_table(_simulated())
+    return overlap_table(read("interval_coverage.jsonl"))
 
 
 def audit() -> str:
     """The table of the audit that docs/audit.md shows."""
     from sampo.audit.report import MEASURES, PART_KEYS, interval_shown, shown
 
-    found = {r.name.removeprefix("audit/"): r for r in _audited() if not PART_KEYS & set(r.config)}
+    found = {r.name.removeprefix("audit/"): r for r in read("audit.jsonl") if not PART_KEYS & set(r.config)}
     first = found["longer"]
     rows = [
         [
@@ -148,10 +148,10 @@ def audit() -> str:
 
 
 def audit_faults() -> str:
-    """Its faults, by kind."""
+    """The issues of its rows, by kind."""
     from sampo.data.layouts import phrase
 
-    bad = [record for record in _audited() if record.name == "audit/bad_rows"]
+    bad = [record for record in read("audit.jsonl") if record.name == "audit/bad_rows"]
     return "\n".join(
         f"- {record.value:,.0f} of {record.n:,} pairs "
         f"{phrase(record.config['kind'], record.config['column'], int(record.value or 0))}"
@@ -164,7 +164,7 @@ def audit_cuts() -> str:
     from sampo.audit.report import CUT_COUNTS, shown
 
     cuts: dict[int | None, dict[str, Record]] = {}
-    for record in _audited():
+    for record in read("audit.jsonl"):
         if "max_length" in record.config:
             cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
     cuts = dict(sorted(cuts.items(), key=lambda item: item[0] or 0))
@@ -180,18 +180,13 @@ def audit_columns() -> str:
     return table(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in PAIR_COLUMNS.items()])
 
 
-def _audited() -> list[Record]:
-
-    return read("audit.jsonl")
-
-
 def lab_judged() -> str:
-    """The lab's models by the truth and by a ruler, from the records of benchmarks/lab_judged.py."""
+    """The lab's models judged by the truth and by length, from the records of benchmarks/lab_judged.py."""
     return _judged("lab_judged.jsonl", {"lab": "the truth", "longer": "a ruler"}, empty="lab")
 
 
 def real_judged() -> str:
-    """The real model's answers by a model and by a ruler, from the records of benchmarks/real_model_judged.py."""
+    """The real model's answers judged by a model and by length, from the records of benchmarks/real_model_judged.py."""
     judged = _judged(
         "real_model_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
     )
@@ -205,7 +200,7 @@ def _judged(file: str, judges: dict[str, str], empty: str) -> str:
     """Verbosity, and win rates by each judge, of each system."""
     cells: dict[str, dict[str, str]] = {}
     for record in read(file):
-        if "system" not in record.config:  # of the judge, or of two systems
+        if "system" not in record.config:  # a record of the judge, or of two systems
             continue
         scale = 1 if record.name.startswith("verbosity/") else 100
         form = ".2f" if record.name == "verbosity/tokens_ratio" else ".1f"
@@ -225,18 +220,8 @@ def _judged(file: str, judges: dict[str, str], empty: str) -> str:
     return table(["system", *columns.values()], rows)
 
 
-def _simulated() -> list[Record]:
-
-    return read("interval_coverage.jsonl")
-
-
-def _measured() -> list[Record]:
-
-    return read("step_time.jsonl")
-
-
 def campaign() -> str:
-    """What came of the runs that were killed, from the records of tests/support/kill_campaign.py."""
+    """Results of the runs that were killed, from the records of tests/support/kill_campaign.py."""
     runs: dict[str, dict[str, Record]] = {}
     for record in read("kill_campaign.jsonl"):
         runs.setdefault(record.command, {})[record.name] = record
