@@ -54,7 +54,7 @@ notebooks: install  ## run the notebooks anew and keep their outputs
 check: install  ## lint, format and types, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy sampo
+	$(BIN)/mypy
 
 format: install  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """How often the 95 % intervals of an evaluation hold the truth, and how far control of length errs without overlap.
 
-    python benchmarks/interval_coverage.py --out docs/evaluation/records.jsonl
+    python benchmarks/interval_coverage.py --out measurements/interval_coverage.jsonl
 
 simulates judges and systems whose truth is known and writes one record per cell; `python docs/build.py` makes the
 tables of docs/evaluation.md from them. `--repeats 50` takes seconds and means nothing.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
+from scipy.stats import norm
 
 from sampo.evaluation.results.difficulty import difficulty_from
 from sampo.evaluation.results.length_control import ExtrapolationWarning, length_controlled
@@ -77,7 +78,7 @@ def lengths(kind: str) -> Callable:
             return math.exp(5 + 0.245), (found.low, found.high), (values.mean() - half, values.mean() + half)
         level = {"median": 0.5, "p90": 0.9}[kind]
         found = quantile_interval(values, np.arange(n), level)
-        truth = math.exp(5 + 0.7 * {"median": 0.0, "p90": 1.2815515655446004}[kind])
+        truth = math.exp(5 + 0.7 * float(norm.ppf(level)))
         low = -math.inf if found.low is None else found.low
         return truth, (low, math.inf if found.high is None else found.high), None
 
@@ -142,7 +143,7 @@ def error_of_control(share: float, shape: Callable, repeats: int, seed: int, n: 
     rng = np.random.default_rng(seed)
     errors = []
     for _ in range(repeats):
-        doublings = rng.normal(float(_quantile(share)) * 0.7, 0.7, n)
+        doublings = rng.normal(float(norm.ppf(share)) * 0.7, 0.7, n)
         preference = (rng.random(n) < expit(shape(doublings) - 0.4)) * 1.0
         theirs = np.exp(rng.normal(7, 0.5, n))
         c = Comparisons(
@@ -188,15 +189,7 @@ def _of_difficulty(rng: np.random.Generator, hard: np.ndarray, correlation: floa
 
 
 def _normal_grid() -> np.ndarray:
-    from scipy import stats
-
-    return stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
-
-
-def _quantile(share: float) -> float:
-    from scipy import stats
-
-    return stats.norm.ppf(share)
+    return norm.ppf((np.arange(10_000) + 0.5) / 10_000)
 
 
 def measure(repeats: int, seed: int, command: str, only: str = "") -> Iterator[results.Record]:

@@ -9,7 +9,7 @@ scores held-out pairs and samples answers to held-out prompts. Nobody judges the
 not about quality. Records are appended to `records.jsonl` in the output folder, those of a run in one piece; a
 finished run is not run again, and answers that were written are not written again. The reference's log-probs are
 computed once.
-`python docs/build.py` makes the table of docs/results.md from docs/study/real_model.jsonl.
+`python docs/build.py` makes the table of docs/results.md from measurements/real_model_study.jsonl.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from sampo.io import records as results
+from sampo.lab.experiment import Number
 from sampo.lab.methods import METHODS, STUDY_METHODS, Method
 
 START = "start"
@@ -93,9 +94,9 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             bench = bench or Bench(args)
             began = time.perf_counter()
-            numbers = {**bench.measure(method, seed, key), LAST: Number(time.perf_counter() - began, 1)}
+            numbers = [*bench.measure(method, seed, key), Number(LAST, time.perf_counter() - began, 1)]
             about = {"config": config, "seed": seed, "command": args.command, **results.provenance()}
-            records = [results.Record(name=name, **number, **about) for name, number in numbers.items()]
+            records = [results.Record(**number._asdict(), **about) for number in numbers]
             results.append(path, records)
             shown = {record.name: record.value for record in records if record.value is not None}
             print(f"seed {seed}, {method}: " + ", ".join(f"{name} {value:.3g}" for name, value in shown.items()))
@@ -111,11 +112,6 @@ def config_of(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any
         return config
     config |= {name: getattr(args, name) for name in ("group", *TRAINED)}
     return config | {"pairs": args.pairs or args.steps * args.batch_size, **CHOICES[method].options}
-
-
-def Number(value: float | None, n: int, interval: tuple[float, float] | None = None) -> dict[str, Any]:
-    """The measured part of a record."""
-    return {"value": value, "n": n, "interval": interval}
 
 
 class Bench:
@@ -162,7 +158,7 @@ class Bench:
 
         return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=getattr(torch, self.args.dtype))
 
-    def measure(self, method: str, seed: int, key: str) -> dict[str, dict[str, Any]]:
+    def measure(self, method: str, seed: int, key: str) -> list[Number]:
         """Train unless it is the start, and measure."""
         if method == START:
             return self._measure_answers(self.load_model().eval(), key, self.weights)
@@ -171,10 +167,10 @@ class Bench:
         name = "length_penalty/per_token"
         thetas = [log[name] for log in trainer.state.log_history if name in log]
         if thetas:
-            numbers["penalty_per_token"] = Number(thetas[-1], len(trainer.train_dataset))
+            numbers.append(Number("penalty_per_token", thetas[-1], len(trainer.train_dataset)))
         policy = trainer.model.merge_and_unload().eval()
-        numbers |= self._measure_answers(policy, key, f"run {key}")
-        return numbers | {"seconds_per_step": Number(seconds / self.args.steps, self.args.steps)}
+        numbers += self._measure_answers(policy, key, f"run {key}")
+        return [*numbers, Number("seconds_per_step", seconds / self.args.steps, self.args.steps)]
 
     def _trained(self, method: str, seed: int):
         import torch
@@ -224,7 +220,7 @@ class Bench:
         trainer.train()
         return trainer, time.perf_counter() - began
 
-    def _measure_pairs(self, trainer) -> dict[str, dict[str, Any]]:
+    def _measure_pairs(self, trainer) -> list[Number]:
         """The plain sums of log-ratios on held-out pairs, for every method alike."""
         measured, n = trainer.evaluate(), len(self.held_out)
         names = {
@@ -233,9 +229,9 @@ class Bench:
             "correlation": "eval_dpo/length_gap/correlation",
             "slope": "eval_dpo/length_gap/slope",
         }
-        return {name: Number(measured.get(source), n) for name, source in names.items()}
+        return [Number(name, measured.get(source), n) for name, source in names.items()]
 
-    def _measure_answers(self, policy, key: str, weights: str | None) -> dict[str, dict[str, Any]]:
+    def _measure_answers(self, policy, key: str, weights: str | None) -> list[Number]:
         from sampo.evaluation.answers.answers import read_answers
         from sampo.evaluation.answers.backends import TransformersBackend
         from sampo.evaluation.answers.generate import Sampling, generate
@@ -252,10 +248,10 @@ class Bench:
         tokens = np.array([answer.tokens for answer in answers], dtype=float)
         length = mean_interval(tokens)
         stops = rate_interval(np.array([float(answer.stop != "length") for answer in answers]))
-        return {
-            "tokens": Number(length.value, length.n, length.interval),
-            "stops": Number(stops.value, stops.n, stops.interval),
-        }
+        return [
+            Number("tokens", length.value, length.n, length.interval),
+            Number("stops", stops.value, stops.n, stops.interval),
+        ]
 
 
 def _text(answer: Any) -> str:

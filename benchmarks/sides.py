@@ -5,7 +5,6 @@ All of them work on the same two models and rows. What a trainer does to a model
 comes, so that a model of eight billion parameters fits a device together with one reference and no more.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from workload import Workload
 
-PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+from sampo.scoring import lm_head
 
 
 class NotAvailable(Exception):
@@ -112,26 +111,11 @@ def trl_compact_head(work: Workload) -> Side:
     return Side(work, trainer, partial(trainer.compute_loss, partial(with_compact_head, work.policy)))
 
 
-def with_compact_head(model, *, labels: Tensor, **kwargs):
-    """What TRL calls a model with, and what it gets back; `labels` is `(2B, L)`."""
+def with_compact_head(model, *, labels: Tensor, fused_lm_head: bool = True, **kwargs):
+    """TRL's call of a model, with sampo's compact head for its padded rows; `labels` is `(2B, L)`."""
     targets = labels[:, 1:]
-    labelled = targets != -100  # (2B, L − 1)
-
-    def pick(module, args, output):
-        output.last_hidden_state = output.last_hidden_state[:, :-1][labelled][None]  # (1, M, H)
-        return output
-
-    handle = model.base_model.register_forward_hook(pick)
-    try:
-        output = model(**kwargs, shift_labels=targets[labelled][None])
-    finally:
-        handle.remove()
-    result = copy.copy(output)
-    for name in PER_TOKEN:
-        values = getattr(output, name)
-        if values is not None:
-            setattr(result, name, values.new_zeros(labelled.shape).masked_scatter(labelled, values[0]))
-    return result
+    labelled = (targets != -100).nonzero(as_tuple=True)  # the state at a position predicts the next token
+    return lm_head.score_places(model, model.base_model, labelled, labelled, targets, **kwargs)
 
 
 def authors(work: Workload) -> Side:

@@ -16,8 +16,8 @@ runs one pass in a process of its own (`--no_memory` leaves this out), which giv
 - tokens through the backbone (ids that enter the embedding) and through the LM head (rows multiplied by its weight),
   of policy and reference together, as they were counted.
 
-Records are appended to `benchmarks/records.jsonl` one by one; a run that is started again goes on where it was killed,
-as long as settings and commit are the same. `python docs/build.py` makes the tables from them.
+Records are appended to `measurements/step_time.jsonl` one by one; a run that is started again goes on where it was
+killed, as long as settings and commit are the same. `python docs/build.py` makes the tables from them.
 """
 
 import argparse
@@ -303,7 +303,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no_memory", action="store_true", help="do not run each side in a process of its own")
     parser.add_argument("--fresh", action="store_true", help="measure again what is recorded")
-    parser.add_argument("--out", type=Path, default=HERE / "records.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "measurements" / "step_time.jsonl")
     return parser
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from sampo.training.memory import SHAPES as MODEL_SHAPES
+from sampo.training.memory import Shape
+
 # (median tokens, standard deviation of their logarithm) of prompt, chosen and rejected; each is log-normal.
 # hh: measured on the 2,303 usable pairs of the harmless test set with SmolLM2's tokenizer and chat template.
 # ultrafeedback, tldr: medians from the table in the README of github.com/frankxwang/dpo-prefix-sharing (arXiv
@@ -20,6 +23,15 @@ SHAPES = {
     "ultrafeedback": ((121, 0.75), (288, 0.6), (288, 0.6)),
     "tldr": ((382, 0.35), (34, 0.3), (34, 0.3)),
 }
+
+
+def sizes_of(shape: Shape) -> dict[str, Any]:
+    """Fields of a configuration in transformers."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    return {**{name: getattr(shape, name) for name in (*names, *heads)}, "tie_word_embeddings": shape.tied}
+
+
 # Shapes of models with random weights; nothing is downloaded. Sizes as in their published configs.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -32,27 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
         "initializer_range": 0.2,
     },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "llama-3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-    },
+    "qwen2.5-0.5b": {"model_type": "qwen2", "max_position_embeddings": 32768, **sizes_of(MODEL_SHAPES["0.5B"])},
+    "llama-3-8b": {"model_type": "llama", "max_position_embeddings": 8192, **sizes_of(MODEL_SHAPES["8B"])},
 }
 POOL = 101  # batches that are drawn, and from which typical ones are taken
 

@@ -3,23 +3,39 @@
 import argparse
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from sampo.io import records as results
+from sampo.io.records import Record
+
 ROOT = Path(__file__).resolve().parent.parent
+MEASUREMENTS = ROOT / "measurements"  # the records; README.md there says what measured each file
+
+
+def read(name: str) -> list[Record]:
+    """The records of a file of measurements."""
+    return results.read(MEASUREMENTS / name)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
+    return "\n".join([lines[0], f"|{'---|' * len(heads)}", *lines[1:]])
 
 
 def methods() -> str:
     """The table of weightings."""
     from sampo.weighting import WEIGHTINGS
 
-    lines = ["| `token_weighting` | method | weight of a completion token | source |", "|---|---|---|---|"]
-    for name, method in WEIGHTINGS.items():
-        default = " (default)" if name == "sampo" else ""
-        lines.append(f"| `{name}`{default} | {method.title} | {method.formula} | {method.source} |")
-    return "\n".join(lines)
+    rows = [
+        [f"`{name}`{' (default)' if name == 'sampo' else ''}", method.title, method.formula, method.source]
+        for name, method in WEIGHTINGS.items()
+    ]
+    return table(["`token_weighting`", "method", "weight of a completion token", "source"], rows)
 
 
 def options() -> str:
@@ -28,22 +44,20 @@ def options() -> str:
 
     from sampo import SamPOConfig
 
-    lines = ["| option | default | meaning |", "|---|---|---|"]
+    rows = []
     for name, field in SamPOConfig.__dataclass_fields__.items():
         if name not in DPOConfig.__dataclass_fields__:
             assert field.default is not MISSING
             text = re.sub(r"\s+", " ", field.metadata["help"]).replace("|", "\\|")
-            lines.append(f"| `{name}` | `{field.default}` | {text} |")
-    return "\n".join(lines)
+            rows.append([f"`{name}`", f"`{field.default}`", text])
+    return table(["option", "default", "meaning"], rows)
 
 
 def old_options() -> str:
     """What TRL, transformers and alignment-handbook have dropped, and what replaces it."""
     from sampo.old_options import OLD_OPTIONS
 
-    lines = ["| option | what to do |", "|---|---|"]
-    lines += [f"| `{name}` | {OLD_OPTIONS[name]()} |" for name in sorted(OLD_OPTIONS)]
-    return "\n".join(lines)
+    return table(["option", "what to do"], [[f"`{name}`", OLD_OPTIONS[name]()] for name in sorted(OLD_OPTIONS)])
 
 
 LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "correlation")
@@ -51,128 +65,142 @@ LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "corr
 
 def lab() -> str:
     """The main columns of the lab's table, from the records of its last run for these documents."""
-    from sampo.io import records as results
     from sampo.lab.report import collect, markdown_table, outcomes_of
 
-    lines = collect(outcomes_of(results.read(ROOT / "docs" / "lab" / "records.jsonl")))
+    lines = collect(outcomes_of(read("lab.jsonl")))
     return markdown_table(lines, LAB_COLUMNS)
 
 
 @cache
-def _study():
-    from sampo.io import records as results
-    from sampo.lab.analysis import Study
+def _study() -> Any:
+    from studies.analysis import Study
 
-    records = results.read(ROOT / "docs" / "study" / "records.jsonl.gz")
-    return Study(records) if records else None
+    return Study(read("study.jsonl.gz"))
 
 
 def study(part: str) -> str:
     """One part of the study, from the records of its last run."""
-    from sampo.lab.study_page import PARTS as parts
+    from studies.page import PARTS as parts
 
-    return parts[part](_study()) if _study() else "Not measured yet."
+    return parts[part](_study())
 
 
 def real_model() -> str:
     """The study's methods on a real model, from the records of benchmarks/real_model_study.py."""
-    from real_model_study import table
+    import real_model_study
 
-    from sampo.io import records as results
-
-    records = results.read(ROOT / "docs" / "study" / "real_model.jsonl")
-    return table(records) if records else "Not measured yet."
+    return real_model_study.table(read("real_model_study.jsonl"))
 
 
 def speed() -> str:
     """README's few lines of the benchmark of a training step, from the records of its last run."""
     from tables import readme_table
 
-    return readme_table(_measured())
+    return readme_table(read("step_time.jsonl"))
 
 
 def benchmark() -> str:
     """All tables of the benchmark of a training step."""
     from tables import results_tables
 
-    return results_tables(_measured())
+    return results_tables(read("step_time.jsonl"))
 
 
 def coverage() -> str:
-    """How often the intervals of an evaluation hold the truth."""
+    """How often the intervals of an evaluation contain the true value."""
     from interval_coverage import coverage_table
 
-    return coverage_table(_simulated())
+    return coverage_table(read("interval_coverage.jsonl"))
 
 
 def hard_prompts() -> str:
-    """How far control of length errs where hard prompts have longer answers."""
+    """Error of the length control where hard prompts have longer answers."""
     from interval_coverage import difficulty_table
 
-    return difficulty_table(_simulated())
+    return difficulty_table(read("interval_coverage.jsonl"))
 
 
 def overlap() -> str:
-    """How far control of length errs where lengths hardly overlap."""
+    """Error of the length control where lengths hardly overlap."""
     from interval_coverage import overlap_table
 
-    return overlap_table(_simulated())
+    return overlap_table(read("interval_coverage.jsonl"))
 
 
 def audit() -> str:
     """The table of the audit that docs/audit.md shows."""
-    return _audited().overall_table()
+    from sampo.audit.report import MEASURES, PART_KEYS, interval_shown, shown
+
+    found = {r.name.removeprefix("audit/"): r for r in read("audit.jsonl") if not PART_KEYS & set(r.config)}
+    first = found["longer"]
+    rows = [
+        [
+            title.format(unit=first.config["unit"]),
+            shown(found[name].value, how),
+            interval_shown(found[name].interval, how),
+        ]
+        for name, (title, how) in MEASURES.items()
+    ]
+    by = f"lengths in {first.config['unit']}"
+    by += f" of {first.config['tokenizer']}" if "tokenizer" in first.config else ""
+    about = f"{first.config['data']}: {first.n:,} pairs, {by}. `{first.command}`"
+    return "\n".join([table(["", "value", "95 % interval"], rows), "", about])
 
 
 def audit_faults() -> str:
-    """Its faults, by kind."""
-    return _audited().fault_list()
+    """The issues of its rows, by kind."""
+    from sampo.data.layouts import phrase
+
+    bad = [record for record in read("audit.jsonl") if record.name == "audit/bad_rows"]
+    return "\n".join(
+        f"- {record.value:,.0f} of {record.n:,} pairs "
+        f"{phrase(record.config['kind'], record.config['column'], int(record.value or 0))}"
+        for record in bad
+    )
 
 
 def audit_cuts() -> str:
     """What `max_length` cuts there."""
-    return _audited().cut_table()
+    from sampo.audit.report import CUT_COUNTS, shown
+
+    cuts: dict[int | None, dict[str, Record]] = {}
+    for record in read("audit.jsonl"):
+        if "max_length" in record.config:
+            cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
+    cuts = dict(sorted(cuts.items(), key=lambda item: item[0] or 0))
+    lengths = ["none" if length is None else f"{length:,}" for length in cuts]
+    rows = [[title, *(shown(found[name].value, 0) for found in cuts.values())] for name, title in CUT_COUNTS.items()]
+    return table(["`max_length`", *lengths], rows)
 
 
 def audit_columns() -> str:
     """Columns of `pairs.parquet`."""
     from sampo.audit.files import PAIR_COLUMNS
 
-    return "\n".join(["| column | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in PAIR_COLUMNS.items())])
-
-
-def _audited() -> Any:
-    from sampo.audit.report import Audited
-    from sampo.io import records as results
-
-    return Audited(results.read(ROOT / "docs" / "audit" / "records.jsonl"))
+    return table(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in PAIR_COLUMNS.items()])
 
 
 def lab_judged() -> str:
-    """The lab's models by the truth and by a ruler, from the records of benchmarks/lab_judged.py."""
+    """The lab's models judged by the truth and by length, from the records of benchmarks/lab_judged.py."""
     return _judged("lab_judged.jsonl", {"lab": "the truth", "longer": "a ruler"}, empty="lab")
 
 
 def real_judged() -> str:
-    """The real model's answers by a model and by a ruler, from the records of benchmarks/real_model_judged.py."""
-    from sampo.io import records as results
-
-    table = _judged(
-        "real_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
+    """The real model's answers judged by a model and by length, from the records of benchmarks/real_model_judged.py."""
+    judged = _judged(
+        "real_model_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
     )
-    records = results.read(ROOT / "docs" / "evaluation" / "real_judged.jsonl")
+    records = read("real_model_judged.jsonl")
     (accuracy,) = (record for record in records if record.name == "judge_accuracy")
     agrees = f"The judge agrees with people on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
-    return f"{table}\n\n{agrees} `{accuracy.command}`"
+    return f"{judged}\n\n{agrees} `{accuracy.command}`"
 
 
 def _judged(file: str, judges: dict[str, str], empty: str) -> str:
     """Verbosity, and win rates by each judge, of each system."""
-    from sampo.io import records as results
-
     cells: dict[str, dict[str, str]] = {}
-    for record in results.read(ROOT / "docs" / "evaluation" / file):
-        if "system" not in record.config:  # of the judge, or of two systems
+    for record in read(file):
+        if "system" not in record.config:  # a record of the judge, or of two systems
             continue
         scale = 1 if record.name.startswith("verbosity/") else 100
         form = ".2f" if record.name == "verbosity/tokens_ratio" else ".1f"
@@ -188,30 +216,14 @@ def _judged(file: str, judges: dict[str, str], empty: str) -> str:
         }
         if judge == empty:
             columns[f"{judge} win_rate/control_empty"] = "an empty answer, %"
-    lines = ["| system | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    for system, found in cells.items():
-        lines.append(f"| {system} | " + " | ".join(found.get(name, "") for name in columns) + " |")
-    return "\n".join(lines)
-
-
-def _simulated() -> list:
-    from sampo.io import records as results
-
-    return results.read(ROOT / "docs" / "evaluation" / "records.jsonl")
-
-
-def _measured() -> list:
-    from sampo.io import records as results
-
-    return results.read(ROOT / "benchmarks" / "records.jsonl")
+    rows = [[system, *(found.get(name, "") for name in columns)] for system, found in cells.items()]
+    return table(["system", *columns.values()], rows)
 
 
 def campaign() -> str:
-    """What came of the runs that were killed, from the records of tests/support/kill_campaign.py."""
-    from sampo.io import records as results
-
-    runs: dict[str, dict[str, results.Record]] = {}
-    for record in results.read(ROOT / "docs" / "resume" / "records.jsonl"):
+    """Results of the runs that were killed, from the records of tests/support/kill_campaign.py."""
+    runs: dict[str, dict[str, Record]] = {}
+    for record in read("kill_campaign.jsonl"):
         runs.setdefault(record.command, {})[record.name] = record
     columns = {
         "kills": "kills",
@@ -222,10 +234,8 @@ def campaign() -> str:
         "half_checkpoints": "half checkpoints found",
         "differences": "differences",
     }
-    lines = [f"| command | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
-    for command, numbers in runs.items():
-        lines.append(f"| `{command}` | {' | '.join(f'{numbers[name].value:.0f}' for name in columns)} |")
-    return "\n".join(lines)
+    rows = [[f"`{command}`", *(f"{numbers[name].value:.0f}" for name in columns)] for command, numbers in runs.items()]
+    return table(["command", *columns.values()], rows)
 
 
 def memory_formula() -> str:
@@ -233,7 +243,7 @@ def memory_formula() -> str:
     from sampo.training.memory import ENGINES
 
     parts = ("weights", "gradients", "master", "adam", "copies")
-    lines = ["| engine | " + " | ".join(parts) + " | reference |", "|---|" + "---|" * (len(parts) + 1)]
+    rows = []
     for name, engine in ENGINES.items():
         cells = []
         for part in parts:
@@ -241,8 +251,8 @@ def memory_formula() -> str:
             cells.append(f"{number}{' / N' if number and part in engine.spread else ''}" if number else "")
         reference = 4 + 2 if not engine.spread else 2
         cells.append(f"{reference}{' / N' if 'reference' in engine.spread else ''}")
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", *cells])
+    return table(["engine", *parts, "reference"], rows)
 
 
 FITS_GB = 72.0  # of an 80 GB GPU, with a tenth to spare
@@ -254,12 +264,7 @@ def memory() -> str:
 
     blocks, titles = [], {"full": "All parameters", "lora": "LoRA", "qlora": "QLoRA"}
     for method in METHODS:
-        lines = [
-            f"**{titles[method]}**",
-            "",
-            f"| engine |{' reference |' if method == 'full' else ''} " + " | ".join(SHAPES) + " |",
-            "|---|" + "---|" * (len(SHAPES) + (method == "full")),
-        ]
+        rows = []
         for engine in QLORA_ENGINES if method == "qlora" else ENGINES:
             for reference in REFERENCES if method == "full" else REFERENCES[:1]:
                 cells = []
@@ -267,61 +272,52 @@ def memory() -> str:
                     size = sum(gpu_bytes(shape, engine, method, reference=reference).values()) / 1e9
                     text = f"{size:,.0f}" if size >= 10 else f"{size:.1f}"
                     cells.append(f"**{text}**" if size <= FITS_GB else text)
-                head = f"| `{engine}` |" + (f" {reference} |" if method == "full" else "")
-                lines.append(f"{head} " + " | ".join(cells) + " |")
+                rows.append([f"`{engine}`", *([reference] if method == "full" else []), *cells])
         if method != "qlora":
             cells = [f"{machine_bytes(shape, method) / 1e9:,.0f}" for shape in SHAPES.values()]
-            live = " live |" if method == "full" else ""
-            lines.append(f"| main memory of `zero3_offload`, all machines |{live} " + " | ".join(cells) + " |")
-        blocks.append("\n".join(lines))
+            live = ["live"] if method == "full" else []
+            rows.append(["main memory of `zero3_offload`, all machines", *live, *cells])
+        heads = ["engine", *(["reference"] if method == "full" else []), *SHAPES]
+        blocks.append(f"**{titles[method]}**\n\n{table(heads, rows)}")
     return "\n\n".join(blocks)
 
 
 def engines() -> str:
     """Largest difference of a loss from one process, from the last run of the tests that kept records."""
-    from sampo.io import records as results
-
-    last: dict[str, dict[str, results.Record]] = {}
-    for record in results.read(ROOT / "docs" / "engines.jsonl"):
+    last: dict[str, dict[str, Record]] = {}
+    for record in read("engines.jsonl"):
         last.setdefault(record.config["engine"], {})[record.config["mode"]] = record
-    if not last:
-        return "Not measured yet."
     first = next(iter(next(iter(last.values())).values()))
     modes = list(dict.fromkeys(mode for found in last.values() for mode in found))
-    lines = ["| engine | " + " | ".join(modes) + " |", "|---|" + "---|" * len(modes)]
-    for engine, found in last.items():
-        cells = [f"{found[mode].value:.0e}" if mode in found else "" for mode in modes]
-        lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    rows = [
+        [engine, *(f"{found[mode].value:.0e}" if mode in found else "" for mode in modes)]
+        for engine, found in last.items()
+    ]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(first.versions.items()))
     about = f"{first.n} steps, {first.config['processes']} processes on the CPU against one. `{first.command}`; "
-    return "\n".join([about + f"{first.created[:10]}; {versions}.", "", *lines])
+    return "\n".join([about + f"{first.created[:10]}; {versions}.", "", table(["engine", *modes], rows)])
 
 
 def merging() -> str:
     """What merging an adapter changes, from the records of benchmarks/merging.py."""
     import merging as measured
 
-    from sampo.io import records as results
-
-    return measured.table(results.read(ROOT / "docs" / "merging.jsonl"))
+    return measured.table(read("merging.jsonl"))
 
 
 def diagnosed() -> str:
     """Length pressure of a real model before training, from the records of `sampo diagnose`."""
-    from sampo.io import records as results
-
     groups = ("all", "chosen longer", "chosen shorter")
     cells: dict[str, dict[str, str]] = {}
-    for record in results.read(ROOT / "docs" / "diagnose" / "records.jsonl"):
+    for record in read("diagnose.jsonl"):
         if record.interval is None:
             raise ValueError(f"The record of {record.config['method']} must have an interval, got none.")
         low, high = record.interval
         group = f"{record.config['group']} ({record.n})"
         cells.setdefault(record.config["method"], {})[group] = f"{record.value:+.3f} ({low:+.3f} … {high:+.3f})"
     heads = [head for group in groups for head in next(iter(cells.values())) if head.startswith(f"{group} (")]
-    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    lines += [f"| `{name}` | " + " | ".join(found[head] for head in heads) + " |" for name, found in cells.items()]
-    return "\n".join([f"`{record.command}`; {record.created[:10]}", "", *lines])
+    rows = [[f"`{name}`", *(found[head] for head in heads)] for name, found in cells.items()]
+    return "\n".join([f"`{record.command}`; {record.created[:10]}", "", table(["method", *heads], rows)])
 
 
 STUDY_PARTS = (
@@ -351,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, no part of the package
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # `studies` and scripts, no part of the package
     stale = []
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")

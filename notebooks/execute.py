@@ -19,7 +19,7 @@ KEPT_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-READS = re.compile(r"\"(\.\./docs/[^\"]+)\"")
+READS = re.compile(r"\"(\.\./measurements/[^\"]+)\"")
 
 
 def execute(notebook: NotebookNode, *, fast: bool = False, timeout: int = 600) -> NotebookNode:
@@ -50,7 +50,7 @@ def light(notebook: NotebookNode) -> NotebookNode:
 
 
 def made_from(notebook: NotebookNode) -> str:
-    """Hash of all code, and of the files below docs that it names."""
+    """Hash of all code, and of the measurements that it names."""
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     digest = hashlib.sha256("\0".join(code).encode())
     for name in sorted({name for source in code for name in READS.findall(source)}):

@@ -20,6 +20,7 @@ COMMANDS = {
     "alpaca_eval": ("commands.alpaca_eval", "AlpacaEval 2's own two numbers, from its annotations and its files"),
     "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
     "report": ("commands.report", "one HTML page from what the other commands wrote into a folder"),
+    "memory": ("commands.memory", "memory per GPU of a training run by engine, computed from a model's configuration"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
     "env": ("commands.env", "versions, devices, extras and engines of this installation, for an issue report"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),

@@ -1,10 +1,8 @@
 """From an audit to records, tables, files and sentences. Every sentence is chosen by the numbers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from ..data.layouts import phrase
 from ..io import records as results
 from ..io.tables import Table, clean
 from ..stats.intervals import Estimate
@@ -188,49 +186,6 @@ def fault_lines(audit: Audit) -> list[str]:
                 "`sampo.data.load.split_by_prompt`, or the option `eval_fraction`."
             )
     return [clean(line) for line in lines]
-
-
-@dataclass
-class Audited:
-    """The tables of an audit in Markdown, from its records."""
-
-    records: list[results.Record]
-
-    def overall_table(self) -> str:
-        """All pairs: what, value, 95 % interval; and what was measured."""
-        found = {r.name.removeprefix("audit/"): r for r in self.records if not PART_KEYS & set(r.config)}
-        first = found["longer"]
-        lines = ["| | value | 95 % interval |", "|---|---|---|"]
-        for name, (title, how) in MEASURES.items():
-            value, interval = shown(found[name].value, how), interval_shown(found[name].interval, how)
-            lines.append(f"| {title.format(unit=first.config['unit'])} | {value} | {interval} |")
-        by = f"lengths in {first.config['unit']}" + (
-            f" of {first.config['tokenizer']}" if "tokenizer" in first.config else ""
-        )
-        return "\n".join([*lines, "", f"{first.config['data']}: {first.n:,} pairs, {by}. `{first.command}`"])
-
-    def fault_list(self) -> str:
-        """How many rows are bad, by kind."""
-        bad = [record for record in self.records if record.name == "audit/bad_rows"]
-        return "\n".join(
-            f"- {record.value:,.0f} of {record.n:,} pairs "
-            f"{phrase(record.config['kind'], record.config['column'], int(record.value or 0))}"
-            for record in bad
-        )
-
-    def cut_table(self) -> str:
-        """What each `max_length` cuts."""
-        cuts: dict[int | None, dict[str, results.Record]] = {}
-        for record in self.records:
-            if "max_length" in record.config:
-                cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
-        cuts = dict(sorted(cuts.items(), key=lambda item: item[0] or 0))
-        lengths = ["none" if length is None else f"{length:,}" for length in cuts]
-        lines = [f"| `max_length` | {' | '.join(lengths)} |", f"|---|{'---|' * len(cuts)}"]
-        for name, title in CUT_COUNTS.items():
-            cells = [shown(found[name].value, 0) for found in cuts.values()]
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-        return "\n".join(lines)
 
 
 # --- what it means ---------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ from typing import Any
 
 from ..evaluation.endpoint import Endpoint, key_from_environment
 
-UNUSED_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy")
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """A group of options; a key is never one of them."""

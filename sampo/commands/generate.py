@@ -13,7 +13,7 @@ from ..evaluation.models import FORMATS
 from . import endpoints
 from .pair_options import COLUMNS_HELP
 
-BACKENDS = ("transformers", "vllm", "endpoint")
+BACKENDS = ("transformers", "endpoint")
 INCOMPLETE, STOPPED = 3, 4  # exit codes: some answers are missing; the run was given up and can be gone on with
 
 
@@ -53,7 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
         value = getattr(defaults, name)
         drawing.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} ({value})")
     local = parser.add_argument_group("model")
-    local.add_argument("--backend", choices=BACKENDS, help="`endpoint` with `--url`, else `transformers`")
+    local.add_argument(
+        "--backend", type=_backend_name, choices=BACKENDS, help="`endpoint` with `--url`, else `transformers`"
+    )
     local.add_argument("--adapter", help="folder or hub id of an adapter for the model")
     local.add_argument("--revision", help="of the model on the hub")
     local.add_argument("--format", default="auto", choices=FORMATS, help="`auto`: the chat template if there is one")
@@ -67,6 +69,14 @@ def make_parser() -> argparse.ArgumentParser:
     local.add_argument("--trust_remote_code", action="store_true")
     endpoints.add_options(parser)
     return parser
+
+
+def _backend_name(name: str) -> str:
+    if name == "vllm":
+        raise argparse.ArgumentTypeError(
+            "vLLM runs as a server: start `vllm serve MODEL` and give `--url http://localhost:8000/v1` instead"
+        )
+    return name
 
 
 def main(args: argparse.Namespace) -> None:
@@ -118,7 +128,7 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     """(prompts that can be asked, backend, endpoint if it is one)."""
     from ..evaluation.answers import backends
     from ..evaluation.answers.prompts import check_prompts
-    from ..evaluation.models import Texts, fingerprint, load_causal, load_tokenizer
+    from ..evaluation.models import Texts, default_device, load_causal, load_tokenizer
 
     kind = args.backend or ("endpoint" if args.url else "transformers")
     if (kind == "endpoint") != bool(args.url):
@@ -133,12 +143,6 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     source = {"adapter": args.adapter, "revision": args.revision, "trust_remote_code": args.trust_remote_code}
     texts = Texts(load_tokenizer(args.model, **source), args.format, template)
     questions = check_prompts(questions, texts.fault, args.on_bad_rows)
-    if kind == "vllm":
-        weights = fingerprint(args.model, None)
-        about = {"adapter": args.adapter, "weights": weights, "dtype": args.dtype, "stop_tokens": args.stop_tokens}
-        return questions, backends.VLLMBackend(args.model, texts, **about), None
-    from ..evaluation.models import default_device
-
     loaded = load_causal(args.model, device=args.device or default_device(), dtype=args.dtype, **source)
     name = args.model if args.adapter is None else args.adapter
     backend = backends.TransformersBackend(

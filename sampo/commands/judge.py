@@ -154,6 +154,12 @@ def _implicit(args: argparse.Namespace) -> Any:
     )
 
 
+def _lab(args: argparse.Namespace) -> Any:
+    from ..lab.judge import lab_judge
+
+    return lab_judge(args.lab_seed)
+
+
 JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "endpoint": _endpoint,
     "reward": _reward,
@@ -161,7 +167,7 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "longer": lambda args: rule_judges.longer_judge(),
     "exact": lambda args: rule_judges.exact_judge(),
     "contains": lambda args: rule_judges.contains_judge(),
-    "lab": lambda args: rule_judges.lab_judge(args.lab_seed),
+    "lab": _lab,
     "human": lambda args: human_judge.HumanJudge(_needs(args, "annotations")),
 }
 

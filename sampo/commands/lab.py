@@ -46,13 +46,13 @@ def make_parser(subparsers=None) -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """`sampo lab …`, or `sampo lab study …`."""
+    """`sampo lab …`."""
     if argv[:1] == ["study"]:
-        from . import lab_study
-
-        lab_study.main(lab_study.make_parser().parse_args(argv[1:]))
-    else:
-        main(make_parser().parse_args(argv))
+        raise SystemExit(
+            "sampo lab: the study is no longer part of the package, run `python -m studies.run` in a checkout of the "
+            "repository: it takes the same options."
+        )
+    main(make_parser().parse_args(argv))
     return 0
 
 

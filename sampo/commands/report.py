@@ -22,13 +22,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Write the page and say what is on it."""
     from ..io.files import write_whole
+    from ..lab.section import lab_section
     from ..report.build import build_report
 
     out = args.out or args.folder / "report.html"
     try:
         if out.is_dir():
             raise ValueError(f"`out` must name a file, got the folder {out}.")
-        report = build_report(args.folder, title=args.title)
+        report = build_report(args.folder, title=args.title, lab_section=lab_section)
         write_whole(out, report.html)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo report: error: {error}") from None

@@ -38,7 +38,7 @@ if plugins.wanted():  # only then torch is loaded here
     from ..weighting import REGISTERED, WEIGHTINGS
 
     METHODS |= {name: Method(WEIGHTINGS[name].title, {"token_weighting": name}) for name in REGISTERED}
-STUDY_METHODS = {  # of `sampo lab study`, too
+STUDY_METHODS = {  # and of `studies/`
     **METHODS,
     "sampo_rejected": Method("SamPO, rejected", _REJECTED),
     "dpo_learned": Method("DPO + learned", {"token_weighting": "all", "length_penalty": "learned"}),

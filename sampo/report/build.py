@@ -1,17 +1,19 @@
 """`build_report`: from a folder of outputs to one HTML page."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .collect import Found, Problem, collect, plain
 from .evaluation_sections import answer_section, win_rate_section
 from .page import Section, render
-from .sections import benchmark_section, data_section, diagnosis_section, lab_section, other_section, training_section
+from .sections import benchmark_section, data_section, diagnosis_section, other_section, training_section
 
-SECTIONS = (
-    *(data_section, training_section, diagnosis_section, win_rate_section, answer_section, lab_section),
-    *(benchmark_section, other_section),
+SectionBuilder = Callable[[Found], Section]
+SECTIONS: tuple[SectionBuilder, ...] = (
+    *(data_section, training_section, diagnosis_section, win_rate_section, answer_section),
 )
+LAST_SECTIONS: tuple[SectionBuilder, ...] = (benchmark_section, other_section)
 COMMANDS = {  # section -> what is not there without it, and the command that makes it
     "data": ("an audit of the preference data", "sampo audit DATA --out DIR/audit"),
     "training": ("the log of a training run (trainer_state.json)", "sampo train … --output_dir DIR/run"),
@@ -45,7 +47,7 @@ class Report:
     missing: list[str]
 
 
-def build_report(folder: str | Path, *, title: str | None = None) -> Report:
+def build_report(folder: str | Path, *, title: str | None = None, lab_section: SectionBuilder | None = None) -> Report:
     """Everything that sampo's commands wrote below a folder, on one HTML page that loads nothing and runs nothing.
 
     The same files give the same page. Files that are broken or foreign are named on it. Needs the extra `report`.
@@ -53,6 +55,8 @@ def build_report(folder: str | Path, *, title: str | None = None) -> Report:
     Args:
         folder: with the outputs, at most eight folders deep.
         title: of the page.
+        lab_section: `sampo.lab.section.lab_section`, which this package must not import. Without it the records of
+            the lab are shown among the other records.
 
     Raises:
         NotADirectoryError: `folder` is none.
@@ -67,7 +71,10 @@ def build_report(folder: str | Path, *, title: str | None = None) -> Report:
         ) from None
     folder = Path(folder)
     found = collect(folder)
-    sections = [make(found) for make in SECTIONS]
+    if lab_section is None:
+        found.others += found.labs
+    builders = [*SECTIONS, *([lab_section] if lab_section else []), *LAST_SECTIONS]
+    sections = [build(found) for build in builders]
     missing = [COMMANDS[section.name] for section in sections if not section.blocks and section.name in COMMANDS]
     name = plain(folder.resolve().name)
     problems = _problems(found, sections, folder)

@@ -1,10 +1,9 @@
-"""From what was found to the sections of the page: the data, training, what length says of a model, the lab, the rest.
+"""From what was found to the sections of the page: the data, training, what length says of a model, the rest.
 
 Numbers are those of the records; nothing is measured here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from ..audit.report import CUT_COUNTS, GROUP_COLUMNS, MEASURES, PART_KEYS, inter
 from ..data.layouts import Fault
 from ..diagnostics.findings import PLAIN, Finding, read_scores
 from ..io.records import Record
-from ..lab import report as lab
-from ..lab.settings import SFT, Settings
 from ..stats.intervals import Estimate
 from . import diagnostic_figures, figures, training_figures
 from .collect import Audited, Found, RecordFile, TrainingRun
@@ -402,62 +399,7 @@ def _shards(folder: Path, record: Record) -> list[Path]:
     return sorted((folder / "pairs").glob(f"*-{digest}/*.parquet"))
 
 
-# --- the lab, benchmarks, the rest -----------------------------------------------------------------------------------
-
-
-def lab_section(found: Found) -> Section:
-    """The lab's figure, table and sentences."""
-    section = Section("lab", "The lab")
-    for file in found.labs:
-        section.guarded(file.file, partial(_lab, section, file))
-    return section
-
-
-def _lab(section: Section, file: RecordFile) -> None:
-    experiments = _experiments(file.records)
-    if not experiments:
-        raise ValueError("records of the lab must be of runs, got those of starts alone")
-    for records in experiments[:MAX_RUNS]:
-        _experiment(section, records, file.file)
-    if len(experiments) > MAX_RUNS:
-        section.add(Text(f"These are {MAX_RUNS} of {len(experiments)} experiments in {file.file}."))
-
-
-def _experiments(records: Sequence[Record]) -> list[list[Record]]:
-    """Runs with the same settings, each with the starts that they were made from; none of starts alone."""
-    names = [field.name for field in fields(Settings)]
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        if record.config["method"] != SFT:
-            found.setdefault(repr([record.config.get(name) for name in names]), []).append(record)
-    starts = [(r, {k: v for k, v in r.config.items() if k in names}) for r in records if r.config["method"] == SFT]
-    return [
-        [*(start for start, shared in starts if shared.items() <= some[0].config.items()), *some]
-        for some in found.values()
-    ]
-
-
-def _experiment(section: Section, records: Sequence[Record], file: str) -> None:
-    outcomes = lab.outcomes_of(records)
-    lines = lab.collect(outcomes)
-    origins = origins_of(records, file)
-    n = _runs(len(outcomes))
-    heads = [head.replace("\n", " ") for head in lab.heads()]
-    rows = [[line.title, line.group or "–", *lab.cells(line)[2:]] for line in lines]
-    section.add(
-        Table("Methods against the truth", [heads[1], heads[0], *heads[2:]], rows, origins, n), Text(lab.LEGEND)
-    )
-    section.draw(
-        lambda figure: lab.draw_into(figure, lines),
-        title="Length and win rate of each method",
-        description="Two panels: tokens per answer, and win rate against the start judged by the truth, of each "
-        "method on each group of pairs: mean, a dot per seed, and a dashed line for the start. The table has the "
-        "numbers.",
-        origins=origins,
-        n=n,
-        size=lab.FIGURE_SIZE,
-    )
-    section.add(Listing(lab.findings(lines)), Text(lab.describe(outcomes, records[-1].command)))
+# --- benchmarks, the rest --------------------------------------------------------------------------------------------
 
 
 def benchmark_section(found: Found) -> Section:

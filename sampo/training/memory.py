@@ -16,6 +16,7 @@ activations with what autograd keeps; docs/scale.md has the table and what is le
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 METHODS = ("full", "lora", "qlora")
 REFERENCES = ("live", "cached")
@@ -37,17 +38,23 @@ class Shape:
     vocab_size: int
     tied: bool = False
     qkv_bias: bool = True
+    head_dim: int | None = None  # where it is not hidden_size / num_attention_heads
+
+    @property
+    def q_size(self) -> int:
+        """Width of the queries of all heads."""
+        return (self.head_dim or self.hidden_size // self.num_attention_heads) * self.num_attention_heads
 
     @property
     def kv_size(self) -> int:
         """Width of the keys, and of the values, of all heads."""
-        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        return self.q_size // self.num_attention_heads * self.num_key_value_heads
 
     @property
     def linears(self) -> list[tuple[int, int]]:
         """Input and output width of the linear layers of one block: q, k, v, o, gate, up, down."""
-        h, kv, i = self.hidden_size, self.kv_size, self.intermediate_size
-        return [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)]
+        h, q, kv, i = self.hidden_size, self.q_size, self.kv_size, self.intermediate_size
+        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
 
     @property
     def linear_parameters(self) -> int:
@@ -57,7 +64,7 @@ class Shape:
     @property
     def block_parameters(self) -> int:
         """All parameters of one block."""
-        bias = self.hidden_size + 2 * self.kv_size if self.qkv_bias else 0
+        bias = self.q_size + 2 * self.kv_size if self.qkv_bias else 0
         return sum(a * b for a, b in self.linears) + bias + 2 * self.hidden_size
 
     @property
@@ -85,6 +92,51 @@ SHAPES = {
     "32B": Shape("Qwen2.5-32B", 64, 5120, 27_648, 40, 8, 152_064),
     "70B": Shape("Llama-3.1-70B", 80, 8192, 28_672, 64, 8, 128_256, qkv_bias=False),
 }
+UNEXPLAINED = 0.01  # of a model's parameters, that the formula may miss
+
+
+def read_shape(model: str) -> Shape:
+    """The shape of a model, from its configuration alone.
+
+    Args:
+        model: a name in `SHAPES`, a folder, a configuration file, or a model id on the hub.
+
+    Raises:
+        ValueError: there is no configuration, or the model is not a dense decoder of the kind of Llama and Qwen2.
+    """
+    if model in SHAPES:
+        return SHAPES[model]
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+        with torch.device("meta"):  # names and shapes, no weights
+            parameters = dict(transformers.AutoModelForCausalLM.from_config(config).named_parameters())
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"`model` must be one of {list(SHAPES)}, or a folder, a file or a hub id with the configuration of a "
+            f"decoder, got {model!r}: {error}"
+        ) from None
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in names}
+    if missing := [name for name, size in sizes.items() if not isinstance(size, int)]:
+        raise ValueError(f"`model` must be a decoder with {', '.join(missing)} in its configuration, got {model!r}.")
+    shape = Shape(
+        model,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        tied=bool(config.tie_word_embeddings),
+        qkv_bias=any(name.endswith("q_proj.bias") for name in parameters),
+        head_dim=getattr(config, "head_dim", None),
+        **sizes,
+    )
+    true = sum(parameter.numel() for parameter in parameters.values())
+    if abs(shape.parameters - true) > UNEXPLAINED * true:
+        raise ValueError(
+            f"`model` must be a dense decoder with the layers of Llama or Qwen2, got {model!r} of type "
+            f"{config.model_type} with {true:,} parameters, where the formula has {shape.parameters:,}. Measure it."
+        )
+    return shape
 
 
 @dataclass(frozen=True)
@@ -186,11 +238,11 @@ def activation_bytes(shape: Shape, *, float32: bool = False) -> float:
         shape: of the model.
         float32: the stream between the layers is in float32, as it is where the weights are.
     """
-    h, kv, i = shape.hidden_size, shape.kv_size, shape.intermediate_size
+    h, q, kv, i = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
     kept = shape.num_hidden_layers * h * (4 if float32 else 2)
     # Two norms: each computes in float32. In float32 autocast makes a copy of its result for each linear layer.
     norms = 3 * 4 * h + 5 * 2 * h if float32 else 2 * (4 + 2 + 2) * h
-    attention = 2 * (h + 2 * kv) + 2 * h  # queries, keys and values; the result
+    attention = 2 * (q + 2 * kv) + 2 * q  # queries, keys and values; the result
     feed_forward = 2 * 4 * i  # gate, up, the activation of gate, its product with up
     return kept + norms + attention + feed_forward
 

@@ -556,7 +556,6 @@ def test_the_command_generates_exports_and_goes_on(folder, tmp_path, capsys):
     ("words", "fault"),
     [
         (["--backend", "endpoint"], "`url` goes with `backend` endpoint"),
-        (["--backend", "vllm"], "needs vLLM"),
         (["--top_p", "0.5"], "nothing to draw"),
         (["--prompts", "nowhere.jsonl"], "does not exist"),
     ],
@@ -565,6 +564,12 @@ def test_what_cannot_be_run_is_said_in_one_line(words, fault, folder, tmp_path):
     path = rows_file(tmp_path / "p.jsonl", [{"prompt": "a"}])
     with pytest.raises(SystemExit, match=fault):
         main(["generate", folder, "--prompts", path, "--out", str(tmp_path / "a.jsonl"), *words])
+
+
+def test_vllm_is_named_as_a_server(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "model", "--prompts", "p.jsonl", "--out", "a.jsonl", "--backend", "vllm"])
+    assert "start `vllm serve MODEL` and give `--url http://localhost:8000/v1`" in capsys.readouterr().err
 
 
 def test_a_wide_vocabulary_is_drawn_from_in_the_order_of_ids():

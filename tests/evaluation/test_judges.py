@@ -34,12 +34,13 @@ from sampo.evaluation.judging.judges import (
     read_judgements,
     write_judgements,
 )
-from sampo.evaluation.judging.rule_judges import contains_judge, exact_judge, lab_judge, longer_judge
+from sampo.evaluation.judging.rule_judges import contains_judge, exact_judge, longer_judge
 from sampo.evaluation.results import judged as judged_files
 from sampo.evaluation.results.summary import summarise
 from sampo.evaluation.results.verdicts import Verdicts, compare_orders
 from sampo.io import records as results
 from sampo.io.journal import Journal, read_rows
+from sampo.lab.judge import lab_judge
 
 HELP = templates.load("helpfulness")
 KEY = "sk-do-not-tell-0123456789"

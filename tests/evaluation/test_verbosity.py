@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import sys
 import zlib
 from types import SimpleNamespace
 
@@ -312,10 +313,10 @@ def test_the_adapters_take_batches_combine_and_pickle(metrics):
 
 
 def test_without_the_package_the_adapters_say_what_to_install(metrics, monkeypatch):
-    metrics._classes.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "evaluate", None)
+    monkeypatch.delitem(sys.modules, "sampo.evaluation.results.evaluate_metrics", raising=False)
+    monkeypatch.delattr("sampo.evaluation.results.evaluate_metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(ImportError, match=r"pip install 'sampo-dpo\[metrics\]'"):
         _ = metrics.WinRate
     with pytest.raises(AttributeError, match="has no attribute `Winrate`"):
         _ = metrics.Winrate
-    metrics._classes.cache_clear()

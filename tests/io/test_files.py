@@ -218,7 +218,7 @@ ALLOWED = {
     "adapters.py",  # into a folder that `new_folder` has made
     "evaluation/harness.py",  # into a temporary folder
     "report/svg.py",  # into memory
-    *("lab/report.py", "lab/study_page.py"),  # into a file of `replacing`
+    "lab/report.py",  # into a file of `replacing`
 }
 
 

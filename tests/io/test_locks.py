@@ -19,10 +19,11 @@ from processes import environment
 from tiny import make_pairs, save_model
 
 from sampo.checkpointing.files import STAGING, find_whole_checkpoint
-from sampo.commands import audit, cache, compare, diagnose, lab_study, train
+from sampo.commands import audit, cache, compare, diagnose, train
 from sampo.io import locks
 from sampo.io import records as results
 from sampo.io.locks import LOCK, FolderInUseError, Owner, alone_at, alone_in
+from studies import run as study
 
 HOLDER = """
 import sys, time
@@ -237,7 +238,7 @@ def test_processes_that_append_to_one_file_of_records_lose_none(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from sampo import results
+from sampo.io import records as results
 for i in range(50):
     record = results.Record(name=f"{sys.argv[2]}-{i}", value=1.0, n=1, config={"x": "y" * 9000})
     results.append(Path(sys.argv[1]), [record])
@@ -266,8 +267,8 @@ def test_commands_whose_folder_is_in_use_say_so_in_one_line(tmp_path, holder, mo
     assert "sampo train: error: One process at a time can write into" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="sampo audit: error: One process at a time"):
         audit.main(audit.make_parser().parse_args([str(data), "--out", str(tmp_path)]))
-    with pytest.raises(SystemExit, match="sampo lab study: error: One process at a time"):
-        lab_study.main(lab_study.make_parser().parse_args(["--report", "--out", str(tmp_path)]))
+    with pytest.raises(SystemExit, match="study: error: One process at a time"):
+        study.main(study.make_parser().parse_args(["--report", "--out", str(tmp_path)]))
     with pytest.raises(SystemExit, match="sampo diagnose: error: One process at a time"):
         diagnose.main(
             diagnose.make_parser().parse_args(["--policy", model, "--data", str(data), "--out", str(tmp_path)])

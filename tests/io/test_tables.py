@@ -158,7 +158,7 @@ def test_every_table_of_every_command_is_whole_at_every_width(judged, tmp_path):
     summaries, duels = compare(runs)
     made = [summary_table(summaries), duel_table(duels)]
     made += tables([page(LONG + "1", 1), page(LONG + "2", 2)])
-    records = results.read(Path(__file__).parents[2] / "docs" / "lab" / "records.jsonl")
+    records = results.read(Path(__file__).parents[2] / "measurements" / "lab.jsonl")
     made.append(lab_report.table(lab_report.collect(lab_report.outcomes_of(records))))
     make_pairs(40).to_json(tmp_path / "pairs.jsonl")
     made += audit_report.tables(audit_preferences(str(tmp_path / "pairs.jsonl")))

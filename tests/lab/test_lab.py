@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 
 from sampo.commands.lab import main, make_parser
+from sampo.commands.lab import run as run_command
 from sampo.io import records as results
 from sampo.lab import model as lm
 from sampo.lab import report
@@ -438,12 +439,12 @@ def test_the_sentences_say_what_the_numbers_say():
 
 
 def test_the_published_table_is_made_from_the_published_records():
-    folder = Path(__file__).parents[2] / "docs" / "lab"
-    records = results.read(folder / RECORDS)
+    root = Path(__file__).parents[2]
+    records = results.read(root / "measurements" / "lab.jsonl")
     outcomes = report.outcomes_of(records)
     assert len(outcomes) == 3 * 10  # three seeds of the start and of three methods on three groups
     about = report.describe(outcomes, records[-1].command)
-    assert (folder / "table.md").read_text() == report.markdown(report.collect(outcomes), about=about)
+    assert (root / "docs" / "lab" / "table.md").read_text() == report.markdown(report.collect(outcomes), about=about)
     assert all(record.commit and not record.commit.endswith("-dirty") for record in records)
 
 
@@ -469,3 +470,8 @@ def test_the_parser_knows_the_settings_without_loading_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_study_that_left_the_package_is_named():
+    with pytest.raises(SystemExit, match=r"run `python -m studies\.run` in a checkout of the repository"):
+        run_command(["study", "--jobs", "2"])

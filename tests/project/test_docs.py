@@ -77,10 +77,14 @@ def check(words: list[str]) -> bool:
     elif words[:2] == ["kubectl", "apply"]:
         assert (ROOT / words[words.index("-f") + 1]).is_file(), words
     elif words[0] == "python":
-        if words[1] != "-m":
+        if words[1:3] == ["-m", "studies.run"]:
+            from studies.run import make_parser
+
+            make_parser().parse_args(words[3:])
+        elif words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words
     else:
-        assert words[0] in ("pip", "git", "cd", "tensorboard"), f"say in this test how to check {words}"
+        assert words[0] in ("pip", "git", "cd", "tensorboard", "vllm"), f"say in this test how to check {words}"
     return True
 
 
@@ -98,10 +102,6 @@ def check_sampo(words: list[str]) -> None:
         check_train(words[1:] if words[0] == "train" else make_parser().parse_known_args(words[1:])[1])
     elif words[0] == "iterate":
         check_train(iterate.make_parser().parse_known_args(words[1:])[1], iterate=True)
-    elif words[:2] == ["lab", "study"]:
-        from sampo.commands import lab_study
-
-        lab_study.make_parser().parse_args(words[2:])
     elif words[0] in COMMANDS:
         module = __import__(f"sampo.{COMMANDS[words[0]][0]}", fromlist=["make_parser"])
         module.make_parser().parse_args(words[1:])

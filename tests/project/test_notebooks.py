@@ -226,7 +226,7 @@ def test_pictures_lose_their_address_and_cells_their_time_stamps():
 
 
 def test_the_hash_changes_with_code_and_records_and_not_with_prose():
-    records = '"../docs/lab/records.jsonl"'
+    records = '"../measurements/lab.jsonl"'
     plain = made_from(notebook_of("a = 1", "b = 2"))
     again = notebook_of("a = 1", "b = 2")
     again.cells[0].source = "other prose"
@@ -234,7 +234,7 @@ def test_the_hash_changes_with_code_and_records_and_not_with_prose():
     assert made_from(notebook_of("a = 1", "b = 3")) != plain
     assert made_from(notebook_of("a = 1b", " = 2")) != plain
     named = made_from(notebook_of(f"read({records})"))
-    other = FOLDER / "../docs/lab/records.jsonl"
+    other = FOLDER / "../measurements/lab.jsonl"
     import hashlib
 
     assert named == hashlib.sha256(f"read({records})".encode() + other.read_bytes()).hexdigest()[:16]

@@ -114,13 +114,13 @@ def test_figures_of_the_study_have_their_whole_legend_and_no_overlapping_ticks(t
     from matplotlib.figure import Figure
 
     from sampo.io import records as results
-    from sampo.lab.analysis import Study
-    from sampo.lab.study_page import write_figures
+    from studies.analysis import Study
+    from studies.page import write_figures
 
     kept = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), kept.append(self)))
-    records = Path(__file__).parents[2] / "docs" / "study" / "records.jsonl.gz"
+    records = Path(__file__).parents[2] / "measurements" / "study.jsonl.gz"
     names = [path.stem for path in write_figures(Study(results.read(records)), tmp_path)]
     assert names == ["frontier", "prediction", "biases"]
     for figure in kept:

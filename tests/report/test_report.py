@@ -24,6 +24,7 @@ from sampo.cli import COMMANDS, main
 from sampo.diagnostics.findings import findings
 from sampo.evaluation.answers.answers import Answer, write_answers
 from sampo.io import records as results
+from sampo.lab.section import lab_section
 from sampo.report import evaluation_figures, training_figures
 from sampo.report.build import build_report
 from sampo.report.collect import collect, plain
@@ -169,7 +170,7 @@ def folder(tmp_path_factory) -> Path:
     judged = [str(place / f"{name}-judged.jsonl") for name in ("mine", OTHER)]
     assert main(["compare", "--judgements", *judged, "--out", str(place / "both")]) == 0
     (place / "lab").mkdir()
-    lab = (ROOT / "docs" / "lab" / "records.jsonl").read_text().splitlines(keepends=True)
+    lab = (ROOT / "measurements" / "lab.jsonl").read_text().splitlines(keepends=True)
     (place / "lab" / "records.jsonl").write_text("".join(line for line in lab if json.loads(line)["seed"] == 0))
     other = results.Record(name="speed", value=1.5, n=3, config={"what": NAME}, **results.provenance())
     bench = results.Record(name="mmlu/acc", value=0.25, n=9, config={"benchmark": "mmlu", "model": NAME})
@@ -179,7 +180,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder):
-    return build_report(folder)
+    return build_report(folder, lab_section=lab_section)
 
 
 @pytest.fixture(scope="module")
@@ -260,12 +261,19 @@ def test_experiments_of_the_lab_with_other_settings_are_shown_each_by_itself(fol
     records = results.read(folder / "lab" / "records.jsonl")
     others = [replace(r, config=r.config | {"beta": 0.5}) for r in records if r.config["method"] != "sft"]
     results.append(tmp_path / "records.jsonl", [*records, *others])
-    made = build_report(tmp_path)
+    made = build_report(tmp_path, lab_section=lab_section)
     assert (made.shown, made.problems) == (["The lab"], [])
     text = Page(made.html).text()
     assert text.count("Methods against the truth") == text.count("SFT (start) –") == 2
     assert "beta 0.1," in text
     assert "beta 0.5," in text
+
+
+def test_without_the_section_of_the_lab_its_records_are_among_the_others(folder, tmp_path):
+    results.append(tmp_path / "records.jsonl", results.read(folder / "lab" / "records.jsonl"))
+    made = build_report(tmp_path)
+    assert (made.shown, made.problems) == (["Other records"], [])
+    assert "win_rate" in Page(made.html).text()
 
 
 # --- nothing runs, nothing is loaded
@@ -446,7 +454,7 @@ def test_what_is_inside_of_a_file_may_be_anything(folder, tmp_path):
         number = rng.randrange(len(lines))
         lines[number] = json.dumps(spoil(json.loads(lines[number])))
         (place / name).write_text("\n".join(lines) + "\n")
-        Page(build_report(place).html)
+        Page(build_report(place, lab_section=lab_section).html)
 
 
 def test_only_so_much_is_looked_at(tmp_path, monkeypatch):

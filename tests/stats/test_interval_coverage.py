@@ -24,7 +24,7 @@ def covered(records) -> dict[tuple[str, int], results.Record]:
 
 
 def test_the_recorded_coverage_is_what_is_promised_from_fifty_prompts_on():
-    found = covered(results.read(ROOT / "docs" / "evaluation" / "records.jsonl"))
+    found = covered(results.read(ROOT / "measurements" / "interval_coverage.jsonl"))
     assert len(found) == len(interval_coverage.WORLDS) * len(interval_coverage.SIZES)
     for (world, n), record in found.items():
         slack = 3 * np.sqrt(0.95 * 0.05 / record.n)  # of the simulation itself

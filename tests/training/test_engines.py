@@ -142,7 +142,7 @@ def note(engine, mode, one, ranks) -> float:
             value=difference,
             n=len(one["losses"]),
             config={"engine": engine, "mode": mode, "processes": len(ranks), "device": "CPU"},
-            command="SAMPO_ENGINE_RECORDS=docs/engines.jsonl make test-all",
+            command="SAMPO_ENGINE_RECORDS=measurements/engines.jsonl make test-all",
             **about,
         )
         results.append(Path(os.environ["SAMPO_ENGINE_RECORDS"]), [record])

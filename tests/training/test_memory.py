@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import make_model, make_pairs, make_tokenizer, training_options
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 from sampo import SamPOConfig, SamPOTrainer
+from sampo.cli import main
 from sampo.training.memory import (
     ENGINES,
     METHODS,
@@ -18,6 +19,7 @@ from sampo.training.memory import (
     activation_bytes,
     gpu_bytes,
     machine_bytes,
+    read_shape,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,54 @@ def test_one_process_holds_the_weights_gradients_moments_and_reference_that_are_
     computed = gpu_bytes(TINY, "single", method, lora_r=4)
     computed["reference"] *= 4 / 6  # without the copies of autocast
     assert kept == {name: computed[name] for name in kept}
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}])
+def test_a_shape_is_read_from_a_folder_and_from_a_configuration_file(tmp_path, settings):
+    model = make_model(**settings)
+    model.config.save_pretrained(tmp_path)
+    for place in (tmp_path, tmp_path / "config.json"):
+        shape = read_shape(str(place))
+        assert shape.parameters == sum(p.numel() for p in model.parameters())
+        assert [shape.kv_size, shape.q_size] == [
+            model.model.layers[0].self_attn.k_proj.out_features,
+            model.model.layers[0].self_attn.q_proj.out_features,
+        ]
+    assert read_shape("8B") is SHAPES["8B"]
+
+
+def test_a_model_of_other_layers_and_a_place_without_a_configuration_are_refused(tmp_path):
+    MixtralConfig(**{name: getattr(TINY, name) for name in FIELDS}, vocab_size=69).save_pretrained(tmp_path / "moe")
+    GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "moe": "of type mixtral with [0-9,]+ parameters, where the formula has [0-9,]+",
+        "gpt2": "must be a decoder with intermediate_size in its configuration",
+        "empty": "or a folder, a file or a hub id with the configuration of a decoder, got",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_shape(str(tmp_path / name))
+
+
+def test_the_command_shows_a_row_for_each_engine_with_the_numbers_of_the_formula(tmp_path, capsys):
+    make_model().config.save_pretrained(tmp_path)
+    words = ["memory", str(tmp_path), "--gpus", "4", "--batch_size", "3", "--max_length", "100"]
+    assert main([*words, "--engine", "zero3", "zero3_offload"]) == 0
+    said = capsys.readouterr().out
+    assert "GB per GPU, computed and not measured" in said
+    assert "4 GPUs (1 with `single`), 3 pairs on each, with two responses of 100 tokens: 600 tokens" in said
+    assert "GB of main memory, over all machines together" in said
+    assert main(["memory", "7B", "--method", "qlora"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:3] in ("sin", "zer"))
+    assert set(rows) == {"single", "zero1", "zero2"}
+    for engine, row in rows.items():
+        total = sum(gpu_bytes(SHAPES["7B"], engine, "qlora").values())
+        assert row.split()[-1] == f"{total / 1e9:.1f}"
+    for option in ("--gpus", "--batch_size", "--max_length", "--lora_r"):
+        with pytest.raises(SystemExit, match=f"`{option[2:]}` must be at least 1, got 0"):
+            main(["memory", "7B", option, "0"])
+    with pytest.raises(SystemExit, match="sampo memory: error: `engine` must be one of"):
+        main(["memory", "7B", "--method", "qlora", "--engine", "zero3"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

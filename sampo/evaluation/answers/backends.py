@@ -1,4 +1,4 @@
-"""What generates answers: transformers in this process, vLLM in this process, or any OpenAI-compatible server."""
+"""What generates answers: transformers in this process, or any OpenAI-compatible server."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +12,6 @@ from .generate import Job, Output, Sampling
 if TYPE_CHECKING:
     from ..endpoint import Endpoint
     from ..models import Loaded, Texts
-
-VLLM_CHUNK = 256  # prompts at a time; what is done is on the disk after each
 
 # --- transformers --------------------------------------------------------------------------------------------------
 
@@ -170,79 +168,6 @@ class Draw:
         target = number[:, None] * cumulative[:, -1:]  # below the last sum, which rounding leaves not quite at 1
         drawn = torch.searchsorted(cumulative, target, right=True).to(scores.device)  # (B, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-
-# --- vLLM ----------------------------------------------------------------------------------------------------------
-
-
-class VLLMBackend:
-    """The engine of vLLM in this process. Written to its documented interface (0.10), and not tested here."""
-
-    def __init__(
-        self,
-        name: str,
-        texts: "Texts",
-        *,
-        adapter: str | None = None,
-        weights: str | None = None,
-        dtype: str = "auto",
-        stop_tokens: Sequence[str] = (),
-        engine: Mapping[str, Any] | None = None,
-    ):
-        try:
-            from vllm import LLM
-        except ImportError:
-            raise ImportError("`backend: vllm` needs vLLM, which is not installed: pip install vllm.") from None
-        self._texts, self._adapter = texts, adapter
-        self._engine = LLM(model=name, dtype=dtype, enable_lora=adapter is not None, **(engine or {}))
-        self.options = {"stop_tokens": list(stop_tokens)} if stop_tokens else {}
-        self._further = [texts.tokenizer.convert_tokens_to_ids(token) for token in stop_tokens]
-        self.about = {
-            "model": name if adapter is None else adapter,
-            "weights": weights,
-            "backend": "vllm",
-            "dtype": dtype,
-            "tokenizer": tokenizer_hash(texts.tokenizer),
-            "template": texts.template_hash,
-        }
-
-    def check(self, jobs: Sequence[Job], sampling: Sampling) -> dict[int, str]:
-        """Prompts that leave no room for `max_tokens`."""
-        limit = self._engine.llm_engine.model_config.max_model_len
-        lengths = [len(self._texts.prompt(job.prompt)) for job in jobs]
-        return {
-            number: f"{length} tokens and `max_tokens` {sampling.max_tokens} for {limit}"
-            for number, length in enumerate(lengths)
-            if length + sampling.max_tokens > limit
-        }
-
-    def generate(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[Job, Output]]]:
-        """A chunk of prompts at a time."""
-        from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
-
-        lora = None if self._adapter is None else LoRARequest("adapter", 1, self._adapter)
-        for start in range(0, len(jobs), VLLM_CHUNK):
-            chunk = jobs[start : start + VLLM_CHUNK]
-            parameters = [
-                SamplingParams(
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k or -1,
-                    seed=None if sampling.greedy else job.seed(sampling),
-                    stop_token_ids=self._further or None,
-                )
-                for job in chunk
-            ]
-            prompts = [{"prompt_token_ids": self._texts.prompt(job.prompt)} for job in chunk]
-            found = self._engine.generate(prompts, parameters, lora_request=lora)
-            yield [(job, _of_vllm(request.outputs[0])) for job, request in zip(chunk, found, strict=True)]
-
-
-def _of_vllm(output: Any) -> Output:
-    stop = {"stop": "eos", "length": "length"}.get(output.finish_reason, "unknown")
-    return Output(output.text, len(output.token_ids), stop)
 
 
 # --- any OpenAI-compatible server ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 A backend turns jobs into texts. What is drawn for an answer depends on the seed, its prompt and its sample number, and
 on nothing else: not on the batch it was in, nor on what was done before. Two things still differ between batches: the
 order in which sums are rounded, which can tip a nearly equal choice (in float32 seldom, in bfloat16 now and then); and
-what a server or vLLM does, of which nothing is promised.
+what a server does, of which nothing is promised.
 """
 
 import hashlib

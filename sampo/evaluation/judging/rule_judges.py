@@ -1,10 +1,9 @@
-"""Judges that follow a rule: length, a right answer, the ground truth of the lab."""
+"""Judges that follow a rule: length, a right answer. `sampo.lab.judge` has one that knows the ground truth."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..answers.answers import prompt_text
 from .judges import Comparison, Progress, Verdict
 
 
@@ -69,23 +68,3 @@ def _has_words(text: str, words: str) -> bool:
             return True
         start = text.find(words, start + 1)
     return False
-
-
-def lab_judge(seed: int) -> RuleJudge:
-    """The true quality in the lab's world of that seed; what is not written in its words has none."""
-    from ...lab.world import ATTRIBUTE, ENTITY, FILLER, NIL, SEP, VALUE, WORDS, Question, World
-
-    world, numbers = World(seed), {word: number for number, word in enumerate(WORDS)}
-
-    def score(prompt: Any, answer: str, reference: str | None) -> float | None:
-        asked = [numbers.get(word) for word in prompt_text(prompt).split()]
-        said = [numbers.get(word) for word in answer.split()]
-        entities = [word - ENTITY for word in asked if word is not None and ENTITY <= word < VALUE]
-        attributes = [word - ATTRIBUTE for word in asked if word is not None and ATTRIBUTE <= word < ENTITY]
-        if None in asked or None in said or len(entities) != 1 or not attributes or SEP not in asked:
-            return None
-        assert FILLER > VALUE > ENTITY > ATTRIBUTE > NIL
-        question = Question(entities[0], tuple(attributes))
-        return float(world.quality(question, [word for word in said if word is not None]))
-
-    return RuleJudge("lab", score, "not_of_the_lab", {"world_seed": seed})

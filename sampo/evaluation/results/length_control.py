@@ -57,14 +57,12 @@ class Overlap:
         shorter: share in which it is shorter.
         similar: share in which the lengths differ by no more than 10 %.
         share: the smaller of the shares that are longer or similar, and shorter or similar. What control rests on.
-        log_ratio_quantiles: 5, 25, 50, 75 and 95 % of log2(system / baseline), empty answers left out.
     """
 
     longer: float
     shorter: float
     similar: float
     share: float
-    log_ratio_quantiles: tuple[float, ...]
 
 
 def overlap(comparisons: Comparisons) -> Overlap:
@@ -74,14 +72,11 @@ def overlap(comparisons: Comparisons) -> Overlap:
         raise ValueError("There must be at least one comparison, got none.")
     weight = prompt_weights(comparisons.codes) / len(comparisons.scores)
     similar = (ratio <= SIMILAR) & (ratio >= 1 / SIMILAR)
-    inner = ratio[(ratio > 0) & np.isfinite(ratio)]
-    quantiles = np.quantile(np.log2(inner), [0.05, 0.25, 0.5, 0.75, 0.95]) if len(inner) else []
     return Overlap(
         longer=float(weight @ (ratio > 1)),
         shorter=float(weight @ (ratio < 1)),
         similar=float(weight @ similar),
         share=float(min(weight @ ((ratio > 1) | similar), weight @ ((ratio < 1) | similar))),
-        log_ratio_quantiles=tuple(float(q) for q in quantiles),
     )
 
 

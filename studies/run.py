@@ -1,8 +1,8 @@
-"""`sampo lab study`: every method over seeds, groups of pairs, learning rates and betas, in the lab's small world.
+"""Every method over seeds, groups of pairs, learning rates and betas, in the lab's small world.
 
-- `sampo lab study`: hours on a few cores; stopped and started again it goes on where it was.
-- `sampo lab study --report`: tables, verdicts and figures of what is there.
-- `sampo lab study --runs 100`: the first hundred runs. The order gives every method the same, so that a part is fair.
+- `python -m studies.run`: hours on a few cores; stopped and started again it goes on where it was.
+- `python -m studies.run --report`: tables, verdicts and figures of what is there.
+- `python -m studies.run --runs 100`: the first hundred runs; each method has the same number of them.
 """
 
 import argparse
@@ -12,16 +12,17 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from ..io.files import write_whole
-from ..io.locks import FolderInUseError, alone_in
-from ..lab.settings import Settings
-from ..lab.study import SEEDS, study_plan
+from sampo.io.files import write_whole
+from sampo.io.locks import FolderInUseError, alone_in
+from sampo.lab.settings import Settings
+
+from .plan import SEEDS, study_plan
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(
-        prog="sampo lab study",
+        prog="python -m studies.run",
         description="Run every method over seeds, groups of pairs, learning rates and betas in a small world with "
         "ground truth. Finished runs are kept in the output folder and not run again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -42,11 +43,11 @@ def main(args: argparse.Namespace) -> None:
     """Run what is missing, then analyse everything."""
     for name in ("seeds", "jobs", "runs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise SystemExit(f"sampo lab study: `--{name}` must be at least 1, got {getattr(args, name)}.")
+            raise SystemExit(f"study: `--{name}` must be at least 1, got {getattr(args, name)}.")
     try:
         settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
     except ValueError as fault:
-        raise SystemExit(f"sampo lab study: {fault}") from None
+        raise SystemExit(f"study: {fault}") from None
     plan = study_plan(settings, seeds=args.seeds)
     try:
         with alone_in(args.out):
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
                 _run(plan[: args.runs], len(plan), settings, args)
             _report(args.out)
     except FolderInUseError as error:
-        raise SystemExit(f"sampo lab study: error: {error}") from None
+        raise SystemExit(f"study: error: {error}") from None
 
 
 def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> None:
@@ -62,7 +63,7 @@ def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> 
     import torch
     import transformers
 
-    from ..lab.experiment import run_all, unmeasured, unseen
+    from sampo.lab.experiment import run_all, unmeasured, unseen
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -87,17 +88,18 @@ def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> 
 
 def _report(folder: Path) -> None:
     """Tables and figures of all records in the folder."""
-    from ..io import records as results
-    from ..lab.analysis import Study
-    from ..lab.experiment import RECORDS
-    from ..lab.study_page import PARTS, verdicts, write_figures
+    from sampo.io import records as results
+    from sampo.lab.experiment import RECORDS
+
+    from .analysis import Study
+    from .page import PARTS, verdicts, write_figures
 
     try:
         study = Study(results.read(folder / RECORDS))
     except ValueError as fault:
-        raise SystemExit(f"sampo lab study: {fault}") from None
+        raise SystemExit(f"study: {fault}") from None
     if not study.cells:
-        raise SystemExit(f"sampo lab study: `--out` must hold finished runs to analyse, got none in {folder}.")
+        raise SystemExit(f"study: `--out` must hold finished runs to analyse, got none in {folder}.")
     text = "\n\n".join(f"## {name.replace('_', ' ')}\n\n{part(study)}" for name, part in PARTS.items())
     write_whole(folder / "study.md", text + "\n")
     print(verdicts(study))
@@ -110,9 +112,13 @@ def _report(folder: Path) -> None:
 
 def _command(args: argparse.Namespace, settings: Settings) -> str:
     """The shortest command that measures the same."""
-    words = ["sampo", "lab", "study"]
+    words = ["python", "-m", "studies.run"]
     words += ["--seeds", str(args.seeds)] if args.seeds != SEEDS else []
     for option in fields(Settings):
         if getattr(settings, option.name) != option.default:
             words += [f"--{option.name}", str(getattr(settings, option.name))]
     return shlex.join(words)
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..io.records import Record
-from .settings import SFT, Settings
-from .study import GRID
+from sampo.io.records import Record
+from sampo.lab.settings import SFT, Settings
+
+from .plan import GRID
 
 FEW_SEEDS = 3  # with fewer nothing is decided
 HEADLINE = Settings()

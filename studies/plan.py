@@ -1,4 +1,4 @@
-"""What `sampo lab study` runs, and in which order. No torch here, for the command line reads this.
+"""What `python -m studies.run` runs, and in which order. No torch here, for the command line reads this.
 
 The order is breadth first: every stage gives every method the same, so that wherever it is stopped, what is there is a
 fair picture. A stage is a seed and a part: the headline setting, the sweeps over annotators' bias and over the start
@@ -8,8 +8,8 @@ and rate of the learned penalty, and the grid of learning rate and beta.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from .methods import SLOPE, STUDY_METHODS
-from .settings import GROUPS, SFT, STUDY_GROUPS, Run, Settings
+from sampo.lab.methods import SLOPE, STUDY_METHODS
+from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Run, Settings
 
 SEEDS = 5
 GRID = tuple((rate, beta) for rate in (2e-4, 5e-4) for beta in (0.05, 0.1, 0.3))  # of each method on each group

@@ -7,6 +7,9 @@ where it does not, or where there are fewer than three seeds.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from sampo.lab.methods import STUDY_METHODS
+from sampo.lab.settings import GROUPS
+
 from .analysis import (
     FEW_SEEDS,
     HEADLINE,
@@ -21,9 +24,7 @@ from .analysis import (
     prediction,
     tuned,
 )
-from .methods import STUDY_METHODS
-from .settings import GROUPS
-from .study import BIASES
+from .plan import BIASES
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 COLLAPSED = 0.45  # win rate against the start, below which a policy has collapsed

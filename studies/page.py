@@ -5,7 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..io.files import replacing
+from sampo.io.files import replacing
+from sampo.lab.methods import STUDY_METHODS
+from sampo.lab.settings import GROUPS, STUDY_GROUPS
+
 from .analysis import (
     HEADLINE,
     KL_LEVELS,
@@ -22,9 +25,7 @@ from .analysis import (
     whole_grids,
 )
 from .claims import Claim, claims
-from .methods import STUDY_METHODS
-from .settings import GROUPS, STUDY_GROUPS
-from .study import BIAS_METHODS, BIASES, PENALTY_BIASES, PENALTY_METHODS, PENALTY_RATES, PENALTY_STARTS
+from .plan import BIAS_METHODS, BIASES, PENALTY_BIASES, PENALTY_METHODS, PENALTY_RATES, PENALTY_STARTS
 
 COLUMNS = {  # number -> head, digits
     "tokens": ("tokens", 1),

@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 
 from sampo.io import records as results
-from sampo.lab.analysis import (
+from sampo.lab.methods import STUDY_METHODS
+from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Settings
+from studies.analysis import (
     Spread,
     Study,
     at_equal,
@@ -21,11 +23,9 @@ from sampo.lab.analysis import (
     prediction,
     tuned,
 )
-from sampo.lab.claims import FAILS, HOLDS, OPEN, Claim, Finding, above, below, both, claims, collapsed, within
-from sampo.lab.methods import STUDY_METHODS
-from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Settings
-from sampo.lab.study import study_plan
-from sampo.lab.study_page import PARTS, write_figures
+from studies.claims import FAILS, HOLDS, OPEN, Claim, Finding, above, below, both, claims, collapsed, within
+from studies.page import PARTS, write_figures
+from studies.plan import study_plan
 
 NAMES = ("tokens", "stops", "quality", "win_rate", "kl", "accuracy", "correlation", "pressure", "push")
 
