@@ -123,7 +123,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         from sampo import load_preferences
-        from sampo.data.load import split_by_prompt
+        from sampo.data.subsets import split_by_prompt
         from sampo.evaluation.answers.prompts import Question
         from sampo.evaluation.models import Texts, fingerprint, load_tokenizer
 

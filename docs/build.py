@@ -125,8 +125,8 @@ def audit() -> str:
 
 
 def audit_faults() -> str:
-    """Its faults, by kind."""
-    return _audited().fault_list()
+    """Its issues, by kind."""
+    return _audited().issue_list()
 
 
 def audit_cuts() -> str:
@@ -136,9 +136,9 @@ def audit_cuts() -> str:
 
 def audit_columns() -> str:
     """Columns of `pairs.parquet`."""
-    from sampo.audit.files import PAIR_COLUMNS
+    from sampo.audit.files import PARQUET_COLUMNS
 
-    return "\n".join(["| column | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in PAIR_COLUMNS.items())])
+    return "\n".join(["| column | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in PARQUET_COLUMNS.items())])
 
 
 def _audited() -> Any:

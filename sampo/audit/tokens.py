@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.chat import ChatTemplate, NotRendered
 from ..data.end_tokens import ResponseEnds, end_token_ids
-from ..data.layouts import Pair
-from ..data.load import said
+from ..data.issues import RowIssue
+from ..data.layouts import Pair, visible_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # What is known of a pair besides its hashes: lengths of prompt, chosen and rejected; place of the last end token of
 # the two sides, -1 for none; how many tokens the two sides share at the start and at the end.
 Measure = tuple[int, int, int, int, int, int, int]
-Fault = tuple[str, str]  # kind and column, as in `pair_rows`
 
 
 class WordCounter:
@@ -24,9 +23,9 @@ class WordCounter:
     unit = "words"
     about: dict[str, Any] = {}
 
-    def measure(self, pairs: Sequence[Pair], extras: Sequence[dict[str, Any]]) -> list[Measure | Fault]:
+    def measure(self, pairs: Sequence[Pair], extras: Sequence[dict[str, Any]]) -> list[Measure | RowIssue]:
         """Lengths of each pair; places and shares are not known of words."""
-        return [self._one(*(len(said(part).split()) for part in pair)) for pair in pairs]
+        return [self._one(*(len(visible_text(part).split()) for part in pair)) for pair in pairs]
 
     def _one(self, prompt: int, chosen: int, rejected: int) -> Measure:
         return prompt, chosen, rejected, -1, -1, 0, 0
@@ -58,7 +57,7 @@ class TokenCounter:
             return None
         return hashlib.sha256(f"{backend.to_str()}\n{self.tokenizer.chat_template}".encode()).hexdigest()[:16]
 
-    def measure(self, pairs: Sequence[Pair], extras: Sequence[dict[str, Any]]) -> list[Measure | Fault]:
+    def measure(self, pairs: Sequence[Pair], extras: Sequence[dict[str, Any]]) -> list[Measure | RowIssue]:
         """Lengths, end tokens and shared tokens of each pair, or its fault.
 
         Args:
@@ -80,7 +79,7 @@ class TokenCounter:
             texts, add_special_tokens=not messages, return_attention_mask=False, padding=False, verbose=False
         )["input_ids"]
 
-    def _render(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str, str] | Fault:
+    def _render(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str, str] | RowIssue:
         """The prompt alone, and the prompt with each side; or what the template does wrong."""
         prompt, *sides = pair
         if isinstance(prompt, str):
@@ -99,9 +98,9 @@ class TokenCounter:
         except NotRendered as error:
             self.template.reasons.setdefault("not_rendered", str(error))
             return "not_rendered", ""
-        return self.template.fault_of_texts(pair, texts) or texts
+        return self.template.find_issue_in_texts(pair, texts) or texts
 
-    def _one(self, alone: list[int], chosen: list[int], rejected: list[int], *, is_text: bool) -> Measure | Fault:
+    def _one(self, alone: list[int], chosen: list[int], rejected: list[int], *, is_text: bool) -> Measure | RowIssue:
         prompt = min(_shared_start(alone, chosen), _shared_start(alone, rejected))
         self.texts += is_text
         self.merged += is_text and prompt < len(alone)

@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Compute what is not there yet, and say what was found."""
-    from ..data.layouts import PreferenceDataError
+    from ..data.issues import PreferenceDataError
     from ..io.locks import alone_in
     from ..reference_cache.store import RefCacheError
 

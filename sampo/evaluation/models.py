@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chat import ChatTemplate, NotRendered
-from ..data.layouts import has_other_content, phrase
+from ..data.issues import phrase
+from ..data.layouts import has_other_content
 from ..models.checks import faults_of_place
 from ..models.load import (
     ModelError,
@@ -199,7 +200,7 @@ class Texts:
             text = self._chat_template.render(self._chat_template.as_taken(messages), add_generation_prompt=True)
         except NotRendered as error:
             return f"{phrase('not_rendered', '', 1)}: {error}"
-        kind = self._chat_template.fault_of_prompt(messages, text)
+        kind = self._chat_template.find_issue_in_prompt(messages, text)
         return None if kind is None else phrase(kind, "prompt", 1)
 
     def _templated(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:

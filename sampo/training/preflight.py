@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from ..config import SamPOConfig
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts
-from ..data.load import check_preferences
+from ..data.validate import check_preferences
 from ..logs import get_logger
 
 logger = get_logger(__name__)

@@ -20,8 +20,10 @@ from sampo.audit.audit import audit_preferences
 from sampo.commands import audit, diagnose, generate, train
 from sampo.data import chat
 from sampo.data.end_tokens import ResponseEnds, end_token_ids
+from sampo.data.issues import PreferenceDataError
 from sampo.data.lengths import count_tokens, kept_ids
-from sampo.data.load import PreferenceDataError, check_preferences, load_preferences
+from sampo.data.load import load_preferences
+from sampo.data.validate import check_preferences
 from sampo.diagnostics.pair_scores import tokenise
 from sampo.evaluation.answers.prompts import check_prompts, load_prompts
 from sampo.evaluation.models import Texts
@@ -55,10 +57,10 @@ def rows_of(n=6, system=()):
     return rows
 
 
-def faults_of(call, *args, **options):
+def issues_of(call, *args, **options):
     with pytest.raises(PreferenceDataError) as caught:
         call(*args, **options)
-    return {(f.kind, f.column): (f.rows, f.count) for f in caught.value.faults}, str(caught.value)
+    return {(f.kind, f.column): (f.rows, f.count) for f in caught.value.issues}, str(caught.value)
 
 
 # --- templates that fail, drop, or never end -------------------------------------------------------------------------
@@ -88,8 +90,8 @@ def test_rows_that_a_template_spoils_are_named_or_dropped_everywhere(name, monke
     tokenizer = tokenizer_with(template)
     data = Dataset.from_list(rows_of(system=[2]))
     for call in (load_preferences, check_preferences):
-        faults, message = faults_of(call, data, chat_template_of=tokenizer)
-        assert faults == {(kind, column): ([2], 1)}
+        issues, message = issues_of(call, data, chat_template_of=tokenizer)
+        assert issues == {(kind, column): ([2], 1)}
         assert reason in message
         assert "at rows [2]" in message
     with pytest.raises(PreferenceDataError, match=reason):
@@ -103,8 +105,8 @@ def test_rows_that_a_template_spoils_are_named_or_dropped_everywhere(name, monke
     assert kept.to_list() == [row for i, row in enumerate(data.to_list()) if i != 2]
     assert "dropped 1 of 6 pairs, kept 5" in caplog.text
     found = audit_preferences(data, tokenizer=tokenizer)
-    assert [(f.kind, f.column, f.rows) for f in found.scans[0].faults] == [(kind, column, [2])]
-    assert reason in found.scans[0].faults[0].in_words(6)
+    assert [(f.kind, f.column, f.rows) for f in found.scans[0].issues] == [(kind, column, [2])]
+    assert reason in found.scans[0].issues[0].describe(6)
     check_preferences(Dataset.from_list(rows_of()), chat_template_of=tokenizer)  # without system messages all is well
 
 
@@ -210,15 +212,15 @@ def test_options_of_the_template_that_trl_cannot_take_are_named_or_dropped(name,
             del row[column]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert faults_of(load_preferences, path)[0] == {(kind, column): ([1], 1)}
+    assert issues_of(load_preferences, path)[0] == {(kind, column): ([1], 1)}
     assert len(load_preferences(path, on_bad_rows="drop")) == 1
     found = audit_preferences(path)
-    assert [(f.kind, f.column, f.rows) for f in found.scans[0].faults] == [(kind, column, [1])]
+    assert [(f.kind, f.column, f.rows) for f in found.scans[0].issues] == [(kind, column, [1])]
     try:
         data = Dataset.from_list(rows, on_mixed_types="use_json")
     except (TypeError, ValueError):
         return  # Arrow itself has no place for such a column
-    assert faults_of(check_preferences, data)[0] == {(kind, column): ([1], 1)}
+    assert issues_of(check_preferences, data)[0] == {(kind, column): ([1], 1)}
 
 
 def test_rows_without_tools_and_options_of_the_call_itself(tmp_path):
@@ -227,8 +229,8 @@ def test_rows_without_tools_and_options_of_the_call_itself(tmp_path):
         row["tools"] = tools
     check_preferences(Dataset.from_list(rows), chat_template_of=make_tokenizer())
     rows = [row | {"chat_template_kwargs": {"tokenize": True}} for row in rows_of(2)]
-    faults, message = faults_of(load_preferences, Dataset.from_list(rows), chat_template_of=make_tokenizer())
-    assert faults == {("not_rendered", ""): ([0, 1], 2)}
+    issues, message = issues_of(load_preferences, Dataset.from_list(rows), chat_template_of=make_tokenizer())
+    assert issues == {("not_rendered", ""): ([0, 1], 2)}
     assert "tokenize" in message
 
 
@@ -281,8 +283,8 @@ def test_several_blocks_become_lines_and_other_content_is_refused():
     row["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image", "url": "u"}]}]
     data = Dataset.from_list([row])
     for call in (load_preferences, check_preferences):
-        assert faults_of(call, data)[0] == {("not_text", "prompt"): ([0], 1)}
-    assert "no text" in Texts(make_tokenizer()).fault(row["prompt"])
+        assert issues_of(call, data)[0] == {("not_text", "prompt"): ([0], 1)}
+    assert "not text" in Texts(make_tokenizer()).fault(row["prompt"])
     pictures = Dataset.from_list([row | {"images": ["p"]}])  # of a vision model: TRL's to judge
     assert len(load_preferences(pictures)) == 1
 
@@ -292,14 +294,14 @@ def test_blocks_that_a_template_prints_as_python_are_a_fault_of_their_own():
     row = rows_of(1)[0]
     row["prompt"] = [{"role": "user", "content": content}]
     template = chat.ChatTemplate(make_tokenizer())
-    assert template.find_fault(tuple(row.values()), {}) == ("blocks_as_python", "prompt")
+    assert template.find_issue(tuple(row.values()), {}) == ("blocks_as_python", "prompt")
 
 
 def test_a_template_for_blocks_alone_shows_no_strings_and_is_refused():
     template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c.text }}{% endfor %}")
     rows = rows_of(3)
-    faults, _ = faults_of(load_preferences, Dataset.from_list(rows), chat_template_of=tokenizer_with(template))
-    assert faults == {("message_lost", "prompt"): ([0, 1, 2], 3)}
+    issues, _ = issues_of(load_preferences, Dataset.from_list(rows), chat_template_of=tokenizer_with(template))
+    assert issues == {("message_lost", "prompt"): ([0, 1, 2], 3)}
     blocks = Dataset.from_list(list(map(in_blocks, rows)))
     assert len(load_preferences(blocks, chat_template_of=tokenizer_with(template))) == 3
 
@@ -500,11 +502,11 @@ def test_text_as_messages_makes_a_turn_of_each_text():
     messages = make_pairs(3, conversational=True)
     assert load_preferences(messages, text_as_messages=True).to_list() == messages.to_list()
     rendered = [{"prompt": "<|im_start|>user\nw1<|im_end|>\n", "chosen": "w2", "rejected": "w3"}]
-    assert faults_of(load_preferences, Dataset.from_list(rendered), text_as_messages=True)[0] == {
+    assert issues_of(load_preferences, Dataset.from_list(rendered), text_as_messages=True)[0] == {
         ("rendered_text", "prompt"): ([0], 1)
     }
     only_blanks_differ = [{"prompt": "w1", "chosen": "w2 ", "rejected": " w2"}]
-    assert faults_of(load_preferences, Dataset.from_list(only_blanks_differ), text_as_messages=True)[0] == {
+    assert issues_of(load_preferences, Dataset.from_list(only_blanks_differ), text_as_messages=True)[0] == {
         ("identical", "rejected"): ([0], 1)
     }
 
