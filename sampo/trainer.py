@@ -34,7 +34,7 @@ import textwrap
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,10 +51,9 @@ from trl.trainer.utils import add_fused_lm_head
 from .checkpointing.files import fault_of_output_folder
 from .checkpointing.resume import ResumableTrainer
 from .config import SamPOConfig
-from .data.chat import with_strings_for_template
 from .data.end_tokens import ResponseEnds, end_token_ids
 from .data.lengths import LengthSums, TokenCounts, count_tokens
-from .data.tokenize import prepare, rows_with_other_ends
+from .data.tokenize import rows_with_other_ends, tokenize_by_trl
 from .io.files import write_whole
 from .logs import get_logger, show_logs
 from .models.checks import faults_of_reference, faults_of_tokens
@@ -917,9 +916,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if hasattr(self, "_weighting"):  # another set for `evaluate`; the first ones were checked before the model
             check_data(args, None, dataset, processing_class)
-        dataset = with_strings_for_template(dataset, processing_class, f"{dataset_name} data")
-        trl_prepares = partial(super()._prepare_dataset, dataset, processing_class, args, dataset_name)
-        prepared, note = prepare(trl_prepares, processing_class)
+        prepare_dataset = super()._prepare_dataset
+        prepared, note = tokenize_by_trl(prepare_dataset, dataset, processing_class, args, dataset_name)
         if note is not None:
             logger.warning(f"{dataset_name} data: {note}")
         if isinstance(prepared, Dataset):
@@ -936,7 +934,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             self._rows_with_other_ends += rows_with_other_ends(prepared, counts, args.max_length, args.truncation_mode)
             refuse_endless_responses(counts, args, dataset_name)
             log = logger.warning if counts.dropped or counts.identical else logger.info
-            log(f"{dataset_name} data: {counts.in_words(args.max_length)}")
+            log(f"{dataset_name} data: {counts.describe(args.max_length)}")
         else:
             logger.info(f"{dataset_name} data: streamed, so dropped and truncated pairs are not counted.")
         return prepared
@@ -1040,7 +1038,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         method += f"Beta {self.beta}, loss {self.args.loss_type}."
         counts = self._token_counts.get("train")
         data = "" if known is None else f"`{known if on_hub else Path(known).name}`: "
-        data += "streamed." if counts is None else counts.in_words(self.args.max_length)
+        data += "streamed." if counts is None else counts.describe(self.args.max_length)
         path = folder / "README.md"
         card = finish_card(path.read_text(encoding="utf-8"), self, {"Method": method, "Data": data}, sys.argv)
         write_whole(path, card)

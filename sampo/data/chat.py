@@ -134,13 +134,15 @@ class ChatTemplate:
         Raises:
             NotRendered: the template fails.
         """
-        prompt, *sides = map(self.as_taken, pair)
-        tools = extra.get("tools")
-        options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-        options |= extra.get("chat_template_kwargs") or {}
-        alone = self.render(prompt, add_generation_prompt=True, **options)
-        chosen, rejected = (self.render(prompt + side, **options) for side in sides)
+        prompt, *responses = map(self.as_taken, pair)
+        options = _read_options(extra)
+        alone = self.render_prompt(prompt, extra)
+        chosen, rejected = (self.render(prompt + response, **options) for response in responses)
         return alone, chosen, rejected
+
+    def render_prompt(self, prompt: list[dict], extra: dict[str, Any]) -> str:
+        """Render a prompt alone, up to where the answer begins; raises `NotRendered` if the template fails."""
+        return self.render(self.as_taken(prompt), add_generation_prompt=True, **_read_options(extra))
 
     def find_issue(self, pair: Pair, extra: dict[str, Any]) -> RowIssue | None:
         """Render a pair and find what is wrong with it."""
@@ -167,6 +169,15 @@ class ChatTemplate:
             if message["role"] in PROMPT_ROLES and (kind := _find_issue_in_message(message, text)):
                 return "system_lost" if kind == "message_lost" and message["role"] != "user" else kind
         return None
+
+
+def _read_options(extra: dict[str, Any]) -> dict[str, Any]:
+    """Options of the template, from the columns `tools` and `chat_template_kwargs` of a row."""
+    tools = extra.get("tools")
+    return {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(extra.get("chat_template_kwargs") or {}),
+    }
 
 
 def template_of(tokenizer: Any) -> ChatTemplate | None:

@@ -1,10 +1,11 @@
-"""The one definition of length, and what length says about pairs: sums over a window, and counts over a data set.
+"""The one definition of length, sums of it over a logging window, and counts of tokens over a data set.
 
 The length of a response is the number of its completion tokens after truncation, its end token included (T_w of the
 chosen, T_l of the rejected one).
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ class LengthSums:
     Means of batches would depend on the batch size; sums do not.
 
     Attributes:
-        columns: the sums, by name; with them a window begun elsewhere goes on.
+        columns: the sums, by name; pass them to continue a window.
     """
 
     def __init__(self, columns: dict[str, float] | None = None):
@@ -27,8 +28,8 @@ class LengthSums:
         """Add pairs.
 
         Args:
-            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `counted_tokens` (of both sides), `margin` (of
-                implicit rewards), and if known `dpo_margin` (over all tokens) and `pressure`.
+            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `counted_tokens` (selected tokens of both
+                responses), `margin` (of implicit rewards), and if known `dpo_margin` (over all tokens) and `pressure`.
         """
         difference = pairs["chosen_tokens"] - pairs["rejected_tokens"]
         longer, shorter = difference > 0, difference < 0
@@ -36,14 +37,14 @@ class LengthSums:
         columns |= {"d": difference, "dd": difference**2}
         for name in ("margin", "dpo_margin"):
             if name in pairs:
-                right = pairs[name] > 0
+                correct = pairs[name] > 0
                 columns |= {f"{name}^2": pairs[name] ** 2, f"{name}*d": pairs[name] * difference}
-                columns |= {f"{name}>0,longer": right & longer, f"{name}>0,shorter": right & shorter}
+                columns |= {f"{name}>0,longer": correct & longer, f"{name}>0,shorter": correct & shorter}
         for name, values in columns.items():
             self.columns[name] = self.columns.get(name, 0.0) + float(values.sum())
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of docs/metrics.md; what these pairs do not define (a correlation of one pair) is left out."""
+        """Return the metrics of docs/metrics.md, without those that are undefined (a correlation of one pair)."""
         sums = self.columns
         if not sums:
             return {}
@@ -54,20 +55,20 @@ class LengthSums:
             "length/chosen_longer": sums["longer"] / n,
             "length/counted": sums["counted_tokens"] / tokens if tokens else 0.0,
         }
-        metrics |= self._of_margin("margin", prefix="")
+        metrics |= self._margin_metrics("margin", prefix="")
         if "dpo_margin" in sums:
             metrics |= self._accuracies("margin", prefix="") | self._accuracies("dpo_margin", prefix="dpo/")
-            metrics |= self._of_margin("dpo_margin", prefix="dpo/")
+            metrics |= self._margin_metrics("dpo_margin", prefix="dpo/")
         if "pressure" in sums:
             metrics["length_gap/pressure"] = sums["pressure"] / n
         return metrics
 
-    def _of_margin(self, name: str, prefix: str) -> dict[str, float]:
+    def _margin_metrics(self, name: str, prefix: str) -> dict[str, float]:
         sums, n = self.columns, self.columns["n"]
         var_d = sums["dd"] - sums["d"] ** 2 / n
         var_m = sums[f"{name}^2"] - sums[name] ** 2 / n
         cov = sums[f"{name}*d"] - sums[name] * sums["d"] / n
-        # what cancels to rounding is no variance: at the first step all margins are 0
+        # a difference of rounding errors is not a variance: at the first step all margins are 0
         known_d = var_d > 1e-9 * sums["dd"]
         known_m = var_m > 1e-9 * sums[f"{name}^2"]
         metrics = {}
@@ -91,7 +92,7 @@ class TokenCounts:
 
     Attributes:
         pairs: number of pairs kept.
-        dropped: pairs that TRL left out because the prompt alone fills `max_length`.
+        dropped: pairs that TRL drops because the prompt alone fills `max_length`.
         cut_chosen: chosen responses that lose tokens.
         cut_rejected: rejected responses that lose tokens.
         identical: pairs whose two responses are the same tokens after truncation.
@@ -122,7 +123,7 @@ class TokenCounts:
         """Root mean square of T_w − T_l in tokens."""
         return (self.squared_differences / self.pairs) ** 0.5 if self.pairs else 0.0
 
-    def in_words(self, max_length: int | None) -> str:
+    def describe(self, max_length: int | None) -> str:
         """One line for the log."""
         if not self.pairs:
             return f"no pairs; {self.dropped:,} dropped because their prompt alone fills max_length {max_length}."
@@ -131,7 +132,7 @@ class TokenCounts:
             f"{self.rejected_tokens / self.pairs:.1f} rejected tokens on average; at max_length {max_length}: "
             f"{self.dropped:,} dropped because the prompt alone fills it, {self.cut_chosen:,} chosen and "
             f"{self.cut_rejected:,} rejected responses truncated, {self.identical:,} pairs identical after truncation"
-            f"{self._endless_in_words()}."
+            f"{self._describe_endless()}."
         )
 
     @property
@@ -139,14 +140,14 @@ class TokenCounts:
         """Whether any response has its end token."""
         return self.endless_chosen + self.endless_rejected < 2 * self.pairs
 
-    def _endless_in_words(self) -> str:
+    def _describe_endless(self) -> str:
         if not self.endless_chosen + self.endless_rejected:
             return ""
         return f"; {self.endless_chosen:,} chosen and {self.endless_rejected:,} rejected responses have no end token"
 
 
 def count_tokens(
-    dataset, max_length: int | None, truncation_mode: str = "keep_start", ends: ResponseEnds | None = None
+    dataset: Any, max_length: int | None, truncation_mode: str = "keep_start", ends: ResponseEnds | None = None
 ) -> TokenCounts:
     """Count what the collator will cut.
 
@@ -175,54 +176,67 @@ def count_tokens(
         counts.squared_differences += int(((kept_chosen - kept_rejected) ** 2).sum())
         for row in np.flatnonzero((kept_chosen == kept_rejected) & ~empty):
             kept = int(kept_chosen[row])
-            part = slice(0, kept) if truncation_mode == "keep_start" else slice(-kept, None)
-            counts.identical += batch.column(1)[row].as_py()[part] == batch.column(2)[row].as_py()[part]
+            ids = (batch.column(column)[row].as_py() for column in (1, 2))
+            left, right = (each[kept_part(len(each), kept, truncation_mode)] for each in ids)
+            counts.identical += left == right
     return counts
 
 
-def _count_ends(counts: TokenCounts, batch, kept_chosen, kept_rejected, truncation_mode: str, ends) -> None:
+def _count_ends(
+    counts: TokenCounts,
+    batch: Any,
+    kept_chosen: np.ndarray,
+    kept_rejected: np.ndarray,
+    truncation_mode: str,
+    ends: ResponseEnds,
+) -> None:
+    """Count the responses of an Arrow batch whose end token is cut, or that have none."""
     for number, (column, kept) in enumerate((("chosen_ids", kept_chosen), ("rejected_ids", kept_rejected)), 1):
         lists = batch.column(number).combine_chunks()
         values, borders = lists.values.to_numpy(), lists.offsets.to_numpy()
         endless = 0
         for row, (start, stop, n) in enumerate(zip(borders[:-1], borders[1:], kept, strict=True)):
             ids = values[start:stop]
-            part = slice(0, max(n, 0)) if truncation_mode == "keep_start" else slice(len(ids) - n, None)
-            if ends.place(ids) not in range(len(ids))[part]:
-                endless += 1
-                if ends.is_other_turns(ids, part):
-                    counts.other_ends.append((counts.pairs + row, column))
+            found = ends.classify(ids, kept_part(len(ids), int(n), truncation_mode))
+            endless += found != "own"
+            if found == "other":
+                counts.other_ends.append((counts.pairs + row, column))
         if number == 1:
             counts.endless_chosen += endless
         else:
             counts.endless_rejected += endless
 
 
-def _list_lengths(column) -> np.ndarray:
+def _list_lengths(column: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
     return pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
 def kept_tokens(
-    prompt: np.ndarray, *sides: np.ndarray, max_length: int | None, truncation_mode: str = "keep_start"
+    prompt: np.ndarray, *responses: np.ndarray, max_length: int | None, truncation_mode: str = "keep_start"
 ) -> list[np.ndarray]:
-    """Tokens of each side that the collator keeps; 0 or less where the prompt alone fills `max_length`.
+    """Return how many tokens of each response the collator keeps; 0 or less where the prompt fills `max_length`.
 
     Args:
         prompt: `(n,)` tokens of the prompts.
-        sides: `(n,)` tokens of the responses, each side by itself.
+        responses: `(n,)` tokens of the chosen or the rejected responses.
         max_length: tokens of prompt and response together, or None.
         truncation_mode: `keep_start` cuts the end of the response, `keep_end` the beginning of the row.
     """
     if max_length is None:
-        return list(sides)
+        return list(responses)
     room = max_length - prompt if truncation_mode == "keep_start" else np.full_like(prompt, max_length)
-    return [np.minimum(side, room) for side in sides]
+    return [np.minimum(response, room) for response in responses]
+
+
+def kept_part(length: int, kept: int, truncation_mode: str) -> slice:
+    """Which of the `length` tokens of a response the collator keeps, if it keeps `kept` of them (0 or less: none)."""
+    return slice(0, max(kept, 0)) if truncation_mode == "keep_start" else slice(length - kept, None)
 
 
 def kept_ids(ids: list[int], max_length: int | None, truncation_mode: str = "keep_start") -> list[int]:
-    """What the collator keeps of the tokens of prompt and response."""
+    """Return what the collator keeps of the tokens of prompt and response."""
     if max_length is None:
         return ids
     return ids[:max_length] if truncation_mode == "keep_start" else ids[-max_length:]

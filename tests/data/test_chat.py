@@ -23,8 +23,8 @@ from sampo.data.end_tokens import ResponseEnds, end_token_ids
 from sampo.data.issues import PreferenceDataError
 from sampo.data.lengths import count_tokens, kept_ids
 from sampo.data.load import load_preferences
+from sampo.data.tokenize import tokenize_pairs
 from sampo.data.validate import check_preferences
-from sampo.diagnostics.pair_scores import tokenise
 from sampo.evaluation.answers.prompts import check_prompts, load_prompts
 from sampo.evaluation.models import Texts
 from sampo.models.checks import faults_of_tokenizer
@@ -258,8 +258,8 @@ def test_blocks_of_text_give_the_tokens_of_strings(model, template, tmp_path):
     tokenizer, rows = tokenizer_with(template), rows_of(5, system=[1])
     plain, blocks = Dataset.from_list(rows), Dataset.from_list(list(map(in_blocks, rows)))
     names = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    expected = tokenise(plain, tokenizer, max_length=None).select_columns(names).to_list()
-    assert tokenise(blocks, tokenizer, max_length=None).select_columns(names).to_list() == expected
+    expected = tokenize_pairs(plain, tokenizer, max_length=None).select_columns(names).to_list()
+    assert tokenize_pairs(blocks, tokenizer, max_length=None).select_columns(names).to_list() == expected
     found = [audit_preferences(data, tokenizer=tokenizer).scans[0].pairs for data in (plain, blocks)]
     assert found[0].chosen.tolist() == found[1].chosen.tolist()
     trainer = SamPOTrainer(
@@ -373,11 +373,12 @@ def test_the_place_of_the_end_is_that_of_a_loop():
         ids = [rng.choice([eos, turn, newline, 20, 21]) for _ in range(rng.randint(0, 8))]
         words = [i for i, token in enumerate(ids) if token in (20, 21)]
         behind = [i for i, token in enumerate(ids) if token in (eos, turn) and i > max(words, default=-1)]
-        assert ends.place(ids) == max(behind, default=-1)
+        assert ends.find(ids) == max(behind, default=-1)
         for kept in (slice(0, 3), slice(2, None)):
             part = ids[kept]
-            inside = ends.place(ids) in range(len(ids))[kept]
-            assert ends.is_other_turns(ids, kept) is (not inside and any(i in (eos, turn) for i in part))
+            inside = ends.find(ids) in range(len(ids))[kept]
+            others = "other" if any(i in (eos, turn) for i in part) else "none"
+            assert ends.classify(ids, kept) == ("own" if inside else others)
 
 
 @pytest.mark.parametrize("template", [NO_END, CLOSED_BY_THE_NEXT])
@@ -458,7 +459,7 @@ def merging_rows():
 
 def test_what_merges_is_said_once_with_its_share(caplog, capsys):
     caplog.set_level(logging.WARNING)
-    found = tokenise(Dataset.from_list(merging_rows()), merging_tokenizer(), max_length=None)
+    found = tokenize_pairs(Dataset.from_list(merging_rows()), merging_tokenizer(), max_length=None)
     assert len(found) == 10
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
@@ -470,7 +471,7 @@ def test_what_merges_is_said_once_with_its_share(caplog, capsys):
 
 def test_a_space_in_front_of_the_response_keeps_the_tokens_apart(caplog):
     rows = [{**row, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]} for row in merging_rows()]
-    tokenise(Dataset.from_list(rows), merging_tokenizer(), max_length=None)
+    tokenize_pairs(Dataset.from_list(rows), merging_tokenizer(), max_length=None)
     assert "merges" not in caplog.text
 
 
@@ -479,7 +480,7 @@ def test_rendered_text_and_tokenizers_without_a_template_are_no_chat(prompt, cap
     tokenizer = merging_tokenizer()
     if prompt == "a ":
         tokenizer.chat_template = None
-    tokenise(Dataset.from_list([{"prompt": prompt, "chosen": "c", "rejected": "d"}]), tokenizer, max_length=None)
+    tokenize_pairs(Dataset.from_list([{"prompt": prompt, "chosen": "c", "rejected": "d"}]), tokenizer, max_length=None)
     assert "chat template" not in caplog.text
 
 
@@ -562,7 +563,7 @@ def test_pairs_of_alpaca_eval_with_a_chat_model(caplog):
     with gzip.open(ALPACA, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     data = load_preferences(Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]))
-    prepared = tokenise(data, tokenizer, max_length=None)
+    prepared = tokenize_pairs(data, tokenizer, max_length=None)
     (said,) = [record.getMessage() for record in caplog.records if "pairs are text" in record.getMessage()]
     merged = sum(
         len(tokenizer(row["prompt"])["input_ids"]) > len(ids)
@@ -571,7 +572,7 @@ def test_pairs_of_alpaca_eval_with_a_chat_model(caplog):
     assert f"In {merged:,} of {len(data):,} pairs" in said
     caplog.clear()
     made = load_preferences(data, text_as_messages=True, chat_template_of=tokenizer)
-    tokenise(made, tokenizer, max_length=None)
+    tokenize_pairs(made, tokenizer, max_length=None)
     assert "merges" not in caplog.text
     assert "in another way" not in caplog.text
 
@@ -579,7 +580,7 @@ def test_pairs_of_alpaca_eval_with_a_chat_model(caplog):
 def test_counts_are_those_of_a_loop_at_any_cut():
     tokenizer = make_tokenizer()
     ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
-    data = tokenise(Dataset.from_list(several_turns()), tokenizer, max_length=None)
+    data = tokenize_pairs(Dataset.from_list(several_turns()), tokenizer, max_length=None)
     for max_length in (None, 8, 13, 20):
         for mode in ("keep_start", "keep_end"):
             counts = count_tokens(data, max_length, mode, ends)
@@ -588,7 +589,7 @@ def test_counts_are_those_of_a_loop_at_any_cut():
                 for side, name in enumerate(("chosen_ids", "rejected_ids")):
                     whole = row["prompt_ids"] + row[name]
                     kept = kept_ids(whole, max_length, mode)
-                    place = len(row["prompt_ids"]) + ends.place(row[name])
+                    place = len(row["prompt_ids"]) + ends.find(row[name])
                     there = place < len(kept) if mode == "keep_start" else place >= len(whole) - len(kept)
                     endless[side] += not there
                     begin = len(row["prompt_ids"]) if mode == "keep_start" else 0

@@ -331,8 +331,8 @@ def test_broken_lines_are_named_with_file_and_line_and_can_be_dropped(tmp_path, 
         assert f"pairs.jsonl, {place}" in message
     assert load_preferences(path, on_bad_rows="drop")["prompt"][:] == ["Question 0", "Question 6"]
     assert (
-        "dropped 5 of 7 pairs, kept 2: 2 are not valid UTF-8; 1 is valid JSON but not an object; 2 are not complete JSON"
-        in caplog.text
+        "dropped 5 of 7 pairs, kept 2: 2 are not valid UTF-8; 1 is valid JSON but not an object; 2 are not complete "
+        "JSON" in caplog.text
     )
 
 
