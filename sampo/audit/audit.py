@@ -185,7 +185,7 @@ def _counter(tokenizer: Any) -> WordCounter | TokenCounter:
     if tokenizer is None:
         return WordCounter()
     if isinstance(tokenizer, str | Path):
-        from ..evaluation.models import load_tokenizer
+        from ..models.load import load_tokenizer
 
         tokenizer, name = load_tokenizer(str(tokenizer)), str(tokenizer)
     else:
