@@ -119,9 +119,10 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         from sampo import load_preferences
-        from sampo.data.load import split_by_prompt
+        from sampo.data.subsets import split_by_prompt
         from sampo.evaluation.answers.prompts import Question
-        from sampo.evaluation.models import Texts, fingerprint, load_tokenizer
+        from sampo.evaluation.models import Texts, fingerprint
+        from sampo.models.load import load_tokenizer
 
         self.args = args
         self.tokenizer = load_tokenizer(args.model)

@@ -149,7 +149,7 @@ def audit() -> str:
 
 def audit_faults() -> str:
     """The issues of its rows, by kind."""
-    from sampo.data.layouts import phrase
+    from sampo.data.issues import phrase
 
     bad = [record for record in read("audit.jsonl") if record.name == "audit/bad_rows"]
     return "\n".join(
@@ -175,9 +175,9 @@ def audit_cuts() -> str:
 
 def audit_columns() -> str:
     """Columns of `pairs.parquet`."""
-    from sampo.audit.files import PAIR_COLUMNS
+    from sampo.audit.files import PARQUET_COLUMNS
 
-    return table(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in PAIR_COLUMNS.items()])
+    return table(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in PARQUET_COLUMNS.items()])
 
 
 def lab_judged() -> str:
@@ -186,7 +186,7 @@ def lab_judged() -> str:
 
 
 def real_judged() -> str:
-    """The real model's answers judged by a model and by length, from the records of benchmarks/real_model_judged.py."""
+    """The real model's answers judged by a model and by length, from benchmarks/real_model_judged.py."""
     judged = _judged(
         "real_model_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
     )

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .checkpointing.files import CheckpointNotSavedError
     from .checkpointing.resume import Preempted, ResumeRefusedError, WeightsNotFiniteError
     from .config import SamPOConfig
-    from .data.load import PreferenceDataError, load_preferences
+    from .data.issues import PreferenceDataError
+    from .data.load import load_preferences
     from .io.locks import FolderInUseError
     from .models.load import ModelError
     from .reference_cache.store import RefCacheError
@@ -25,7 +26,7 @@ _PUBLIC = {
     "PairTokens": "weighting",
     "Weighting": "weighting",
     "register_weighting": "weighting",
-    "PreferenceDataError": "data.load",
+    "PreferenceDataError": "data.issues",
     "load_preferences": "data.load",
     "Audit": "audit.audit",
     "audit_preferences": "audit.audit",

@@ -39,7 +39,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from .checkpointing.resume import ResumableTrainer
 from .config import SamPOConfig
-from .data.chat import with_strings_for_template
 from .data.end_tokens import end_token_ids
 from .data.lengths import TokenCounts
 from .logs import get_logger
@@ -284,9 +283,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if self._initialised:  # another set for `evaluate`; the first ones were checked before the model
             check_data(args, None, dataset, processing_class)
-        dataset = with_strings_for_template(dataset, processing_class, f"{dataset_name} data")
-        trl_prepares = partial(super()._prepare_dataset, dataset, processing_class, args, dataset_name)
-        prepared = prepare_dataset(trl_prepares, dataset, dataset_name, processing_class, args)
+        prepared = prepare_dataset(super()._prepare_dataset, dataset, dataset_name, processing_class, args)
         if prepared.counts is not None:
             self.token_counts[dataset_name] = prepared.counts
         self._rows_with_other_ends += prepared.other_ends

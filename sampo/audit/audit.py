@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.columns import pair_rows
-from ..data.layouts import PreferenceDataError, guess
+from ..data.columns import Rows, pair_rows
+from ..data.issues import PreferenceDataError, suggest
 from ..data.sources import Files, open_source
 from ..data.treatment import Treatment
 from .bias import LengthBias, length_bias
 from .duplicates import Overlap, Repeats, overlap, repeats
-from .scan import Advance, Groups, PairNumbers, Rows, SplitScan, scan_split
+from .scan import Advance, Groups, PairNumbers, SplitScan, scan_split
 from .tokens import TokenCounter, WordCounter
 from .truncation import Truncation, truncation
 
@@ -35,7 +35,7 @@ class Audit:
         unit: what lengths count: `tokens` or `words`.
         about: the settings that numbers depend on: tokenizer, group column, columns.
         fingerprint: hash of all good pairs in their order.
-        scans: one per split, with faults by kind and what is kept of each pair.
+        scans: one per split, with issues by kind and what is kept of each pair.
         overall: what length says about all good pairs.
         splits: the same of each split, where there are several.
         groups: the same of each value of the column `by`.
@@ -64,9 +64,9 @@ class Audit:
         return sum(scan.rows for scan in self.scans)
 
     @property
-    def has_faults(self) -> bool:
+    def has_issues(self) -> bool:
         """Whether any row is bad, or any file could not be read to its end."""
-        return any(scan.faults for scan in self.scans)
+        return any(scan.issues for scan in self.scans)
 
 
 def audit_preferences(
@@ -86,7 +86,7 @@ def audit_preferences(
     """Look at every row of preference data, and say what is wrong with it and what length explains.
 
     Files of JSON lines and Parquet files are streamed; 64 bytes are kept of each pair. Bad rows are counted and left
-    out; a file that breaks off is audited up to there, and the break is a fault.
+    out; a file that breaks off is audited up to there, and the break is an issue.
 
     Args:
         sources: files, folders, data set ids on the hub, or data sets already loaded, as `load_preferences` takes
@@ -127,11 +127,11 @@ def audit_preferences(
         )
         for split, rows in tables.items()
     ]
-    pairs = PairNumbers.joined(scan.pairs for scan in scans)
+    pairs = PairNumbers.concatenate(scan.pairs for scan in scans)
     if not len(pairs):
-        faults = [fault for scan in scans for fault in scan.faults]
-        said = " ".join(fault.in_words(scan.rows) for scan in scans for fault in scan.faults)
-        raise PreferenceDataError(f"{found} must have at least one good pair, got none. {said}".rstrip(), faults)
+        issues = [issue for scan in scans for issue in scan.issues]
+        described = " ".join(issue.describe(scan.rows) for scan in scans for issue in scan.issues)
+        raise PreferenceDataError(f"{found} must have at least one good pair, got none. {described}".rstrip(), issues)
     about = {**counter.about, "by": by, "columns": dict(columns or {}), "splits": list(tables)}
     if treatment != Treatment():
         about |= asdict(treatment)
@@ -159,7 +159,7 @@ def _describe(
         scans=scans,
         overall=_bias(pairs, unit),
         splits={scan.name: _bias(scan.pairs, unit) for scan in scans} if len(scans) > 1 else {},
-        groups={name: _bias(pairs.where(pairs.group == number), unit) for name, number in filled},
+        groups={name: _bias(pairs.select(pairs.group == number), unit) for name, number in filled},
         group_names=names,
         truncations=[truncation(pairs, cut, truncation_mode) for cut in cuts] if unit == "tokens" else [],
         repeats={scan.name: repeats(scan.pairs) for scan in scans},
@@ -185,7 +185,7 @@ def _counter(tokenizer: Any) -> WordCounter | TokenCounter:
     if tokenizer is None:
         return WordCounter()
     if isinstance(tokenizer, str | Path):
-        from ..evaluation.models import load_tokenizer
+        from ..models.load import load_tokenizer
 
         tokenizer, name = load_tokenizer(str(tokenizer)), str(tokenizer)
     else:
@@ -210,6 +210,8 @@ def _open(
     if splits is not None:
         unknown = [split for split in splits if split not in tables]
         if unknown:
-            raise ValueError(f"`splits` must be among {list(tables)}, got {unknown[0]!r}.{guess(unknown[0], tables)}")
+            raise ValueError(
+                f"`splits` must be among {list(tables)}, got {unknown[0]!r}.{suggest(unknown[0], tables)}"
+            )
         tables = {split: tables[split] for split in splits}
     return ", ".join(label for label, _ in opened), tables

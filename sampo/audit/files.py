@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.issues import Issue
 from ..io import records as results
 from ..io.files import replacing, write_whole
 from .audit import Audit
@@ -35,7 +36,7 @@ def as_dict(audit: Audit) -> dict[str, Any]:
             "rows": scan.rows,
             "pairs": len(scan.pairs),
             "layout": scan.layout,
-            "faults": [asdict(fault) for fault in scan.faults],
+            "faults": [_issue_as_dict(issue) for issue in scan.issues],
             "notes": scan.notes,
         }
         for scan in audit.scans
@@ -57,7 +58,12 @@ def as_dict(audit: Audit) -> dict[str, Any]:
     }
 
 
-PAIR_COLUMNS = {  # of pairs.parquet
+def _issue_as_dict(issue: Issue) -> dict[str, Any]:
+    """An issue with the keys of audit.json, which are an interface."""
+    return {"kind": issue.kind, "column": issue.column, "rows": issue.rows, "count": issue.count, "cure": issue.fix}
+
+
+PARQUET_COLUMNS = {  # of pairs.parquet
     "split": "name of the split",
     "row": "row of the pair in the split, from 0; bad rows are not there",
     "group": "value of the column `by`; null without one",
@@ -86,7 +92,7 @@ def _write_pairs(audit: Audit, path: Path) -> None:
 
     def table(scan: SplitScan) -> Any:
         columns = {"split": encoded(np.zeros(len(scan.pairs), np.int32), [scan.name])}
-        for name in PAIR_COLUMNS:
+        for name in PARQUET_COLUMNS:
             if name == "group":
                 names = encoded(scan.pairs.group, group_names).cast(pa.string()) if group_names else None
                 columns[name] = names if group_names else pa.nulls(len(scan.pairs), pa.string())

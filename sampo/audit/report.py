@@ -63,15 +63,15 @@ def records(audit: Audit, *, command: str = "") -> list[results.Record]:
             made.append(_record(f"audit/{name}", estimate, len_of(audit), config, command))
     for scan in audit.scans:
         found = audit.repeats[scan.name]
-        counts = {"rows": scan.rows, "faults": sum(fault.count for fault in scan.faults)}
+        counts = {"rows": scan.rows, "faults": sum(issue.count for issue in scan.issues)}
         counts |= {"pairs": found.pairs, "prompts": found.prompts}
         counts |= {"repeated": found.repeated, "contradicted": found.contradicted}
         for name, count in counts.items():
             estimate = Estimate(float(count), None, None, None, scan.rows)
             made.append(_record(f"audit/{name}", estimate, scan.rows, _config(audit) | {"split": scan.name}, command))
-        for fault in scan.faults:
-            config = _config(audit) | {"split": scan.name, "kind": fault.kind, "column": fault.column}
-            bad = Estimate(float(fault.count), None, None, None, scan.rows)
+        for issue in scan.issues:
+            config = _config(audit) | {"split": scan.name, "kind": issue.kind, "column": issue.column}
+            bad = Estimate(float(issue.count), None, None, None, scan.rows)
             made.append(_record("audit/bad_rows", bad, scan.rows, config, command))
     return made
 
@@ -165,11 +165,11 @@ def _cut_table(cuts: list[Truncation]) -> Table:
     return table
 
 
-def fault_lines(audit: Audit) -> list[str]:
-    """Faults with their rows and cures, notes, repetitions and overlaps: one line each."""
+def issue_lines(audit: Audit) -> list[str]:
+    """List issues with their rows and fixes, notes, duplicates and overlaps: one line each."""
     lines = []
     for scan in audit.scans:
-        lines += [f"split `{scan.name}`: {fault.in_words(scan.rows)}" for fault in scan.faults]
+        lines += [f"split `{scan.name}`: {issue.describe(scan.rows)}" for issue in scan.issues]
         lines += scan.notes
         found = audit.repeats[scan.name]
         if found.repeated or found.contradicted:
@@ -183,7 +183,7 @@ def fault_lines(audit: Audit) -> list[str]:
                 f"splits `{both.first}` and `{both.second}` share {both.prompts:,} prompts: {both.pairs_of_second:,} "
                 f"pairs of `{both.second}` have a prompt of `{both.first}`, {both.same_pairs:,} are the same pair, "
                 f"{both.swapped_pairs:,} the same with swapped sides. To split by prompt: "
-                "`sampo.data.load.split_by_prompt`, or the option `eval_fraction`."
+                "`sampo.data.subsets.split_by_prompt`, or the option `eval_fraction`."
             )
     return [clean(line) for line in lines]
 

@@ -1,65 +1,35 @@
-"""One pass over the rows of a split: faults are counted, and of each good pair a few numbers are kept.
+"""One pass over the rows of a split: issues are counted, and of each good pair a few numbers are kept.
 
-What stays in memory is 64 bytes a pair (whole numbers and 64-bit hashes), the first rows of each kind of fault, and
-one batch of rows.
+What stays in memory is 64 bytes a pair (integers and 64-bit hashes), the first rows of each kind of issue, and one
+batch of rows. `sampo.data.validate` checks the rows; here the good ones are measured.
 """
 
 import hashlib
-import itertools
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from ..data.columns import nearest_column
-from ..data.json_files import BrokenLine
-from ..data.layouts import (
-    EXTRA_COLUMNS,
-    KINDS,
-    PAIR_COLUMNS,
-    READERS,
-    Fault,
-    Faults,
-    Pair,
-    PreferenceDataError,
-    fault_of_options,
-    guess,
-    has_other_content,
-    layout_of,
-)
-from ..data.load import as_text, missing_columns
-from ..data.repeated_prompts import FEW_BYTES, are_many
+from ..data.columns import Rows
+from ..data.issues import Issue, PreferenceDataError, suggest
+from ..data.layouts import Pair, serialize
 from ..data.tokenize import note_of_text
-from ..data.treatment import Treatment, repeats_in_plain_text
+from ..data.treatment import Treatment
+from ..data.validate import HEAD, CheckedRow, RowScanner, find_missing_columns
 from .tokens import TokenCounter, WordCounter
 
-HEAD = 1000  # rows that the layout is decided by
-BATCH = 250  # pairs that are tokenised at a time
-ROWS_NAMED = 10  # of each kind of fault
+PAIRS_PER_BATCH = 250  # that are tokenised at a time
 MAX_GROUPS = 1000
 NO_VALUE, OTHERS = "(no value)", "(further values)"
 Advance = Callable[[int, int], None]
 
 
-class Rows(Protocol):
-    """Where the rows of a split come from: files, or an Arrow data set."""
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns."""
-        ...
-
-    def cells(self, names: list[str]) -> "Iterator[Any]":
-        """The values of the named columns, row by row."""
-        ...
-
-
 @dataclass(frozen=True)
 class PairNumbers:
-    """What is kept of each good pair: `(n,)` arrays.
+    """What is kept of each good pair, as `(n,)` arrays.
 
     Attributes:
         row: number of its row in the split, from 0.
@@ -67,7 +37,7 @@ class PairNumbers:
         prompt: length of the prompt.
         chosen: length T_w of the chosen response.
         rejected: length T_l of the rejected one.
-        chosen_end: place of the last end token in the chosen response, from 0; -1 for none.
+        chosen_end: position of the last end token in the chosen response, from 0; -1 for none.
         rejected_end: the same of the rejected one.
         shared_start: tokens that both responses begin with.
         shared_end: tokens that both responses end with.
@@ -92,13 +62,13 @@ class PairNumbers:
     def __len__(self) -> int:
         return len(self.row)
 
-    def where(self, which: np.ndarray) -> "PairNumbers":
-        """Some of the pairs: `which` is `(n,)` of truth values."""
+    def select(self, which: np.ndarray) -> "PairNumbers":
+        """Select pairs by `which`, `(n,)` bool."""
         return replace(self, **{column.name: getattr(self, column.name)[which] for column in fields(self)})
 
     @classmethod
-    def joined(cls, parts: "Iterable[PairNumbers]") -> "PairNumbers":
-        """The pairs of several splits, one after the other."""
+    def concatenate(cls, parts: "Iterable[PairNumbers]") -> "PairNumbers":
+        """Join the pairs of several splits, one after the other."""
         parts = list(parts)
         columns = {c.name: np.concatenate([getattr(part, c.name) for part in parts]) for c in fields(cls)}
         return cls(**columns)
@@ -114,8 +84,8 @@ class Groups:
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
 
-    def number(self, value: Any) -> int:
-        """The number of a value; beyond `MAX_GROUPS` all further ones share one."""
+    def number_of(self, value: Any) -> int:
+        """Return the number of a value; beyond `MAX_GROUPS` all further values share one."""
         if value is None:
             name = NO_VALUE
         else:
@@ -133,8 +103,8 @@ class SplitScan:
     Attributes:
         name: of the split.
         rows: number of rows, good and bad.
-        layout: how the rows say what a pair is, as in docs/data.md.
-        faults: by kind, with the first rows and the number of all.
+        layout: of the rows, as in docs/data.md.
+        issues: by kind, with the first rows and the number of all.
         pairs: the good ones.
         notes: what a reader has to know, in sentences.
     """
@@ -142,42 +112,9 @@ class SplitScan:
     name: str
     rows: int
     layout: str
-    faults: list[Fault]
+    issues: list[Issue]
     pairs: PairNumbers
     notes: list[str] = field(default_factory=list)
-
-
-class _Faults:
-    """Faults by kind and column: the first rows and the number of all."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str], tuple[list[int], int]] = {}
-        self.places: dict[str, list[str]] = {}
-
-    def add_many(self, kind: str, column: str, rows: "list[int]") -> None:
-        """Rows that are found bad when all are read."""
-        self.found[kind, column] = rows[:ROWS_NAMED], len(rows)
-
-    def add(self, kind: str, column: str, row: int, place: str | None = None) -> None:
-        rows, count = self.found.get((kind, column), ([], 0))
-        if count < ROWS_NAMED:
-            rows.append(row)
-            if place:
-                self.places.setdefault(kind, []).append(place)
-        self.found[kind, column] = rows, count + 1
-
-    def list(self, reasons: "dict[str, str]") -> "list[Fault]":
-        return [
-            Fault(kind, column, sorted(rows), count, self._cure(kind, count, reasons.get(kind)))
-            for (kind, column), (rows, count) in self.found.items()
-        ]
-
-    def _cure(self, kind: str, count: int, reason: str | None) -> str:
-        places, cure = self.places.get(kind, []), KINDS[kind][1]
-        if reason:
-            cure = f"The first: {reason}. {cure}"
-        more = "; …" if count > len(places) else ""
-        return f"See {'; '.join(places)}{more}. {cure}" if places else cure
 
 
 def scan_split(
@@ -194,164 +131,122 @@ def scan_split(
 
     Args:
         name: of the split.
-        rows: where they come from.
-        counter: what measures a pair.
+        rows: its source.
+        counter: measures a pair.
         by: column to group by, or None.
         groups: of all splits; new values are added.
-        advance: is told (rows done, rows in all).
+        advance: called with (rows done, rows in all).
         treatment: what is done to a pair before it is measured.
 
     Raises:
         PreferenceDataError: `chosen` or `rejected` is no column, or nothing at all can be read.
     """
-    return _Scan(name, rows, counter, by, groups, advance, treatment).run()
+    _check_columns(name, rows.columns, by)
+    readable = _ReadableRows(rows)
+    by_columns = (by,) if by else ()
+    scanner = RowScanner(readable, treatment, repeats_by_head=True, other_columns=by_columns)
+    measured = _Measured(scanner, counter)
+    for row in scanner:
+        if not row.issues:
+            measured.add(row, groups.number_of(row.cells[-1]) if by else 0)
+        if scanner.total % HEAD == 0:
+            advance(scanner.total, max(getattr(rows, "total", 0), scanner.total))
+    measured.flush()
+    if readable.error is not None and not scanner.total:
+        raise readable.error
+    advance(scanner.total, scanner.total)
+    notes = [f"Split `{name}`{note}" for note in (_note_of_prompt(scanner), _note_of_text(counter)) if note]
+    scanner.settle_repeats()
+    issues = scanner.list_row_issues(getattr(counter, "template", None))
+    if readable.error is not None:
+        issues.insert(0, Issue("unreadable_file", "", [], 1, str(readable.error)))
+    return SplitScan(name, scanner.total, scanner.layout, issues, measured.pairs(), notes)
 
 
-class _Scan:
-    def __init__(self, name, rows, counter, by, groups, advance, treatment):
-        self.name, self.rows, self.counter = name, rows, counter
-        self.by, self.groups, self.advance, self.treatment = by, groups, advance, treatment
-        self.options: dict[str, Any] | None = None  # of the template, in the first good row
-        self.repeating: list[int] = []  # good rows whose responses both begin with their prompt, as text
-        self.telling = 0  # how many of them have a prompt that is long enough to tell something
-        self.cuts_plain = False  # whether those are a mistake of the data, by its first rows
-        self.read = 0
-        self.lost: PreferenceDataError | None = None
-        self.faults = _Faults()
-        self.notes: list[str] = []
-        self.arrays = {name: array(code) for name, code in _CODES.items()}
-        self.waiting: list[tuple[int, int, Pair, dict[str, Any]]] = []  # row, group, pair, extras
+def _check_columns(name: str, columns: list[str], by: str | None) -> None:
+    """Raise unless the source has both responses, and the column to group by."""
+    if missing := find_missing_columns(columns):
+        fixes = " ".join(f"There is no column `{issue.column}`. {issue.fix}" for issue in missing)
+        raise PreferenceDataError(f"Split `{name}` must have both responses of a pair. {fixes}", missing)
+    if by and by not in columns:
+        raise PreferenceDataError(
+            f"`by` must be a column of the data, got {by!r}; split `{name}` has {columns}.{suggest(by, columns)}"
+        )
 
-    def run(self) -> SplitScan:
-        self._check_columns()
-        cells = self._until_lost(self.rows.cells([*PAIR_COLUMNS, *([self.by] if self.by else []), *EXTRA_COLUMNS]))
-        head = list(itertools.islice(cells, HEAD))
-        layout = self._layout(head)
-        self.treatment.check_layout(layout)
-        self.cuts_plain = self._repeats(head, READERS[layout])
-        for row in itertools.chain(head, cells):
-            self._take(row, READERS[layout])
-        self._measure()
-        if self.lost is not None and not self.read:
-            raise self.lost
-        self.advance(self.read, self.read)
-        self._note_nearby_prompt(layout)
-        self._note_text()
-        if not self.cuts_plain and are_many(self.telling, self.read):
-            for column in ("chosen", "rejected"):
-                self.faults.add_many("repeated_prompt", column, self.repeating)
-        template = getattr(self.counter, "template", None)
-        faults = self.faults.list(template.reasons if template is not None else {})
-        if self.lost is not None:
-            faults.insert(0, Fault("unreadable_file", "", [], 1, str(self.lost)))
-        pairs = PairNumbers(**{name: np.asarray(values) for name, values in self.arrays.items()})
-        return SplitScan(self.name, self.read, layout, faults, pairs, self.notes)
 
-    def _until_lost(self, cells: Iterator[Any]) -> Iterator[Any]:
-        """The rows, up to where a file cannot be read any further."""
+class _ReadableRows:
+    """The rows of a split up to where a file cannot be read any further; `error` then says why."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self.columns = rows.columns
+        self.error: PreferenceDataError | None = None
+
+    def cells(self, names: list[str]) -> Iterator[Any]:
+        """The values of the named columns, row by row."""
         try:
-            yield from cells
+            yield from self.rows.cells(names)
         except PreferenceDataError as error:
-            self.lost = error
+            self.error = error
 
-    def _check_columns(self) -> None:
-        """Whether the source has both responses, and the column to group by."""
-        there = self.rows.columns
-        if faults := missing_columns(there):
-            cures = " ".join(f"There is no column `{fault.column}`. {fault.cure}" for fault in faults)
-            raise PreferenceDataError(f"Split `{self.name}` must have both sides of a pair. {cures}", faults)
-        if self.by and self.by not in there:
-            raise PreferenceDataError(
-                f"`by` must be a column of the data, got {self.by!r}; split `{self.name}` has {there}."
-                f"{guess(self.by, there)}"
-            )
 
-    def _layout(self, head: list[Any]) -> str:
-        rows = [row[:3] for row in head if not isinstance(row, BrokenLine)]
-        return layout_of([column for column in PAIR_COLUMNS if column in self.rows.columns], rows)
+class _Measured:
+    """Measures good pairs, a batch at a time; pairs that cannot be measured are counted as issues."""
 
-    def _take(self, row: Any, reader: Callable) -> None:
-        number = self.read
-        self.read += 1
-        if isinstance(row, BrokenLine):
-            self.faults.add(row.kind, "", number, row.place)
-            return
-        extras = dict(zip(EXTRA_COLUMNS, row[-len(EXTRA_COLUMNS) :], strict=True))
-        pair, faults = self._checked(reader(*row[:3]), extras)
-        for kind, column in faults:
-            self.faults.add(kind, column, number)
-        if not faults:
-            group = self.groups.number(row[3]) if self.by else 0
-            self.waiting.append((number, group, pair, extras))
-        if len(self.waiting) == BATCH:
-            self._measure()
-        if self.read % HEAD == 0:
-            self.advance(self.read, max(self._total(), self.read))
+    def __init__(self, scanner: RowScanner, counter: WordCounter | TokenCounter):
+        self.scanner, self.counter = scanner, counter
+        self.arrays = {name: array(code) for name, code in _CODES.items()}
+        self.waiting: list[tuple[int, int, Pair, dict[str, Any]]] = []  # row, group, pair, extra
 
-    def _repeats(self, head: list[Any], reader: Callable) -> bool:
-        """Whether so many of the first rows begin with their prompt in plain text that this is a mistake."""
-        pairs = [self.treatment.take(*reader(*row[:3])) for row in head if not isinstance(row, BrokenLine)]
-        telling = sum(not faults and repeats_in_plain_text(pair) >= FEW_BYTES for pair, faults in pairs)
-        return are_many(telling, len(head))
+    def add(self, row: CheckedRow, group: int) -> None:
+        """Measure a good pair, with the next batch."""
+        self.waiting.append((row.number, group, row.pair, row.extra))
+        if len(self.waiting) == PAIRS_PER_BATCH:
+            self.flush()
 
-    def _checked(self, read: tuple[Pair, Faults], extras: dict[str, Any]) -> tuple[Pair, Faults]:
-        """The pair as `load_preferences` makes it, or its faults."""
-        pair, faults = self.treatment.take(*read, plain_repeats=self.cuts_plain)
-        if faults:
-            return pair, faults
-        if not self.cuts_plain and (size := repeats_in_plain_text(pair)):
-            self.repeating.append(self.read - 1)
-            self.telling += size >= FEW_BYTES
-        given = {name: value for name, value in extras.items() if name in self.rows.columns}
-        if self.options is None:
-            self.options = given
-        if fault := fault_of_options(given, self.options):
-            return pair, [fault]
-        if {"image", "images"} & set(self.rows.columns):
-            return pair, []
-        return pair, [
-            ("not_text", column) for column, part in zip(PAIR_COLUMNS, pair, strict=True) if has_other_content(part)
-        ]
-
-    def _total(self) -> int:
-        return getattr(self.rows, "total", self.read)
-
-    def _measure(self) -> None:
+    def flush(self) -> None:
+        """Measure the pairs that wait."""
         measured = self.counter.measure([pair for _, _, pair, _ in self.waiting], [e for *_, e in self.waiting])
         for (number, group, pair, _), numbers in zip(self.waiting, measured, strict=True):
             if len(numbers) == 2:
                 kind, column = map(str, numbers)
-                self.faults.add(kind, column, number)
+                self.scanner.issues.add(number, [(kind, column)])
                 continue
-            values = (number, group, *numbers, *_hashes(pair))
+            values = (number, group, *numbers, *_hash_pair(pair))
             for kept, value in zip(self.arrays.values(), values, strict=True):
                 kept.append(value)
         self.waiting.clear()
 
-    def _note_text(self) -> None:
-        """Pairs of text beside the tokenizer of a chat model; and where their tokens merge."""
-        if isinstance(self.counter, TokenCounter) and self.counter.texts:
-            has_template = bool(self.counter.tokenizer.chat_template)
-            if note := note_of_text(self.counter.merged, self.counter.texts, has_template=has_template):
-                self.notes.append(f"Split `{self.name}`: {note}")
-            self.counter.texts = self.counter.merged = 0
-
-    def _note_nearby_prompt(self, layout: str) -> None:
-        near = nearest_column("prompt", self.rows.columns)
-        if layout == "shared_text" and near:
-            self.notes.append(
-                f"Split `{self.name}` has no column `prompt`, so what both sides begin with was taken for it. If "
-                f"`{near}` is meant, run the audit with `columns` prompt={near}."
-            )
+    def pairs(self) -> PairNumbers:
+        """The numbers of all pairs measured so far."""
+        return PairNumbers(**{name: np.asarray(values) for name, values in self.arrays.items()})
 
 
-def _hashes(pair: Pair) -> tuple[int, int, int]:
-    """Of the prompt, the pair, and the pair with its sides swapped."""
-    prompt, chosen, rejected = (hashlib.blake2b(as_text(part).encode(), digest_size=8).digest() for part in pair)
-    return _number(prompt), _number(prompt + chosen + rejected), _number(prompt + rejected + chosen)
+def _note_of_text(counter: WordCounter | TokenCounter) -> str | None:
+    """Describe pairs of text beside the tokenizer of a chat model, and where their tokens merge."""
+    if not isinstance(counter, TokenCounter) or not counter.texts:
+        return None
+    note = note_of_text(counter.merged, counter.texts, has_template=bool(counter.tokenizer.chat_template))
+    counter.texts = counter.merged = 0
+    return note and f": {note}"
 
 
-def _number(content: bytes) -> int:
+def _note_of_prompt(scanner: RowScanner) -> str | None:
+    """Name a column that may hold the prompts."""
+    near = scanner.prompt_like_column
+    return near and (
+        " has no column `prompt`, so the beginning that both responses share was taken for it. If "
+        f"`{near}` is meant, run the audit with `columns` prompt={near}."
+    )
+
+
+def _hash_pair(pair: Pair) -> tuple[int, int, int]:
+    """Hash the prompt, the pair, and the pair with its responses swapped."""
+    prompt, chosen, rejected = (hashlib.blake2b(serialize(part).encode(), digest_size=8).digest() for part in pair)
+    return _to_int(prompt), _to_int(prompt + chosen + rejected), _to_int(prompt + rejected + chosen)
+
+
+def _to_int(content: bytes) -> int:
     if len(content) > 8:
         content = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(content, "little")

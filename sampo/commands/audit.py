@@ -70,12 +70,12 @@ def _audit(args: argparse.Namespace) -> int:
             **treatment_of(args),
         )
     show(*report.tables(audit))
-    say(*report.fault_lines(audit), "", report.clean(report.conclusion(audit)))
+    say(*report.issue_lines(audit), "", report.clean(report.conclusion(audit)))
     if args.out:
         with alone_in(args.out):
             written = files.write(audit, args.out, command=_command(args))
         say(f"Written: {', '.join(map(str, written))}")
-    return FAULTY if audit.has_faults else 0
+    return FAULTY if audit.has_issues else 0
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Compute what is not there yet, and say what was found."""
-    from ..data.layouts import PreferenceDataError
+    from ..data.issues import PreferenceDataError
     from ..io.locks import alone_in
     from ..reference_cache.store import RefCacheError
 
@@ -178,7 +178,7 @@ class _Setup:
 def _prepare(args: argparse.Namespace) -> _Setup:
     """Everything that can be found fault with, then the reference."""
     from ..data.end_tokens import end_token_ids
-    from ..diagnostics.pair_scores import tokenise
+    from ..data.tokenize import tokenize_pairs
     from ..models.load import ModelError, check_model
     from ..reference_cache.key import data_hash
 
@@ -195,7 +195,9 @@ def _prepare(args: argparse.Namespace) -> _Setup:
     reference = _reference(args, policies)
     tokenizer = _tokenizer(policies, reference)
     dataset = _load(args, tokenizer)
-    pairs = tokenise(dataset, tokenizer, max_length=args.max_length or None, truncation_mode=args.truncation_mode)
+    pairs = tokenize_pairs(
+        dataset, tokenizer, max_length=args.max_length or None, truncation_mode=args.truncation_mode
+    )
     if len(pairs) < len(dataset):
         print(
             f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are left out: their prompt fills `max_length`."
@@ -361,7 +363,8 @@ def _add_reference(args: argparse.Namespace, setup: _Setup, reference: LazyModel
 
 def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str) -> tuple[list[Path], str]:
     """The shards of a policy, and the digest of their key."""
-    from ..diagnostics.pair_scores import ScoreKey, common_end_token, score_pairs
+    from ..data.end_tokens import most_common_end_token
+    from ..diagnostics.pair_scores import ScoreKey, score_pairs
     from .progress import progress
 
     key = ScoreKey(
@@ -371,7 +374,7 @@ def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str
         max_length=args.max_length or None,
         truncation_mode=args.truncation_mode,
         end_ids=setup.end_ids,
-        end_id=common_end_token(setup.pairs, setup.end_ids),
+        end_id=most_common_end_token(setup.pairs, setup.end_ids),
         seed=args.seed,
         gamma=args.decay_gamma,
         other_ends=setup.other_ends,

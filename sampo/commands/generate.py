@@ -128,7 +128,8 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     """(prompts that can be asked, backend, endpoint if it is one)."""
     from ..evaluation.answers import backends
     from ..evaluation.answers.prompts import check_prompts
-    from ..evaluation.models import Texts, default_device, load_causal, load_tokenizer
+    from ..evaluation.models import Texts, default_device, load_causal
+    from ..models.load import load_tokenizer
 
     kind = args.backend or ("endpoint" if args.url else "transformers")
     if (kind == "endpoint") != bool(args.url):

@@ -69,7 +69,7 @@ class LazyModel:
 
     def tokenizer(self) -> Any:
         """Its own, or that of its base; with the template that was asked for."""
-        from ..evaluation.models import load_tokenizer
+        from ..models.load import load_tokenizer
 
         found = load_tokenizer(self.name, trust_remote_code=self._args.trust_remote_code)
         template = self._args.chat_template

@@ -22,7 +22,7 @@ from typing import Any
 from .. import plugins
 from ..checkpointing.files import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
 from ..data.columns import pairs_of_stream, read_columns
-from ..data.layouts import PreferenceDataError
+from ..data.issues import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
@@ -180,7 +180,7 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
         RefusedRun: no data to evaluate on, or messages without a chat template.
     """
     evaluates = training_args.eval_strategy != "no"
-    from ..data.load import shard_by_prompt
+    from ..data.subsets import shard_by_prompt
 
     if script_args.dataset_streaming or dataset_args.streaming:
         data = _open_streams(script_args, dataset_args, evaluates)
@@ -237,7 +237,7 @@ def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
     from datasets import load_dataset
     from trl import get_dataset
 
-    from ..data.load import check_preferences
+    from ..data.validate import check_preferences
 
     if dataset_args.datasets:
         splits, names = get_dataset(dataset_args), {"train": "train", "test": "test"}

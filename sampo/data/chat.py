@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .issues import RowIssue
 from .layouts import PAIR_COLUMNS, Pair, is_text_block
 from .repeated_prompts import PROMPT_ROLES
 
@@ -98,7 +99,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str | None = None):
         self.tokenizer = tokenizer
         self._own: dict[str, Any] = {} if template is None else {"chat_template": template}
-        self.reasons: dict[str, str] = {}  # kind of fault -> what the template said the first time
+        self.reasons: dict[str, str] = {}  # kind of issue -> what the template raised on the first pair
         self._takes_blocks: bool | None = None
 
     @property
@@ -133,39 +134,50 @@ class ChatTemplate:
         Raises:
             NotRendered: the template fails.
         """
-        prompt, *sides = map(self.as_taken, pair)
-        tools = extra.get("tools")
-        options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-        options |= extra.get("chat_template_kwargs") or {}
-        alone = self.render(prompt, add_generation_prompt=True, **options)
-        chosen, rejected = (self.render(prompt + side, **options) for side in sides)
+        prompt, *responses = map(self.as_taken, pair)
+        options = _read_options(extra)
+        alone = self.render_prompt(prompt, extra)
+        chosen, rejected = (self.render(prompt + response, **options) for response in responses)
         return alone, chosen, rejected
 
-    def find_fault(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str] | None:
-        """Kind and column of what is wrong with the rendered pair, or None."""
+    def render_prompt(self, prompt: list[dict], extra: dict[str, Any]) -> str:
+        """Render a prompt alone, up to where the answer begins; raises `NotRendered` if the template fails."""
+        return self.render(self.as_taken(prompt), add_generation_prompt=True, **_read_options(extra))
+
+    def find_issue(self, pair: Pair, extra: dict[str, Any]) -> RowIssue | None:
+        """Render a pair and find what is wrong with it."""
         try:
             texts = self.texts(pair, extra)
         except NotRendered as error:
             self.reasons.setdefault("not_rendered", str(error))
             return "not_rendered", ""
-        return self.fault_of_texts(pair, texts)
+        return self.find_issue_in_texts(pair, texts)
 
-    def fault_of_texts(self, pair: Pair, texts: tuple[str, str, str]) -> tuple[str, str] | None:
-        """Kind and column of the first message that the rendered texts do not show."""
+    def find_issue_in_texts(self, pair: Pair, texts: tuple[str, str, str]) -> RowIssue | None:
+        """Find the first message that the rendered texts do not show."""
         prompt, *sides = pair
-        if kind := self.fault_of_prompt(prompt, texts[0]):
+        if kind := self.find_issue_in_prompt(prompt, texts[0]):
             return kind, "prompt"
         for column, side, text in zip(("chosen", "rejected"), sides, texts[1:], strict=True):
-            if kind := _fault_of_message(self.as_taken(side)[-1], text):
+            if kind := _find_issue_in_message(self.as_taken(side)[-1], text):
                 return kind, column
         return None
 
-    def fault_of_prompt(self, prompt: list[dict], text: str) -> str | None:
-        """Kind of fault of the first system or user message that the rendered prompt does not show."""
+    def find_issue_in_prompt(self, prompt: list[dict], text: str) -> str | None:
+        """Return the kind of issue of the first system or user message that the rendered prompt does not show."""
         for message in self.as_taken(prompt):
-            if message["role"] in PROMPT_ROLES and (kind := _fault_of_message(message, text)):
+            if message["role"] in PROMPT_ROLES and (kind := _find_issue_in_message(message, text)):
                 return "system_lost" if kind == "message_lost" and message["role"] != "user" else kind
         return None
+
+
+def _read_options(extra: dict[str, Any]) -> dict[str, Any]:
+    """Options of the template, from the columns `tools` and `chat_template_kwargs` of a row."""
+    tools = extra.get("tools")
+    return {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(extra.get("chat_template_kwargs") or {}),
+    }
 
 
 def template_of(tokenizer: Any) -> ChatTemplate | None:
@@ -174,7 +186,7 @@ def template_of(tokenizer: Any) -> ChatTemplate | None:
     return ChatTemplate(tokenizer) if not is_processor and getattr(tokenizer, "chat_template", None) else None
 
 
-def _fault_of_message(message: dict, text: str) -> str | None:
+def _find_issue_in_message(message: dict, text: str) -> str | None:
     content = message.get("content")
     if isinstance(content, list) and str(content) in text:
         return "blocks_as_python"

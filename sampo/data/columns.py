@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .issues import PreferenceDataError, suggest
 from .json_files import BrokenLine
-from .layouts import PAIR_COLUMNS, PreferenceDataError, guess
+from .layouts import PAIR_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -94,7 +95,7 @@ def check_columns(columns: Mapping[str, str], there: Sequence[str], label: str) 
         odd = sorted(set(given) - set(there)) or sorted(set(columns) - set(PARTS)) or [""]
         raise ValueError(
             "`columns` must map names among `prompt`, `chosen`, `rejected`, `system`, `input` to different columns of "
-            f"the source, got {dict(columns)}; {label} has {list(there)}.{guess(odd[0], [*there, *PARTS])}"
+            f"the source, got {dict(columns)}; {label} has {list(there)}.{suggest(odd[0], [*there, *PARTS])}"
         )
 
 

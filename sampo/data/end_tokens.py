@@ -1,15 +1,22 @@
-"""Which tokens end a response, and which of them ends this one."""
+"""Which tokens end a response, and which of them ends this one.
 
-from collections.abc import Sequence
-from typing import Any
+The end token of a response is its last EOS or end-of-turn token, if only blanks and special tokens follow. For lists
+of ids [`ResponseEnds`] finds it. A batch of training has tensors and no tokenizer: `sampo.weighting.last_end_tokens`
+is `last_end_position` for all rows at once, and rows whose end tokens all end other turns are taken out by their
+fingerprints (`sampo.data.tokenize.rows_with_other_ends`).
+"""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 from .chat import NotRendered, render
 
 _ANSWER = "An answer."
 
 
-def end_token_ids(tokenizer, generation_config=None) -> list[int]:
-    """EOS first, then whatever else ends a turn: the model's other EOS ids, and the template's end of a turn."""
+def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
+    """EOS first, then what else ends a turn: the model's other EOS ids, and the template's end-of-turn tokens."""
     eos = getattr(generation_config, "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -17,8 +24,32 @@ def end_token_ids(tokenizer, generation_config=None) -> list[int]:
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 
-def _text_of_turn(tokenizer) -> str:
-    """A question and an answer in the chat template; nothing where it is one for other roles, or there is none."""
+def last_end_position(ids: Sequence[int], end_ids: Collection[int]) -> int:
+    """Return the position of the last end token, from 0; −1 for none. Whatever may follow it."""
+    return next((i for i in range(len(ids) - 1, -1, -1) if int(ids[i]) in end_ids), -1)
+
+
+def most_common_end_token(dataset: Any, end_ids: Sequence[int]) -> int:
+    """Return the token that ends most responses; EOS, the first of `end_ids`, where none ends one.
+
+    A length pressure is that on one token's logit. Where several tokens end responses (of other templates, say), it is
+    that of this one.
+
+    Args:
+        dataset: `datasets.Dataset` with `chosen_ids` and `rejected_ids`.
+        end_ids: tokens that end a response.
+    """
+    counts: Counter[int] = Counter()
+    known = frozenset(end_ids)
+    for batch in dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format(None).iter(batch_size=1000):
+        for ids in (*batch["chosen_ids"], *batch["rejected_ids"]):
+            if (position := last_end_position(ids, known)) >= 0:
+                counts[ids[position]] += 1
+    return max(counts, key=counts.__getitem__) if counts else end_ids[0]
+
+
+def _render_turn(tokenizer: Any) -> str:
+    """Render a question and an answer; empty where the template is for other roles, or there is none."""
     turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": _ANSWER}]
     try:
         return render(tokenizer, turn) if tokenizer.chat_template else ""
@@ -26,16 +57,16 @@ def _text_of_turn(tokenizer) -> str:
         return ""
 
 
-def _tokens_after_answer(tokenizer) -> list[int]:
-    """What the chat template puts behind an answer."""
-    _, answer, after = _text_of_turn(tokenizer).rpartition(_ANSWER)
+def _tokens_after_answer(tokenizer: Any) -> list[int]:
+    """Return what the chat template puts after an answer."""
+    _, answer, after = _render_turn(tokenizer).rpartition(_ANSWER)
     return tokenizer(after, add_special_tokens=False)["input_ids"] if answer else []
 
 
 class ResponseEnds:
     """Finds the end token of a response: its last one, if no words follow.
 
-    A response of several turns holds the ends of other turns too. Behind its own end there is only what the template
+    A response of several turns holds the ends of other turns too. After its own end there is only what the template
     puts there, blanks and special tokens.
 
     Args:
@@ -47,23 +78,26 @@ class ResponseEnds:
         self.ids = frozenset(ids)
         self._tokenizer = tokenizer
         after = _tokens_after_answer(tokenizer)
-        self.template_fails = _ANSWER not in _text_of_turn(tokenizer)
+        self.template_fails = _ANSWER not in _render_turn(tokenizer)
         self.template_ends_turns = bool(self.ids & set(after))
-        self._follows: dict[int, bool] = dict.fromkeys([*after, *tokenizer.all_special_ids], True)
+        self._known: dict[int, bool] = dict.fromkeys([*after, *tokenizer.all_special_ids], True)
 
-    def place(self, response: Sequence[int]) -> int:
-        """Where the end token of a whole response stands, from 0; −1 for none."""
-        for place in range(len(response) - 1, -1, -1):
-            token = int(response[place])
-            if token in self.ids:
-                return place
-            if token not in self._follows:
-                self._follows[token] = not self._tokenizer.decode([token]).strip()
-            if not self._follows[token]:
-                return -1
-        return -1
+    def find(self, response: Sequence[int]) -> int:
+        """Return the position of the end token of a complete response, from 0; −1 for none."""
+        position = last_end_position(response, self.ids)
+        if position < 0 or not all(map(self._can_come_after, response[position + 1 :])):
+            return -1
+        return position
 
-    def is_other_turns(self, response: Sequence[int], kept: slice) -> bool:
-        """Whether all end tokens in the kept part of a response end other turns, and there is one."""
-        place, part = self.place(response), range(len(response))[kept]
-        return place not in part and any(int(response[i]) in self.ids for i in part)
+    def classify(self, response: Sequence[int], kept: slice) -> Literal["own", "other", "none"]:
+        """Say which end tokens the kept part of a response has: its own, only those of other turns, or none."""
+        if self.find(response) in range(len(response))[kept]:
+            return "own"
+        return "none" if last_end_position(response[kept], self.ids) < 0 else "other"
+
+    def _can_come_after(self, token: int) -> bool:
+        """Whether a token may follow the end of a response."""
+        token = int(token)
+        if token not in self._known:
+            self._known[token] = not self._tokenizer.decode([token]).strip()
+        return self._known[token]

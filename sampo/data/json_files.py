@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .layouts import MAX_DEPTH, Fault, PreferenceDataError, phrase
+from .issues import MAX_DEPTH, ROWS_NAMED, Issue, PreferenceDataError, phrase
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")  # that JSON allows between values
 LOOK_AHEAD = 1 << 24  # bytes in which the first of several pretty-printed objects must end
-PLACES = 10  # of broken lines that an error lists
 _PACKED_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 _MARK = b"\xef\xbb\xbf"
 # first bytes -> (what a file is, what to do): none of them can begin JSON
@@ -44,26 +43,26 @@ class BrokenLine:
 
     Attributes:
         kind: of the error, a key of `KINDS`.
-        place: file, line, and what is wrong with it.
+        position: file, line, and what is wrong with it.
         cut_off: whether it is the last line, and the file ends inside it.
     """
 
     kind: str
-    place: str
+    position: str
     cut_off: bool = False
 
 
-def unreadable(path: Path, what: str, cure: str = "Fetch or write the file again.") -> PreferenceDataError:
-    """The error for a file of which rows are lost."""
-    return PreferenceDataError(f"{path} {what}. {cure}", [Fault("unreadable_file", "", [], 1, cure)])
+def unreadable(path: Path, what: str, fix: str = "Fetch or write the file again.") -> PreferenceDataError:
+    """Make the error for a file of which rows are lost."""
+    return PreferenceDataError(f"{path} {what}. {fix}", [Issue("unreadable_file", "", [], 1, fix)])
 
 
 def refuse_other_formats(path: Path, head: bytes) -> None:
     """Raise a [`PreferenceDataError`] if the first bytes are those of a format that is not what the name says."""
     start = head.removeprefix(_MARK).lstrip()
-    for magic, (what, cure) in KNOWN_FORMATS.items():
+    for magic, (what, fix) in KNOWN_FORMATS.items():
         if start.startswith(magic):
-            raise unreadable(path, what, cure)
+            raise unreadable(path, what, fix)
 
 
 def is_packed(path: Path) -> bool:
@@ -123,22 +122,22 @@ def rows_of_files(paths: list[Path]) -> Iterator[dict | BrokenLine]:
             found = True
         elif not found:
             kinds[row.kind] += 1
-            broken += [row] if len(broken) < PLACES else []
+            broken += [row] if len(broken) < ROWS_NAMED else []
         yield row
     if not found:
         raise _nothing_whole(paths[0], broken, kinds)
 
 
 def _nothing_whole(path: Path, broken: list[BrokenLine], kinds: Counter[str]) -> PreferenceDataError:
-    cure = 'Write each row as an object, like {"prompt": …}, in UTF-8.'
+    fix = 'Write each row as an object, like {"prompt": …}, in UTF-8.'
     first = broken[0]
-    got = f"none in {kinds.total():,} lines or elements: the first {phrase(first.kind, '', 1)}, {first.place}"
-    faults = []
+    got = f"none in {kinds.total():,} lines or elements: the first {phrase(first.kind, '', 1)}, {first.position}"
+    issues = []
     for kind, count in kinds.items():
         rows = [row for row, line in enumerate(broken) if line.kind == kind]
-        places = "; ".join(broken[row].place for row in rows)
-        faults.append(Fault(kind, "", rows, count, f"See {places or broken[0].place}. {cure}"))
-    return PreferenceDataError(f"{path} must hold JSON objects, got {got}. {cure}", faults)
+        positions = "; ".join(broken[row].position for row in rows)
+        issues.append(Issue(kind, "", rows, count, f"See {positions or broken[0].position}. {fix}"))
+    return PreferenceDataError(f"{path} must hold JSON objects, got {got}. {fix}", issues)
 
 
 def _open(path: Path) -> Any:
@@ -146,11 +145,11 @@ def _open(path: Path) -> Any:
 
 
 def _damaged(path: Path, error: BaseException) -> PreferenceDataError:
-    cure = "Fetch or write the file again."
+    fix = "Fetch or write the file again."
     with path.open("rb") as file:
         if file.read(2) != b"\x1f\x8b":
-            cure = "If it is not packed, take `.gz` from its name; else fetch or write it again."
-    return unreadable(path, f"is a damaged or cut-off gzip file ({error}), so rows are lost", cure)
+            fix = "If it is not packed, remove `.gz` from its name; else fetch or write it again."
+    return unreadable(path, f"is a damaged or cut-off gzip file ({error}), so rows are lost", fix)
 
 
 def _utf8_lines(path: Path, file: Any) -> Iterable[bytes]:
@@ -254,8 +253,8 @@ class _Reader:
             elif listed:
                 closed = text.startswith("]", place)
                 if not closed or _behind_blanks(text, place + 1) < len(text):
-                    fault = "Extra data" if closed else "Expecting ',' delimiter"
-                    raise self._incomplete(json.JSONDecodeError(fault, text, place + closed), listed)
+                    what = "Extra data" if closed else "Expecting ',' delimiter"
+                    raise self._incomplete(json.JSONDecodeError(what, text, place + closed), listed)
                 return
             elif place == len(text):
                 return
@@ -274,7 +273,7 @@ class _Reader:
     def _incomplete(self, error: json.JSONDecodeError, listed: bool) -> PreferenceDataError:
         place = f"line {error.lineno}, column {error.colno}"
         what = "list" if listed else "object"
-        return unreadable(self.path, f"is no complete JSON {what} ({error.msg.removesuffix(' at')} at {place})")
+        return unreadable(self.path, f"is not a complete JSON {what} ({error.msg.removesuffix(' at')} at {place})")
 
     def _decoded(self, content: bytes) -> str:
         try:

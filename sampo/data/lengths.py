@@ -5,6 +5,7 @@ chosen, T_l of the rejected one).
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ class TokenCounts:
 
     Attributes:
         pairs: number of pairs kept.
-        dropped: pairs that TRL left out because the prompt alone fills `max_length`.
+        dropped: pairs that TRL drops because the prompt alone fills `max_length`.
         cut_chosen: chosen responses that lose tokens.
         cut_rejected: rejected responses that lose tokens.
         identical: pairs whose two responses are the same tokens after truncation.
@@ -48,7 +49,7 @@ class TokenCounts:
         """Root mean square of T_w − T_l in tokens."""
         return (self.squared_differences / self.pairs) ** 0.5 if self.pairs else 0.0
 
-    def in_words(self, max_length: int | None) -> str:
+    def describe(self, max_length: int | None) -> str:
         """One line for the log."""
         if not self.pairs:
             return f"no pairs; {self.dropped:,} dropped because their prompt alone fills max_length {max_length}."
@@ -57,7 +58,7 @@ class TokenCounts:
             f"{self.rejected_tokens / self.pairs:.1f} rejected tokens on average; at max_length {max_length}: "
             f"{self.dropped:,} dropped because the prompt alone fills it, {self.cut_chosen:,} chosen and "
             f"{self.cut_rejected:,} rejected responses truncated, {self.identical:,} pairs identical after truncation"
-            f"{self._endless_in_words()}."
+            f"{self._describe_endless()}."
         )
 
     @property
@@ -65,14 +66,14 @@ class TokenCounts:
         """Whether any response has its end token."""
         return self.endless_chosen + self.endless_rejected < 2 * self.pairs
 
-    def _endless_in_words(self) -> str:
+    def _describe_endless(self) -> str:
         if not self.endless_chosen + self.endless_rejected:
             return ""
         return f"; {self.endless_chosen:,} chosen and {self.endless_rejected:,} rejected responses have no end token"
 
 
 def count_tokens(
-    dataset, max_length: int | None, truncation_mode: str = "keep_start", ends: ResponseEnds | None = None
+    dataset: Any, max_length: int | None, truncation_mode: str = "keep_start", ends: ResponseEnds | None = None
 ) -> TokenCounts:
     """Count what the collator will cut.
 
@@ -101,54 +102,67 @@ def count_tokens(
         counts.squared_differences += int(((kept_chosen - kept_rejected) ** 2).sum())
         for row in np.flatnonzero((kept_chosen == kept_rejected) & ~empty):
             kept = int(kept_chosen[row])
-            part = slice(0, kept) if truncation_mode == "keep_start" else slice(-kept, None)
-            counts.identical += batch.column(1)[row].as_py()[part] == batch.column(2)[row].as_py()[part]
+            ids = (batch.column(column)[row].as_py() for column in (1, 2))
+            left, right = (each[kept_part(len(each), kept, truncation_mode)] for each in ids)
+            counts.identical += left == right
     return counts
 
 
-def _count_ends(counts: TokenCounts, batch, kept_chosen, kept_rejected, truncation_mode: str, ends) -> None:
+def _count_ends(
+    counts: TokenCounts,
+    batch: Any,
+    kept_chosen: np.ndarray,
+    kept_rejected: np.ndarray,
+    truncation_mode: str,
+    ends: ResponseEnds,
+) -> None:
+    """Count the responses of an Arrow batch whose end token is cut, or that have none."""
     for number, (column, kept) in enumerate((("chosen_ids", kept_chosen), ("rejected_ids", kept_rejected)), 1):
         lists = batch.column(number).combine_chunks()
         values, borders = lists.values.to_numpy(), lists.offsets.to_numpy()
         endless = 0
         for row, (start, stop, n) in enumerate(zip(borders[:-1], borders[1:], kept, strict=True)):
             ids = values[start:stop]
-            part = slice(0, max(n, 0)) if truncation_mode == "keep_start" else slice(len(ids) - n, None)
-            if ends.place(ids) not in range(len(ids))[part]:
-                endless += 1
-                if ends.is_other_turns(ids, part):
-                    counts.other_ends.append((counts.pairs + row, column))
+            found = ends.classify(ids, kept_part(len(ids), int(n), truncation_mode))
+            endless += found != "own"
+            if found == "other":
+                counts.other_ends.append((counts.pairs + row, column))
         if number == 1:
             counts.endless_chosen += endless
         else:
             counts.endless_rejected += endless
 
 
-def _list_lengths(column) -> np.ndarray:
+def _list_lengths(column: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
     return pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
 def kept_tokens(
-    prompt: np.ndarray, *sides: np.ndarray, max_length: int | None, truncation_mode: str = "keep_start"
+    prompt: np.ndarray, *responses: np.ndarray, max_length: int | None, truncation_mode: str = "keep_start"
 ) -> list[np.ndarray]:
-    """Tokens of each side that the collator keeps; 0 or less where the prompt alone fills `max_length`.
+    """Return how many tokens of each response the collator keeps; 0 or less where the prompt fills `max_length`.
 
     Args:
         prompt: `(n,)` tokens of the prompts.
-        sides: `(n,)` tokens of the responses, each side by itself.
+        responses: `(n,)` tokens of the chosen or the rejected responses.
         max_length: tokens of prompt and response together, or None.
         truncation_mode: `keep_start` cuts the end of the response, `keep_end` the beginning of the row.
     """
     if max_length is None:
-        return list(sides)
+        return list(responses)
     room = max_length - prompt if truncation_mode == "keep_start" else np.full_like(prompt, max_length)
-    return [np.minimum(side, room) for side in sides]
+    return [np.minimum(response, room) for response in responses]
+
+
+def kept_part(length: int, kept: int, truncation_mode: str) -> slice:
+    """Which of the `length` tokens of a response the collator keeps, if it keeps `kept` of them (0 or less: none)."""
+    return slice(0, max(kept, 0)) if truncation_mode == "keep_start" else slice(length - kept, None)
 
 
 def kept_ids(ids: list[int], max_length: int | None, truncation_mode: str = "keep_start") -> list[int]:
-    """What the collator keeps of the tokens of prompt and response."""
+    """Return what the collator keeps of the tokens of prompt and response."""
     if max_length is None:
         return ids
     return ids[:max_length] if truncation_mode == "keep_start" else ids[-max_length:]

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .issues import MAX_DEPTH, PreferenceDataError
 from .json_files import BrokenLine, count_lines, is_packed, refuse_other_formats, rows_of_files, unpacked, unreadable
-from .layouts import MAX_DEPTH, PreferenceDataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,7 +133,7 @@ def _open_parquet(path: Path) -> Any:
         file = pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True)
         schema = file.schema_arrow
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise unreadable(path, f"is no complete Parquet file ({error})") from error
+        raise unreadable(path, f"is not a complete Parquet file ({error})") from error
     _check_fields(path, list(schema), "column", 1)
     return file
 

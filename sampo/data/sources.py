@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .columns import PairRows, pair_rows
+from .issues import PreferenceDataError, suggest
 from .json_files import BrokenLine, unreadable
-from .layouts import PAIR_COLUMNS, PreferenceDataError, guess
+from .layouts import PAIR_COLUMNS
 from .readers import DATA_SUFFIXES, JsonRows, ParquetRows, data_suffix, read_parquet, stream_files
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def pick_split(tables: dict[str, Callable[[], Table]], split: str | None, label:
             raise ValueError(f"`split` must say which one to load: {label} has {sorted(tables)}.")
     base = split.split("[")[0]
     if base not in tables:
-        raise ValueError(f"`split` must be one of {sorted(tables)} for {label}, got {split!r}.{guess(base, tables)}")
+        raise ValueError(f"`split` must be one of {sorted(tables)} for {label}, got {split!r}.{suggest(base, tables)}")
     table = tables[base]()
     if base == split:
         return table

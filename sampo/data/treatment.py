@@ -1,10 +1,11 @@
-"""What is done to a pair on request: repeated prompts and role tags are cut, messages are made of text."""
+"""What is done to a pair on request: cut repeated prompts and role tags, make messages of text."""
 
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .layouts import PAIR_COLUMNS, READERS, Faults, Pair, PreferenceDataError
+from .issues import PreferenceDataError, RowIssues
+from .layouts import PAIR_COLUMNS, READERS, Pair
 from .repeated_prompts import (
     PROMPT_ROLES,
     Response,
@@ -29,7 +30,7 @@ class Treatment:
 
     Attributes:
         repeated_prompt: `error`, or `cut` a prompt that the responses repeat, and role tags in front of them.
-        text_as_messages: make a user's and an assistant's message of text.
+        text_as_messages: make a user and an assistant message of text.
     """
 
     repeated_prompt: str = "error"
@@ -42,7 +43,7 @@ class Treatment:
             )
 
     def check_layout(self, layout: str) -> None:
-        """Refuse to make messages of text whose prompt is what two texts happen to share, letter by letter.
+        """Raise an error for messages of text whose prompt is whatever the two responses share, letter by letter.
 
         Raises:
             PreferenceDataError: such a layout.
@@ -58,35 +59,35 @@ class Treatment:
         """Whether repeated prompts are cut."""
         return self.repeated_prompt == "cut"
 
-    def take(self, pair: Pair, faults: Faults, *, plain_repeats: bool = False) -> tuple[Pair, Faults]:
-        """The pair as it is to be used, or its faults.
+    def apply(self, pair: Pair, issues: RowIssues, *, plain_repeats: bool = False) -> tuple[Pair, RowIssues]:
+        """Return the pair as it will be used, or its issues.
 
         Args:
             pair: as a reader returns it.
-            faults: likewise.
-            plain_repeats: whether the data set repeats prompts in plain text (`are_many`); tags are looked for anyway.
+            issues: likewise.
+            plain_repeats: whether the data set repeats prompts in plain text (`are_many`); tags are always looked for.
         """
-        if self.cuts and (again := [column for kind, column in faults if kind == "repeated_prompt"]):
-            pair, faults = _cut_messages(pair, again)
-        if not faults:
-            pair, faults = self._without_head(pair, plain_repeats)
-        if not faults and self.text_as_messages and isinstance(pair[0], str):
+        if self.cuts and (again := [column for kind, column in issues if kind == "repeated_prompt"]):
+            pair, issues = _cut_messages(pair, again)
+        if not issues:
+            pair, issues = self._remove_heads(pair, plain_repeats)
+        if not issues and self.text_as_messages and isinstance(pair[0], str):
             return _as_messages(pair)
-        return pair, faults
+        return pair, issues
 
-    def _without_head(self, pair: Pair, plain_repeats: bool) -> tuple[Pair, Faults]:
+    def _remove_heads(self, pair: Pair, plain_repeats: bool) -> tuple[Pair, RowIssues]:
         heads = find_heads(pair)
         found = {column: head for column, head in heads.items() if head is not None and head.tagged}
         if not found and plain_repeats:
             found = {column: head for column, head in heads.items() if head is not None} if all(heads.values()) else {}
         if not found:
             return pair, []
-        faults = [("repeated_prompt" if head.repeats else "role_tags", column) for column, head in found.items()]
-        return _cut_heads(pair, found, faults) if self.cuts else (pair, faults)
+        issues = [("repeated_prompt" if head.repeats else "role_tags", column) for column, head in found.items()]
+        return _cut_heads(pair, found, issues) if self.cuts else (pair, issues)
 
 
 def find_heads(pair: Pair) -> dict[str, Response | None]:
-    """For each response what stands in front of its answer, if that is the prompt again or a role tag."""
+    """Find what stands before the answer of each response, if that is the prompt again or a role tag."""
     prompt, *sides = pair
     if not isinstance(prompt, str):  # the last message before the answer
         prompt = next((m["content"] for m in reversed(prompt) if m["role"] in PROMPT_ROLES), None)
@@ -97,10 +98,10 @@ def find_heads(pair: Pair) -> dict[str, Response | None]:
     }
 
 
-def repeats_in_plain_text(pair: Pair) -> int:
-    """Bytes, blanks aside, of the prompt that both responses begin with, without tags of a template; 0 for others.
+def plain_repeat_bytes(pair: Pair) -> int:
+    """Return the non-blank bytes of the prompt that both responses repeat without tags of a template; 0 for others.
 
-    Bytes and not letters, since a question takes fewer letters in Chinese.
+    Bytes and not letters, because a question takes fewer letters in Chinese.
     """
     heads = find_heads(pair).values()
     if not all(head is not None and head.repeats and not head.tagged for head in heads):
@@ -108,7 +109,7 @@ def repeats_in_plain_text(pair: Pair) -> int:
     return min(len("".join(head.head.split()).encode()) for head in heads if head is not None)
 
 
-def _cut_messages(pair: Pair, columns: list[str]) -> tuple[Pair, Faults]:
+def _cut_messages(pair: Pair, columns: list[str]) -> tuple[Pair, RowIssues]:
     prompt, *sides = pair
     sides = [
         side[repeated_messages(prompt, side) :] if column in columns else side
@@ -117,22 +118,22 @@ def _cut_messages(pair: Pair, columns: list[str]) -> tuple[Pair, Faults]:
     return READERS["messages"](prompt, *sides)
 
 
-def _cut_heads(pair: Pair, found: dict[str, Response], faults: Faults) -> tuple[Pair, Faults]:
+def _cut_heads(pair: Pair, found: dict[str, Response], issues: RowIssues) -> tuple[Pair, RowIssues]:
     prompt, *sides = pair
     columns = dict(zip(("chosen", "rejected"), sides, strict=True))
     if isinstance(prompt, str):
         heads = [found.get(column, Response("", text, False, False)) for column, text in columns.items()]
         cut = cut_texts(prompt, *heads)
-        return READERS["text"](*cut) if cut is not None else (pair, faults)
+        return READERS["text"](*cut) if cut is not None else (pair, issues)
     for column, head in found.items():
         first, *others = columns[column]
         columns[column] = [{**first, "content": without_end_tags(head.answer).strip()}, *others]
     return READERS["messages"](prompt, columns["chosen"], columns["rejected"])
 
 
-def _as_messages(pair: Pair) -> tuple[Pair, Faults]:
-    """One message of the user and one of the assistant: text without the blanks at its ends."""
-    tagged: Faults = [
+def _as_messages(pair: Pair) -> tuple[Pair, RowIssues]:
+    """Make one user and one assistant message of text, without the blanks at its ends."""
+    tagged: RowIssues = [
         ("rendered_text", column) for column, text in zip(PAIR_COLUMNS, pair, strict=True) if is_rendered(text)
     ]
     roles = ("user", "assistant", "assistant")
@@ -140,18 +141,18 @@ def _as_messages(pair: Pair) -> tuple[Pair, Faults]:
     return (pair, tagged) if tagged else READERS["messages"](*made)
 
 
-def treated(dataset: "Dataset", treatment: Treatment, plain_repeats: bool, label: str) -> "Dataset":
-    """The good rows as `Treatment.take` makes them; the data set itself where nothing is asked for."""
+def apply_treatment(dataset: "Dataset", treatment: Treatment, plain_repeats: bool, label: str) -> "Dataset":
+    """Apply a treatment to the good rows; returns the data set itself if there is nothing to do."""
     if treatment == Treatment():
         return dataset
-    before, as_text = dataset, isinstance(dataset[0]["prompt"], str)
+    before, is_text = dataset, isinstance(dataset[0]["prompt"], str)
     features = dict(dataset.features)
-    if as_text and treatment.text_as_messages:
+    if is_text and treatment.text_as_messages:
         from datasets import List, Value
 
         features |= dict.fromkeys(PAIR_COLUMNS, List({"role": Value("string"), "content": Value("string")}))
     dataset = dataset.with_format(None).map(
-        _treat_batch,
+        _apply_to_batch,
         batched=True,
         fn_kwargs={"treatment": treatment, "plain_repeats": plain_repeats},
         features=type(dataset.features)(features),
@@ -164,16 +165,16 @@ def treated(dataset: "Dataset", treatment: Treatment, plain_repeats: bool, label
         )
         logger.info("%s: repeated prompts or role tags cut in %s of %s pairs", label, f"{cut:,}", f"{len(dataset):,}")
     if treatment.text_as_messages:
-        what = "made into one user and one assistant message each" if as_text else "messages already"
+        what = "made into one user and one assistant message each" if is_text else "messages already"
         logger.info("%s: %s pairs %s (`text_as_messages`)", label, f"{len(dataset):,}", what)
     return dataset
 
 
-def _treat_batch(batch: dict[str, list], treatment: Treatment, plain_repeats: bool) -> dict[str, list]:
+def _apply_to_batch(batch: dict[str, list], treatment: Treatment, plain_repeats: bool) -> dict[str, list]:
     reader = READERS["text" if isinstance(batch["prompt"][0], str) else "messages"]
     pairs = []
     for row in zip(*(batch[column] for column in PAIR_COLUMNS), strict=True):
-        pair, faults = treatment.take(*reader(*row), plain_repeats=plain_repeats)
-        assert not faults, faults  # bad rows are out
+        pair, issues = treatment.apply(*reader(*row), plain_repeats=plain_repeats)
+        assert not issues, issues  # bad rows are out
         pairs.append(pair)
     return dict(zip(PAIR_COLUMNS, map(list, zip(*pairs, strict=True)), strict=True))

@@ -6,20 +6,16 @@ give every weighting's scores and length pressure at once. The rows of a policy 
 names what each must hold: a run that is killed goes on with the shards that it does not name, and a shard whose bytes
 are others is refused, never read. What is made of them is in `sampo.diagnostics.findings`.
 
-The pairs are tokenised and cut as in training, by TRL itself: `DPOTrainer._prepare_dataset` asks its `self` for
-`_tokenizer` alone, and `DataCollatorForPreference` does the rest (pinned by tests/diagnostics/test_diagnostics.py).
+The pairs are tokenised and cut as in training, by TRL itself: `sampo.data.tokenize.tokenize_pairs`, and
+`DataCollatorForPreference` (pinned by tests/diagnostics/test_diagnostics.py).
 """
 
 import hashlib
 import json
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +24,8 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from ..data.chat import with_strings_for_template
-from ..data.tokenize import prepare
 from ..io.files import Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
 from ..io.schemas import WrongFile, named, parse_json, typed
 from ..reference_cache.fill import Progress, ScoreRows, Sides, alike, fill, split_rows
@@ -49,8 +42,6 @@ from ..weighting import (
     sequence_logps,
     token_weights,
 )
-
-logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -79,52 +70,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-def tokenise(dataset: Dataset, tokenizer, *, max_length: int | None, truncation_mode: str = "keep_start") -> Dataset:
-    """The pairs as the trainer sees them.
-
-    Args:
-        dataset: with `prompt`, `chosen` and `rejected`; other columns stay.
-        tokenizer: the policy's.
-        max_length: tokens of prompt and response together, or None. A pair whose prompt alone fills it is left out.
-        truncation_mode: which end is cut.
-
-    Returns:
-        The data set with `prompt_ids`, `chosen_ids`, `rejected_ids`.
-
-    Raises:
-        ValueError: a pair has a response of no tokens.
-    """
-    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
-    args: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode=truncation_mode)
-    dataset = with_strings_for_template(dataset, tokenizer, "diagnosed data")
-    trl_prepares = partial(DPOTrainer._prepare_dataset, trainer, dataset, tokenizer, args, "diagnosed")
-    prepared, note = prepare(trl_prepares, tokenizer)
-    if note is not None:
-        logger.warning("%s", note)
-    sides = prepared.select_columns(["chosen_ids", "rejected_ids"])
-    empty = [row for row, ids in enumerate(sides) if not all(ids.values())]
-    if empty:
-        raise ValueError(
-            f"Each response must have at least one token, got {len(empty)} pairs without, first at rows {empty[:10]}. "
-            "Remove them."
-        )
-    return prepared
-
-
-def common_end_token(dataset: Dataset, end_ids: Sequence[int]) -> int:
-    """The token that ends most responses; EOS, the first of `end_ids`, where none ends one.
-
-    The pressure is that on one token's logit. Where several end responses (of other templates, say), it is this one's.
-    """
-    counts: Counter[int] = Counter()
-    wanted = set(end_ids)
-    for batch in dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format(None).iter(batch_size=1000):
-        for ids in (*batch["chosen_ids"], *batch["rejected_ids"]):
-            counts.update([next((token for token in reversed(ids) if token in wanted), -1)])
-    del counts[-1]
-    return max(counts, key=counts.__getitem__) if counts else end_ids[0]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScoreKey:
     """What the rows of one policy depend on.
@@ -139,7 +84,7 @@ class ScoreKey:
         end_id: the one whose logit is shifted.
         seed: of the subsets.
         gamma: factor of `decay`.
-        other_ends: fingerprints of rows whose end tokens all end other turns (`pair_tokens.rows_with_other_ends`).
+        other_ends: fingerprints of rows whose end tokens all end other turns (`rows_with_other_ends`).
         schema: version of this list and of the columns.
     """
 

@@ -1,27 +1,18 @@
-"""Models and tokenizers for evaluation: load one, with or without an adapter, and say which weights it had.
+"""Models for evaluation: load one, with or without an adapter, and say which weights it had.
 
 `Texts` is the one place that turns prompts and answers into tokens, for generating and for scoring alike.
 """
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chat import ChatTemplate, NotRendered
-from ..data.layouts import has_other_content, phrase
-from ..models.checks import faults_of_place
-from ..models.load import (
-    ModelError,
-    add_adapter,
-    base_of,
-    check_model,
-    has_adapter,
-    opening,
-    refuse_weights_not_finite,
-)
+from ..data.issues import phrase
+from ..data.layouts import has_other_content
+from ..models.load import add_adapter, base_of, check_model, has_adapter, opening, refuse_weights_not_finite
 from .answers.answers import Prompt, prompt_text
 
 if TYPE_CHECKING:
@@ -76,24 +67,6 @@ def load_causal(
         weights = f"{weights}+{fingerprint(adapter, None)}"
     refuse_weights_not_finite(model.named_parameters(), name if adapter is None else adapter)
     return Loaded(model.to(device).eval(), weights, None if adapter is None else base)
-
-
-def load_tokenizer(
-    name: str, *, adapter: str | None = None, revision: str | None = None, trust_remote_code: bool = False
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer that lies with the adapter, else with the model, else with the adapter's base."""
-    from transformers import AutoTokenizer
-
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
-        with opening(adapter, "tokenizer"):
-            return AutoTokenizer.from_pretrained(adapter, **options)
-    if faults := faults_of_place(name, option="model"):
-        raise ModelError(" ".join(faults))
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
-        name, revision = base_of(name, revision)
-    with opening(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
 
 
 def fingerprint(name: str, model: Any) -> str | None:
@@ -199,7 +172,7 @@ class Texts:
             text = self._chat_template.render(self._chat_template.as_taken(messages), add_generation_prompt=True)
         except NotRendered as error:
             return f"{phrase('not_rendered', '', 1)}: {error}"
-        kind = self._chat_template.fault_of_prompt(messages, text)
+        kind = self._chat_template.find_issue_in_prompt(messages, text)
         return None if kind is None else phrase(kind, "prompt", 1)
 
     def _templated(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:

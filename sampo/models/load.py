@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import faults_of_model_folder
+from .checks import faults_of_model_folder, faults_of_place
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,34 @@ def create_model(name: str, *, option: str = "model", **options: Any) -> "PreTra
     check_model(name, option=option, trust_remote_code=bool(options.get("trust_remote_code")))
     with opening(name, option):
         return create_model_from_path(name, **options)
+
+
+def load_tokenizer(
+    name: str, *, adapter: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that lies with the adapter, else with the model, else with the adapter's base.
+
+    Args:
+        name: folder or hub id of a model or adapter.
+        adapter: folder of an adapter on that model.
+        revision: of the model.
+        trust_remote_code: whether a folder may bring code of its own.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
+        with opening(adapter, "tokenizer"):
+            return AutoTokenizer.from_pretrained(adapter, **options)
+    if faults := faults_of_place(name, option="model"):
+        raise ModelError(" ".join(faults))
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
+        name, revision = base_of(name, revision)
+    with opening(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
 
 
 def add_adapter(model: "PreTrainedModel", name: str, **options: Any) -> "PeftModel":

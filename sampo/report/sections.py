@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..audit.report import CUT_COUNTS, GROUP_COLUMNS, MEASURES, PART_KEYS, interval_shown, overall_rows, shown
-from ..data.layouts import Fault
+from ..data.issues import Issue
 from ..diagnostics.findings import PLAIN, Finding, read_scores
 from ..io.records import Record
 from ..stats.intervals import Estimate
@@ -57,8 +57,8 @@ def _audit(section: Section, audit: Audited) -> None:
     first = whole["longer"]
     unit, n = str(first.config["unit"]), f"{first.n:,} pairs"
     section.add(Heading(str(audit.about["data"])), Text(str(audit.about["conclusion"])))
-    if faults := [fault for split in audit.about["splits"] for fault in _faults(split)]:
-        section.add(Listing(faults))
+    if issues := [issue for split in audit.about["splits"] for issue in _list_issues(split)]:
+        section.add(Listing(issues))
     numbers = {name: estimate(whole[name]) for name in MEASURES}
     section.add(Table("All pairs", ["", "value", "95 % interval"], overall_rows(numbers, unit), origins, n))
     for key, title in (("split", "Each split"), ("group", f"By {first.config.get('by')}")):
@@ -74,9 +74,11 @@ def _at(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
 
 
-def _faults(split: Mapping[str, Any]) -> list[str]:
-    faults = [Fault(**fault).in_words(split["rows"]) for fault in split["faults"]]
-    return [*(f"Split `{split['split']}`: {words}" for words in faults), *map(str, split["notes"])]
+def _list_issues(split: Mapping[str, Any]) -> list[str]:
+    names = {"cure": "fix"}  # keys of audit.json -> attributes
+    found = [Issue(**{names.get(key, key): value for key, value in issue.items()}) for issue in split["faults"]]
+    issues = [f"Split `{split['split']}`: {issue.describe(split['rows'])}" for issue in found]
+    return [*issues, *map(str, split["notes"])]
 
 
 def _parts_table(records: Sequence[Record], key: str, title: str, origins: tuple[Origin, ...]) -> Table | None:

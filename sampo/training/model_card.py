@@ -44,7 +44,7 @@ def write_card(trainer: Any, folder: Path, write_draft: Callable[..., None], dat
     method += f"Reference: {describe_reference(trainer)}. Beta {trainer.beta}, loss {args.loss_type}."
     counts = trainer.token_counts.get("train")
     data = "" if dataset_name is None else f"`{dataset_name if on_hub else Path(dataset_name).name}`: "
-    data += "streamed." if counts is None else counts.in_words(args.max_length)
+    data += "streamed." if counts is None else counts.describe(args.max_length)
     path = folder / "README.md"
     card = finish_card(path.read_text(encoding="utf-8"), trainer, {"Method": method, "Data": data}, sys.argv)
     write_whole(path, card)

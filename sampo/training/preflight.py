@@ -14,7 +14,7 @@ from ..checkpointing.files import fault_of_output_folder
 from ..config import SamPOConfig
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts
-from ..data.load import check_preferences
+from ..data.validate import check_preferences
 from ..logs import get_logger, show_logs
 from ..models.checks import faults_of_reference, faults_of_tokens
 from ..models.load import check_model

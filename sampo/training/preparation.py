@@ -8,7 +8,7 @@ from datasets import Dataset
 from ..config import SamPOConfig
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts, count_tokens
-from ..data.tokenize import prepare, rows_with_other_ends
+from ..data.tokenize import rows_with_other_ends, tokenize_by_trl
 from ..logs import get_logger
 from .preflight import refuse_endless_responses
 
@@ -30,12 +30,12 @@ class Prepared(NamedTuple):
 
 
 def prepare_dataset(
-    trl_prepares: Callable[[], Any], dataset: Any, name: str, tokenizer: Any, args: SamPOConfig
+    trl_prepares: Callable[..., Any], dataset: Any, name: str, tokenizer: Any, args: SamPOConfig
 ) -> Prepared:
     """Let TRL tokenise a data set, and report what truncation does to it.
 
     Args:
-        trl_prepares: `DPOTrainer._prepare_dataset` with its arguments.
+        trl_prepares: `DPOTrainer._prepare_dataset`.
         dataset: the data that it is given.
         name: `train`, or that of an evaluation set.
         tokenizer: of the policy.
@@ -44,7 +44,7 @@ def prepare_dataset(
     Raises:
         ValueError: a completion without tokens, or options about the end token where no response ends.
     """
-    prepared, note = prepare(trl_prepares, tokenizer)
+    prepared, note = tokenize_by_trl(trl_prepares, dataset, tokenizer, args, name)
     if note is not None:
         logger.warning(f"{name} data: {note}")
     if not isinstance(prepared, Dataset):
@@ -63,5 +63,5 @@ def prepare_dataset(
     other_ends = rows_with_other_ends(prepared, counts, args.max_length, args.truncation_mode)
     refuse_endless_responses(counts, args, name)
     log = logger.warning if counts.dropped or counts.identical else logger.info
-    log(f"{name} data: {counts.in_words(args.max_length)}")
+    log(f"{name} data: {counts.describe(args.max_length)}")
     return Prepared(prepared, counts, other_ends)

@@ -24,7 +24,7 @@ from tokenizers import processors
 from sampo import SamPOConfig, SamPOTrainer, audit_preferences, cli
 from sampo.audit import files, report
 from sampo.audit.bias import length_bias, preference_auc, preference_slope, share
-from sampo.data.layouts import PreferenceDataError
+from sampo.data.issues import PreferenceDataError
 from sampo.io import records as results
 
 ALONE = np.arange
@@ -271,7 +271,7 @@ def test_a_row_that_the_template_refuses_is_a_fault_and_no_end():
     rows = make_pairs(3, conversational=True).to_list()
     rows[1]["prompt"] = [{"role": "system", "content": "w1"}, *rows[1]["prompt"]]
     found = audit_preferences(Dataset.from_list(rows), tokenizer=tokenizer)
-    assert [(f.kind, f.rows, f.count) for f in found.scans[0].faults] == [("not_rendered", [1], 1)]
+    assert [(f.kind, f.rows, f.count) for f in found.scans[0].issues] == [("not_rendered", [1], 1)]
     assert found.overall.pairs == 2
     with pytest.raises(ValueError, match="must have a chat template"):
         audit_preferences(Dataset.from_list(rows), tokenizer=make_tokenizer(chat=False))
@@ -365,8 +365,8 @@ def test_every_bad_row_is_counted_with_its_number_and_the_rest_is_audited(tmp_pa
     rng = random.Random(0)
     for number in range(400):
         if number and rng.random() < 0.4:
-            line, fault = rng.choice(list(BAD_LINES.items()))
-            expected.setdefault(fault, []).append(number)
+            line, issue = rng.choice(list(BAD_LINES.items()))
+            expected.setdefault(issue, []).append(number)
         else:
             line = json.dumps(GOOD | {"prompt": f"q{number}"}).encode()
         lines.append(line)
@@ -374,14 +374,14 @@ def test_every_bad_row_is_counted_with_its_number_and_the_rest_is_audited(tmp_pa
     found = audit_preferences(path)
     (scan,) = found.scans
     assert scan.rows == 400
-    assert {(f.kind, f.column): (f.rows, f.count) for f in scan.faults} == {
-        fault: (rows[:10], len(rows)) for fault, rows in expected.items()
+    assert {(f.kind, f.column): (f.rows, f.count) for f in scan.issues} == {
+        issue: (rows[:10], len(rows)) for issue, rows in expected.items()
     }
     bad = sum(map(len, expected.values()))
     assert found.overall.pairs == 400 - bad
     assert set(scan.pairs.row.tolist()) == set(range(400)) - set(itertools.chain(*expected.values()))
-    assert found.has_faults
-    assert all(fault.cure for fault in scan.faults)
+    assert found.has_issues
+    assert all(issue.fix for issue in scan.issues)
 
 
 def as_file(rows, path):
@@ -412,7 +412,7 @@ def test_every_format_gives_the_same_audit(tmp_path, name):
     assert found.groups == plain.groups
     assert found.fingerprint == plain.fingerprint
     assert told[-1] == (30, 30)
-    assert not found.has_faults
+    assert not found.has_issues
 
 
 def test_cells_of_the_json_type_are_read_as_what_they_hold(tmp_path):
@@ -436,13 +436,13 @@ def test_a_file_that_breaks_off_is_audited_up_to_there(tmp_path):
     (tmp_path / "pairs.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     found = audit_preferences(tmp_path / "pairs.jsonl.gz")
     assert 500 < found.overall.pairs < 2500
-    assert found.scans[0].faults[0].kind == "unreadable_file"
-    assert "cut-off gzip" in report.fault_lines(found)[0]
+    assert found.scans[0].issues[0].kind == "unreadable_file"
+    assert "cut-off gzip" in report.issue_lines(found)[0]
     text = gzip.decompress(whole)
     (tmp_path / "cut.jsonl").write_bytes(text[: len(text) // 2])
     found = audit_preferences(tmp_path / "cut.jsonl")
-    assert [fault.kind for fault in found.scans[0].faults] == ["broken_line"]
-    assert "cut off" in found.scans[0].faults[0].cure
+    assert [issue.kind for issue in found.scans[0].issues] == ["broken_line"]
+    assert "cut off" in found.scans[0].issues[0].fix
 
 
 def run(*words):
@@ -461,8 +461,8 @@ def test_what_cannot_be_audited_is_said_in_a_sentence(tmp_path, model):
     for words, said in [
         ([file("empty.jsonl", b" \n")], "is empty"),
         ([file("no.gz.jsonl.gz", b"not gzip")], "damaged or cut-off gzip"),
-        ([file("no.parquet", b"PAR1 not")], "is no complete Parquet file"),
-        ([file("open.json", b'[{"prompt": "x"')], "no complete JSON list"),
+        ([file("no.parquet", b"PAR1 not")], "is not a complete Parquet file"),
+        ([file("open.json", b'[{"prompt": "x"')], "not a complete JSON list"),
         ([file("other.jsonl", b'{"question": "x", "choosen": "a", "rejected": "b"}')], "Did you mean `choosen`"),
         ([file("bad.jsonl", b'{"prompt": "x", "chosen": "a", "rejected": "a"}')], "at least one good pair"),
         ([tmp_path / "nothing.jsonl"], "does not exist"),
@@ -517,13 +517,13 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
     assert "--max_length 12 30" in auc.command
     assert len({(r.name, r.key) for r in records}) == len(records)
     table = pq.read_table(out / "pairs.parquet")
-    assert table.column_names == list(files.PAIR_COLUMNS)
+    assert table.column_names == list(files.PARQUET_COLUMNS)
     assert table["chosen"].to_pylist() == found.scans[0].pairs.chosen.tolist()
     assert table["group"].to_pylist()[1:3] == ["short", "(no value)"]
     with path.open("a") as file:
         file.write("{oops\n")
     assert run(*words) == 3
-    assert "1 of 61 pairs is no complete JSON, at rows [60]. See pairs.jsonl, line 61" in capsys.readouterr().out
+    assert "1 of 61 pairs is not complete JSON, at rows [60]. See pairs.jsonl, line 61" in capsys.readouterr().out
 
 
 def test_the_last_sentence_names_the_options_that_the_bias_touches():

@@ -20,9 +20,11 @@ from sampo.audit.audit import audit_preferences
 from sampo.commands import audit, diagnose, generate, train
 from sampo.data import chat
 from sampo.data.end_tokens import ResponseEnds, end_token_ids
+from sampo.data.issues import PreferenceDataError
 from sampo.data.lengths import count_tokens, kept_ids
-from sampo.data.load import PreferenceDataError, check_preferences, load_preferences
-from sampo.diagnostics.pair_scores import tokenise
+from sampo.data.load import load_preferences
+from sampo.data.tokenize import tokenize_pairs
+from sampo.data.validate import check_preferences
 from sampo.evaluation.answers.prompts import check_prompts, load_prompts
 from sampo.evaluation.models import Texts
 from sampo.models.checks import faults_of_tokenizer
@@ -55,10 +57,10 @@ def rows_of(n=6, system=()):
     return rows
 
 
-def faults_of(call, *args, **options):
+def issues_of(call, *args, **options):
     with pytest.raises(PreferenceDataError) as caught:
         call(*args, **options)
-    return {(f.kind, f.column): (f.rows, f.count) for f in caught.value.faults}, str(caught.value)
+    return {(f.kind, f.column): (f.rows, f.count) for f in caught.value.issues}, str(caught.value)
 
 
 # --- templates that fail, drop, or never end -------------------------------------------------------------------------
@@ -88,8 +90,8 @@ def test_rows_that_a_template_spoils_are_named_or_dropped_everywhere(name, monke
     tokenizer = tokenizer_with(template)
     data = Dataset.from_list(rows_of(system=[2]))
     for call in (load_preferences, check_preferences):
-        faults, message = faults_of(call, data, chat_template_of=tokenizer)
-        assert faults == {(kind, column): ([2], 1)}
+        issues, message = issues_of(call, data, chat_template_of=tokenizer)
+        assert issues == {(kind, column): ([2], 1)}
         assert reason in message
         assert "at rows [2]" in message
     with pytest.raises(PreferenceDataError, match=reason):
@@ -103,8 +105,8 @@ def test_rows_that_a_template_spoils_are_named_or_dropped_everywhere(name, monke
     assert kept.to_list() == [row for i, row in enumerate(data.to_list()) if i != 2]
     assert "dropped 1 of 6 pairs, kept 5" in caplog.text
     found = audit_preferences(data, tokenizer=tokenizer)
-    assert [(f.kind, f.column, f.rows) for f in found.scans[0].faults] == [(kind, column, [2])]
-    assert reason in found.scans[0].faults[0].in_words(6)
+    assert [(f.kind, f.column, f.rows) for f in found.scans[0].issues] == [(kind, column, [2])]
+    assert reason in found.scans[0].issues[0].describe(6)
     check_preferences(Dataset.from_list(rows_of()), chat_template_of=tokenizer)  # without system messages all is well
 
 
@@ -210,15 +212,15 @@ def test_options_of_the_template_that_trl_cannot_take_are_named_or_dropped(name,
             del row[column]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert faults_of(load_preferences, path)[0] == {(kind, column): ([1], 1)}
+    assert issues_of(load_preferences, path)[0] == {(kind, column): ([1], 1)}
     assert len(load_preferences(path, on_bad_rows="drop")) == 1
     found = audit_preferences(path)
-    assert [(f.kind, f.column, f.rows) for f in found.scans[0].faults] == [(kind, column, [1])]
+    assert [(f.kind, f.column, f.rows) for f in found.scans[0].issues] == [(kind, column, [1])]
     try:
         data = Dataset.from_list(rows, on_mixed_types="use_json")
     except (TypeError, ValueError):
         return  # Arrow itself has no place for such a column
-    assert faults_of(check_preferences, data)[0] == {(kind, column): ([1], 1)}
+    assert issues_of(check_preferences, data)[0] == {(kind, column): ([1], 1)}
 
 
 def test_rows_without_tools_and_options_of_the_call_itself(tmp_path):
@@ -227,8 +229,8 @@ def test_rows_without_tools_and_options_of_the_call_itself(tmp_path):
         row["tools"] = tools
     check_preferences(Dataset.from_list(rows), chat_template_of=make_tokenizer())
     rows = [row | {"chat_template_kwargs": {"tokenize": True}} for row in rows_of(2)]
-    faults, message = faults_of(load_preferences, Dataset.from_list(rows), chat_template_of=make_tokenizer())
-    assert faults == {("not_rendered", ""): ([0, 1], 2)}
+    issues, message = issues_of(load_preferences, Dataset.from_list(rows), chat_template_of=make_tokenizer())
+    assert issues == {("not_rendered", ""): ([0, 1], 2)}
     assert "tokenize" in message
 
 
@@ -256,8 +258,8 @@ def test_blocks_of_text_give_the_tokens_of_strings(model, template, tmp_path):
     tokenizer, rows = tokenizer_with(template), rows_of(5, system=[1])
     plain, blocks = Dataset.from_list(rows), Dataset.from_list(list(map(in_blocks, rows)))
     names = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    expected = tokenise(plain, tokenizer, max_length=None).select_columns(names).to_list()
-    assert tokenise(blocks, tokenizer, max_length=None).select_columns(names).to_list() == expected
+    expected = tokenize_pairs(plain, tokenizer, max_length=None).select_columns(names).to_list()
+    assert tokenize_pairs(blocks, tokenizer, max_length=None).select_columns(names).to_list() == expected
     found = [audit_preferences(data, tokenizer=tokenizer).scans[0].pairs for data in (plain, blocks)]
     assert found[0].chosen.tolist() == found[1].chosen.tolist()
     trainer = SamPOTrainer(
@@ -281,8 +283,8 @@ def test_several_blocks_become_lines_and_other_content_is_refused():
     row["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image", "url": "u"}]}]
     data = Dataset.from_list([row])
     for call in (load_preferences, check_preferences):
-        assert faults_of(call, data)[0] == {("not_text", "prompt"): ([0], 1)}
-    assert "no text" in Texts(make_tokenizer()).fault(row["prompt"])
+        assert issues_of(call, data)[0] == {("not_text", "prompt"): ([0], 1)}
+    assert "not text" in Texts(make_tokenizer()).fault(row["prompt"])
     pictures = Dataset.from_list([row | {"images": ["p"]}])  # of a vision model: TRL's to judge
     assert len(load_preferences(pictures)) == 1
 
@@ -292,14 +294,14 @@ def test_blocks_that_a_template_prints_as_python_are_a_fault_of_their_own():
     row = rows_of(1)[0]
     row["prompt"] = [{"role": "user", "content": content}]
     template = chat.ChatTemplate(make_tokenizer())
-    assert template.find_fault(tuple(row.values()), {}) == ("blocks_as_python", "prompt")
+    assert template.find_issue(tuple(row.values()), {}) == ("blocks_as_python", "prompt")
 
 
 def test_a_template_for_blocks_alone_shows_no_strings_and_is_refused():
     template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c.text }}{% endfor %}")
     rows = rows_of(3)
-    faults, _ = faults_of(load_preferences, Dataset.from_list(rows), chat_template_of=tokenizer_with(template))
-    assert faults == {("message_lost", "prompt"): ([0, 1, 2], 3)}
+    issues, _ = issues_of(load_preferences, Dataset.from_list(rows), chat_template_of=tokenizer_with(template))
+    assert issues == {("message_lost", "prompt"): ([0, 1, 2], 3)}
     blocks = Dataset.from_list(list(map(in_blocks, rows)))
     assert len(load_preferences(blocks, chat_template_of=tokenizer_with(template))) == 3
 
@@ -371,11 +373,12 @@ def test_the_place_of_the_end_is_that_of_a_loop():
         ids = [rng.choice([eos, turn, newline, 20, 21]) for _ in range(rng.randint(0, 8))]
         words = [i for i, token in enumerate(ids) if token in (20, 21)]
         behind = [i for i, token in enumerate(ids) if token in (eos, turn) and i > max(words, default=-1)]
-        assert ends.place(ids) == max(behind, default=-1)
+        assert ends.find(ids) == max(behind, default=-1)
         for kept in (slice(0, 3), slice(2, None)):
             part = ids[kept]
-            inside = ends.place(ids) in range(len(ids))[kept]
-            assert ends.is_other_turns(ids, kept) is (not inside and any(i in (eos, turn) for i in part))
+            inside = ends.find(ids) in range(len(ids))[kept]
+            others = "other" if any(i in (eos, turn) for i in part) else "none"
+            assert ends.classify(ids, kept) == ("own" if inside else others)
 
 
 @pytest.mark.parametrize("template", [NO_END, CLOSED_BY_THE_NEXT])
@@ -456,7 +459,7 @@ def merging_rows():
 
 def test_what_merges_is_said_once_with_its_share(caplog, capsys):
     caplog.set_level(logging.WARNING)
-    found = tokenise(Dataset.from_list(merging_rows()), merging_tokenizer(), max_length=None)
+    found = tokenize_pairs(Dataset.from_list(merging_rows()), merging_tokenizer(), max_length=None)
     assert len(found) == 10
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
@@ -468,7 +471,7 @@ def test_what_merges_is_said_once_with_its_share(caplog, capsys):
 
 def test_a_space_in_front_of_the_response_keeps_the_tokens_apart(caplog):
     rows = [{**row, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]} for row in merging_rows()]
-    tokenise(Dataset.from_list(rows), merging_tokenizer(), max_length=None)
+    tokenize_pairs(Dataset.from_list(rows), merging_tokenizer(), max_length=None)
     assert "merges" not in caplog.text
 
 
@@ -477,7 +480,7 @@ def test_rendered_text_and_tokenizers_without_a_template_are_no_chat(prompt, cap
     tokenizer = merging_tokenizer()
     if prompt == "a ":
         tokenizer.chat_template = None
-    tokenise(Dataset.from_list([{"prompt": prompt, "chosen": "c", "rejected": "d"}]), tokenizer, max_length=None)
+    tokenize_pairs(Dataset.from_list([{"prompt": prompt, "chosen": "c", "rejected": "d"}]), tokenizer, max_length=None)
     assert "chat template" not in caplog.text
 
 
@@ -500,11 +503,11 @@ def test_text_as_messages_makes_a_turn_of_each_text():
     messages = make_pairs(3, conversational=True)
     assert load_preferences(messages, text_as_messages=True).to_list() == messages.to_list()
     rendered = [{"prompt": "<|im_start|>user\nw1<|im_end|>\n", "chosen": "w2", "rejected": "w3"}]
-    assert faults_of(load_preferences, Dataset.from_list(rendered), text_as_messages=True)[0] == {
+    assert issues_of(load_preferences, Dataset.from_list(rendered), text_as_messages=True)[0] == {
         ("rendered_text", "prompt"): ([0], 1)
     }
     only_blanks_differ = [{"prompt": "w1", "chosen": "w2 ", "rejected": " w2"}]
-    assert faults_of(load_preferences, Dataset.from_list(only_blanks_differ), text_as_messages=True)[0] == {
+    assert issues_of(load_preferences, Dataset.from_list(only_blanks_differ), text_as_messages=True)[0] == {
         ("identical", "rejected"): ([0], 1)
     }
 
@@ -560,7 +563,7 @@ def test_pairs_of_alpaca_eval_with_a_chat_model(caplog):
     with gzip.open(ALPACA, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     data = load_preferences(Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]))
-    prepared = tokenise(data, tokenizer, max_length=None)
+    prepared = tokenize_pairs(data, tokenizer, max_length=None)
     (said,) = [record.getMessage() for record in caplog.records if "pairs are text" in record.getMessage()]
     merged = sum(
         len(tokenizer(row["prompt"])["input_ids"]) > len(ids)
@@ -569,7 +572,7 @@ def test_pairs_of_alpaca_eval_with_a_chat_model(caplog):
     assert f"In {merged:,} of {len(data):,} pairs" in said
     caplog.clear()
     made = load_preferences(data, text_as_messages=True, chat_template_of=tokenizer)
-    tokenise(made, tokenizer, max_length=None)
+    tokenize_pairs(made, tokenizer, max_length=None)
     assert "merges" not in caplog.text
     assert "in another way" not in caplog.text
 
@@ -577,7 +580,7 @@ def test_pairs_of_alpaca_eval_with_a_chat_model(caplog):
 def test_counts_are_those_of_a_loop_at_any_cut():
     tokenizer = make_tokenizer()
     ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
-    data = tokenise(Dataset.from_list(several_turns()), tokenizer, max_length=None)
+    data = tokenize_pairs(Dataset.from_list(several_turns()), tokenizer, max_length=None)
     for max_length in (None, 8, 13, 20):
         for mode in ("keep_start", "keep_end"):
             counts = count_tokens(data, max_length, mode, ends)
@@ -586,7 +589,7 @@ def test_counts_are_those_of_a_loop_at_any_cut():
                 for side, name in enumerate(("chosen_ids", "rejected_ids")):
                     whole = row["prompt_ids"] + row[name]
                     kept = kept_ids(whole, max_length, mode)
-                    place = len(row["prompt_ids"]) + ends.place(row[name])
+                    place = len(row["prompt_ids"]) + ends.find(row[name])
                     there = place < len(kept) if mode == "keep_start" else place >= len(whole) - len(kept)
                     endless[side] += not there
                     begin = len(row["prompt_ids"]) if mode == "keep_start" else 0

@@ -11,8 +11,8 @@ from sampo import audit_preferences, load_preferences
 from sampo.commands import train
 from sampo.commands.options import make_parser
 from sampo.data.columns import pairs_of_stream, read_columns
-from sampo.data.layouts import PreferenceDataError
-from sampo.data.load import check_preferences
+from sampo.data.issues import PreferenceDataError
+from sampo.data.validate import check_preferences
 from sampo.evaluation.answers.prompts import load_prompts
 
 USER, BLUE, RED = "Name a colour.", "Blue.", "Red, perhaps, or green."
@@ -252,12 +252,12 @@ def test_a_bad_row_is_named_and_can_be_dropped(tmp_path, kind):
     path = write(tmp_path / "pairs.jsonl", [good, BAD[kind], good])
     with pytest.raises(PreferenceDataError) as error:
         load_preferences(path)
-    (fault,) = error.value.faults
-    assert (fault.kind, fault.rows, fault.count) == (kind, [1], 1)
+    (issue,) = error.value.issues
+    assert (issue.kind, issue.rows, issue.count) == (kind, [1], 1)
     assert "row 1 (" in str(error.value)
     assert len(load_preferences(path, on_bad_rows="drop")) == 2
     (scan,) = audit_preferences(path).scans
-    assert [(fault.kind, fault.rows) for fault in scan.faults] == [(kind, [1])]
+    assert [(issue.kind, issue.rows) for issue in scan.issues] == [(kind, [1])]
 
 
 def test_a_function_call_becomes_a_tool_call(tmp_path):
@@ -370,4 +370,4 @@ def test_a_system_message_does_not_hide_an_empty_prompt():
     row = {"system": "Be brief.", "prompt": " ", "chosen": "a", "rejected": "b"}
     with pytest.raises(PreferenceDataError) as caught:
         load_preferences(Dataset.from_list([row]))
-    assert [(fault.kind, fault.column) for fault in caught.value.faults] == [("empty", "prompt")]
+    assert [(issue.kind, issue.column) for issue in caught.value.issues] == [("empty", "prompt")]

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sampo.audit.audit import audit_preferences
-from sampo.data.layouts import MAX_DEPTH, PreferenceDataError, is_blank_text
+from sampo.data.issues import MAX_DEPTH, PreferenceDataError
+from sampo.data.layouts import is_blank_text
 from sampo.data.load import load_preferences
 from sampo.data.sources import MAX_COLUMNS
 from sampo.evaluation.answers.answers import Answer, prompt_id, read_answers
@@ -89,13 +90,13 @@ def test_pretty_printed_objects_are_read_whatever_stands_between_them(between, t
     text = "\n\n" + between.join(json.dumps(row, indent=4) for row in ROWS) + between
     assert load_preferences(write(tmp_path / "x.json", text.encode())).to_list() == ROWS
     broken = text.replace('"bad\\n7"', '"bad', 1).encode()
-    with pytest.raises(PreferenceDataError, match=r"x.json is no complete JSON object \(.* at line \d+"):
+    with pytest.raises(PreferenceDataError, match=r"x.json is not a complete JSON object \(.* at line \d+"):
         load_preferences(write(tmp_path / "x.json", broken))
 
 
 def test_a_broken_first_line_does_not_cost_the_others(tmp_path):
     path = write(tmp_path / "x.jsonl", b'{"prompt": "cut\n' + LINES)
-    with pytest.raises(PreferenceDataError, match=r"1 of 13 pairs is no complete JSON, at rows \[0\]"):
+    with pytest.raises(PreferenceDataError, match=r"1 of 13 pairs is not complete JSON, at rows \[0\]"):
         load_preferences(path)
     assert load_preferences(path, on_bad_rows="drop").to_list() == ROWS
 
@@ -127,13 +128,13 @@ FOREIGN = {  # name: (content, what is said)
     "page.parquet": (b"<html>", "page.parquet is HTML"),
     "packed.jsonl": (gzip.compress(LINES), r"packed.jsonl is packed with gzip. .* end in `.gz`"),
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES)), "twice.jsonl.gz is packed with gzip"),
-    "plain.jsonl.gz": (LINES, r"plain.jsonl.gz is a damaged .* take `.gz` from its name"),
+    "plain.jsonl.gz": (LINES, r"plain.jsonl.gz is a damaged .* remove `.gz` from its name"),
     "archive.jsonl": (b"PK\x03\x04" + bytes(40), "archive.jsonl is a zip archive"),
     "zstd.json": (b"\x28\xb5\x2f\xfd" + bytes(40), "zstd.json is packed with zstandard"),
     "rows.jsonl": (parquet(ROWS), r"rows.jsonl is a Parquet file. Let its name end in `.parquet`"),
-    "text.parquet": (LINES, "text.parquet is no complete Parquet file"),
+    "text.parquet": (LINES, "text.parquet is not a complete Parquet file"),
     "empty.jsonl": (b"", "empty.jsonl is empty"),
-    "empty.parquet": (b"", "empty.parquet is no complete Parquet file"),
+    "empty.parquet": (b"", "empty.parquet is not a complete Parquet file"),
     "odd.jsonl": (LINES.decode().encode("utf-16")[:-1], "odd.jsonl is not valid UTF-16"),
 }
 
@@ -154,14 +155,14 @@ def test_a_file_without_a_row_says_what_it_is_everywhere(name, tmp_path):
             read(path, on_bad_rows="drop")
 
 
-def test_the_faults_of_a_file_without_a_row_are_counted(tmp_path):
+def test_the_issues_of_a_file_without_a_row_are_counted(tmp_path):
     path = write(tmp_path / "x.jsonl", b"[1]\n" + PYTHON)
     with pytest.raises(PreferenceDataError, match="complete JSON list"):  # the first character says list
         load_preferences(path)
     path = write(tmp_path / "x.jsonl", PYTHON + b"[1]\n")
     with pytest.raises(PreferenceDataError, match=r"none in 13 lines") as caught:
         load_preferences(path)
-    found = {fault.kind: (fault.count, fault.rows) for fault in caught.value.faults}
+    found = {issue.kind: (issue.count, issue.rows) for issue in caught.value.issues}
     assert found == {"broken_line": (12, list(range(10))), "not_an_object": (1, [])}
 
 
@@ -190,7 +191,7 @@ def test_a_row_that_json_allows_and_nobody_means_is_a_bad_row(text, kind, shape,
     path = write(tmp_path / "x.json", content[shape].encode())
     with pytest.raises(PreferenceDataError) as caught:
         load_preferences(path)
-    assert [(fault.kind, fault.rows) for fault in caught.value.faults] == [(kind, [1])]
+    assert [(issue.kind, issue.rows) for issue in caught.value.issues] == [(kind, [1])]
     assert "x.json, " in str(caught.value)
     assert load_preferences(path, on_bad_rows="drop").to_list() == ROWS[:2]
 
@@ -207,7 +208,7 @@ def test_rows_at_the_limit_of_depth_are_loaded(tmp_path):
 
 
 def test_a_nested_parquet_file_is_refused_before_its_rows_are_read(tmp_path):
-    for levels, said in ((40, f"nests values deeper than {MAX_DEPTH} levels"), (200, "no complete Parquet file")):
+    for levels, said in ((40, f"nests values deeper than {MAX_DEPTH} levels"), (200, "not a complete Parquet file")):
         kind = pa.string()
         for _ in range(levels):
             kind = pa.list_(kind)
@@ -296,8 +297,8 @@ def test_a_response_without_a_visible_character_is_empty(text, tmp_path):
         path = write(tmp_path / "x.jsonl", jsonl(rows))
         with pytest.raises(PreferenceDataError) as caught:
             load_preferences(path)
-        assert [(f.kind, f.column, f.rows) for f in caught.value.faults] == [("empty", "chosen", [1])]
-        assert audit_preferences(path).scans[0].faults[0].kind == "empty"
+        assert [(f.kind, f.column, f.rows) for f in caught.value.issues] == [("empty", "chosen", [1])]
+        assert audit_preferences(path).scans[0].issues[0].kind == "empty"
     prompts = write(tmp_path / "p.jsonl", jsonl([{"prompt": "a"}, {"prompt": text}]))
     with pytest.raises(ValueError, match=r"1 of 2 rows \(1 empty\)"):
         load_prompts(prompts)

@@ -18,14 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from sampo.data.layouts import KINDS
-from sampo.data.load import (
-    PreferenceDataError,
-    check_preferences,
-    load_preference_splits,
-    load_preferences,
-    split_by_prompt,
-)
+from sampo.data.issues import KINDS, PreferenceDataError
+from sampo.data.load import load_preference_splits, load_preferences
+from sampo.data.subsets import split_by_prompt
+from sampo.data.validate import check_preferences
 
 ROOT = Path(__file__).parents[2]
 HH = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless_test.jsonl.gz"
@@ -49,10 +45,10 @@ def loaded(rows, **options):
         return load_preferences(write_lines(Path(folder) / "rows.jsonl", rows), **options)
 
 
-def faults_of(call, *args, **options):
+def issues_of(call, *args, **options):
     with pytest.raises(PreferenceDataError) as caught:
         call(*args, **options)
-    return {(fault.kind, fault.column): fault.rows for fault in caught.value.faults}, str(caught.value)
+    return {(issue.kind, issue.column): issue.rows for issue in caught.value.issues}, str(caught.value)
 
 
 # --- HH-RLHF ---------------------------------------------------------------------------------------------------------
@@ -77,11 +73,11 @@ def test_every_pair_of_hh_rlhf_is_accounted_for(hh_rows, caplog):
     empty = [i for i, (chosen, rejected) in enumerate(halves) if not chosen[1] or not rejected[1]]
     unshared = [i for i, (chosen, rejected) in enumerate(halves) if chosen[0] != rejected[0]]
     assert (len(hh_rows), len(empty), len(unshared)) == (2312, 4, 2312 - 2307)
-    faults, message = faults_of(load_preferences, HH)
-    assert faults == {("empty", "chosen"): empty, ("prompt_not_shared", "prompt"): unshared}
+    issues, message = issues_of(load_preferences, HH)
+    assert issues == {("empty", "chosen"): empty, ("prompt_not_shared", "prompt"): unshared}
     assert "4 of 2,312 pairs have an empty `chosen`, at rows [" in message
 
-    with caplog.at_level(logging.INFO, "sampo.data.load"):
+    with caplog.at_level(logging.INFO, "sampo.data"):
         pairs = load_preferences(HH, on_bad_rows="drop")
     assert "dropped 9 of 2,312 pairs, kept 2,303: 4 have an empty `chosen`; 5 have no shared" in caplog.text
     assert "joined in 4 pairs" in caplog.text
@@ -123,8 +119,8 @@ def test_conversations_come_back_from_transcripts_as_they_were(conversations):
 def test_a_transcript_file_names_rows_that_are_none_and_rows_that_end_with_the_human():
     good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
     rows = [good, good | {"chosen": "plain"}, good | {"rejected": "\n\nHuman: a"}, good, good]
-    faults, _ = faults_of(loaded, rows)
-    assert faults == {("not_a_transcript", "chosen"): [1], ("bad_roles", "rejected"): [2]}
+    issues, _ = issues_of(loaded, rows)
+    assert issues == {("not_a_transcript", "chosen"): [1], ("bad_roles", "rejected"): [2]}
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -143,7 +139,7 @@ def test_an_implicit_text_prompt_is_cut_where_trl_cuts_it(parts):
     ]
     expected = [c for c, good in zip(cut, keep, strict=True) if good]
     if not expected:
-        faults_of(loaded, rows, on_bad_rows="drop")
+        issues_of(loaded, rows, on_bad_rows="drop")
         return
     assert loaded(rows, on_bad_rows="drop").to_list() == expected
 
@@ -182,8 +178,8 @@ def test_a_text_prompt_beside_messages_becomes_a_message():
     expected = {"prompt": [USER], "chosen": [BLUE], "rejected": [RED], "prompt_id": "x"}
     assert loaded([whole, answers]).to_list() == [expected, expected]
     # TRL itself fails on this layout, so data given to the trainer must not pass
-    faults, message = faults_of(check_preferences, Dataset.from_list([whole]))
-    assert faults == {("wrong_type", "prompt"): [0]}
+    issues, message = issues_of(check_preferences, Dataset.from_list([whole]))
+    assert issues == {("wrong_type", "prompt"): [0]}
     assert "`load_preferences` makes a message of" in message
 
 
@@ -323,8 +319,8 @@ def test_broken_lines_are_named_with_file_and_line_and_can_be_dropped(tmp_path, 
     lines[7] = lines[7][:-9]
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\n".join(lines))
-    faults, message = faults_of(load_preferences, path)  # rows leave the blank line out, line numbers do not
-    assert faults == {("bad_utf8", ""): [1, 3], ("not_an_object", ""): [2], ("broken_line", ""): [4, 6]}
+    issues, message = issues_of(load_preferences, path)  # rows leave the blank line out, line numbers do not
+    assert issues == {("bad_utf8", ""): [1, 3], ("not_an_object", ""): [2], ("broken_line", ""): [4, 6]}
     for place in (
         "line 2 (byte",
         "line 4 (list)",
@@ -335,8 +331,8 @@ def test_broken_lines_are_named_with_file_and_line_and_can_be_dropped(tmp_path, 
         assert f"pairs.jsonl, {place}" in message
     assert load_preferences(path, on_bad_rows="drop")["prompt"][:] == ["Question 0", "Question 6"]
     assert (
-        "dropped 5 of 7 pairs, kept 2: 2 are not valid UTF-8; 1 is valid JSON but no object; 2 are no complete JSON"
-        in caplog.text
+        "dropped 5 of 7 pairs, kept 2: 2 are not valid UTF-8; 1 is valid JSON but not an object; 2 are not complete "
+        "JSON" in caplog.text
     )
 
 
@@ -347,13 +343,13 @@ def test_broken_lines_are_named_with_file_and_line_and_can_be_dropped(tmp_path, 
         ("x.jsonl", b"", "is empty"),
         ("x.jsonl", b"\n \n", "is empty"),
         ("x.json", b"[]", "has no rows"),
-        ("x.json", b'[{"prompt": "a"}, {', r"no complete JSON list \(.* at line 1, column"),
+        ("x.json", b'[{"prompt": "a"}, {', r"not a complete JSON list \(.* at line 1, column"),
         ("x.json", b'[\n{"prompt": "\xff"}]', "not valid UTF-8 at line 2"),
         ("x.jsonl.gz", gzip.compress(json.dumps(row()).encode() * 99, mtime=0)[:-9], "cut-off gzip"),
         ("x.jsonl.gz", b"\x1f\x8b not gzip at all", "damaged"),
         ("x.jsonl.gz", json.dumps(row()).encode(), "damaged"),
-        ("x.parquet", b"PAR1 and then nothing", "no complete Parquet"),
-        ("x.parquet.gz", gzip.compress(b"PAR1 and then nothing", mtime=0), "no complete Parquet"),
+        ("x.parquet", b"PAR1 and then nothing", "not a complete Parquet"),
+        ("x.parquet.gz", gzip.compress(b"PAR1 and then nothing", mtime=0), "not a complete Parquet"),
     ],
 )
 def test_files_that_lost_rows_are_an_error_whatever_is_done_with_bad_rows(
@@ -362,10 +358,10 @@ def test_files_that_lost_rows_are_an_error_whatever_is_done_with_bad_rows(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PreferenceDataError, match=f"{name} .*{complaint}") as caught:
         load_preferences(tmp_path / name, on_bad_rows=on_bad_rows)
-    assert [fault.kind for fault in caught.value.faults] == ["unreadable_file"]
+    assert [issue.kind for issue in caught.value.issues] == ["unreadable_file"]
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+# --- issues ----------------------------------------------------------------------------------------------------------
 
 
 def test_all_faults_are_listed_at_once_with_their_rows():
@@ -379,8 +375,8 @@ def test_all_faults_are_listed_at_once_with_their_rows():
         rows[i]["rejected"] = " \n" if i % 2 else ""
     rows[18]["prompt"] = ""
     rows[19]["rejected"] = rows[19]["chosen"]
-    faults, message = faults_of(loaded, rows)
-    assert faults == {
+    issues, message = issues_of(loaded, rows)
+    assert issues == {
         ("null", "prompt"): [2],
         ("null", "chosen"): [3],
         ("nan", "rejected"): [4],
@@ -397,7 +393,7 @@ def test_all_faults_are_listed_at_once_with_their_rows():
 
 
 def naive_kind(r):
-    """First fault of a text row, column by column, written anew."""
+    """First issue of a text row, column by column, written anew."""
     kinds = []
     for column in ("prompt", "chosen", "rejected"):
         value = r.get(column)
@@ -426,11 +422,11 @@ def test_kept_and_dropped_rows_add_up_as_a_naive_loop_has_them(rows):
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("sampo.data.load").addHandler(handler)
+    logging.getLogger("sampo.data").addHandler(handler)
     try:
         pairs = loaded(rows, on_bad_rows="drop")
     finally:
-        logging.getLogger("sampo.data.load").removeHandler(handler)
+        logging.getLogger("sampo.data").removeHandler(handler)
     good = [r for r, kind in zip(rows, kinds, strict=True) if kind is None]
     assert [(p["prompt"], p["chosen"], p["rejected"], p.get("number")) for p in pairs] == [
         (r["prompt"], r["chosen"], r["rejected"], r.get("number")) for r in good
@@ -474,13 +470,13 @@ BAD_CONVERSATIONS = {
 
 @pytest.mark.parametrize("name", BAD_CONVERSATIONS)
 def test_a_bad_conversation_is_found_among_good_ones(name):
-    prompt, chosen, rejected, fault = BAD_CONVERSATIONS[name]
+    prompt, chosen, rejected, issue = BAD_CONVERSATIONS[name]
     good = {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [RED]}
     rows = [good, good, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, good]
-    faults, _ = faults_of(loaded, rows)
+    issues, _ = issues_of(loaded, rows)
     if name == "the prompt ends with an answer":
-        assert faults.pop(("bad_roles", "rejected")) == [2]
-    assert faults == {fault: [2]}
+        assert issues.pop(("bad_roles", "rejected")) == [2]
+    assert issues == {issue: [2]}
     assert len(loaded(rows, on_bad_rows="drop")) == 3
 
 
@@ -496,14 +492,14 @@ def test_sides_that_share_no_beginning_have_no_prompt():
         {"chosen": "xa", "rejected": "yb"},
         {"chosen": " a", "rejected": " b"},
     ]
-    faults, _ = faults_of(loaded, rows)
-    assert faults == {("prompt_not_shared", "prompt"): [1, 2]}
-    assert faults_of(check_preferences, Dataset.from_list(rows))[0] == faults
+    issues, _ = issues_of(loaded, rows)
+    assert issues == {("prompt_not_shared", "prompt"): [1, 2]}
+    assert issues_of(check_preferences, Dataset.from_list(rows))[0] == issues
     rows = [
         {"chosen": [USER, BLUE], "rejected": [USER, RED]},
         {"chosen": [USER, BLUE], "rejected": [SYSTEM, USER, RED]},
     ]
-    assert faults_of(loaded, rows)[0] == {("prompt_not_shared", "prompt"): [1]}
+    assert issues_of(loaded, rows)[0] == {("prompt_not_shared", "prompt"): [1]}
 
 
 @pytest.mark.parametrize(
@@ -516,8 +512,8 @@ def test_sides_that_share_no_beginning_have_no_prompt():
 )
 def test_a_misnamed_column_is_recognised_and_can_be_renamed(ours, theirs, tmp_path):
     rows = [{theirs if key == ours else key: value for key, value in row(i).items()} for i in range(3)]
-    for faults, message in (faults_of(loaded, rows), faults_of(check_preferences, Dataset.from_list(rows))):
-        assert next(iter(faults)) == ("missing_column", ours)
+    for issues, message in (issues_of(loaded, rows), issues_of(check_preferences, Dataset.from_list(rows))):
+        assert next(iter(issues)) == ("missing_column", ours)
         assert (
             f"Did you mean `{theirs}`? Set `columns` {ours}={theirs} (in Python `columns={{'{ours}': '{theirs}'}}`)"
             in message
@@ -532,10 +528,10 @@ def test_a_column_that_may_be_the_prompt_is_no_error_where_the_sides_share_their
     rows = [{"chosen": "Q: a", "rejected": "Q: b", "question": "Q"} for _ in range(20)]
     rows[3] = rows[3] | {"chosen": "x"}
     assert len(loaded(rows, on_bad_rows="drop")) == 19
-    assert "no column `prompt`, so what `chosen` and `rejected` begin with is taken" in caplog.text
-    assert faults_of(loaded, rows)[0] == {("prompt_not_shared", "prompt"): [3]}
+    assert "no column `prompt`, so the beginning that `chosen` and `rejected` share is taken" in caplog.text
+    assert issues_of(loaded, rows)[0] == {("prompt_not_shared", "prompt"): [3]}
     rows[:3] = [r | {"chosen": "x"} for r in rows[:3]]
-    assert faults_of(loaded, rows, on_bad_rows="drop")[0] == {
+    assert issues_of(loaded, rows, on_bad_rows="drop")[0] == {
         ("missing_column", "prompt"): [],
         ("prompt_not_shared", "prompt"): [0, 1, 2, 3],
     }
@@ -543,13 +539,13 @@ def test_a_column_that_may_be_the_prompt_is_no_error_where_the_sides_share_their
 
 def test_missing_columns_are_an_error_also_when_bad_rows_are_dropped():
     rows = [{"prompt": "a", "text": "b"}]
-    faults, message = faults_of(loaded, rows, on_bad_rows="drop")
-    assert list(faults) == [("missing_column", "chosen"), ("missing_column", "rejected")]
+    issues, message = issues_of(loaded, rows, on_bad_rows="drop")
+    assert list(issues) == [("missing_column", "chosen"), ("missing_column", "rejected")]
     assert "The columns are ['prompt', 'text']" in message
-    assert faults_of(check_preferences, Dataset.from_list(rows))[0] == faults
+    assert issues_of(check_preferences, Dataset.from_list(rows))[0] == issues
     # the columns that are there are looked at nevertheless
-    faults, _ = faults_of(loaded, [{"prompt": "a", "chosen": "b"}, {"prompt": "", "chosen": None}])
-    assert faults == {("missing_column", "rejected"): [], ("empty", "prompt"): [1], ("null", "chosen"): [1]}
+    issues, _ = issues_of(loaded, [{"prompt": "a", "chosen": "b"}, {"prompt": "", "chosen": None}])
+    assert issues == {("missing_column", "rejected"): [], ("empty", "prompt"): [1], ("null", "chosen"): [1]}
 
 
 @pytest.mark.parametrize(
@@ -561,8 +557,8 @@ def test_a_renaming_that_makes_no_sense_is_refused(columns):
 
 
 def test_nothing_left_after_dropping_is_an_error():
-    faults, _ = faults_of(loaded, [row(chosen="")], on_bad_rows="drop")
-    assert faults == {("empty", "chosen"): [0]}
+    issues, _ = issues_of(loaded, [row(chosen="")], on_bad_rows="drop")
+    assert issues == {("empty", "chosen"): [0]}
     with pytest.raises(PreferenceDataError, match="no rows"):
         load_preferences(Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}))
     with pytest.raises(PreferenceDataError, match="at least one pair, got none"):
@@ -651,17 +647,17 @@ def test_of_streams_and_images_only_the_columns_are_looked_at():
         Dataset.from_list([{"prompt": "a", "choosen": "b", "rejected": "c"}]).to_iterable_dataset(),
         Dataset.from_list([{"prompt": "a", "choosen": "b", "rejected": "c", "image": 1}]),
     ):
-        faults, message = faults_of(check_preferences, data)
-        assert faults == {("missing_column", "chosen"): []}
+        issues, message = issues_of(check_preferences, data)
+        assert issues == {("missing_column", "chosen"): []}
         assert "`choosen`" in message
 
 
 def test_the_number_of_rows_named_can_be_chosen():
     data = Dataset.from_list([row(i, chosen="") for i in range(20)])
-    assert faults_of(check_preferences, data, max_rows_named=3)[0] == {("empty", "chosen"): [0, 1, 2]}
+    assert issues_of(check_preferences, data, max_rows_named=3)[0] == {("empty", "chosen"): [0, 1, 2]}
     with pytest.raises(PreferenceDataError) as caught:
         check_preferences(data, max_rows_named=3)
-    assert [fault.count for fault in caught.value.faults] == [20]
+    assert [issue.count for issue in caught.value.issues] == [20]
 
 
 @pytest.mark.parametrize("messages", [False, True])
@@ -721,7 +717,7 @@ def test_lengths_are_counted_in_tokens_when_a_tokenizer_is_given(caplog):
             return {"input_ids": [list(text) for text in texts]}
 
     rows = [row(0, chosen="a b c", rejected="loooong")]  # longer in words, shorter in characters
-    with caplog.at_level(logging.INFO, "sampo.data.load"):
+    with caplog.at_level(logging.INFO, "sampo.data"):
         assert len(loaded(rows, length_split="long")) == 1
         assert len(loaded(rows, length_split="short", tokenizer=Characters())) == 1
     assert "lengths in whitespace words; 1 long" in caplog.text
@@ -789,7 +785,7 @@ def test_a_run_evaluates_on_the_test_split_or_on_a_part_split_off_by_prompt(tmp_
         load_preference_splits(both, train_split="trains")
     with pytest.raises(ValueError, match=r"`split` must be one of .*got 'held_out'"):
         load_preference_splits(both, test_split="held_out")
-    with pytest.raises(ValueError, match="`eval_fraction` must leave pairs on both sides"):
+    with pytest.raises(ValueError, match="`eval_fraction` must leave pairs in both parts"):
         load_preference_splits(Dataset.from_list([row()]), eval_fraction=0.5)
 
 

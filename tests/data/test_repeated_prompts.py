@@ -10,8 +10,10 @@ from tiny import make_tokenizer, save_model, training_options
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.audit.audit import audit_preferences
 from sampo.commands import audit, cache, diagnose, train
-from sampo.data.load import PreferenceDataError, check_preferences, load_preference_splits, load_preferences
+from sampo.data.issues import PreferenceDataError
+from sampo.data.load import load_preference_splits, load_preferences
 from sampo.data.repeated_prompts import are_many, split_response
+from sampo.data.validate import check_preferences
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -68,7 +70,7 @@ def repeated(style, rows):
 def kinds(call, *args, **options):
     with pytest.raises(PreferenceDataError) as caught:
         call(*args, **options)
-    return {(fault.kind, fault.column): fault.count for fault in caught.value.faults}
+    return {(issue.kind, issue.column): issue.count for issue in caught.value.issues}
 
 
 BOTH = {("repeated_prompt", "chosen"): 12, ("repeated_prompt", "rejected"): 12}
@@ -114,7 +116,18 @@ def test_answers_alone_and_a_single_quotation_are_left_alone(style):
         assert load_preferences(one).to_list() == one.to_list()
         assert load_preferences(one, repeated_prompt="cut").to_list() == one.to_list()
         check_preferences(one)
-        assert not audit_preferences(one).has_faults
+        assert not audit_preferences(one).has_issues
+
+
+def test_repeats_that_begin_late_are_counted_alike_by_loader_and_audit():
+    good, late = texts(1100, seed=2), texts(200, seed=3)
+    rows = [
+        *repeated("ChatML", good[:1]),
+        *(dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in good),
+    ]
+    data = Dataset.from_list([*rows, *repeated("plain", late)])  # the first thousand rows have one repeat, in tags
+    counts = {(issue.kind, issue.column): issue.count for issue in audit_preferences(data).scans[0].issues}
+    assert counts == kinds(load_preferences, data) == dict.fromkeys(BOTH, 201)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -148,7 +161,7 @@ def test_answers_to_greetings_tell_nothing_but_are_cut_with_the_others():
     data = Dataset.from_list(greetings)
     assert load_preferences(data, repeated_prompt="cut").to_list() == greetings
     check_preferences(data)
-    assert not audit_preferences(data).has_faults
+    assert not audit_preferences(data).has_issues
     others = repeated("plain", texts(4))
     hello = {"prompt": "Hello", "chosen": "Hello\nC", "rejected": "Hello\n"}
     mixed = Dataset.from_list([hello, *others])

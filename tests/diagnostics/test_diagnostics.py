@@ -20,8 +20,10 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 
 from sampo import SamPOConfig, SamPOTrainer, cli
 from sampo.commands import lazy_model
+from sampo.data.end_tokens import most_common_end_token
+from sampo.data.tokenize import tokenize_pairs
 from sampo.diagnostics.findings import CLASSES, Finding, PairScores, findings, groups, read_scores
-from sampo.diagnostics.pair_scores import METHODS, ScoreKey, cached_reference, common_end_token, score_pairs, tokenise
+from sampo.diagnostics.pair_scores import METHODS, ScoreKey, cached_reference, score_pairs
 from sampo.io import records as results
 from sampo.reference_cache.key import RefKey, data_hash
 from sampo.reference_cache.store import RefCache
@@ -45,7 +47,7 @@ def key_of(data, **changes):
         "max_length": MAX_LENGTH,
         "truncation_mode": "keep_start",
         "end_ids": [EOS, IM_END],
-        "end_id": common_end_token(data, [EOS, IM_END]),
+        "end_id": most_common_end_token(data, [EOS, IM_END]),
         "seed": SEED,
         "gamma": GAMMA,
     }
@@ -82,7 +84,7 @@ def table_of(paths):
 
 @pytest.fixture(scope="module")
 def data():
-    return tokenise(raw_pairs(), make_tokenizer(), max_length=MAX_LENGTH)
+    return tokenize_pairs(raw_pairs(), make_tokenizer(), max_length=MAX_LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +221,7 @@ def test_with_a_constant_end_probability_the_pressure_has_a_closed_form(tmp_path
     model = make_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     p = 1 / 69
-    data = tokenise(raw_pairs(20, seed=3), make_tokenizer(), max_length=None)
+    data = tokenize_pairs(raw_pairs(20, seed=3), make_tokenizer(), max_length=None)
     for row in table_of(computed(tmp_path, data, model, max_length=None)):
         w, l = row["chosen_tokens"], row["rejected_tokens"]
         assert row["pressure/all"] == pytest.approx(-p * (w - l), abs=1e-5)
@@ -237,7 +239,7 @@ def test_with_a_constant_end_probability_the_pressure_has_a_closed_form(tmp_path
 def test_the_numbers_are_those_that_the_trainer_logs(tmp_path):
     """Tokenisation, truncation, subsets and pressure, for a subset, a fraction, and a choice by log-ratio."""
     policy, reference, pairs = make_model(seed=1), make_model(seed=0), raw_pairs(16, seed=8)
-    prepared = tokenise(pairs, make_tokenizer(), max_length=MAX_LENGTH)
+    prepared = tokenize_pairs(pairs, make_tokenizer(), max_length=MAX_LENGTH)
     shards = computed(tmp_path, prepared, make_model(seed=1), make_model(seed=0), seed=7)
     found = findings(read_scores(shards), beta=0.1)
     for name in ("sampo+rejected+end", "expected", "top_k"):
@@ -265,19 +267,19 @@ def test_the_numbers_are_those_that_the_trainer_logs(tmp_path):
 
 
 def test_the_end_token_is_the_one_that_ends_most_responses():
-    chat = tokenise(raw_pairs(6), make_tokenizer(), max_length=None)
-    text = tokenise(raw_pairs(6, conversational=False), make_tokenizer(chat=False), max_length=None)
-    assert common_end_token(chat, [EOS, IM_END]) == IM_END
-    assert common_end_token(text, [EOS, IM_END]) == EOS
+    chat = tokenize_pairs(raw_pairs(6), make_tokenizer(), max_length=None)
+    text = tokenize_pairs(raw_pairs(6, conversational=False), make_tokenizer(chat=False), max_length=None)
+    assert most_common_end_token(chat, [EOS, IM_END]) == IM_END
+    assert most_common_end_token(text, [EOS, IM_END]) == EOS
     nothing = chat.map(lambda row: {"chosen_ids": [9, 9], "rejected_ids": [8]})
-    assert common_end_token(nothing, [EOS, IM_END]) == EOS
+    assert most_common_end_token(nothing, [EOS, IM_END]) == EOS
 
 
 def test_a_response_without_tokens_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}w1 {% endif %}{% endfor %}"
     with pytest.raises(ValueError, match=r"at least one token, got 3 pairs without, first at rows \[0, 1, 2\]"):
-        tokenise(raw_pairs(3), tokenizer, max_length=None)
+        tokenize_pairs(raw_pairs(3), tokenizer, max_length=None)
 
 
 def test_an_adapter_is_scored_with_its_weights(data, tmp_path):
@@ -302,7 +304,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 sys.path.insert(0, {here!r})
 from test_diagnostics import *
-data = tokenise(raw_pairs(), make_tokenizer(), max_length=MAX_LENGTH)
+data = tokenize_pairs(raw_pairs(), make_tokenizer(), max_length=MAX_LENGTH)
 import sampo.{module} as module
 write = module.{write}
 def dying(path, content):

@@ -18,7 +18,7 @@ from sampo.commands import cache
 from sampo.commands.iterate import _summary
 from sampo.commands.launch import launch_command
 from sampo.commands.options import make_parser
-from sampo.data.layouts import PreferenceDataError
+from sampo.data.issues import PreferenceDataError
 from sampo.diagnostics import pair_scores
 from sampo.evaluation.answers.answers import Answer, read_answers, write_answers
 from sampo.evaluation.endpoint import Endpoint

@@ -53,8 +53,8 @@ def test_a_response_that_just_fits_is_not_cut():
     found = count_tokens(rows, max_length=5)
     assert (found.cut_chosen, found.cut_rejected) == (1, 1)
     assert (found.chosen_tokens, found.rejected_tokens) == (3 + 3 + 1, 3 + 3 + 4)
-    assert found.in_words(5).startswith("3 pairs, 2.3 chosen and 3.3 rejected tokens on average; at max_length 5: ")
-    assert "1 chosen and 1 rejected responses truncated" in found.in_words(5)
+    assert found.describe(5).startswith("3 pairs, 2.3 chosen and 3.3 rejected tokens on average; at max_length 5: ")
+    assert "1 chosen and 1 rejected responses truncated" in found.describe(5)
 
 
 def test_a_margin_of_exactly_0_is_not_right():

@@ -22,7 +22,7 @@ from sampo import cli
 from sampo.commands import train
 from sampo.commands.iterate import make_plan
 from sampo.commands.options import make_parser
-from sampo.data.load import shard_by_prompt, split_by_prompt
+from sampo.data.subsets import shard_by_prompt, split_by_prompt
 from sampo.io import locks
 from sampo.reference_cache.store import cache_folders
 from sampo.training.rounds import STATE, Round, hash_model

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ...data.issues import KINDS
 from ...data.json_files import json_rows
-from ...data.layouts import KINDS, without_nulls
+from ...data.layouts import without_nulls
 from ...io.files import write_whole
 from ...io.schemas import named, typed
 
@@ -156,12 +157,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(row, dict):
             yield row
         elif row.cut_off:
-            logger.warning("%s: an unfinished last line left out: %s", path, row.place)
+            logger.warning("%s: an unfinished last line left out: %s", path, row.position)
         else:
             what = KINDS[row.kind][0].format(are="is", have="has")
             raise ValueError(
                 f"Each row of {path} must be a JSON object with a prompt and an answer, got one that {what}: "
-                f"{row.place}. Restore it, or delete it."
+                f"{row.position}. Restore it, or delete it."
             )
 
 

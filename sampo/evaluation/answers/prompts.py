@@ -23,7 +23,7 @@ from typing import Any
 
 from ...data.columns import Rows, pair_rows
 from ...data.json_files import BrokenLine
-from ...data.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, READERS, is_blank_text, layout_of, without_nulls
+from ...data.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, READERS, detect_layout, is_blank_text, without_nulls
 from ...data.sources import Table, open_source, pick_split
 from .answers import Prompt, prompt_id, prompt_text
 
@@ -207,7 +207,7 @@ def _before_answer(messages: Any) -> Prompt:
 def _layout(rows: Rows) -> str:
     cells = rows.cells(list(PAIR_COLUMNS))
     head = [row for row in itertools.islice(cells, 1000) if not isinstance(row, BrokenLine)]
-    return layout_of(rows.columns, head)
+    return detect_layout(rows.columns, head)
 
 
 def _is_in_responses(rows: Rows) -> bool:

@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...models.load import check_model, opening, refuse_weights_not_finite
+from ...models.load import check_model, load_tokenizer, opening, refuse_weights_not_finite
 from ..answers.answers import Prompt
-from ..models import Texts, default_device, fingerprint, load_causal, load_tokenizer
+from ..models import Texts, default_device, fingerprint, load_causal
 from .judges import Comparison, Progress, Verdict
 
 if TYPE_CHECKING:
