@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..io.records import Record, provenance
-from ..stats.intervals import Estimate, bootstrap, rate_interval, undefined
+from ..stats.bootstrap import bootstrap
+from ..stats.intervals import Estimate, rate_interval, undefined
 
 RESAMPLES = 2000  # of the interval of a rate over instructions, several to a prompt
 
@@ -205,10 +206,10 @@ def _score(tasks: Iterable[list[dict[str, Any]]], metric: tuple[str, str], seed:
     if not isinstance(values[0], list):
         return rate_interval(np.array(values, dtype=float))
     hits, totals = (np.array([count(value) for value in values], dtype=float) for count in (sum, len))
-    low, high, se = bootstrap(
-        lambda counts: counts @ hits / (counts @ totals), len(values), resamples=RESAMPLES, seed=seed
+    [share] = bootstrap(
+        [lambda counts: counts @ hits / (counts @ totals)], len(values), resamples=RESAMPLES, seed=seed
     )
-    return Estimate(float(hits.sum() / totals.sum()), low, high, se, len(values))
+    return replace(share, value=float(hits.sum() / totals.sum()))
 
 
 # --- local data ----------------------------------------------------------------------------------------------------

@@ -21,13 +21,14 @@ So the number has no place beside AlpacaEval's, and is never called by its name.
 
 import warnings
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
 from scipy.special import expit, logit
 
-from ...stats.intervals import FEW, Estimate, bootstrap, prompt_weights, rate_interval, undefined
+from ...stats.bootstrap import bootstrap
+from ...stats.intervals import FEW, Estimate, prompt_weights, rate_interval, undefined
 from ...stats.logistic import curvature_of, newton, sum_by_prompt
 from .verdicts import Comparisons, length_ratios
 
@@ -148,14 +149,14 @@ def length_controlled(
     fit = data.fit(np.ones((1, data.prompts)))
     rate, slope = _sandwich(data, fit, confidence)
     if interval == "bootstrap":
-        low, high, se = bootstrap(
-            lambda counts: data.fit(counts.astype(float)).rate,
+        [drawn] = bootstrap(
+            [lambda counts: data.fit(counts).rate],
             data.prompts,
             resamples=resamples,
             seed=seed,
             confidence=confidence,
         )
-        rate = Estimate(rate.value, low, high, se, rate.n)
+        rate = replace(drawn, value=rate.value)
     if abs(fit.beta[0, 0]) > SEPARATED:
         rate = Estimate(rate.value, 0.0, 1.0, None, rate.n)
         notes.append("Length nearly separates wins from losses: at equal length these data say nothing.")

@@ -1,12 +1,13 @@
 """Win rates: how often a judge prefers a system to a baseline, alone, beside another system's, and by length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
 
-from ...stats.intervals import FEW, Estimate, bootstrap, difference_interval, prompt_means, rate_interval, undefined
+from ...stats.bootstrap import bootstrap
+from ...stats.intervals import FEW, Estimate, difference_interval, prompt_means, rate_interval, undefined
 from .verdicts import Comparisons, length_ratios
 
 TIE = 1e-9  # scores that differ from ½ by less are ½: means of several verdicts are not exact
@@ -62,14 +63,14 @@ def win_rate(
     scores = comparisons.scores
     rate = rate_interval(scores, confidence)
     if interval == "bootstrap" and len(scores):
-        low, high, se = bootstrap(
-            lambda counts: counts @ scores / len(scores),
+        [drawn] = bootstrap(
+            [lambda counts: counts @ scores / len(scores)],
             len(scores),
             resamples=resamples,
             seed=seed,
             confidence=confidence,
         )
-        rate = Estimate(rate.value, low, high, se, rate.n)
+        rate = replace(drawn, value=rate.value)
     tie = np.abs(scores - 0.5) < TIE
     return WinRate(
         rate=rate,
