@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .audit_section import data_section
 from .collect import Found, Problem, collect, plain
+from .diagnosis_section import diagnosis_section
 from .evaluation_sections import answer_section, win_rate_section
 from .page import Section, render
-from .sections import benchmark_section, data_section, diagnosis_section, lab_section, other_section, training_section
+from .sections import benchmark_section, lab_section, other_section
+from .training_section import training_section
 
 SECTIONS = (
     *(data_section, training_section, diagnosis_section, win_rate_section, answer_section, lab_section),

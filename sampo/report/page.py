@@ -5,8 +5,9 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..io import records as results
 from ..io.records import Record
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 
 
 _CODE = re.compile("`([^`]*)`")
+MAX_RUNS = 6  # in one figure: more colours are not told apart
+
+
+class FoundFile(Protocol):
+    """What was found in a file: the file's name, for the list of problems."""
+
+    @property
+    def file(self) -> str:
+        """Name below the folder that the report is of."""
+
+
+_FileT = TypeVar("_FileT", bound=FoundFile)
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,14 @@ class Section:
         except BROKEN as error:
             del self.blocks[before:]
             self.problems.append(Problem(file, reason(error)))
+
+
+def build_section(name: str, title: str, files: Iterable[_FileT], add: "Callable[[Section, _FileT], None]") -> Section:
+    """A section with the blocks that `add` makes of each file, in the order of the files."""
+    section = Section(name, title)
+    for file in files:
+        section.guarded(file.file, partial(add, section, file))
+    return section
 
 
 def render(
