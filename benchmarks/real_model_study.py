@@ -125,7 +125,8 @@ class Bench:
         from sampo import load_preferences
         from sampo.data.load import split_by_prompt
         from sampo.evaluation.answers.prompts import Question
-        from sampo.evaluation.models import Texts, fingerprint, load_tokenizer
+        from sampo.evaluation.models import Texts, load_tokenizer
+        from sampo.models.inference import fingerprint
 
         self.args = args
         self.tokenizer = load_tokenizer(args.model)
@@ -239,7 +240,7 @@ class Bench:
         from sampo.evaluation.answers.answers import read_answers
         from sampo.evaluation.answers.backends import TransformersBackend
         from sampo.evaluation.answers.generate import Sampling, generate
-        from sampo.evaluation.models import Loaded
+        from sampo.models.inference import Loaded
         from sampo.stats.intervals import mean_interval, rate_interval
 
         folder = self.args.out / "answers"

@@ -78,7 +78,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    from ..evaluation.models import Texts, default_device, load_causal, load_tokenizer
+    from ..evaluation.models import Texts, load_tokenizer
+    from ..models.inference import default_device, load_causal
 
     transformers.utils.logging.disable_progress_bar()
     source = {"adapter": args.adapter, "revision": args.revision}

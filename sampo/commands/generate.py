@@ -118,7 +118,8 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     """(prompts that can be asked, backend, endpoint if it is one)."""
     from ..evaluation.answers import backends
     from ..evaluation.answers.prompts import check_prompts
-    from ..evaluation.models import Texts, fingerprint, load_causal, load_tokenizer
+    from ..evaluation.models import Texts, load_tokenizer
+    from ..models.inference import default_device, fingerprint, load_causal
 
     kind = args.backend or ("endpoint" if args.url else "transformers")
     if (kind == "endpoint") != bool(args.url):
@@ -137,8 +138,6 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
         weights = fingerprint(args.model, None)
         about = {"adapter": args.adapter, "weights": weights, "dtype": args.dtype, "stop_tokens": args.stop_tokens}
         return questions, backends.VLLMBackend(args.model, texts, **about), None
-    from ..evaluation.models import default_device
-
     loaded = load_causal(args.model, device=args.device or default_device(), dtype=args.dtype, **source)
     name = args.model if args.adapter is None else args.adapter
     backend = backends.TransformersBackend(

@@ -1,81 +1,24 @@
-"""Models and tokenizers for evaluation: load one, with or without an adapter, and say which weights it had.
+"""Prompts and answers as token ids, and whose tokens they are.
 
-`Texts` is the one place that turns prompts and answers into tokens, for generating and for scoring alike.
+`Texts` is the one place that turns prompts and answers into tokens, for generating and for scoring alike. Models are
+opened by `sampo.models.inference`.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chat import ChatTemplate, NotRendered
 from ..data.layouts import has_other_content, phrase
 from ..models.checks import faults_of_place
-from ..models.load import (
-    ModelError,
-    add_adapter,
-    base_of,
-    check_model,
-    has_adapter,
-    opening,
-    refuse_weights_not_finite,
-)
+from ..models.load import ModelError, base_of, has_adapter, opening
 from .answers.answers import Prompt, prompt_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FORMATS = ("auto", "chat", "raw")
-WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
-PIECES, PIECE_BYTES = 64, 1 << 16  # of each file of weights go into a fingerprint
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A causal model; `base` is what its adapter sits on, None where there is no adapter."""
-
-    model: "PreTrainedModel"
-    weights: str | None
-    base: str | None
-
-
-def default_device() -> str:
-    """The first accelerator, else the CPU."""
-    import torch
-
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if device is None else device.type
-
-
-def load_causal(
-    name: str,
-    *,
-    adapter: str | None = None,
-    revision: str | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> Loaded:
-    """A causal language model from a folder or the hub; `name` may itself be an adapter."""
-    from transformers import AutoModelForCausalLM
-
-    for each in {name, adapter or name}:
-        check_model(each, trust_remote_code=trust_remote_code)
-    base, base_revision = name, revision
-    if adapter is None and has_adapter(name, revision):
-        adapter, (base, base_revision) = name, base_of(name, revision)
-    with opening(base, "model"):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base, revision=base_revision or "main", dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    weights = fingerprint(base, model)
-    if adapter is not None:
-        model = add_adapter(model, adapter, revision=revision if adapter == name else None)
-        weights = f"{weights}+{fingerprint(adapter, None)}"
-    refuse_weights_not_finite(model.named_parameters(), name if adapter is None else adapter)
-    return Loaded(model.to(device).eval(), weights, None if adapter is None else base)
 
 
 def load_tokenizer(
@@ -94,26 +37,6 @@ def load_tokenizer(
         name, revision = base_of(name, revision)
     with opening(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
-
-
-def fingerprint(name: str, model: Any) -> str | None:
-    """Which weights these are: the commit on the hub, or a hash of pieces of the files of a local folder.
-
-    The pieces are spread over each file: training changes some of them, and reading all would take minutes. The number
-    guards against mistakes, not against malice.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return getattr(getattr(model, "config", None), "_commit_hash", None)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for piece in range(PIECES):
-                file.seek(max(size - PIECE_BYTES, 0) * piece // (PIECES - 1))
-                digest.update(file.read(PIECE_BYTES))
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -23,8 +23,9 @@ from sampo.evaluation.answers.answers import (
 from sampo.evaluation.answers.backends import Draw, TransformersBackend, end_tokens
 from sampo.evaluation.answers.generate import Sampling, generate
 from sampo.evaluation.answers.prompts import Question, load_prompts
-from sampo.evaluation.models import Texts, fingerprint, load_causal, load_tokenizer, tokenizer_hash
+from sampo.evaluation.models import Texts, load_tokenizer, tokenizer_hash
 from sampo.io.journal import read_rows
+from sampo.models.inference import fingerprint, load_causal
 
 DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=3)
 GREEDY = Sampling(max_tokens=12)

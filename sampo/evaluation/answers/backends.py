@@ -10,8 +10,9 @@ from ..models import tokenizer_hash
 from .generate import Job, Output, Sampling
 
 if TYPE_CHECKING:
+    from ...models.inference import Loaded
     from ..endpoint import Endpoint
-    from ..models import Loaded, Texts
+    from ..models import Texts
 
 VLLM_CHUNK = 256  # prompts at a time; what is done is on the disk after each
 

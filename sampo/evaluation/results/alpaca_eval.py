@@ -152,8 +152,8 @@ def alpaca_eval(
         else:
             controlled, slope = _controlled(preference, difference, hard, table, confidence)
     return AlpacaEval(
-        win_rate=_points(rate_interval(preference[known], confidence)),
-        length_controlled=controlled and _points(controlled),
+        win_rate=_in_points(rate_interval(preference[known], confidence)),
+        length_controlled=controlled and _in_points(controlled),
         slope=slope,
         mean_length=float(lengths[:, 1].mean()),
         rows=len(preference),
@@ -334,7 +334,7 @@ def _interval(own, y, design, weight, beta, predicted, rate, confidence) -> Esti
     return Estimate(rate, float(expit(logit(rate) - half)), float(expit(logit(rate) + half)), float(se), n)
 
 
-def _points(estimate: Estimate) -> Estimate:
+def _in_points(estimate: Estimate) -> Estimate:
     def times(x: float | None) -> float | None:
         return None if x is None else 100 * x
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...io.records import Record, provenance
 from ...io.tables import Table
-from ...stats.intervals import Estimate, holm
+from ...stats.intervals import holm
+from .cells import BEHIND, show_estimate
 from .difficulty import difficulty_from, length_correlation
 from .judged import Judged
 from .length_control import ExtrapolationWarning, length_controlled
@@ -215,15 +216,8 @@ def duel_table(duels: Sequence[Duel]) -> Table:
         table.add(
             f"{duel.first} − {duel.second}",
             f"{one.difference.n:,}",
-            _points(one.difference),
+            show_estimate(one.difference, "+.1f", bounds=BEHIND, scale=100),
             *(f"{count:,}" for count in (one.better, one.worse, one.equal)),
             *("–" if p is None else f"{p:.2g}" for p in (one.p_value, duel.p_holm)),
         )
     return table
-
-
-def _points(estimate: Estimate) -> str:
-    if estimate.value is None or estimate.interval is None:
-        return "–"
-    low, high = estimate.interval
-    return f"{100 * estimate.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

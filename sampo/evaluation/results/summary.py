@@ -10,6 +10,7 @@ import numpy as np
 from ...io.records import Record, provenance
 from ...io.tables import Table
 from ...stats.intervals import Estimate, mean_interval, prompt_means
+from .cells import NONE, mean_length, percent, percent_cell
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
 from .verbosity import Verbosity
 from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
@@ -131,20 +132,20 @@ class Summary:
         """What can be said in a paper without a footnote."""
         rate = self.raw
         text = (
-            f"{self.system} wins {_pct(rate.rate)} against {self.baseline} by {self.judge} on {rate.rate.n:,} prompts "
-            f"({_orders(self)}; {rate.wins} wins, {rate.ties} ties, {rate.losses} losses"
+            f"{self.system} wins {percent(rate.rate)} against {self.baseline} by {self.judge} on "
+            f"{rate.rate.n:,} prompts ({_orders(self)}; {rate.wins} wins, {rate.ties} ties, {rate.losses} losses"
         )
         lost = rate.failed + rate.half_failed
         text += f"; {lost} pairs left out for {self.failed_verdicts} failed verdicts)" if lost else ")"
         if self.lengths:
-            ours, theirs = (_count(length) for length in self.lengths)
+            ours, theirs = (mean_length(length) for length in self.lengths)
             text += f"; with {ours} {self.length_unit} per answer against {theirs}"
         if self.controlled:
-            text += f"; at equal length {_pct(self.controlled.rate)}"
+            text += f"; at equal length {percent(self.controlled.rate)}"
         if self.longer_wins:
-            text += f"; always taking the longer answer would give {_pct(self.longer_wins.rate, bounds=False)}"
+            text += f"; always taking the longer answer would give {percent(self.longer_wins.rate, bounds=NONE)}"
         if self.empty:
-            text += f", an empty answer {_pct(self.empty.rate, bounds=False)}"
+            text += f", an empty answer {percent(self.empty.rate, bounds=NONE)}"
         text += "." if self.controlled or not self.refused else "; lengths overlap too little for a control of length."
         bounds = rate.rate.interval
         if bounds and bounds[0] <= 0.5 <= bounds[1]:
@@ -248,47 +249,25 @@ def summary_table(found: Sequence[Summary]) -> Table:
     controls = ("longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "pairs\nfailed")
     table = Table(f"Win rates against {'; '.join(sides)}", ["system", *heads, *controls])
     for one in found:
-        lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
+        lengths = [mean_length(length) for length in one.lengths] if one.lengths else ["–", "–"]
         table.add(
             one.system,
             f"{one.raw.rate.n:,}",
-            _cell(one.raw.rate),
-            _cell(one.controlled.rate) if one.controlled else "refused" if one.refused else "–",
+            percent_cell(one.raw.rate),
+            percent_cell(one.controlled.rate) if one.controlled else "refused" if one.refused else "–",
             *lengths,
-            _cell(one.longer_wins.rate, bounds=False) if one.longer_wins else "–",
-            _cell(one.empty.rate, bounds=False) if one.empty else "–",
-            _cell(one.orders.consistent, bounds=False) if one.orders else "–",
+            percent_cell(one.longer_wins.rate, bounds=NONE) if one.longer_wins else "–",
+            percent_cell(one.empty.rate, bounds=NONE) if one.empty else "–",
+            percent_cell(one.orders.consistent, bounds=NONE) if one.orders else "–",
             f"{one.raw.ties:,}",
             f"{one.raw.failed + one.raw.half_failed:,}",
         )
     return table
 
 
-def _cell(estimate: Estimate, *, bounds: bool = True) -> str:
-    if estimate.value is None:
-        return "–"
-    text = f"{100 * estimate.value:.1f}"
-    if bounds and estimate.interval:
-        text += f"\n{100 * estimate.interval[0]:.1f}–{100 * estimate.interval[1]:.1f}"
-    return text
-
-
-def _pct(estimate: Estimate, *, bounds: bool = True) -> str:
-    if estimate.value is None:
-        return "–"
-    text = f"{100 * estimate.value:.1f} %"
-    if bounds and estimate.interval:
-        text += f" [{100 * estimate.interval[0]:.1f}, {100 * estimate.interval[1]:.1f}]"
-    return text
-
-
-def _count(estimate: Estimate) -> str:
-    return "–" if estimate.value is None else f"{estimate.value:,.0f}"
-
-
 def _orders(summary: Summary) -> str:
     if summary.orders:
-        return f"both orders, consistent in {_pct(summary.orders.consistent, bounds=False)}"
+        return f"both orders, consistent in {percent(summary.orders.consistent, bounds=NONE)}"
     if any(note.startswith("Only one order") for note in summary.raw.notes):
         return "one order only"
     return summary.order_said or "the order of the answers plays no part"

@@ -23,6 +23,7 @@ from ...stats.intervals import (
     rate_interval,
     undefined,
 )
+from .cells import BELOW, NONE, show_estimate
 
 UNITS = ("tokens", "words", "characters")
 QUANTILES = {"median": 0.5, "p90": 0.9}
@@ -306,28 +307,19 @@ def verbosity_table(found: Sequence[Verbosity], *, unit: str | None = None) -> T
         unit = "tokens" if len(tokenizers) == 1 and None not in tokenizers else "characters"
     title = f"Length in {unit}" + (f" of {', '.join(sorted(map(str, tokenizers)))}" if unit == "tokens" else "")
     columns = {
-        "mean": (f"{unit}_mean", ".0f", True),
-        "median": (f"{unit}_median", ".0f", False),
-        "p90": (f"{unit}_p90", ".0f", False),
-        "ratio": (f"{unit}_ratio", ".2f", True),
-        "longer": (f"{unit}_longer", ".0%", False),
-        "cut": ("cut", ".1%", False),
-        "empty": ("empty", ".1%", False),
-        "distinct-3": ("distinct_3", ".2f", False),
-        "compr.\np99": ("compression_p99", ".1f", False),
-        "repeated": ("repeated_sentences", ".1%", False),
+        "mean": (f"{unit}_mean", ".0f", BELOW),
+        "median": (f"{unit}_median", ".0f", NONE),
+        "p90": (f"{unit}_p90", ".0f", NONE),
+        "ratio": (f"{unit}_ratio", ".2f", BELOW),
+        "longer": (f"{unit}_longer", ".0%", NONE),
+        "cut": ("cut", ".1%", NONE),
+        "empty": ("empty", ".1%", NONE),
+        "distinct-3": ("distinct_3", ".2f", NONE),
+        "compr.\np99": ("compression_p99", ".1f", NONE),
+        "repeated": ("repeated_sentences", ".1%", NONE),
     }
     table = Table(title, ["system", "prompts", *columns])
     for one in found:
-        cells = [_cell(one.measures.get(name), form, bounds) for name, form, bounds in columns.values()]
+        cells = [show_estimate(one.measures.get(name), form, bounds=bounds) for name, form, bounds in columns.values()]
         table.add(one.system, f"{one.prompts:,}", *cells)
     return table
-
-
-def _cell(estimate: Estimate | None, form: str, bounds: bool) -> str:
-    if estimate is None or estimate.value is None:
-        return "–"
-    text = format(estimate.value, form)
-    if bounds and estimate.interval is not None:
-        text += f"\n{format(estimate.interval[0], form)}–{format(estimate.interval[1], form)}"
-    return text
