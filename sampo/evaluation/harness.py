@@ -153,7 +153,7 @@ def run(
 
     benchmark = BENCHMARKS[name]
     if name == "ifeval":
-        _check_nltk(data)
+        check_nltk(data)
     asked = benchmark.shots if shots is None else shots
     with tempfile.TemporaryDirectory() as folder:
         task, place = benchmark.task, (Path(lm_eval.tasks.__file__).parent / benchmark.definition).parent
@@ -272,8 +272,12 @@ def write_local_task(name: str, data: Path, into: Path) -> str:
     return f"local_{name}"
 
 
-def _check_nltk(data: Path | None) -> None:
-    """Fail before the answers are generated, and not after."""
+def check_nltk(data: Path | None) -> None:
+    """Raise before answers are generated, if IFEval's check of them needs NLTK's data, which are missing.
+
+    Args:
+        data: folder of local data, whose prompts may all do without; None for the hub.
+    """
     import nltk
 
     try:

@@ -1,8 +1,10 @@
 """Verbosity: measures against slow loops, systems beside a baseline, the table, and the adapters for `evaluate`."""
 
+import importlib
 import io
 import math
 import pickle
+import sys
 import zlib
 from types import SimpleNamespace
 
@@ -312,10 +314,11 @@ def test_the_adapters_take_batches_combine_and_pickle(metrics):
 
 
 def test_without_the_package_the_adapters_say_what_to_install(metrics, monkeypatch):
-    metrics._classes.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "evaluate", None)
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    monkeypatch.delitem(sys.modules, metrics.__name__)  # imported anew, no class is made yet
+    monkeypatch.setattr("sampo.evaluation.results.metrics", metrics)  # importing again replaces it there
+    fresh = importlib.import_module(metrics.__name__)
     with pytest.raises(ImportError, match=r"pip install 'sampo-dpo\[metrics\]'"):
-        _ = metrics.WinRate
+        _ = fresh.WinRate
     with pytest.raises(AttributeError, match="has no attribute `Winrate`"):
-        _ = metrics.Winrate
-    metrics._classes.cache_clear()
+        _ = fresh.Winrate

@@ -139,10 +139,18 @@ def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = 
 
 
 class Draw:
-    """A logits processor that leaves one token: the one that a row's own random numbers point at.
+    """A logits processor that keeps one token: the one that a row's own random number selects.
 
-    Number t of a row points into the cumulative distribution over the tokens, in the order of their ids; so a draw
-    needs one number, whatever the size of the vocabulary, and no generator that the rows of a batch share.
+    Number t of a row is a quantile of the distribution over the tokens, in the order of their ids. So a draw needs one
+    number, whatever the size of the vocabulary, and no generator that the rows of a batch share.
+
+    Args:
+        seeds: (B,) one for each row.
+        width: Length of the padded prompts.
+        sampling: Temperature, `top_k`, `top_p` and `max_tokens`.
+
+    Attributes:
+        numbers: (B, max_tokens) float64, from 0 to just below 1.
     """
 
     def __init__(self, seeds: Sequence[int], width: int, sampling: Sampling):
@@ -151,8 +159,7 @@ class Draw:
 
         self._width = width
         numbers = [np.random.default_rng(seed).integers(2**32, size=sampling.max_tokens) for seed in seeds]
-        self._numbers = torch.from_numpy(np.stack(numbers)) / 2**32  # (B, max_tokens), from 0 to just below 1
-        self._numbers = self._numbers.double()
+        self.numbers: Any = (torch.from_numpy(np.stack(numbers)) / 2**32).double()  # (B, max_tokens)
         self._warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
         if sampling.top_k:
             self._warp.append(TopKLogitsWarper(sampling.top_k))
@@ -167,7 +174,7 @@ class Draw:
         if warped.device.type == "mps":  # has no float64
             warped = warped.cpu()
         cumulative = warped.double().softmax(dim=1).cumsum(dim=1)  # (B, V)
-        number = self._numbers[:, input_ids.shape[1] - self._width].to(cumulative.device)  # (B,)
+        number = self.numbers[:, input_ids.shape[1] - self._width].to(cumulative.device)  # (B,)
         target = number[:, None] * cumulative[:, -1:]  # below the last sum, which rounding leaves not quite at 1
         drawn = torch.searchsorted(cumulative, target, right=True).to(scores.device)  # (B, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
