@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         found = _run_all(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo bench: error: {error}") from None
-    _show(args, found)
+    _show_scores(args, found)
 
 
 def _run_all(args: argparse.Namespace) -> list[Any]:
@@ -63,7 +63,7 @@ def _run_all(args: argparse.Namespace) -> list[Any]:
         record = harness.done(results.read(args.out), config, args.seed)
         if record is None:
             outcome = harness.run(name, lm, chat=args.apply_chat_template, seed=args.seed, **common)
-            made = harness.records(outcome, config, seed=args.seed, command=command_line(make_parser(), args))
+            made = harness.records_of(outcome, config, seed=args.seed, command=command_line(make_parser(), args))
             results.append(args.out, made)
             record = made[-1]
             print(f"{name}: done{f'. Note: {outcome.note}' if outcome.note else ''}", flush=True)
@@ -95,7 +95,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size), about, template
 
 
-def _show(args: argparse.Namespace, found: Sequence[Any]) -> None:
+def _show_scores(args: argparse.Namespace, found: Sequence[Any]) -> None:
     from ..evaluation.harness import BENCHMARKS
     from ..io.tables import Table
     from .shown import say, show

@@ -11,10 +11,10 @@ from ..evaluation.answers.generate import Sampling
 from ..evaluation.answers.prompts import ON_BAD_ROWS
 from ..evaluation.models import FORMATS
 from . import endpoints
+from .endpoints import INCOMPLETE, STOPPED
 from .pair_options import COLUMNS_HELP
 
 BACKENDS = ("transformers", "vllm", "endpoint")
-INCOMPLETE, STOPPED = 3, 4  # exit codes: some answers are missing; the run was given up and can be gone on with
 
 
 def make_parser() -> argparse.ArgumentParser:

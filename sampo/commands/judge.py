@@ -10,8 +10,8 @@ from typing import Any
 from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from ..io.locks import alone_at
 from . import endpoints
+from .endpoints import INCOMPLETE, STOPPED
 
-INCOMPLETE, STOPPED = 3, 4  # exit codes: some judgements failed; the run was given up and can be gone on with
 PAID_CONTROL = 25  # prompts of the control with an empty answer, where requests may cost money
 
 
@@ -191,7 +191,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files
     written = judged.write(
         args.out, run, found, more={"cost": cost, "stopped": stopped}, command=command_line(make_parser(), args)
     )
-    _show(found, run, cost)
+    _show_summary(found, run, cost)
     print(f"Written: {', '.join(map(str, written))}")
     if stopped and endpoint is not None:
         print(f"Given up: {stopped}. {endpoints.what_helps(endpoint)}")
@@ -227,7 +227,7 @@ def _cost(args: argparse.Namespace, judge: Any) -> dict[str, Any]:
     }
 
 
-def _show(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
+def _show_summary(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
     from ..evaluation.results.summary import summary_table
     from .shown import say, show
 
@@ -238,21 +238,21 @@ def _show(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
         print(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")
     if found.empty:
         print(
-            f"control, an empty answer: wins {_share(found.empty.rate.value)} of {found.empty.rate.n} prompts, should "
-            f"be near 0; {found.empty_failed} pairs failed"
+            f"control, an empty answer: wins {_percent(found.empty.rate.value)} of {found.empty.rate.n} prompts, "
+            f"should be near 0; {found.empty_failed} pairs failed"
         )
     if found.longer_wins:
         print(
-            f"control, the longer one wins: {_share(found.longer_wins.rate.value)}; the judge's winner is the longer "
-            f"one in {_share(found.winner_is_longer.value)} of {found.winner_is_longer.n} prompts with a winner and "
-            "different lengths"
+            f"control, the longer one wins: {_percent(found.longer_wins.rate.value)}; the judge's winner is the "
+            f"longer one in {_percent(found.winner_is_longer.value)} of {found.winner_is_longer.n} prompts with a "
+            "winner and different lengths"
         )
     if cost:
         price = "" if cost["price"] is None else f", price {cost['price']:.4f}"
         print(f"{cost['requests']} requests; {cost['tokens_in']} tokens read, {cost['tokens_out']} written{price}")
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 

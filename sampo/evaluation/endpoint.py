@@ -129,7 +129,7 @@ class Endpoint:
         self.stopped_for_good = False  # the same requests will not fare better later
         self._random = random.Random(0)  # spreads further attempts; no result depends on it
 
-    def _connect(self, timeout: float, proxy: str | None):
+    def _connect(self, timeout: float, proxy: str | None) -> Any:
         try:
             import openai
         except ImportError:

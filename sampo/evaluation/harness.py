@@ -117,7 +117,7 @@ def settings(
         "task": BENCHMARKS[name].task,
         "shots_asked": BENCHMARKS[name].shots if shots is None else shots,
         "limit": limit,
-        "data": None if data is None else _data_hash(_files(data, name)),
+        "data": None if data is None else _data_hash(_local_files(data, name)),
         "template": chat,
         "harness": metadata.version("lm_eval"),
         **model,
@@ -215,7 +215,7 @@ def _score(tasks: Iterable[list[dict[str, Any]]], metric: tuple[str, str], seed:
 # --- local data ----------------------------------------------------------------------------------------------------
 
 
-def _files(data: Path, name: str) -> dict[str, dict[str, Path]]:
+def _local_files(data: Path, name: str) -> dict[str, dict[str, Path]]:
     """Part (subject of MMLU, else "") → split → file."""
     folder = data / name
     parts = {"": folder}
@@ -247,7 +247,7 @@ def write_local_task(name: str, data: Path, into: Path) -> str:
 
     benchmark, place = BENCHMARKS[name], Path(lm_eval.tasks.__file__).parent
     tasks = []
-    for part, splits in _files(data, name).items():
+    for part, splits in _local_files(data, name).items():
         original = place / benchmark.definition.format(part)
         if not original.is_file():
             raise ValueError(f"`data` must have folders of parts that the harness knows, got {name}/{part}.")
@@ -288,7 +288,9 @@ def check_nltk(data: Path | None) -> None:
     needing = "it"
     if data is not None:
         rows = [
-            json.loads(line) for path in _files(data, "ifeval")[""].values() for line in path.open(encoding="utf-8")
+            json.loads(line)
+            for path in _local_files(data, "ifeval")[""].values()
+            for line in path.open(encoding="utf-8")
         ]
         count = sum(bool(set(row["instruction_id_list"]) & set(NEED_NLTK)) for row in rows)
         if not count:
@@ -303,7 +305,7 @@ def check_nltk(data: Path | None) -> None:
 # --- records -------------------------------------------------------------------------------------------------------
 
 
-def records(outcome: Outcome, config: Mapping[str, Any], *, seed: int, command: str) -> list[Record]:
+def records_of(outcome: Outcome, config: Mapping[str, Any], *, seed: int, command: str) -> list[Record]:
     """One record per number; that of the score comes last, so that a benchmark that has it is whole."""
     known = {
         **config,

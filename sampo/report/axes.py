@@ -8,14 +8,14 @@ if TYPE_CHECKING:
 CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind, and in grey
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for all eyes
 MARKERS = ("o", "^", "v", "s", "D", "P", "X", "<", ">")
-SIZE = (6.0, 3.6)  # inches, of a new figure
+NEW_SIZE = (6.0, 3.6)  # inches, of a new figure
 BINS = 40  # of a histogram
 WIDEST = 99  # percentile of lengths that the axis of a histogram ends at; the last bin holds what is longer
 LEGEND_GAP = 0.06  # inches between the axes and the legend above them
 LEGEND_WIDTH = 0.9  # of the figure: the axes that it is centred on are not in its middle
 
 
-def given_or_new(ax: "Axes | None", size: tuple[float, float] | None = SIZE) -> "Axes":
+def given_or_new(ax: "Axes | None", size: tuple[float, float] | None = NEW_SIZE) -> "Axes":
     """The axes given, or those of a new figure, which pyplot does not know: it is not shown and need not be closed.
 
     Args:

@@ -215,7 +215,7 @@ def render(
     shown = [section for section in sections if section.blocks]
     origins = numbered(shown)
     environment = Environment(
-        autoescape=True, finalize=_fit, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=_plain_text, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["markup"] = Markup  # of our own drawings and styles, and of nothing else
     environment.filters["origin"] = origins.get
@@ -242,7 +242,7 @@ def numbered(sections: Iterable[Section]) -> dict[Origin, int]:
     return {origin: n for n, origin in enumerate(dict.fromkeys(o for b in blocks for o in b.origins), 1)}
 
 
-def _fit(value: Any) -> Any:
+def _plain_text(value: Any) -> Any:
     """What a page can hold; `Markup` is ours and stays what it is."""
     return plain(value) if type(value) is str else value
 

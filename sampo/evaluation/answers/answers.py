@@ -66,7 +66,7 @@ class Answer:
     template: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         right = prompt_id(self.prompt)
         if self.prompt_id not in ("", right):
             raise ValueError(

@@ -43,7 +43,7 @@ class Sampling:
     seed: int = 0
     samples: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         right = {
             "max_tokens": self.max_tokens >= 1,
             "temperature": self.temperature >= 0,
@@ -119,7 +119,7 @@ class Backend(Protocol):
 
 
 @dataclass
-class Report:
+class GenerationReport:
     """What a run has done.
 
     Attributes:
@@ -149,14 +149,14 @@ def generate(
     *,
     on_long_prompts: str = "error",
     progress: Progress | None = None,
-) -> Report:
+) -> GenerationReport:
     """Answer all prompts that have no answer in `out` yet; at the end the file has the order of the prompts.
 
     Raises:
         ValueError: `out` holds answers of other settings or to other prompts, or prompts are too long.
     """
     jobs = [Job(question, sample) for question in questions for sample in range(sampling.samples)]
-    report = Report()
+    report = GenerationReport()
     with Journal(out) as journal:
         there = {answer.key for answer in _checked(journal, backend, sampling, questions)}
         todo = [job for job in jobs if (job.question.prompt_id, job.sample) not in there]
@@ -183,7 +183,7 @@ def generate(
     return report
 
 
-def _settings(backend: Backend, sampling: Sampling) -> dict[str, Any]:
+def _answer_settings(backend: Backend, sampling: Sampling) -> dict[str, Any]:
     return {
         **backend.about,
         "sampling": {**sampling.parameters, **backend.options},
@@ -197,7 +197,7 @@ def _checked(journal: Journal, backend: Backend, sampling: Sampling, questions: 
     for number, row in enumerate(journal.rows, 1):
         with named(journal.path, "Name another file", line=number):
             answers.append(typed(Answer, row, complete=True))
-    for name, value in _settings(backend, sampling).items():
+    for name, value in _answer_settings(backend, sampling).items():
         other = next((getattr(answer, name) for answer in answers if getattr(answer, name) != value), None)
         if other is not None:
             raise ValueError(
@@ -215,7 +215,7 @@ def _checked(journal: Journal, backend: Backend, sampling: Sampling, questions: 
 
 
 def _without_long(
-    jobs: list[Job], backend: Backend, sampling: Sampling, on_long_prompts: str, report: Report
+    jobs: list[Job], backend: Backend, sampling: Sampling, on_long_prompts: str, report: GenerationReport
 ) -> list[Job]:
     faults = backend.check(jobs, sampling)
     if not faults:
@@ -238,5 +238,5 @@ def _answer(job: Job, output: Output, backend: Backend, sampling: Sampling) -> A
         tokens=output.tokens,
         stop=output.stop,
         extra=job.question.extra,
-        **_settings(backend, sampling),
+        **_answer_settings(backend, sampling),
     )

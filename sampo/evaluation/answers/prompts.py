@@ -30,7 +30,7 @@ from .answers import Prompt, prompt_id, prompt_text
 logger = logging.getLogger(__name__)
 
 KEPT = ("id", "dataset", "reference")
-COLUMNS = ("prompt", "instruction", "messages", "conversations", "chosen")
+PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations", "chosen")
 ON_BAD_ROWS = ("error", "drop")
 
 
@@ -142,7 +142,7 @@ def check_prompts(
 
 def _questions(table: Table, label: str, columns: dict[str, str]) -> Iterator[Question | str]:
     """Each row's prompt, or why it has none."""
-    column = next((name for name in COLUMNS if name in table.columns), None)
+    column = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
     if "prompt" not in columns and (column is None or (column == "chosen" and "rejected" not in table.columns)):
         raise ValueError(
             f"Prompts must stand in a column `prompt`, `instruction`, `messages` or `conversations`, or be shared by "

@@ -7,7 +7,7 @@ together.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ class KeptReply:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RequestEstimate:
     """What a run would ask for: requests at least and at most, tokens to read and to write at least and at most."""
 
     kept: int
@@ -108,14 +108,14 @@ class EndpointJudge:
         request = {"url": self.endpoint.url, "model": self.endpoint.model, "messages": messages, **self.options}
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
-    def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:
+    def estimate(self, comparisons: Sequence[Comparison]) -> RequestEstimate:
         """What [`judge`] would ask for, without asking."""
         requests = {key: messages for key, messages, _ in self._requests(comparisons)}
         open_ = {key: m for key, m in requests.items() if self._wanted(key)}
         chars = sum(len(message["content"]) for messages in open_.values() for message in messages)
         at_most = sum(self.attempts - len(self._replies.get(key, [])) for key in open_)
         room = self.options.get("max_tokens") or self.options.get("max_completion_tokens") or self.template.max_tokens
-        return Estimate(
+        return RequestEstimate(
             len(requests) - len(open_), len(open_), at_most, round(chars / CHARS_PER_TOKEN), len(open_) * room
         )
 
@@ -136,7 +136,7 @@ class EndpointJudge:
                 progress(done, len(wanted))
         return [self._verdict(shown, failures) for shown in comparisons]
 
-    def _requests(self, comparisons: Sequence[Comparison]):
+    def _requests(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[dict[str, str]], str]]:
         for shown in comparisons:
             if shown.answer_a != shown.answer_b:
                 messages = self._messages(shown)

@@ -49,7 +49,7 @@ class Verdict:
     failure: str | None = None
     detail: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.preference is None) == (self.failure is None):
             raise ValueError("A verdict must have either a `preference` or a `failure`, got both or none.")
         if self.preference is not None and not 0 <= self.preference <= 1:  # NaN too
@@ -123,7 +123,7 @@ class Judgement:
     baseline_chars: int
     baseline_stop: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"`order` must be one of {list(ORDERS)}, got {self.order!r}")
         Verdict(self.preference, self.failure)

@@ -54,7 +54,7 @@ class JudgePrompt:
     prefix: str = ""
     max_tokens: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         missing = [f"${name}" for name in FIELDS if f"${name}" not in self.user]
         if missing:
             raise ValueError(f"`user` of the judge's prompt must hold all texts and the mark, got no {missing}.")

@@ -31,12 +31,12 @@ def read_verdict(content: str, prefix: str, verdicts: Mapping[str, float]) -> fl
             `[[ ]]`, the only such mark of the last line counts, whatever stands before it.
     """
     line = next((line for line in reversed(content.splitlines()) if not RULE.fullmatch(line)), "")
-    text = _unwrapped(_plain(line))
+    text = _unwrapped(_strip_marks(line))
     if all(word.startswith("[[") for word in verdicts):
-        marks = set(re.findall(r"\[\[(.*?)\]\]", _plain(line))) or {text}
+        marks = set(re.findall(r"\[\[(.*?)\]\]", _strip_marks(line))) or {text}
         return None if len(marks) > 1 or NEGATED.search(text) else _lookup(marks.pop(), verdicts)
     if prefix.strip():
-        own = re.escape(_plain(prefix).rstrip(" :=-")).replace(r"\ ", r"\s+")
+        own = re.escape(_strip_marks(prefix).rstrip(" :=-")).replace(r"\ ", r"\s+")
         found = re.fullmatch(rf"(?:{own}|{LABEL})(?:\s+is)?\s*(?::|=|-|—|–)\s*(?P<rest>.+)", text, re.IGNORECASE)
         if found is None and prefix.rstrip()[-1] not in ":=-":
             found = re.fullmatch(rf"{own}\s+(?P<rest>.+)", text, re.IGNORECASE)
@@ -46,7 +46,7 @@ def read_verdict(content: str, prefix: str, verdicts: Mapping[str, float]) -> fl
     return _with_reason(text, verdicts)
 
 
-def _plain(line: str) -> str:
+def _strip_marks(line: str) -> str:
     """Without marks of emphasis, code, formulas, list and heading marks, and characters that nobody sees."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", line) if unicodedata.category(c) not in ("Cf", "Cc"))
     return re.sub(r"^[\s>#\-•]+", "", re.sub(r"[*`$]", "", visible)).strip()
@@ -81,7 +81,7 @@ def _without_inner_pairs(text: str, start: str, end: str) -> str:
 
 def _bare(text: str) -> str:
     """The word of a verdict: `Answer (a).` and `[[a]]` are `a`."""
-    text = _unwrapped(_plain(text))
+    text = _unwrapped(_strip_marks(text))
     text = re.sub(rf"^(?:(?:it\s+is|it's|the)\s+)?(?:{NOUN}\s+)?(?=\S)", "", text, flags=re.IGNORECASE)
     text = _unwrapped(text)
     return re.sub(r"^an?\s+(?=\w{2})", "", text, flags=re.IGNORECASE)
@@ -100,7 +100,7 @@ def _with_reason(text: str, verdicts: Mapping[str, float]) -> float | None:
     found = _lookup(text, verdicts)
     if found is not None:
         return found
-    parts = REASON.fullmatch(_unwrapped(_plain(text)))
+    parts = REASON.fullmatch(_unwrapped(_strip_marks(text)))
     if parts is None:
         return None
     found, reason = _lookup(parts["verdict"], verdicts), parts["brackets"] or parts["because"] or ""

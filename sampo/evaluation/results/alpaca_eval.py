@@ -32,7 +32,7 @@ PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's grid of C, from strong 
 GAMED_WEIGHT = 0.2 / 2  # two gamed baselines share the weight 0.2
 OUTLYING = 2.0  # standard deviation over the robust one, from which length control is noted to be weak
 ROW = ("instruction", "output_1", "output_2", "preference")
-COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ class Gamed:
         """Read `df_gamed.csv`, and if given `instruction_difficulty.csv`, which must say the same."""
         with Path(gamed).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-        missing = [name for name in COLUMNS if not rows or name not in rows[0]]
+        missing = [name for name in GAMED_COLUMNS if not rows or name not in rows[0]]
         if missing:
             raise ValueError(
-                f"{gamed} must be AlpacaEval's df_gamed.csv with the columns {COLUMNS}, got no {missing}."
+                f"{gamed} must be AlpacaEval's df_gamed.csv with the columns {GAMED_COLUMNS}, got no {missing}."
             )
         by_number: dict[int, float] = {}
         for row in rows:
@@ -150,7 +150,7 @@ def alpaca_eval(
         if all(row["output_1"] == row["output_2"] for row in rows):
             controlled, slope = Estimate(0.5, 0.5, 0.5, 0.0, len(rows)), None  # by construction, as in AlpacaEval
         else:
-            controlled, slope = _controlled(preference, difference, hard, table, confidence)
+            controlled, slope = length_controlled_rate(preference, difference, hard, table, confidence)
     return AlpacaEval(
         win_rate=_in_points(rate_interval(preference[known], confidence)),
         length_controlled=controlled and _in_points(controlled),
@@ -159,7 +159,7 @@ def alpaca_eval(
         rows=len(preference),
         failed=int((~known).sum()),
         model=visible(str(rows[0].get("generator_2") or "")),
-        notes=_notes(rows, difference, int((~known).sum())),
+        notes=_notes_on_annotations(rows, difference, int((~known).sum())),
     )
 
 
@@ -217,7 +217,7 @@ def _check_rows(rows: Sequence[Any], instructions: Sequence[str] | None) -> None
         )
 
 
-def _notes(rows: Sequence[Mapping[str, Any]], difference: np.ndarray, failed: int) -> tuple[str, ...]:
+def _notes_on_annotations(rows: Sequence[Mapping[str, Any]], difference: np.ndarray, failed: int) -> tuple[str, ...]:
     notes = []
     if failed:
         notes.append(f"{failed} of {len(rows)} annotations have no preference and are left out of the win rate.")
@@ -281,10 +281,21 @@ def _difficulty(
     return np.array([table.difficulty_by_number[number] for number in numbers])
 
 
-def _controlled(
+def length_controlled_rate(
     y: np.ndarray, difference: np.ndarray, hard: np.ndarray, gamed: Gamed, confidence: float
 ) -> tuple[Estimate, float]:
-    """The fit; rows without a preference do not train it, but count in scale and prediction, as in AlpacaEval."""
+    """AlpacaEval's fit; rows without a preference do not train it, but count in scale and prediction, as there.
+
+    Args:
+        y: `(n,)` preferences in [0, 1], NaN where there is none.
+        difference: `(n,)` length of the baseline's output minus that of the model's.
+        hard: `(n,)` difficulty of the instructions.
+        gamed: the verdicts on the gamed baselines, which train the fit too.
+        confidence: of the interval.
+
+    Returns:
+        The win rate at equal length in [0, 1], and the slope on the length term.
+    """
     known = ~np.isnan(y)
     scale = np.std(difference, ddof=1) if len(difference) > 1 else 0.0
     if scale == 0 and difference.any():
@@ -320,7 +331,16 @@ def _cross_validated(design: np.ndarray, labels: np.ndarray, weight: np.ndarray)
     return lasso(design, labels, weight, min(PENALTIES, key=left_out_loss))
 
 
-def _interval(own, y, design, weight, beta, predicted, rate, confidence) -> Estimate:
+def _interval(
+    own: np.ndarray,
+    y: np.ndarray,
+    design: np.ndarray,
+    weight: np.ndarray,
+    beta: np.ndarray,
+    predicted: np.ndarray,
+    rate: float,
+    confidence: float,
+) -> Estimate:
     """Sandwich interval of the mean prediction over the model's rows; gamed rows and penalty are taken as given."""
     n, known = len(y), ~np.isnan(y)
     p = expit(design @ beta)

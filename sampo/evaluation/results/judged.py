@@ -67,7 +67,7 @@ class JudgedFile:
     n: int | None
     seed: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.judge.get("name"), str):
             raise ValueError(f"`judge` must have a text in `name`, got {str(self.judge.get('name'))[:40]}")
 
@@ -184,7 +184,7 @@ class Judged:
         )
 
 
-def _beside(out: Path) -> dict[str, Path]:
+def _output_paths(out: Path) -> dict[str, Path]:
     endings = {"control": "control.jsonl", "summary": "summary.json", "table": "csv", "records": "records.jsonl"}
     return {what: out.with_suffix(f".{ending}") for what, ending in endings.items()}
 
@@ -202,7 +202,7 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
     Returns:
         The files.
     """
-    places = _beside(out)
+    places = _output_paths(out)
     write_judgements(out, judged.rows)
     write_judgements(places["control"], judged.empty)
     about = {
@@ -229,7 +229,7 @@ def read(path: str | Path) -> Judged:
         ValueError: they do not belong together.
     """
     path = Path(path)
-    places = _beside(path)
+    places = _output_paths(path)
     for needed in (path, places["summary"], places["control"]):
         if not needed.is_file():
             raise FileNotFoundError(

@@ -51,7 +51,7 @@ class System:
     tokenizer: str | None = None
     stop: Sequence[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for column in ("text", "tokens", "stop"):
             rows = getattr(self, column)
             if rows is not None and len(rows) != len(self.prompt):
@@ -154,7 +154,7 @@ def verbosity(system: System, baseline: System | None = None, *, confidence: flo
         notes.append("Some answers have no stop reason: cut ones among them would look concise.")
     if baseline is not None:
         for unit in UNITS:
-            measures |= _beside(system, baseline, unit, confidence, notes)
+            measures |= _relative_lengths(system, baseline, unit, confidence, notes)
     return Verbosity(
         system=system.name,
         tokenizer=system.tokenizer,
@@ -180,8 +180,8 @@ def _of_stops(system: System, codes: np.ndarray, confidence: float) -> dict[str,
     known = np.array([stop in ("eos", "length") for stop in system.stop or []], dtype=bool)
     cut = np.array([stop == "length" for stop in system.stop or []], dtype=bool)
     return {
-        "cut": _share(cut[known], codes[: len(known)][known], confidence),
-        "empty": _share(empty, codes, confidence),
+        "cut": _share_of_answers(cut[known], codes[: len(known)][known], confidence),
+        "empty": _share_of_answers(empty, codes, confidence),
     }
 
 
@@ -190,9 +190,9 @@ def _of_repetition(system: System, codes: np.ndarray, confidence: float) -> dict
     found = {}
     for n in (1, 2, 3):
         values, own = _defined([distinct_n(text, n) for text in system.text], codes)
-        found[f"distinct_{n}"] = _share(values, own, confidence)
+        found[f"distinct_{n}"] = _share_of_answers(values, own, confidence)
     values, own = _defined([repeated_sentences(text) for text in system.text], codes)
-    found["repeated_sentences"] = _share(values, own, confidence)
+    found["repeated_sentences"] = _share_of_answers(values, own, confidence)
     values, own = _defined([compression_ratio(text) for text in system.text], codes)
     found["compression_mean"] = mean_interval(prompt_means(values, own), confidence) if len(own) else undefined(0)
     for name, level in {"median": 0.5, "p99": 0.99}.items():
@@ -206,7 +206,7 @@ def _defined(values: Sequence[float | None], codes: np.ndarray) -> tuple[np.ndar
     return np.array([values[i] for i in kept], dtype=float), codes_of(codes[kept])[0]
 
 
-def _share(values: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
+def _share_of_answers(values: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
     if not len(values):
         return undefined(0)
     return rate_interval(prompt_means(values.astype(float), codes_of(codes)[0]), confidence)
@@ -234,7 +234,9 @@ def repeated_sentences(text: str) -> float | None:
     return 1 - len(set(sentences)) / len(sentences) if len(sentences) > 1 else None
 
 
-def _beside(system: System, baseline: System, unit: str, confidence: float, notes: list[str]) -> dict[str, Estimate]:
+def _relative_lengths(
+    system: System, baseline: System, unit: str, confidence: float, notes: list[str]
+) -> dict[str, Estimate]:
     """Ratio of lengths (geometric mean over prompts) and share of longer answers, on the prompts that both have."""
     names = (f"{unit}_ratio", f"{unit}_longer")
     ours, theirs = system.lengths(unit), baseline.lengths(unit)

@@ -67,7 +67,7 @@ class Verdicts:
             length_unit=length_unit,
         )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("preference", "system_length", "baseline_length"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
@@ -104,7 +104,7 @@ class Comparisons:
     lost_prompts: int = 0
     orders: str = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("preference", "system_length", "baseline_length"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
@@ -229,8 +229,8 @@ class _ByOrder:
 
 
 def _by_order(verdicts: Verdicts) -> _ByOrder:
-    sample = [0] * len(verdicts.prompt) if verdicts.sample is None else _plain(verdicts.sample)
-    keys = list(zip(_plain(verdicts.prompt), sample, strict=True))
+    sample = [0] * len(verdicts.prompt) if verdicts.sample is None else _as_list(verdicts.sample)
+    keys = list(zip(_as_list(verdicts.prompt), sample, strict=True))
     codes, pairs = codes_of(keys)[0], list(dict.fromkeys(keys))
     first_row = np.full(len(pairs), len(codes))
     np.minimum.at(first_row, codes, np.arange(len(codes)))
@@ -252,7 +252,7 @@ def _by_order(verdicts: Verdicts) -> _ByOrder:
     return _ByOrder(pairs, seen, mean, first_row, sorted(set(order.tolist())))
 
 
-def _plain(values: Ids) -> list[Hashable]:
+def _as_list(values: Ids) -> list[Hashable]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 

@@ -81,11 +81,11 @@ def win_rate(
         failed=comparisons.failed,
         half_failed=comparisons.half_failed,
         lost_prompts=comparisons.lost_prompts,
-        notes=_notes(comparisons),
+        notes=_notes_on_comparisons(comparisons),
     )
 
 
-def _notes(comparisons: Comparisons) -> tuple[str, ...]:
+def _notes_on_comparisons(comparisons: Comparisons) -> tuple[str, ...]:
     n, notes = len(comparisons.scores), []
     if n < FEW:
         notes.append(f"{n} prompts: below {FEW} the interval is a hint only, and shows differences of thirty points.")
