@@ -114,7 +114,7 @@ def _show_scores(args: argparse.Namespace, found: Sequence[Any]) -> None:
         )
     show(table)
     if args.limit is not None:
-        say(f"Only {args.limit} prompts of each task: this is a trial, no result.")
+        say(f"Only {args.limit} prompts of each task: this is a trial, not a result.")
     other = [one.config["benchmark"] for one in found if one.config["shots_used"] != one.config["shots_asked"]]
     if other:
         say(f"{', '.join(other)}: the harness fixes the number of shots, and did not use those asked for.")

@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare and say what was found."""
+    """Compare, and report the result."""
     try:
         if args.judgements:
             _compare_judged(args)
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _display_names(files: Sequence[str]) -> dict[str, str]:
-    """File → its name without folder and ending, or the whole of it where two are the same."""
+    """File → its name without folder and ending, or the complete path where two are the same."""
     from ..evaluation.server_text import visible
 
     short = {file: visible(Path(file).stem) for file in files}

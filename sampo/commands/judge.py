@@ -21,7 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sampo judge",
         allow_abbrev=False,
         description="Judge the answers of a system against those of a baseline, both orders of each pair. Exit code "
-        f"{INCOMPLETE}: some judgements failed; {STOPPED}: given up, and what to do is said. No reply is paid twice.",
+        f"{INCOMPLETE}: some judgements failed; {STOPPED}: stopped early, the output says how to continue. No "
+        "reply is paid twice.",
     )
     parser.add_argument("--system", required=True, type=Path, help="answers: ours, JSONL, or AlpacaEval's JSON")
     parser.add_argument("--baseline", required=True, type=Path, help="answers to compare with")
@@ -49,13 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--template", default="helpfulness", help=f"one of {', '.join(templates.names())}, or a YAML file"
     )
-    asked.add_argument("--cache", type=Path, default=Path("judge-replies.jsonl"), help="replies, kept for ever")
+    asked.add_argument("--cache", type=Path, default=Path("judge-replies.jsonl"), help="file of all replies")
     asked.add_argument("--attempts", type=int, default=2, help="ask again for a reply that cannot be read (2 in all)")
     asked.add_argument("--temperature", type=float, default=0.0, help="of the judge (0)")
     asked.add_argument(
         "--top_logprobs", type=int, default=20, help="with a template that reads log-probabilities (20)"
     )
-    asked.add_argument("--dry_run", action="store_true", help="say what would be asked for, and ask nothing")
+    asked.add_argument("--dry_run", action="store_true", help="report what would be asked for, and ask nothing")
     asked.add_argument("--price_in", type=float, metavar="PRICE", help="of a million tokens that the judge reads")
     asked.add_argument("--price_out", type=float, metavar="PRICE", help="of a million tokens that it writes")
     endpoints.add_options(parser)
@@ -66,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Judge and say what was found."""
+    """Judge, and report the result."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
@@ -166,7 +167,7 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 }
 
 
-# --- judge and tell ------------------------------------------------------------------------------------------------
+# --- judge and report ----------------------------------------------------------------------------------------------
 
 
 def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files: tuple[Any, Any]) -> int:

@@ -1,8 +1,8 @@
 """The five benchmarks of the SamPO paper (arXiv 2406.10957, Table 2), run by lm-evaluation-harness.
 
 The harness decides how many examples ("shots") a prompt gets: a task whose definition says 0 stays at 0 whatever is
-asked for, and only its log says so. So the paper's "3-shot" IFEval and TruthfulQA cannot be had from the stock
-harness; what was really used is read from its results and recorded beside what was asked for.
+requested, and only its log reports it. So the paper's "3-shot" IFEval and TruthfulQA cannot be run with the unchanged
+harness; the number used is read from its results and recorded beside the number requested.
 
 Data come from the hub, or from a folder with one folder per benchmark and one JSONL file per split in it, in the
 fields of the harness's own data sets: `piqa/train.jsonl`, `piqa/validation.jsonl`, `mmlu/anatomy/test.jsonl`, …
@@ -33,7 +33,7 @@ class Benchmark:
 
     Attributes:
         task: name in the harness; for a group, that of the group.
-        shots: examples in the prompt, as the paper says.
+        shots: examples in the prompt, as in the paper.
         metric: what the paper reports, and the filter of the answers that it is computed from.
         definition: file of the task below the harness's `tasks`; for a group, with `{}` for each part.
         title: metric for people.
@@ -62,13 +62,13 @@ DOCUMENT, SCORED = "doc_id", "filter"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a benchmark gave.
+    """The results of a benchmark.
 
     Attributes:
         benchmark: name in `BENCHMARKS`.
         score: the paper's metric, with an interval over prompts.
-        shots_asked: examples that were asked for.
-        shots_used: examples that the harness really put into its prompts.
+        shots_asked: examples that were requested.
+        shots_used: examples that the harness put into its prompts.
         others: further metrics of the harness, by name; without interval.
         version: of the task, by the harness.
     """
@@ -92,7 +92,7 @@ class Outcome:
 
 
 def require() -> None:
-    """Raise an ImportError that says what to install, if the harness is not there."""
+    """Raise an ImportError that names what to install, if the harness is missing."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:
@@ -306,7 +306,7 @@ def check_nltk(data: Path | None) -> None:
 
 
 def records_of(outcome: Outcome, config: Mapping[str, Any], *, seed: int, command: str) -> list[Record]:
-    """One record per number; that of the score comes last, so that a benchmark that has it is whole."""
+    """One record per number; that of the score comes last, so that a benchmark that has it is complete."""
     known = {
         **config,
         "shots_used": outcome.shots_used,

@@ -40,15 +40,15 @@ def load_tokenizer(
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Whose tokens: a hash of what cuts ordinary text into them.
+    """Identify a tokenizer by a hash of the rules that split ordinary text into tokens.
 
-    Not the name: a trained model lies in a folder of its own with the tokenizer of its base, and their counts compare.
-    Special tokens are left out, because training adds some (a padding token, say) that change no count.
+    The name does not serve: a trained model is saved in its own folder with the tokenizer of its base, and the counts
+    of both compare. Special tokens are omitted: training adds some (such as a padding token) that change no count.
     """
     rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        whole = json.loads(fast.to_str())
-        rules = {name: whole[name] for name in ("normalizer", "pre_tokenizer", "model")}
+        settings = json.loads(fast.to_str())
+        rules = {name: settings[name] for name in ("normalizer", "pre_tokenizer", "model")}
     return f"sha256:{hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -98,21 +98,21 @@ class Texts:
 
     def row(self, prompt: Prompt, answer: str) -> tuple[list[int], list[int]]:
         """(prompt, answer with its end token), as the model would have read and written them."""
-        asked = self.prompt(prompt)
+        prompt_ids = self.prompt(prompt)
         if not self.chat:
-            said = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            answer_ids = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
             end = self.tokenizer.eos_token_id
-            return asked, said if end is None else [*said, end]
-        whole = self._templated([*_messages(prompt), {"role": "assistant", "content": answer}])
-        if whole[: len(asked)] != asked:
+            return prompt_ids, answer_ids if end is None else [*answer_ids, end]
+        conversation = self._templated([*_messages(prompt), {"role": "assistant", "content": answer}])
+        if conversation[: len(prompt_ids)] != prompt_ids:
             raise ValueError(
                 "The chat template must begin a finished conversation as it begins an open one, and does not. Give "
                 "another with `chat_template`."
             )
-        return asked, whole[len(asked) :]
+        return prompt_ids, conversation[len(prompt_ids) :]
 
-    def fault(self, prompt: Prompt) -> str | None:
-        """Why the chat template cannot ask this, or None."""
+    def find_issue(self, prompt: Prompt) -> str | None:
+        """Why the chat template cannot render this prompt, or None."""
         if not self.chat:
             return None
         messages = _messages(prompt)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind, and in grey
+CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # distinct for the colour-blind, and in grey
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for all eyes
 MARKERS = ("o", "^", "v", "s", "D", "P", "X", "<", ">")
 NEW_SIZE = (6.0, 3.6)  # inches, of a new figure

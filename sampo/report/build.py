@@ -84,6 +84,6 @@ def build_report(folder: str | Path, *, title: str | None = None) -> Report:
 
 
 def _problems(found: Found, sections: list[Section], folder: Path) -> list[Problem]:
-    """All of them; where the folder lies on this machine does not go onto a page that is sent to others."""
+    """All problems, without the path of the folder: the page may be sent to others."""
     every = [*found.problems, *(problem for section in sections for problem in section.problems)]
     return [Problem(one.file, one.reason.replace(f"{folder}/", "")) for one in every]

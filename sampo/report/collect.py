@@ -1,7 +1,7 @@
-"""What lies in a folder: the outputs of the other commands, known by their names and contents, and read.
+"""Find and read the outputs of the other commands in a folder, by their names and contents.
 
-Nothing here is trusted. A file that is broken, or is not what its name says, is named with the reason and left out;
-the others are read all the same. No pickle is opened, no link to a folder is followed, and everything has bounds.
+No file is trusted. A file that is broken, or has other contents than its name implies, is listed with the reason and
+left out; the others are read. No pickle is opened, no link to a folder is followed, and everything has bounds.
 """
 
 import os
@@ -19,7 +19,7 @@ from ..io import records as results
 from ..io.records import Record
 from ..io.schemas import parse_json, typed
 
-MAX_FILES = 20_000  # looked at in all
+MAX_FILES = 20_000  # in total
 MAX_DEPTH = 8  # folders below the first
 MAX_BYTES = 256 * 2**20  # of a file that is read as text
 FIRST_LINE = 16 * 2**20  # bytes in which the first line of a JSONL file must end
@@ -29,7 +29,7 @@ RUN_SETTINGS = (  # of a training run, those that are shown
 )
 # control characters and halves of surrogate pairs
 _UNFIT = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# what reading a file of any content may raise; a `KeyboardInterrupt` or a lack of memory is nobody's broken file
+# what reading a file of any content may raise; a `KeyboardInterrupt` or a lack of memory does not mean a broken file
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError)
 
 
@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Audited:
-    """An audit: its records, the numbers of single pairs, and what it says in words."""
+    """An audit: its records, the file with the numbers of each pair, and its description of the data."""
 
     file: str
     records: list[Record]
@@ -109,7 +109,7 @@ class RecordFile:
 class Found:
     """Everything that was found below a folder.
 
-    `unused` are files that belong to none of the commands, or of which another file says everything.
+    `unused` are files that belong to none of the commands, or whose contents another file has too.
     """
 
     audits: list[Audited] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Found:
 
 
 def collect(folder: Path) -> Found:
-    """Read what is there.
+    """Read all files below a folder.
 
     Raises:
         NotADirectoryError: `folder` is none.
@@ -152,7 +152,7 @@ def collect(folder: Path) -> Found:
 
 
 def reason(error: Exception) -> str:
-    """Why, for a reader, in one line."""
+    """The reason in one line, for a reader."""
     text = " ".join(str(error).split())
     return plain(f"{type(error).__name__}: {text}" if not isinstance(error, ValueError | OSError) else text)[:500]
 
@@ -242,7 +242,7 @@ class _Names:
 
 
 def _check_names(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a result whose names are words."""
+    """Return a row of a result, after checking that its names are texts."""
     typed(_Names, row, ignore_unknown=True)
     return row
 

@@ -14,7 +14,7 @@ from .numbers import estimate, number
 from .page import MAX_RUNS, Heading, Origin, Section, Table, build_section, origins_of, shorten
 
 MAX_GROUPS = 20  # columns of a table of groups
-_NOT_LABELS = {  # of the config of a record of `sampo diagnose`: settings; the rest says of what the number is
+_NOT_LABELS = {  # of the config of a record of `sampo diagnose`: settings; the rest labels the number
     *("reference", "data", "split", "beta", "dtype", "bf16", "seed", "max_length", "truncation_mode", "resamples"),
     *("quality", "policy", "pairs"),
 }

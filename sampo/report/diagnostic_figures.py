@@ -74,7 +74,7 @@ def accuracy_by_length(page: Checkpoints, *, method: str = PLAIN, axes: "Axes | 
 
 
 def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
-    """Mean log-ratio of a token by its place in the response, on a logarithmic axis.
+    """Mean log-ratio of a token by its position in the response, on a logarithmic axis.
 
     Args:
         found: of one checkpoint with a reference.
@@ -134,9 +134,9 @@ def length_pressure(
     shown = [group for group in groups if any(f.labels["group"] == group for f in rows)]
     for number, group in enumerate(shown):
         mine = [f for f in rows if f.labels["group"] == group]
-        places = [names.index(f.labels["method"]) + 0.2 * (number - (len(shown) - 1) / 2) for f in mine]
+        positions = [names.index(f.labels["method"]) + 0.2 * (number - (len(shown) - 1) / 2) for f in mine]
         _draw_intervals(
-            axes, places, mine, sideways=True, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=group
+            axes, positions, mine, sideways=True, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=group
         )
     axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), names)
@@ -156,7 +156,7 @@ def _require(found: Sequence[Finding], quantity: str, **labels: str) -> list[Fin
 
 
 def _draw_intervals(
-    axes: "Axes", places: Sequence[float], rows: Sequence[Finding], *, sideways: bool = False, **style: Any
+    axes: "Axes", positions: Sequence[float], rows: Sequence[Finding], *, sideways: bool = False, **style: Any
 ) -> None:
     """Values with their intervals; one without an interval has none."""
     values = np.array([f.estimate.value for f in rows])
@@ -164,16 +164,16 @@ def _draw_intervals(
     errors = np.abs(bounds - values[:, None]).T
     style = {"linestyle": "none", "capsize": 2, "markersize": 4, **style}
     if sideways:
-        axes.errorbar(values, places, xerr=errors, **style)
+        axes.errorbar(values, positions, xerr=errors, **style)
     else:
-        axes.errorbar(places, values, yerr=errors, **style)
+        axes.errorbar(positions, values, yerr=errors, **style)
 
 
 def _draw_columns(axes: "Axes", rows: Mapping[str, Sequence[Finding]], names: Sequence[str], label: str) -> None:
     """A column for each name, in it the series side by side."""
     for number, (series, found) in enumerate(rows.items()):
         shift = 0.15 * (number - (len(rows) - 1) / 2)
-        places = [names.index(f.labels[label]) + shift for f in found]
-        _draw_intervals(axes, places, found, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=series)
+        positions = [names.index(f.labels[label]) + shift for f in found]
+        _draw_intervals(axes, positions, found, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=series)
     axes.set_xticks(range(len(names)), names)
     legend_above(axes)

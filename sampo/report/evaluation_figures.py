@@ -1,7 +1,7 @@
 """Figures of judged and of unjudged answers: each function draws into matplotlib Axes and returns them.
 
 A *row* is what `Summary.row` gives and what `sampo judge` and `sampo compare` write: one flat
-mapping per system, in which every number stands with `_low` and `_high`.
+mapping per system, in which every number has its `_low` and `_high`.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""From answers and judgements to sections of the page: win rates, lengths, and answers side by side."""
+"""The sections of the page on judgements and answers: win rates, lengths, and answers side by side."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -36,7 +36,7 @@ VERBOSITY: dict[str, tuple[str, str | int]] = {  # measure -> head of its column
 
 
 def win_rate_section(found: Found) -> Section:
-    """What judges said, with lengths and controls beside it."""
+    """Win rates, with lengths and controls."""
     section = Section("win-rate", "Win rate and verbosity")
     for file in found.compared:
         section.guarded(file.file, partial(_add_comparison, section, file))
@@ -139,8 +139,10 @@ def _win_rate_table(rows: Sequence[Row], origins: tuple[Origin, ...], n: str) ->
         counts = [_count(row.get(name)) for name in ("wins", "ties", "losses")]
         failed = _count(row.get("failed", 0) + row.get("half_failed", 0))
         cells.append([str(row["system"]), _count(row.get("prompts")), *rates, *lengths, *controls, *counts, failed])
-    sides = "; ".join(dict.fromkeys(f"{row['baseline']} by {row['judge']}" for row in rows))
-    return Table(f"Win rates against {sides}, with lengths and controls (95 % intervals)", heads, cells, origins, n)
+    opponents = "; ".join(dict.fromkeys(f"{row['baseline']} by {row['judge']}" for row in rows))
+    return Table(
+        f"Win rates against {opponents}, with lengths and controls (95 % intervals)", heads, cells, origins, n
+    )
 
 
 def _duel_table(duels: Sequence[Row], origins: tuple[Origin, ...]) -> Table:
@@ -247,7 +249,7 @@ def _add_judged_lengths(section: Section, runs: Sequence[JudgedRun]) -> None:
 
 
 def _add_samples(section: Section, sets: Mapping[str, AnswerSet], judged: Sequence[JudgedRun]) -> None:
-    """Some prompts, drawn by a hash, with what each system answered and what judges said."""
+    """Some prompts, drawn by a hash, with the answer of each system and the verdict on it."""
     shown = dict(list(sets.items())[:SYSTEMS])
     answers = {name: {a.prompt_id: a for a in reversed(one.answers)} for name, one in shown.items()}
     shared = set.intersection(*(set(of) for of in answers.values()))
@@ -266,7 +268,7 @@ def _add_samples(section: Section, sets: Mapping[str, AnswerSet], judged: Sequen
 
 
 def _verdicts(one: AnswerSet, judged: Sequence[JudgedRun]) -> dict[str, str]:
-    """Prompt -> what the first judge of these answers said, both orders averaged."""
+    """Prompt -> the preference of the first judge of these answers, both orders averaged."""
     for run in judged:
         if run.run.system.sha256 == one.sha256:
             said: dict[str, list[float]] = {}

@@ -84,8 +84,8 @@ def preference_by_difference(
     slope = preference_slope(difference, np.unique(ids, return_inverse=True)[1])
     unequal = difference[difference != 0]
     if len(unequal):
-        places, rates, below, above = _binned(np.abs(unequal), unequal > 0, bins)
-        ax.errorbar(places, rates, [below, above], fmt="o", color=CHOSEN, capsize=2, label="share, 95 % interval")
+        sizes, rates, below, above = _binned(np.abs(unequal), unequal > 0, bins)
+        ax.errorbar(sizes, rates, [below, above], fmt="o", color=CHOSEN, capsize=2, label="share, 95 % interval")
     if slope.value is not None:
         grid = np.linspace(0, float(np.abs(unequal).max()), 200)
         label = f"logistic, {slope.value:+.2f}"
@@ -103,16 +103,16 @@ def _binned(size: np.ndarray, won: np.ndarray, bins: int) -> tuple[list[float], 
     """Mean size, rate, and distance to both bounds of the rate, of each bin."""
     edges = np.unique(np.quantile(size, np.linspace(0, 1, bins + 1)))
     number = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, max(len(edges) - 2, 0))
-    places, rates, below, above = [], [], [], []
+    sizes, rates, below, above = [], [], [], []
     for one in np.unique(number):
         inside = number == one
         rate = float(won[inside].mean())
         low, high = wilson(rate, int(inside.sum()))
-        places.append(float(size[inside].mean()))
+        sizes.append(float(size[inside].mean()))
         rates.append(rate)
         below.append(max(0.0, rate - low))
         above.append(max(0.0, high - rate))
-    return places, rates, below, above
+    return sizes, rates, below, above
 
 
 def _some(values: np.ndarray) -> np.ndarray:

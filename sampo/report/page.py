@@ -1,4 +1,4 @@
-"""Blocks, sections and the page: what stands in it, where each number comes from, and its HTML."""
+"""Blocks, sections and the page: its contents, the origin of each number, and its HTML."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _CODE = re.compile("`([^`]*)`")
-MAX_RUNS = 6  # in one figure: more colours are not told apart
+MAX_RUNS = 6  # in one figure: more colours cannot be distinguished
 
 
 class FoundFile(Protocol):
@@ -82,9 +82,9 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under heads; the first cell of a row is its head, the first `names` cells are words.
+    """Rows under heads; the first cell of a row is its head, the first `names` cells are texts.
 
-    `n` says of what the numbers are.
+    `n` names what was counted, such as `59 pairs`.
     """
 
     caption: str
@@ -111,7 +111,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Shown:
-    """An answer beside others: whose, what it says, how long it is, and how much of it was left away."""
+    """An answer beside others: its system, its text, its length, and how many characters were omitted."""
 
     system: str
     text: str
@@ -170,7 +170,7 @@ class Section:
             self.add(Figure(title, svg, origins, n, about, wide=size[0] > SIZE[0]))
 
     def guarded(self, file: str, build: Callable[[], None]) -> None:
-        """Build from one file; if it is not what it seemed to be, it is named, and nothing of it stays."""
+        """Build from one file; on an error the file is listed as a problem, and none of its blocks stays."""
         before = len(self.blocks)
         try:
             build()
@@ -202,7 +202,7 @@ def render(
         sections: those with blocks are shown.
         found: for notes and files that were not used.
         title: of the page.
-        folder: that was looked at.
+        folder: that the report is of.
         missing: `(what, command)` of what there is none of.
         problems: files that were left out.
     """

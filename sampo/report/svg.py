@@ -1,4 +1,4 @@
-"""matplotlib figures as SVG elements that stand in a page: named, with ids of their own, and without styles."""
+"""matplotlib figures as SVG elements for a page: with a title, unique ids, and no styles."""
 
 import io
 import re

@@ -83,7 +83,7 @@ def has_curve(runs: Mapping[str, Log], name: str) -> bool:
 def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = None) -> "Axes":
     """One of `CURVES` for one or several runs: lines in training, dots in evaluation.
 
-    Runs are told apart by colour, the metrics of one figure by the line.
+    The colour shows the run, the line style the metric.
 
     Args:
         runs: name -> `log_history`.

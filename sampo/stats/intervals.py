@@ -75,11 +75,11 @@ def wilson(rate: float, n: float, confidence: float = 0.95) -> tuple[float, floa
 
 
 def effective_coins(scores: np.ndarray) -> float:
-    """How many coins tell as much about their mean as these scores in [0, 1], one per prompt.
+    """The number of coin flips whose mean has the same variance as the mean of these scores in [0, 1], one per prompt.
 
     A tie, the mean of two orders or of several samples, and a judge's probability all vary less than a coin with the
-    same mean. The ratio of the two variances is taken with one coin more on both sides: without that, scores that
-    happen to be all equal would count as infinitely many. For scores of 0 and 1 the answer is their number.
+    same mean. The ratio of the two variances is taken with one coin more in numerator and denominator: without
+    that, scores that happen to be all equal would count as infinitely many. For scores of 0 and 1 the answer is their number.
     """
     n, rate = len(scores), float(np.mean(scores))
     coin = rate * (1 - rate)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..endpoint import Endpoint
     from ..models import Texts
 
-VLLM_CHUNK = 256  # prompts at a time; what is done is on the disk after each
+VLLM_CHUNK = 256  # prompts at a time; answers are written after each chunk
 
 # --- transformers --------------------------------------------------------------------------------------------------
 
@@ -22,7 +22,7 @@ VLLM_CHUNK = 256  # prompts at a time; what is done is on the disk after each
 class TransformersBackend:
     """`generate` of transformers, batches padded on the left, long prompts first.
 
-    Nothing of the model's own generation settings is used but its end tokens: what is not asked for is not done.
+    Of the model's own generation settings only the end tokens are used.
 
     Args:
         name: What to call the model in the records.
@@ -87,7 +87,7 @@ class TransformersBackend:
         settings = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=self.stop_ids, pad_token_id=pad
         )
-        with _in_place_of_its_own(self._model, settings):
+        with _replaced_settings(self._model, settings):
             found = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -97,16 +97,16 @@ class TransformersBackend:
         return [self._output(row) for row in found[:, width:].tolist()]
 
     def _output(self, ids: list[int]) -> Output:
-        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
+        end = next((position for position, token in enumerate(ids) if token in self.stop_ids), None)
         text = str(self._texts.tokenizer.decode(ids[:end], skip_special_tokens=True))
         return Output(text, len(ids), "length") if end is None else Output(text, end + 1, "eos")
 
 
 @contextmanager
-def _in_place_of_its_own(model: Any, settings: Any) -> Iterator[None]:
-    """What given settings leave open, a repetition penalty say, is filled in from the model's own; so replace these.
+def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
+    """Replace the model's own generation settings: transformers fills in from them what given settings leave open.
 
-    Under an adapter it is the base model that generates, with its own settings.
+    With an adapter, the base model generates with settings of its own, so these are replaced too.
     """
     owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     kept = [owner.generation_config for owner in owners]

@@ -1,4 +1,4 @@
-"""People as judges: a sheet for them to fill in, and what they have filled in."""
+"""People as judges: write a sheet for annotations, and read the annotations."""
 
 import csv
 import hashlib
@@ -46,11 +46,11 @@ class HumanJudge:
             raise ValueError(f"{path}, line {rows.line_num} must be a row of a CSV, got: {error}.") from None
 
     def _add(self, row: Mapping[str, str], place: str) -> None:
-        said = (row["preferred"] or "").strip().lower()
-        if not said:
+        given = (row["preferred"] or "").strip().lower()
+        if not given:
             return
         try:
-            value = PREFERRED[said] if said in PREFERRED else float(said.replace(",", "."))
+            value = PREFERRED[given] if given in PREFERRED else float(given.replace(",", "."))
         except ValueError:
             value = -1.0
         if not 0 <= value <= 1:
@@ -87,24 +87,24 @@ def _read_csv(path: Path) -> csv.DictReader:
             fault = error
     else:
         raise ValueError(f"{path} must be a CSV in UTF-8, got: {fault}. Save it as `CSV UTF-8`.")
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # of the whole process; answers may be long
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # of this process; answers may be long
     head = text.partition("\n")[0]
     return csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
 
 
 def _normalise(text: str) -> str:
-    """A text as it is compared: table programs change the ends of lines, mark formulas, and cut long cells."""
+    """Undo what table programs do to a text: they change line ends, mark formulas, and cut long cells."""
     plain = text.replace("\r\n", "\n").replace("\r", "\n").strip()
     return (plain[1:] if plain[:1] == "'" and plain[1:2] in FORMULA else plain)[:LONGEST].strip()
 
 
 def _escape_formula(text: str) -> str:
-    """A text as it stands in the sheet: what a table program would take for a formula has a mark before it."""
+    """Put a quote before a text that a table program would take for a formula."""
     return f"'{text}" if text.lstrip()[:1] in FORMULA and text.strip() else text
 
 
 def write_sheet(path: str | Path, pairs: Sequence[Pair], seed: int = 0) -> None:
-    """A CSV for people to fill in `preferred` (A, B or tie); which side the system is on is drawn for each pair."""
+    """Write a CSV for people to fill in `preferred` (A, B or tie); the order is drawn for each pair."""
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(SHEET)

@@ -2,7 +2,7 @@
 
 The line must be the label and a verdict and nothing else but decoration: `Preferred: A`, `**preferred:** [[a]]`,
 `Preferred: Answer A (more precise)`, `Final verdict: <A>`. A line that names two verdicts, negates one or doubts is
-unreadable, because a verdict that nobody gave is worse than none.
+unreadable, because a wrong verdict is worse than none.
 """
 
 import re
@@ -28,7 +28,7 @@ def read_verdict(content: str, prefix: str, verdicts: Mapping[str, float]) -> fl
         content: The reply.
         prefix: Label before the verdict; "" if the last line is the verdict alone.
         verdicts: Word → preference. Case does not matter unless words differ by it alone. Where all words stand in
-            `[[ ]]`, the only such mark of the last line counts, whatever stands before it.
+            `[[ ]]`, the only such mark of the last line counts, whatever comes before it.
     """
     line = next((line for line in reversed(content.splitlines()) if not RULE.fullmatch(line)), "")
     text = _unwrapped(_strip_marks(line))
@@ -47,13 +47,13 @@ def read_verdict(content: str, prefix: str, verdicts: Mapping[str, float]) -> fl
 
 
 def _strip_marks(line: str) -> str:
-    """Without marks of emphasis, code, formulas, list and heading marks, and characters that nobody sees."""
+    """Remove marks of emphasis, code, formulas, lists and headings, and invisible characters."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", line) if unicodedata.category(c) not in ("Cf", "Cc"))
     return re.sub(r"^[\s>#\-•]+", "", re.sub(r"[*`$]", "", visible)).strip()
 
 
 def _unwrapped(text: str) -> str:
-    """Without brackets, quotes, tags and full stops around the whole of it."""
+    """Remove brackets, quotes, tags and full stops that enclose the text."""
     while True:
         inner = text.strip().rstrip(".!,;").strip()
         if found := WRAPPED.fullmatch(inner):

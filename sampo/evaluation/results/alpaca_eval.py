@@ -1,7 +1,7 @@
 """AlpacaEval 2's two numbers from AlpacaEval's annotations, for users who have its files.
 
 The raw win rate is AlpacaEval's to rounding. The length-controlled one needs `df_gamed.csv` (the verdicts on two
-baselines that were told to be verbose and concise, and the difficulty of each instruction) from the data set
+baselines that were prompted to be verbose and concise, and the difficulty of each instruction) from the data set
 `tatsu-lab/alpaca_eval`, which is CC BY-NC and not shipped here. The estimator is theirs (`metrics/glm_winrate.py` at
 cd543a1, `length_controlled_v1`): logistic regression with an L1 penalty whose strength five folds choose. One thing
 differs: the difficulty is looked up by instruction. AlpacaEval looks it up by row number, which gives models with
@@ -72,7 +72,7 @@ class Gamed:
 
     @classmethod
     def read(cls, gamed: Path, difficulty: Path | None = None) -> "Gamed":
-        """Read `df_gamed.csv`, and if given `instruction_difficulty.csv`, which must say the same."""
+        """Read `df_gamed.csv`, and if given `instruction_difficulty.csv`, which must agree with it."""
         with Path(gamed).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         missing = [name for name in GAMED_COLUMNS if not rows or name not in rows[0]]
@@ -261,12 +261,12 @@ def _difficulty(
             'order, or `align="row"` for what AlpacaEval does.'
         )
     else:
-        places: dict[str, list[int]] = {}
+        rows_of: dict[str, list[int]] = {}
         for number, text in enumerate(instructions):
-            places.setdefault(text, []).append(number)
+            rows_of.setdefault(text, []).append(number)
         numbers = []
         for row in annotations:
-            left = places.get(row["instruction"])
+            left = rows_of.get(row["instruction"])
             if not left:
                 raise ValueError(
                     f"`instructions` must hold every instruction, got none of {row['instruction'][:80]!r}."
@@ -317,7 +317,7 @@ def length_controlled_rate(
 def _cross_validated(design: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The fit whose penalty has the least log loss on rows left out."""
     fold = np.empty(len(labels), dtype=int)
-    # the folds of scikit-learn's GroupKFold, in which each row stands twice: it deals the rows out in this order
+    # the folds of scikit-learn's GroupKFold, in which each row occurs twice: it assigns the rows in this order
     fold[np.argsort(np.full(len(labels), 2))[::-1]] = np.arange(len(labels)) % FOLDS
 
     def left_out_loss(penalty: float) -> float:

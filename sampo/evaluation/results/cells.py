@@ -2,7 +2,7 @@
 
 from ...stats.intervals import Estimate
 
-BELOW, BEHIND, NONE = "\n{}–{}", " [{}, {}]", ""  # where the bounds stand: below the value, behind it, nowhere
+BELOW, BEHIND, NONE = "\n{}–{}", " [{}, {}]", ""  # position of the bounds: below the value, behind it, nowhere
 
 
 def show_estimate(

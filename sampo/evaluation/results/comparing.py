@@ -30,7 +30,7 @@ class Duel:
     Attributes:
         first: name.
         second: name.
-        paired: what their verdicts against the common baseline say.
+        paired: their difference, from the verdicts against the common baseline.
         p_holm: p-value adjusted for all duels of the comparison; None where no prompt differs.
     """
 
@@ -140,7 +140,7 @@ def _with_note(
         note += "a difficulty from few systems removes only a part of the bias that this brings at equal length."
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExtrapolationWarning)  # it stands in the notes already
+            warnings.simplefilter("ignore", ExtrapolationWarning)  # the notes have it already
             other = length_controlled(comparisons, difficulty=hard).rate.value or 0.0
         note += (
             f"the rate at equal length is biased. With `difficulty`, which removes a part of it, it is {other:.1%}."
@@ -151,8 +151,8 @@ def _with_note(
 
 def _duels(comparisons: Mapping[str, Comparisons]) -> list[Duel]:
     found = [(a, b, paired(comparisons[a], comparisons[b])) for a, b in combinations(comparisons, 2)]
-    tested = [place for place, (_, _, one) in enumerate(found) if one.p_value is not None]
-    adjusted = dict(zip(tested, holm([found[place][2].p_value or 0.0 for place in tested]), strict=True))
+    tested = [i for i, (_, _, one) in enumerate(found) if one.p_value is not None]
+    adjusted = dict(zip(tested, holm([found[i][2].p_value or 0.0 for i in tested]), strict=True))
     return [Duel(first=a, second=b, paired=one, p_holm=adjusted.get(i)) for i, (a, b, one) in enumerate(found)]
 
 

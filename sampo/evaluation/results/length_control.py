@@ -16,7 +16,7 @@ length-controlled win rate is the mean prediction at Δ = 0. Deviations from Alp
 5. s is 1.4826 times the median of the absolute deviations from the median, those that are 0 omitted: 2 % of answers
    that repeat themselves up to a limit multiply the standard deviation, and tanh(Δ / s) is then near 0 for all others.
 
-So the number has no place beside AlpacaEval's, and is never called by its name.
+So the number does not compare with AlpacaEval's, and is never called by its name.
 """
 
 import warnings
@@ -34,10 +34,10 @@ from .verdicts import Comparisons, length_ratios
 
 RIDGE = 1e-4  # on the slope and on the weight of the difficulty; in a fit of 100 prompts it moves nothing visible
 FLAT = 1e-10  # on the strength: only labels that are all the same feel it
-SEPARATED = 10.0  # a slope beyond it: lengths tell wins from losses, and nothing is known at equal length
+SEPARATED = 10.0  # a slope beyond it: lengths separate wins from losses, and nothing is known at equal length
 NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 ROUNDING = 1e-9  # relative; below it two differences of length are the same
-SIMILAR = 1.1  # lengths within this factor count for both sides of the overlap
+SIMILAR = 1.1  # lengths within this factor count as longer and as shorter
 REFUSE_BELOW, WARN_BELOW = 0.05, 0.20  # of the overlap: docs/evaluation.md has the errors by simulation
 
 
@@ -298,8 +298,8 @@ def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weight[order])
     half, slack = below[-1] / 2, ROUNDING * below[-1]
-    places = np.searchsorted(below, (half - slack, half + slack)).clip(max=len(values) - 1)
-    return float(values[order[places]].mean())
+    ranks = np.searchsorted(below, (half - slack, half + slack)).clip(max=len(values) - 1)
+    return float(values[order[ranks]].mean())
 
 
 def _sandwich(data: FitData, fit: _Fit, confidence: float) -> tuple[Estimate, Estimate]:
@@ -334,7 +334,7 @@ def length_slope(comparisons: Comparisons, *, confidence: float = 0.95) -> Estim
     """The judge's own slope: change of the logit of a win when the system's answer is twice as long.
 
     From a logistic regression of the preference on log2(system / baseline), clustered by prompt; comparisons with an
-    empty answer are left out. It says what goes with length, not what length causes: where longer answers are also
+    empty answer are left out. It measures correlation with length, not its effect: where longer answers are also
     better, an unbiased judge has a slope too. Compare it with the slope of the truth or of another judge.
     """
     ratio = length_ratios(comparisons)

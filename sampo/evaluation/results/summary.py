@@ -1,4 +1,4 @@
-"""All that verdicts say about a system and a baseline, as rows, records and one sentence that can be defended."""
+"""The statistics of the verdicts on a system and a baseline, as rows, records and one sentence to quote."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,11 +36,11 @@ class Summary:
         matched: win rate among answers of about the same length, or None.
         bins: win rate by ratio of lengths, lower and upper edge with each.
         slope: the judge's slope on log2 of the ratio of lengths, or None.
-        longer_wins: control: what a judge would say that always takes the longer answer, or None.
+        longer_wins: control: win rate by a judge that always prefers the longer answer, or None.
         winner_is_longer: how often the judge's winner is the longer answer, or None.
         empty: control: win rate of an empty answer in the system's place, which should be near 0; None if not judged.
         orders: consistency of the two orders, or None.
-        order_said: what stands in the sentence in its place, or "".
+        order_said: text of the sentence in its place, or "".
         failed_verdicts: verdicts that failed; a pair has one in each order.
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off, or None.
         remarks: further notes.
@@ -129,7 +129,7 @@ class Summary:
         return row | {"notes": " ".join(self.notes)}
 
     def sentence(self) -> str:
-        """What can be said in a paper without a footnote."""
+        """The result in one sentence, with lengths, failures and controls."""
         rate = self.raw
         text = (
             f"{self.system} wins {percent(rate.rate)} against {self.baseline} by {self.judge} on "
@@ -178,7 +178,7 @@ def summarise(
         empty: verdicts of the same judge on empty answers in the system's place.
         difficulty: of the prompts, from other systems (`difficulty_from`), for the control of length.
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off.
-        order_said: what the sentence says of the order where there is no consistency of orders.
+        order_said: text on the order for the sentence, where there is no consistency of orders.
         remarks: further notes.
         confidence: of all intervals.
     """
@@ -200,7 +200,7 @@ def summarise(
         parts["matched"] = matched if matched.comparisons >= MATCHED_MIN else None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExtrapolationWarning)  # it stands in the notes
+                warnings.simplefilter("ignore", ExtrapolationWarning)  # the notes have it
                 parts["controlled"] = length_controlled(comparisons, difficulty=difficulty, confidence=confidence)
         except ExtrapolationError as error:
             parts["refused"] = str(error)
@@ -211,7 +211,7 @@ def summarise(
 
 
 def _doubts_of_order(orders: OrderConsistency | None) -> list[tuple[str, str]]:
-    """What the order of the answers does to the judge, if it is too much: a few words for the sentence, and a note."""
+    """If the order of the answers affects the judge too much: a phrase for the sentence, and a note."""
     if orders is None or orders.first_shown.value is None or orders.consistent.value is None:
         return []
     first, same = orders.first_shown.value, orders.consistent.value
@@ -231,7 +231,7 @@ def _doubts_of_order(orders: OrderConsistency | None) -> list[tuple[str, str]]:
 
 
 def _doubts_of_cuts(cut: tuple[Estimate, Estimate] | None) -> list[tuple[str, str]]:
-    """The same of answers that the limit of tokens cut off."""
+    """The same for answers that the limit of tokens cut off."""
     found = []
     for whose, share in zip(("the system's", "the baseline's"), cut or (), strict=False):
         if share.value is not None and share.value > CUT:
@@ -243,11 +243,11 @@ def _doubts_of_cuts(cut: tuple[Estimate, Estimate] | None) -> list[tuple[str, st
 
 def summary_table(found: Sequence[Summary]) -> Table:
     """What fits on a screen, one line per system; `Summary.row` has everything."""
-    sides = sorted({f"{one.baseline} by {one.judge}" for one in found})
+    opponents = sorted({f"{one.baseline} by {one.judge}" for one in found})
     units = sorted({one.length_unit for one in found if one.lengths})
     heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
     controls = ("longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "pairs\nfailed")
-    table = Table(f"Win rates against {'; '.join(sides)}", ["system", *heads, *controls])
+    table = Table(f"Win rates against {'; '.join(opponents)}", ["system", *heads, *controls])
     for one in found:
         lengths = [mean_length(length) for length in one.lengths] if one.lengths else ["–", "–"]
         table.add(

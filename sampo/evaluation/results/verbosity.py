@@ -1,6 +1,6 @@
 """How long answers are, and how much of their length is repetition.
 
-The unit is the prompt: several answers to one prompt are averaged, or share its weight. The mean never stands without
+The unit is the prompt: several answers to one prompt are averaged, or share its weight. The mean is always shown with
 median and 90th percentile, because a few answers that repeat themselves up to the limit move the mean alone.
 """
 
@@ -27,7 +27,7 @@ from .cells import BELOW, NONE, show_estimate
 
 UNITS = ("tokens", "words", "characters")
 QUANTILES = {"median": 0.5, "p90": 0.9}
-LONG_TEXT = 200  # characters above which a compression ratio says something about the text and not about zlib
+LONG_TEXT = 200  # characters above which a compression ratio depends on the text and not on zlib's overhead
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
 
@@ -112,7 +112,7 @@ class Verbosity:
         tokenizer: of the tokens, or None.
         answers: their number.
         prompts: their number.
-        measures: by name, as in docs/evaluation.md; what cannot be said has the value None.
+        measures: by name, as in docs/evaluation.md; an undefined measure has the value None.
         baseline: whom the ratios are to, or None.
         notes: what a reader has to know, in sentences.
     """
@@ -253,7 +253,7 @@ def _relative_lengths(
     longer = [_share_above(ours[rows[p]], theirs[other[p]]) for p in shared]
     full = [p for p in shared if (ours[rows[p]] > 0).all() and (theirs[other[p]] > 0).all()]
     logs = np.array([np.log(ours[rows[p]]).mean() - np.log(theirs[other[p]]).mean() for p in full])
-    if unit == UNITS[-1]:  # said once, for characters, which every system has
+    if unit == UNITS[-1]:  # noted once, for characters, which every system has
         apart, empty = len(rows) + len(other) - 2 * len(shared), len(shared) - len(full)
         if apart:
             notes.append(f"{apart} prompts that only one of the two systems has are left out beside {baseline.name}.")
@@ -285,7 +285,7 @@ def _exp(estimate: Estimate) -> Estimate:
 def compare_verbosity(
     systems: Sequence[System], baseline: str | None = None, *, confidence: float = 0.95
 ) -> list[Verbosity]:
-    """Measures of any number of systems; `baseline` names the one that the others stand beside."""
+    """Measures of any number of systems; `baseline` names the one that the others are compared with."""
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ValueError(f"Systems must have different names, got {names}.")

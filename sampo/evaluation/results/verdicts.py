@@ -1,9 +1,9 @@
-"""Verdicts of a judge, and what they say about each pair of answers.
+"""Verdicts of a judge, and the comparison of each pair of answers that follows from them.
 
-A verdict is one answer of the judge; a comparison is what its verdicts say about one answer of the system and one of
-the baseline, both orders averaged; a score is the mean comparison of one prompt, and the prompt is the unit of every
+A verdict is one answer of the judge; a comparison is the mean of its verdicts on one answer of the system and one of
+the baseline, over both orders; a score is the mean comparison of one prompt, and the prompt is the unit of every
 interval. Preferences are the system's: 1 a win, 0 a loss, ½ a tie, NaN a failure. A failure is counted and left out,
-never taken for a tie.
+never counted as a tie.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -20,7 +20,7 @@ Ids = Sequence[Hashable] | np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
-    """What one judge said about a system and a baseline, one row per verdict.
+    """The verdicts of one judge on a system and a baseline, one row per verdict.
 
     Attributes:
         prompt: `(n,)` id of the prompt.
@@ -195,7 +195,7 @@ def compare_orders(verdicts: Verdicts) -> Comparisons:
     """Average the orders of each pair of answers.
 
     Several verdicts in one order are averaged first, so that a repeated request does not weigh twice. Where the
-    verdicts speak of both orders, a pair with a verdict in one order only is left out and counted in `half_failed`:
+    verdicts cover both orders, a pair with a verdict in one order only is left out and counted in `half_failed`:
     kept, it would bring the judge's bias for a position back in.
     """
     table = _by_order(verdicts)
@@ -283,7 +283,7 @@ class OrderConsistency:
 
 
 def order_consistency(verdicts: Verdicts, *, confidence: float = 0.95) -> OrderConsistency:
-    """Does the judge say the same when the answers change places?"""
+    """Compare the verdicts of the two orders: does the judge prefer the same answer in both?"""
     if verdicts.order is None:
         raise ValueError("`order` must be given for the consistency of orders, got None.")
     table = _by_order(verdicts)

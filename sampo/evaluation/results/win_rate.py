@@ -15,7 +15,7 @@ TIE = 1e-9  # scores that differ from ½ by less are ½: means of several verdic
 
 @dataclass(frozen=True, kw_only=True)
 class WinRate:
-    """A win rate with all that has to stand beside it.
+    """A win rate with all that must be reported with it.
 
     Attributes:
         rate: mean score over prompts, with its interval.
@@ -176,7 +176,7 @@ def by_length_ratio(
 def length_matched(comparisons: Comparisons, *, ratio: float = 1.25, confidence: float = 0.95) -> WinRate:
     """Win rate among answers whose lengths differ by no more than a factor.
 
-    A check of robustness, not a headline: it speaks of those prompts only on which both write about as much.
+    A check of robustness, not a main result: it covers only the prompts on which both answers are about as long.
     """
     if ratio < 1:
         raise ValueError(f"`ratio` must be at least 1, got {ratio}.")
@@ -185,7 +185,7 @@ def length_matched(comparisons: Comparisons, *, ratio: float = 1.25, confidence:
 
 
 def longer_wins(comparisons: Comparisons) -> Comparisons:
-    """The control that every result needs: what a judge would say that always takes the longer answer."""
+    """The control that every result needs: a judge that always prefers the longer answer."""
     ours, theirs = comparisons.lengths
     return Comparisons(
         prompt=comparisons.prompt,
