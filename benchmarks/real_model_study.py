@@ -121,7 +121,8 @@ class Bench:
         from sampo import load_preferences
         from sampo.data.subsets import split_by_prompt
         from sampo.evaluation.answers.prompts import Question
-        from sampo.evaluation.models import Texts, fingerprint
+        from sampo.evaluation.models import Texts
+        from sampo.models.inference import fingerprint
         from sampo.models.load import load_tokenizer
 
         self.args = args
@@ -236,7 +237,7 @@ class Bench:
         from sampo.evaluation.answers.answers import read_answers
         from sampo.evaluation.answers.backends import TransformersBackend
         from sampo.evaluation.answers.generate import Sampling, generate
-        from sampo.evaluation.models import Loaded
+        from sampo.models.inference import Loaded
         from sampo.stats.intervals import mean_interval, rate_interval
 
         folder = self.args.out / "answers"

@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Compute, show and write."""
     from ..evaluation.results.alpaca_eval import alpaca_eval, read_instructions
+    from ..evaluation.results.cells import BEHIND, show_estimate
     from ..io.files import write_whole
     from .shown import command_line, say
 
@@ -50,16 +51,14 @@ def main(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"sampo alpaca_eval: error: {error}") from None
     for path, one in found.items():
-        rate = f"win rate {_points(one.win_rate)}, standard error {one.win_rate.se or 0:.2f}"
+        rate = (
+            f"win rate {show_estimate(one.win_rate, '.2f', bounds=BEHIND)}, standard error {one.win_rate.se or 0:.2f}"
+        )
         if one.length_controlled:
-            rate += f"; length-controlled {_points(one.length_controlled)}"
+            rate += f"; length-controlled {show_estimate(one.length_controlled, '.2f', bounds=BEHIND)}"
         say(f"{one.model or Path(path).stem}: {rate}; {one.mean_length:.0f} characters, {one.rows} annotations")
         say(*(f"Note: {note}" for note in one.notes))
     if not args.gamed:
         say("The length-controlled win rate needs AlpacaEval's df_gamed.csv: name it with `gamed`.")
     if args.out:
         print(f"Written: {args.out}")
-
-
-def _points(estimate: Any) -> str:
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         found = _run_all(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo bench: error: {error}") from None
-    _show(args, found)
+    _show_scores(args, found)
 
 
 def _run_all(args: argparse.Namespace) -> list[Any]:
@@ -63,7 +63,7 @@ def _run_all(args: argparse.Namespace) -> list[Any]:
         record = harness.done(results.read(args.out), config, args.seed)
         if record is None:
             outcome = harness.run(name, lm, chat=args.apply_chat_template, seed=args.seed, **common)
-            made = harness.records(outcome, config, seed=args.seed, command=command_line(make_parser(), args))
+            made = harness.records_of(outcome, config, seed=args.seed, command=command_line(make_parser(), args))
             results.append(args.out, made)
             record = made[-1]
             print(f"{name}: done{f'. Note: {outcome.note}' if outcome.note else ''}", flush=True)
@@ -78,7 +78,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    from ..evaluation.models import Texts, default_device, load_causal
+    from ..evaluation.models import Texts
+    from ..models.inference import default_device, load_causal
     from ..models.load import load_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
@@ -95,7 +96,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size), about, template
 
 
-def _show(args: argparse.Namespace, found: Sequence[Any]) -> None:
+def _show_scores(args: argparse.Namespace, found: Sequence[Any]) -> None:
     from ..evaluation.harness import BENCHMARKS
     from ..io.tables import Table
     from .shown import say, show
@@ -114,7 +115,7 @@ def _show(args: argparse.Namespace, found: Sequence[Any]) -> None:
         )
     show(table)
     if args.limit is not None:
-        say(f"Only {args.limit} prompts of each task: this is a trial, no result.")
+        say(f"Only {args.limit} prompts of each task: this is a trial, not a result.")
     other = [one.config["benchmark"] for one in found if one.config["shots_used"] != one.config["shots_asked"]]
     if other:
         say(f"{', '.join(other)}: the harness fixes the number of shots, and did not use those asked for.")

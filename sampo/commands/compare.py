@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare and say what was found."""
+    """Compare, and report the result."""
     try:
         if args.judgements:
             _compare_judged(args)
@@ -53,8 +53,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"sampo compare: error: {error}") from None
 
 
-def _names(files: Sequence[str]) -> dict[str, str]:
-    """File → its name without folder and ending, or the whole of it where two are the same."""
+def _display_names(files: Sequence[str]) -> dict[str, str]:
+    """File → its name without folder and ending, or the complete path where two are the same."""
     from ..evaluation.server_text import visible
 
     short = {file: visible(Path(file).stem) for file in files}
@@ -67,7 +67,7 @@ def _compare_judged(args: argparse.Namespace) -> None:
     if args.baseline:
         raise ValueError("`baseline` goes with `answers` alone: judgements say what they were made against.")
     read = [judged.read(path) for path in args.judgements]
-    names = _names([*(run.system.file for run in read), read[0].baseline.file])
+    names = _display_names([*(run.system.file for run in read), read[0].baseline.file])
     if len(names) != len(read) + 1:
         raise ValueError(
             f"`judgements` must be of different systems, got {[run.system.file for run in read]} against "
@@ -84,7 +84,7 @@ def _compare_judged(args: argparse.Namespace) -> None:
     drawn = {"n": args.n, "difficulty": args.difficulty}
     configs = {name: {**run.config, **drawn} for name, run in runs.items()}
     configs[baseline] = {"baseline_answers": read[0].baseline.sha256, **drawn}
-    _finish(args, summaries, _lengths(places, baseline, prompts), duels, configs)
+    _show_and_write(args, summaries, _measure_lengths(places, baseline, prompts), duels, configs)
 
 
 def _place(file: Any, moved: Mapping[str, Path]) -> Path:
@@ -106,7 +106,7 @@ def _compare_lengths(args: argparse.Namespace) -> None:
 
     if args.difficulty:
         raise ValueError("`difficulty` goes with `judgements`, got none.")
-    names = _names([str(path) for path in args.answers])
+    names = _display_names([str(path) for path in args.answers])
     if args.baseline and str(args.baseline) not in names:
         raise ValueError(f"`baseline` must be one of `answers`, got {args.baseline}.")
     places = {name: Path(file) for file, name in names.items()}
@@ -118,10 +118,10 @@ def _compare_lengths(args: argparse.Namespace) -> None:
         prompts = drawn_prompts(prompts, args.n, args.seed)
     configs = {name: {"answers": content_hash(place), "n": args.n} for name, place in places.items()}
     baseline = names[str(args.baseline)] if args.baseline else None
-    _finish(args, [], _lengths(places, baseline, prompts), [], configs)
+    _show_and_write(args, [], _measure_lengths(places, baseline, prompts), [], configs)
 
 
-def _lengths(places: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
+def _measure_lengths(places: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
     """Measures of length of each file, on some prompts."""
     from ..evaluation.answers.answers import read_answers
     from ..evaluation.results.verbosity import System, compare_verbosity
@@ -133,7 +133,7 @@ def _lengths(places: Mapping[str, Path], baseline: str | None, prompts: set[str]
     return compare_verbosity(systems, baseline)
 
 
-def _finish(
+def _show_and_write(
     args: argparse.Namespace,
     summaries: Sequence[Any],
     lengths: Sequence[Any],

@@ -6,6 +6,8 @@ from typing import Any
 
 from ..evaluation.endpoint import Endpoint, key_from_environment
 
+INCOMPLETE, STOPPED = 3, 4  # exit codes: some answers or judgements are missing; the run was given up, and can go on
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """A group of options; a key is never one of them."""
@@ -25,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--proxy", metavar="URL", help="a proxy; those in the environment are not used")
     group.add_argument(
         "--options",
-        type=_object,
+        type=_json_object,
         default={},
         metavar="JSON",
         help='further fields of a request: \'{"reasoning_effort": "low"}\'; null takes a field out',
@@ -42,7 +44,7 @@ def what_helps(endpoint: Endpoint) -> str:
     return "Run the same command again to go on."
 
 
-def _object(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:

@@ -11,10 +11,10 @@ from ..evaluation.answers.generate import Sampling
 from ..evaluation.answers.prompts import ON_BAD_ROWS
 from ..evaluation.models import FORMATS
 from . import endpoints
+from .endpoints import INCOMPLETE, STOPPED
 from .pair_options import COLUMNS_HELP
 
 BACKENDS = ("transformers", "endpoint")
-INCOMPLETE, STOPPED = 3, 4  # exit codes: some answers are missing; the run was given up and can be gone on with
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,8 +22,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sampo generate",
         allow_abbrev=False,
-        description="Answer prompts with a model. Answers are written as they come, and those that are there are not "
-        f"made again. Exit code {INCOMPLETE}: some answers are missing; {STOPPED}: given up, run it again to go on.",
+        description="Answer prompts with a model. Answers are written as they come; a further run adds those that are "
+        f"missing. Exit code {INCOMPLETE}: some are missing; {STOPPED}: stopped early, run it again to continue.",
     )
     parser.add_argument(
         "model", help="folder or hub id of a model or an adapter; with `--url` the name of the model there"
@@ -43,10 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     drawing = parser.add_argument_group("sampling")
     defaults = Sampling()
     for name, text in (
-        ("max_tokens", "cut an answer after so many tokens"),
-        ("temperature", "0 takes the likeliest token each time"),
-        ("top_p", "draw from the likeliest tokens that have this probability together"),
-        ("top_k", "draw from so many of the likeliest tokens; 0: from all"),
+        ("max_tokens", "tokens after which an answer is cut off"),
+        ("temperature", "0 takes the most likely token each time"),
+        ("top_p", "draw from the most likely tokens that together have this probability"),
+        ("top_k", "draw from this many of the most likely tokens; 0: from all"),
         ("seed", "of the draws"),
         ("samples", "answers per prompt"),
     ):
@@ -80,7 +80,7 @@ def _backend_name(name: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Generate and say what was written."""
+    """Generate, and report what was written."""
     from ..evaluation.answers.generate import generate
     from ..evaluation.answers.prompts import load_prompts
     from .progress import progress
@@ -128,7 +128,8 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     """(prompts that can be asked, backend, endpoint if it is one)."""
     from ..evaluation.answers import backends
     from ..evaluation.answers.prompts import check_prompts
-    from ..evaluation.models import Texts, default_device, load_causal
+    from ..evaluation.models import Texts
+    from ..models.inference import default_device, load_causal
     from ..models.load import load_tokenizer
 
     kind = args.backend or ("endpoint" if args.url else "transformers")
@@ -143,7 +144,7 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     template = args.chat_template.read_text(encoding="utf-8") if args.chat_template else None
     source = {"adapter": args.adapter, "revision": args.revision, "trust_remote_code": args.trust_remote_code}
     texts = Texts(load_tokenizer(args.model, **source), args.format, template)
-    questions = check_prompts(questions, texts.fault, args.on_bad_rows)
+    questions = check_prompts(questions, texts.find_issue, args.on_bad_rows)
     loaded = load_causal(args.model, device=args.device or default_device(), dtype=args.dtype, **source)
     name = args.model if args.adapter is None else args.adapter
     backend = backends.TransformersBackend(

@@ -10,8 +10,8 @@ from typing import Any
 from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from ..io.locks import alone_at
 from . import endpoints
+from .endpoints import INCOMPLETE, STOPPED
 
-INCOMPLETE, STOPPED = 3, 4  # exit codes: some judgements failed; the run was given up and can be gone on with
 PAID_CONTROL = 25  # prompts of the control with an empty answer, where requests may cost money
 
 
@@ -21,7 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sampo judge",
         allow_abbrev=False,
         description="Judge the answers of a system against those of a baseline, both orders of each pair. Exit code "
-        f"{INCOMPLETE}: some judgements failed; {STOPPED}: given up, and what to do is said. No reply is paid twice.",
+        f"{INCOMPLETE}: some judgements failed; {STOPPED}: stopped early, the output says how to continue. No "
+        "reply is paid twice.",
     )
     parser.add_argument("--system", required=True, type=Path, help="answers: ours, JSONL, or AlpacaEval's JSON")
     parser.add_argument("--baseline", required=True, type=Path, help="answers to compare with")
@@ -49,13 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--template", default="helpfulness", help=f"one of {', '.join(templates.names())}, or a YAML file"
     )
-    asked.add_argument("--cache", type=Path, default=Path("judge-replies.jsonl"), help="replies, kept for ever")
+    asked.add_argument("--cache", type=Path, default=Path("judge-replies.jsonl"), help="file of all replies")
     asked.add_argument("--attempts", type=int, default=2, help="ask again for a reply that cannot be read (2 in all)")
     asked.add_argument("--temperature", type=float, default=0.0, help="of the judge (0)")
     asked.add_argument(
         "--top_logprobs", type=int, default=20, help="with a template that reads log-probabilities (20)"
     )
-    asked.add_argument("--dry_run", action="store_true", help="say what would be asked for, and ask nothing")
+    asked.add_argument("--dry_run", action="store_true", help="report what would be asked for, and ask nothing")
     asked.add_argument("--price_in", type=float, metavar="PRICE", help="of a million tokens that the judge reads")
     asked.add_argument("--price_out", type=float, metavar="PRICE", help="of a million tokens that it writes")
     endpoints.add_options(parser)
@@ -66,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Judge and say what was found."""
+    """Judge, and report the result."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
@@ -172,7 +173,7 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 }
 
 
-# --- judge and tell ------------------------------------------------------------------------------------------------
+# --- judge and report ----------------------------------------------------------------------------------------------
 
 
 def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files: tuple[Any, Any]) -> int:
@@ -197,7 +198,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files
     written = judged.write(
         args.out, run, found, more={"cost": cost, "stopped": stopped}, command=command_line(make_parser(), args)
     )
-    _show(found, run, cost)
+    _show_summary(found, run, cost)
     print(f"Written: {', '.join(map(str, written))}")
     if stopped and endpoint is not None:
         print(f"Given up: {stopped}. {endpoints.what_helps(endpoint)}")
@@ -233,7 +234,7 @@ def _cost(args: argparse.Namespace, judge: Any) -> dict[str, Any]:
     }
 
 
-def _show(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
+def _show_summary(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
     from ..evaluation.results.summary import summary_table
     from .shown import say, show
 
@@ -244,21 +245,21 @@ def _show(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
         print(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")
     if found.empty:
         print(
-            f"control, an empty answer: wins {_share(found.empty.rate.value)} of {found.empty.rate.n} prompts, should "
-            f"be near 0; {found.empty_failed} pairs failed"
+            f"control, an empty answer: wins {_percent(found.empty.rate.value)} of {found.empty.rate.n} prompts, "
+            f"should be near 0; {found.empty_failed} pairs failed"
         )
     if found.longer_wins:
         print(
-            f"control, the longer one wins: {_share(found.longer_wins.rate.value)}; the judge's winner is the longer "
-            f"one in {_share(found.winner_is_longer.value)} of {found.winner_is_longer.n} prompts with a winner and "
-            "different lengths"
+            f"control, the longer one wins: {_percent(found.longer_wins.rate.value)}; the judge's winner is the "
+            f"longer one in {_percent(found.winner_is_longer.value)} of {found.winner_is_longer.n} prompts with a "
+            "winner and different lengths"
         )
     if cost:
         price = "" if cost["price"] is None else f", price {cost['price']:.4f}"
         print(f"{cost['requests']} requests; {cost['tokens_in']} tokens read, {cost['tokens_out']} written{price}")
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 

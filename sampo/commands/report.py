@@ -13,14 +13,14 @@ def make_parser() -> argparse.ArgumentParser:
         "diagnostics, win rate and verbosity, answers side by side, the lab. It loads nothing and runs nothing; files "
         "that are broken or foreign are named on it and left out.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="looked through, at most eight folders deep")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="searched, at most eight folders deep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (DIR/report.html)")
     parser.add_argument("--title", help="of the page")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the page and say what is on it."""
+    """Write the page, and report what is on it."""
     from ..io.files import write_whole
     from ..lab.section import lab_section
     from ..report.build import build_report

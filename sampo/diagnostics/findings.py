@@ -4,7 +4,7 @@ Needs numpy, scipy and pyarrow alone. The unit of every interval is the prompt: 
 observation. Which numbers there are, and what each means, is in `QUANTITIES` and in docs/diagnose.md.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from ..stats.bootstrap import Statistic, bootstrap
 from ..stats.intervals import Estimate, codes_of, mean_interval, prompt_means, rate_interval, undefined
 
 MATCHED = 0.1  # lengths that differ by at most this share of the longer one are matched
@@ -260,8 +261,6 @@ def _recode(prompts: np.ndarray) -> np.ndarray:
 
 # --- slopes and correlations, as functions of sums over prompts: a bootstrap draws how often each prompt counts ------
 
-Statistic = Callable[[np.ndarray], np.ndarray]  # `(R, P)` how often each prompt counts -> `(R,)`
-
 
 class Moments:
     """Covariances as functions of how often each prompt counts.
@@ -341,7 +340,7 @@ def _moment_statistics(
         if quality is not None:
             wanted["margin_partial", method] = pairs.partial("difference", method, "quality")
     n_prompts = int(scores.prompts.max()) + 1 if n else 0
-    estimates = _bootstrap(list(wanted.values()), n_prompts, resamples, seed)
+    estimates = bootstrap(list(wanted.values()), n_prompts, resamples=resamples, seed=seed)
     return [
         Finding(quantity, {} if method is None else {"method": method}, estimate)
         for (quantity, method), estimate in zip(wanted, estimates, strict=True)
@@ -350,28 +349,3 @@ def _moment_statistics(
 
 def _squared(statistic: Statistic) -> Statistic:
     return lambda counts: statistic(counts) ** 2
-
-
-def _bootstrap(
-    statistics: list[Statistic], n_prompts: int, resamples: int, seed: int, confidence: float = 0.95
-) -> list[Estimate]:
-    """Percentile bootstrap over prompts of several statistics, on the same draws."""
-    values = [float(statistic(np.ones((1, n_prompts)))[0]) for statistic in statistics]
-    generator = np.random.default_rng(seed)
-    draws = np.empty((len(statistics), resamples))
-    step = max(1, min(resamples, 2_000_000 // n_prompts))  # at most some 16 MB of counts at once
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        counts = generator.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=size).astype(float)
-        for row, statistic in zip(draws, statistics, strict=True):
-            row[start : start + size] = statistic(counts)
-    estimates = []
-    for value, row in zip(values, draws, strict=True):
-        if np.isnan(value):
-            estimates.append(undefined(n_prompts))
-        elif np.isnan(row).any():  # too few prompts: some draws have no spread
-            estimates.append(Estimate(value, None, None, None, n_prompts))
-        else:
-            low, high = np.quantile(row, [(1 - confidence) / 2, (1 + confidence) / 2])
-            estimates.append(Estimate(value, float(low), float(high), float(row.std(ddof=1)), n_prompts))
-    return estimates

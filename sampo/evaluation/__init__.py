@@ -1,4 +1,7 @@
-"""Evaluation: answers of models, what judges say about them, how long they are, how often they win, how sure that is.
+"""Evaluation: answers of models, verdicts of judges, and what both say about quality and length.
 
-The statistics need numpy and scipy alone.
+In: a model and prompts, or files of answers. Out: files of answers, of judgements, and records with intervals.
+`answers/` generates, `judging/` compares two answers to a prompt, `results/` turns verdicts and lengths into numbers;
+`harness.py` runs benchmarks, `endpoint.py` is the client of an OpenAI-compatible server.
+Read `answers/answers.py` first, then `judging/judges.py` and `results/summary.py`.
 """

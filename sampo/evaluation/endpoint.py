@@ -1,6 +1,6 @@
 """Requests to one OpenAI-compatible server, and to no other: counted, capped, retried a bounded number of times.
 
-The `openai` client does the talking, but takes nothing from the environment: no `OPENAI_BASE_URL`, no proxy, no
+The `openai` client sends the requests, but takes nothing from the environment: no `OPENAI_BASE_URL`, no proxy, no
 organisation, no headers. Redirects are not followed. The reply is handed over as the bytes that came, so that it can
 be kept before anything tries to read it.
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 MAX_BODY = 16 * 2**20  # bytes of one reply
-MAX_WAIT = 120.0  # seconds between two attempts; a server that asks for more is taken to be gone
+MAX_WAIT = 120.0  # seconds between two attempts; if a server asks for more, the request fails
 HEADERS = frozenset(
     {
         "host",
@@ -42,13 +42,13 @@ HEADERS = frozenset(
 
 
 class Unanswered(Exception):
-    """A request that brought no reply.
+    """A request without a reply.
 
     Attributes:
         reason: One word for the count: `timeout`, `connection`, `rate_limited`, `server_error`, `rejected`,
             `too_large`, `not_asked`.
         detail: What happened, for people; without the key, in one line that commands no terminal.
-        fatal: No other request will fare better.
+        fatal: No other request can succeed.
     """
 
     def __init__(self, reason: str, detail: str, *, fatal: bool = False, wait: float | None = None):
@@ -90,7 +90,7 @@ class Endpoint:
         concurrency: Requests at a time.
         give_up_after: Requests in a row that fail with all their attempts before the rest is not asked any more.
         proxy: URL of a proxy; those in the environment are not used.
-        backoff: Seconds before the first further attempt, doubled each time, unless the server says `Retry-After`.
+        backoff: Seconds before the first further attempt, doubled each time, unless the server sends `Retry-After`.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Endpoint:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._why_stopped: str | None = None
         self._failed_in_a_row, self._succeeded = 0, False
-        self.stopped_for_good = False  # the same requests will not fare better later
+        self.stopped_for_good = False  # the same requests cannot succeed later
         self._random = random.Random(0)  # spreads further attempts; no result depends on it
 
-    def _connect(self, timeout: float, proxy: str | None):
+    def _connect(self, timeout: float, proxy: str | None) -> Any:
         try:
             import openai
         except ImportError:
@@ -161,7 +161,7 @@ class Endpoint:
         )
 
     def _only_ours(self, request: Any) -> None:
-        """Nothing that the client has picked up elsewhere leaves the machine."""
+        """Send requests to this URL alone, without headers that the client found elsewhere."""
         if not str(request.url).startswith(f"{self.url}/"):
             raise RuntimeError(f"requests must go to {self.url}, and one was to go to {request.url.host}")
         for name in [name for name in request.headers if name.lower() not in HEADERS]:
@@ -238,7 +238,7 @@ class Endpoint:
         try:
             found = outcome.get(timeout=self._timeout)
         except queue.Empty:
-            raise Unanswered("timeout", f"no whole reply from {self.url} in {self._timeout:g} s") from None
+            raise Unanswered("timeout", f"no complete reply from {self.url} in {self._timeout:g} s") from None
         if isinstance(found, BaseException):
             raise found
         return found
@@ -291,10 +291,10 @@ class Endpoint:
     def _count_failure(self, failure: Unanswered) -> None:
         with self._lock:
             if failure.reason in ("rejected", "too_large") and self._succeeded and not failure.fatal:
-                return  # that one request is at fault
+                return  # only this request is wrong
             self._failed_in_a_row += 1
-            gone = failure.fatal or self._failed_in_a_row >= self.give_up_after
-        if gone:
+            stop = failure.fatal or self._failed_in_a_row >= self.give_up_after
+        if stop:
             self.stopped_for_good = self.stopped_for_good or (self._why_stopped is None and not failure.passing)
             self.stop(failure.detail)
 
@@ -332,7 +332,7 @@ def _bounded(streams: Any, timeout: float) -> Callable[[Any], None]:
                 if size > MAX_BODY:
                     raise _TooLargeError(f"a reply must have at most {MAX_BODY / 2**20:g} MiB, got more")
                 if time.monotonic() > self._end:
-                    raise streams.ReadTimeout("the reply is not whole in time")
+                    raise streams.ReadTimeout("the reply is not complete in time")
                 yield chunk
 
         def close(self) -> None:

@@ -1,8 +1,8 @@
 """The five benchmarks of the SamPO paper (arXiv 2406.10957, Table 2), run by lm-evaluation-harness.
 
 The harness decides how many examples ("shots") a prompt gets: a task whose definition says 0 stays at 0 whatever is
-asked for, and only its log says so. So the paper's "3-shot" IFEval and TruthfulQA cannot be had from the stock
-harness; what was really used is read from its results and recorded beside what was asked for.
+requested, and only its log reports it. So the paper's "3-shot" IFEval and TruthfulQA cannot be run with the unchanged
+harness; the number used is read from its results and recorded beside the number requested.
 
 Data come from the hub, or from a folder with one folder per benchmark and one JSONL file per split in it, in the
 fields of the harness's own data sets: `piqa/train.jsonl`, `piqa/validation.jsonl`, `mmlu/anatomy/test.jsonl`, …
@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..io.records import Record, provenance
-from ..stats.intervals import Estimate, bootstrap, rate_interval, undefined
+from ..stats.bootstrap import bootstrap
+from ..stats.intervals import Estimate, rate_interval, undefined
 
 RESAMPLES = 2000  # of the interval of a rate over instructions, several to a prompt
 
@@ -32,7 +33,7 @@ class Benchmark:
 
     Attributes:
         task: name in the harness; for a group, that of the group.
-        shots: examples in the prompt, as the paper says.
+        shots: examples in the prompt, as in the paper.
         metric: what the paper reports, and the filter of the answers that it is computed from.
         definition: file of the task below the harness's `tasks`; for a group, with `{}` for each part.
         title: metric for people.
@@ -61,13 +62,13 @@ DOCUMENT, SCORED = "doc_id", "filter"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a benchmark gave.
+    """The results of a benchmark.
 
     Attributes:
         benchmark: name in `BENCHMARKS`.
         score: the paper's metric, with an interval over prompts.
-        shots_asked: examples that were asked for.
-        shots_used: examples that the harness really put into its prompts.
+        shots_asked: examples that were requested.
+        shots_used: examples that the harness put into its prompts.
         others: further metrics of the harness, by name; without interval.
         version: of the task, by the harness.
     """
@@ -91,7 +92,7 @@ class Outcome:
 
 
 def require() -> None:
-    """Raise an ImportError that says what to install, if the harness is not there."""
+    """Raise an ImportError that names what to install, if the harness is missing."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:
@@ -116,7 +117,7 @@ def settings(
         "task": BENCHMARKS[name].task,
         "shots_asked": BENCHMARKS[name].shots if shots is None else shots,
         "limit": limit,
-        "data": None if data is None else _data_hash(_files(data, name)),
+        "data": None if data is None else _data_hash(_local_files(data, name)),
         "template": chat,
         "harness": metadata.version("lm_eval"),
         **model,
@@ -152,7 +153,7 @@ def run(
 
     benchmark = BENCHMARKS[name]
     if name == "ifeval":
-        _check_nltk(data)
+        check_nltk(data)
     asked = benchmark.shots if shots is None else shots
     with tempfile.TemporaryDirectory() as folder:
         task, place = benchmark.task, (Path(lm_eval.tasks.__file__).parent / benchmark.definition).parent
@@ -205,16 +206,16 @@ def _score(tasks: Iterable[list[dict[str, Any]]], metric: tuple[str, str], seed:
     if not isinstance(values[0], list):
         return rate_interval(np.array(values, dtype=float))
     hits, totals = (np.array([count(value) for value in values], dtype=float) for count in (sum, len))
-    low, high, se = bootstrap(
-        lambda counts: counts @ hits / (counts @ totals), len(values), resamples=RESAMPLES, seed=seed
+    [share] = bootstrap(
+        [lambda counts: counts @ hits / (counts @ totals)], len(values), resamples=RESAMPLES, seed=seed
     )
-    return Estimate(float(hits.sum() / totals.sum()), low, high, se, len(values))
+    return replace(share, value=float(hits.sum() / totals.sum()))
 
 
 # --- local data ----------------------------------------------------------------------------------------------------
 
 
-def _files(data: Path, name: str) -> dict[str, dict[str, Path]]:
+def _local_files(data: Path, name: str) -> dict[str, dict[str, Path]]:
     """Part (subject of MMLU, else "") → split → file."""
     folder = data / name
     parts = {"": folder}
@@ -246,7 +247,7 @@ def write_local_task(name: str, data: Path, into: Path) -> str:
 
     benchmark, place = BENCHMARKS[name], Path(lm_eval.tasks.__file__).parent
     tasks = []
-    for part, splits in _files(data, name).items():
+    for part, splits in _local_files(data, name).items():
         original = place / benchmark.definition.format(part)
         if not original.is_file():
             raise ValueError(f"`data` must have folders of parts that the harness knows, got {name}/{part}.")
@@ -271,8 +272,12 @@ def write_local_task(name: str, data: Path, into: Path) -> str:
     return f"local_{name}"
 
 
-def _check_nltk(data: Path | None) -> None:
-    """Fail before the answers are generated, and not after."""
+def check_nltk(data: Path | None) -> None:
+    """Raise before answers are generated, if IFEval's check of them needs NLTK's data, which are missing.
+
+    Args:
+        data: folder of local data, whose prompts may all do without; None for the hub.
+    """
     import nltk
 
     try:
@@ -283,7 +288,9 @@ def _check_nltk(data: Path | None) -> None:
     needing = "it"
     if data is not None:
         rows = [
-            json.loads(line) for path in _files(data, "ifeval")[""].values() for line in path.open(encoding="utf-8")
+            json.loads(line)
+            for path in _local_files(data, "ifeval")[""].values()
+            for line in path.open(encoding="utf-8")
         ]
         count = sum(bool(set(row["instruction_id_list"]) & set(NEED_NLTK)) for row in rows)
         if not count:
@@ -298,8 +305,8 @@ def _check_nltk(data: Path | None) -> None:
 # --- records -------------------------------------------------------------------------------------------------------
 
 
-def records(outcome: Outcome, config: Mapping[str, Any], *, seed: int, command: str) -> list[Record]:
-    """One record per number; that of the score comes last, so that a benchmark that has it is whole."""
+def records_of(outcome: Outcome, config: Mapping[str, Any], *, seed: int, command: str) -> list[Record]:
+    """One record per number; that of the score comes last, so that a benchmark that has it is complete."""
     known = {
         **config,
         "shots_used": outcome.shots_used,

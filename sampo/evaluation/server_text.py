@@ -1,4 +1,4 @@
-r"""What a server sends is read as if it meant harm: the key is taken out, numbers are checked, text is shown plain.
+r"""Text from a server is not trusted: the key is removed, numbers are checked, control characters are not shown.
 
 A server that was given the key may send it back: as it is, escaped (`\u0073k-`, `%73k-`, `&#115;k-`), in base64 or
 hexadecimal digits, or in parts. `Redaction` finds it in all of these.
@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-MOST_TOKENS = 10**8  # a reply that says to have read or written more says nothing
+MOST_TOKENS = 10**8  # a reply that reports more is not believed
 ESCAPE = re.compile(
     r"\\+u(?P<u>[0-9a-f]{4})|\\+x(?P<x>[0-9a-f]{2})|%(?P<p>[0-9a-f]{2})|&#x0*(?P<h>[0-9a-f]{1,4});|&#0*(?P<d>\d{1,5});"
     r"|\\+(?P<c>[/\"\\])|.",
@@ -98,7 +98,7 @@ def _cut_out(text: str, spans: list[tuple[int, int]]) -> str:
 
 
 def visible(text: str) -> str:
-    """The text in one line, without what would command a terminal or change the order of what is shown."""
+    """The text in one line, without characters that control a terminal or the direction of text."""
     return "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split())
     )
@@ -119,7 +119,7 @@ def read_reply(body: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def usage_of(body: str) -> tuple[int, int]:
-    """Tokens read and written, as the reply says; zeros where it says nothing that can be true."""
+    """Tokens read and written, as the reply reports; zeros where it reports nothing possible."""
     try:
         usage = json.loads(body)["usage"]
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
@@ -130,7 +130,7 @@ def usage_of(body: str) -> tuple[int, int]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait, 0 or more; None where it says nothing that can be understood."""
+    """Seconds that the server asks to wait, 0 or more; None where no such header can be read."""
     for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
             seconds = float(headers[name]) / per_second

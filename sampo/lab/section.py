@@ -6,8 +6,7 @@ from functools import partial
 
 from ..io.records import Record
 from ..report.collect import Found, RecordFile
-from ..report.page import Listing, Section, Table, Text, origins_of
-from ..report.sections import MAX_RUNS
+from ..report.page import MAX_RUNS, Listing, Section, Table, Text, origins_of
 from .report import FIGURE_SIZE, LEGEND, cells, collect, describe, draw_into, findings, heads, outcomes_of
 from .settings import SFT, Settings
 

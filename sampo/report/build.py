@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .audit_section import data_section
 from .collect import Found, Problem, collect, plain
+from .diagnosis_section import diagnosis_section
 from .evaluation_sections import answer_section, win_rate_section
 from .page import Section, render
-from .sections import benchmark_section, data_section, diagnosis_section, other_section, training_section
+from .sections import benchmark_section, other_section
+from .training_section import training_section
 
 SectionBuilder = Callable[[Found], Section]
 SECTIONS: tuple[SectionBuilder, ...] = (
@@ -88,6 +91,6 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
 
 
 def _problems(found: Found, sections: list[Section], folder: Path) -> list[Problem]:
-    """All of them; where the folder lies on this machine does not go onto a page that is sent to others."""
+    """All problems, without the path of the folder: the page may be sent to others."""
     every = [*found.problems, *(problem for section in sections for problem in section.problems)]
     return [Problem(one.file, one.reason.replace(f"{folder}/", "")) for one in every]

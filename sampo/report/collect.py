@@ -1,7 +1,7 @@
-"""What lies in a folder: the outputs of the other commands, known by their names and contents, and read.
+"""Find and read the outputs of the other commands in a folder, by their names and contents.
 
-Nothing here is trusted. A file that is broken, or is not what its name says, is named with the reason and left out;
-the others are read all the same. No pickle is opened, no link to a folder is followed, and everything has bounds.
+No file is trusted. A file that is broken, or has other contents than its name implies, is listed with the reason and
+left out; the others are read. No pickle is opened, no link to a folder is followed, and everything has bounds.
 """
 
 import os
@@ -19,17 +19,17 @@ from ..io import records as results
 from ..io.records import Record
 from ..io.schemas import parse_json, typed
 
-MAX_FILES = 20_000  # looked at in all
+MAX_FILES = 20_000  # in total
 MAX_DEPTH = 8  # folders below the first
 MAX_BYTES = 256 * 2**20  # of a file that is read as text
 FIRST_LINE = 16 * 2**20  # bytes in which the first line of a JSONL file must end
-SETTINGS = (  # of a training run, those that are shown
+RUN_SETTINGS = (  # of a training run, those that are shown
     *("token_weighting", "sampled_sides", "keep_end_token", "balance_end_token", "length_penalty", "loss_type"),
     *("beta", "learning_rate", "max_length", "seed"),
 )
 # control characters and halves of surrogate pairs
 _UNFIT = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# what reading a file of any content may raise; a `KeyboardInterrupt` or a lack of memory is nobody's broken file
+# what reading a file of any content may raise; a `KeyboardInterrupt` or a lack of memory does not mean a broken file
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError)
 
 
@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Audited:
-    """An audit: its records, the numbers of single pairs, and what it says in words."""
+    """An audit: its records, the file with the numbers of each pair, and its description of the data."""
 
     file: str
     records: list[Record]
@@ -109,7 +109,7 @@ class RecordFile:
 class Found:
     """Everything that was found below a folder.
 
-    `unused` are files that belong to none of the commands, or of which another file says everything.
+    `unused` are files that belong to none of the commands, or whose contents another file has too.
     """
 
     audits: list[Audited] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Found:
 
 
 def collect(folder: Path) -> Found:
-    """Read what is there.
+    """Read all files below a folder.
 
     Raises:
         NotADirectoryError: `folder` is none.
@@ -135,15 +135,15 @@ def collect(folder: Path) -> Found:
     if not folder.is_dir():
         raise NotADirectoryError(f"`{folder}` must be a folder with outputs of sampo's commands, and is none.")
     found = Found()
-    files = dict.fromkeys(_files(folder, found))
+    files = dict.fromkeys(_walk(folder, found))
     claimed: set[Path] = set()  # those that lie beside another one and are read with it
     for path in files:
-        claimed |= {other for other in _beside(path) if other in files}
+        claimed |= {other for other in _companions(path) if other in files}
     for path in files:
         if path in claimed:
             continue
         try:
-            if not _read(path, folder, found):
+            if not _read_file(path, folder, found):
                 found.unused.append(_name(path, folder))
         except BROKEN as error:
             found.problems.append(Problem(_name(path, folder), reason(error)))
@@ -152,7 +152,7 @@ def collect(folder: Path) -> Found:
 
 
 def reason(error: Exception) -> str:
-    """Why, for a reader, in one line."""
+    """The reason in one line, for a reader."""
     text = " ".join(str(error).split())
     return plain(f"{type(error).__name__}: {text}" if not isinstance(error, ValueError | OSError) else text)[:500]
 
@@ -171,7 +171,7 @@ def plain(value: Any) -> Any:
 # --- walking ---------------------------------------------------------------------------------------------------------
 
 
-def _files(folder: Path, found: Found) -> Iterator[Path]:
+def _walk(folder: Path, found: Found) -> Iterator[Path]:
     """Regular files, those of a folder in the order of their names; hidden ones are left out."""
     seen = 0
     for place, folders, names in os.walk(folder):
@@ -194,7 +194,7 @@ def _name(path: Path, folder: Path) -> str:
     return plain(path.relative_to(folder).as_posix())
 
 
-def _beside(path: Path) -> list[Path]:
+def _companions(path: Path) -> list[Path]:
     """What is read together with a file, and not by itself."""
     if path.name == "audit.json":
         return [path.with_name("records.jsonl"), path.with_name("pairs.parquet")]
@@ -210,9 +210,9 @@ def _beside(path: Path) -> list[Path]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, folder: Path, found: Found) -> bool:
+def _read_file(path: Path, folder: Path, found: Found) -> bool:
     """Read one file into what was found; False where it is none of ours."""
-    for fits, read in _READERS:
+    for fits, read in FILE_READERS:
         if fits(path):
             size = path.stat().st_size
             if size > MAX_BYTES:
@@ -225,7 +225,7 @@ def _json(path: Path) -> Any:
     return plain(parse_json(path.read_bytes()))
 
 
-def _object(value: Any, *keys: str) -> dict[str, Any]:
+def _require_keys(value: Any, *keys: str) -> dict[str, Any]:
     found = typed(dict[str, Any], value)
     if missing := sorted(set(keys) - set(found)):
         raise ValueError(f"it must be a JSON object with {missing}")
@@ -241,8 +241,8 @@ class _Names:
     judge: str | None = None
 
 
-def _named(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a result whose names are words."""
+def _check_names(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a result, after checking that its names are texts."""
     typed(_Names, row, ignore_unknown=True)
     return row
 
@@ -255,8 +255,8 @@ def _date(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
 
 
-def _audit(path: Path, folder: Path, found: Found) -> bool:
-    about = _object(_json(path), "data", "splits", "conclusion")
+def _read_audit(path: Path, folder: Path, found: Found) -> bool:
+    about = _require_keys(_json(path), "data", "splits", "conclusion")
     records = _records(path.with_name("records.jsonl"))
     if not records:
         raise ValueError("it must lie beside the `records.jsonl` of the same audit, and there are no records")
@@ -266,23 +266,23 @@ def _audit(path: Path, folder: Path, found: Found) -> bool:
     return True
 
 
-def _training(path: Path, folder: Path, found: Found) -> bool:
+def _read_training(path: Path, folder: Path, found: Found) -> bool:
     state = typed(TrainerState, _json(path), ignore_unknown=True)
     place = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     inside = place == folder or folder in place.parents
     name = _name(place, folder) if inside and place != folder else place.resolve().name
     manifest = path.with_name(MANIFEST)
-    about = _settings(read_manifest(path.parent).run) if manifest.is_file() else ({}, {})
+    about = _run_settings(read_manifest(path.parent).run) if manifest.is_file() else ({}, {})
     found.runs.append(
         TrainingRun(_name(path, folder), plain(name), _date(path), state.global_step, state.log_history, *about)
     )
     return True
 
 
-def _settings(run: RunRecord) -> tuple[dict[str, str], dict[str, str]]:
+def _run_settings(run: RunRecord) -> tuple[dict[str, str], dict[str, str]]:
     """Settings and versions that a checkpoint was written with."""
     must, rounding = plain(run.must), plain(run.rounding)
-    some = {name: must[f"`{name}`"] for name in SETTINGS if must.get(f"`{name}`") is not None}
+    some = {name: must[f"`{name}`"] for name in RUN_SETTINGS if must.get(f"`{name}`") is not None}
     settings = {k: " + ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in some.items()}
     start = "the version of "
     return settings, {k.removeprefix(start): str(v) for k, v in rounding.items() if k.startswith(start)}
@@ -299,33 +299,33 @@ def _last_of_each(runs: list[TrainingRun]) -> list[TrainingRun]:
     return [last[name] for name in sorted(last)]
 
 
-def _judged(path: Path, folder: Path, found: Found) -> bool:
-    about = _object(_json(path), "result", "sentence", "system", "baseline")
+def _read_judged(path: Path, folder: Path, found: Found) -> bool:
+    about = _require_keys(_json(path), "result", "sentence", "system", "baseline")
     stem = path.name.removesuffix(".summary.json")
     places = [path.with_name(name) for name in (f"{stem}.jsonl", stem)]
     run = judged.read(next((place for place in places if place.is_file()), places[0]))
     records = _records(path.with_name(f"{stem}.records.jsonl"))
-    row = _named(_object(about["result"], "system", "baseline", "judge", "win_rate"))
+    row = _check_names(_require_keys(about["result"], "system", "baseline", "judge", "win_rate"))
     found.judged.append(JudgedRun(_name(path, folder), run, row, str(about["sentence"]), records))
     return True
 
 
-def _compared(path: Path, folder: Path, found: Found) -> bool:
+def _read_comparison(path: Path, folder: Path, found: Found) -> bool:
     """`OUT.records.jsonl` and `OUT.json`; with another file of that name they are records of something else."""
     table = path.with_name(f"{path.name.removesuffix('.records.jsonl')}.json")
     records = _records(path)
     if not table.is_file():
         return _sort_records(path, folder, records, found)
-    about = _object(_json(table), "systems", "duels", "command")
+    about = _require_keys(_json(table), "systems", "duels", "command")
     for name in ("systems", "duels"):
         if not isinstance(about[name], list) or not all(isinstance(row, dict) for row in about[name]):
             raise ValueError(f"{table.name} must have a list of rows in `{name}`")
-    about["systems"] = [_named(_object(row, "system")) for row in about["systems"]]
+    about["systems"] = [_check_names(_require_keys(row, "system")) for row in about["systems"]]
     found.compared.append(Compared(_name(table, folder), about["systems"], about["duels"], records))
     return True
 
 
-def _lines(path: Path, folder: Path, found: Found) -> bool:
+def _read_jsonl(path: Path, folder: Path, found: Found) -> bool:
     """A JSONL file, by its first row: records or answers."""
     with path.open("rb") as file:
         line = file.readline(FIRST_LINE)
@@ -366,10 +366,10 @@ def _kind(record: Record) -> str:
     return "benchmarks" if "benchmark" in record.config else "others"
 
 
-_READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Path, Found], bool]], ...] = (
-    (lambda path: path.name == "audit.json", _audit),
-    (lambda path: path.name == "trainer_state.json", _training),
-    (lambda path: path.name.endswith(".summary.json"), _judged),
-    (lambda path: path.name.endswith(".records.jsonl"), _compared),
-    (lambda path: path.suffix == ".jsonl", _lines),
+FILE_READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Path, Found], bool]], ...] = (
+    (lambda path: path.name == "audit.json", _read_audit),
+    (lambda path: path.name == "trainer_state.json", _read_training),
+    (lambda path: path.name.endswith(".summary.json"), _read_judged),
+    (lambda path: path.name.endswith(".records.jsonl"), _read_comparison),
+    (lambda path: path.suffix == ".jsonl", _read_jsonl),
 )

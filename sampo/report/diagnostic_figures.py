@@ -1,7 +1,7 @@
 """Figures of `sampo diagnose`: each function draws into matplotlib Axes, given or new, and returns them.
 
-They take what `sampo.diagnostics.findings.findings` returns. Checkpoints are told apart by colour, sides and groups by
-the shape of the marker; every line is a 95 % interval.
+They take what `sampo.diagnostics.findings.findings` returns. The colour shows the checkpoint, the shape of the
+marker the response (chosen or rejected) or the group; every bar is a 95 % interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..diagnostics.findings import PLAIN, SIDES, Finding, PairScores
-from .figures import legend_above
+from .axes import COLOURS, MARKERS, draw_level, given_or_new, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINTS = 2000  # of a scatter: more are a blot, and a page of megabytes
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for all eyes
-MARKERS = ("o", "^", "v", "s", "D", "P", "X", "<", ">")
 Checkpoints = Mapping[str, Sequence[Finding]]
 
 
@@ -36,8 +34,8 @@ def reward_against_length(
     Raises:
         ValueError: there is no reward without a reference.
     """
-    curve = _need(found, "reward")
-    axes = _axes(axes)
+    curve = _require(found, "reward")
+    axes = given_or_new(axes, size=None)
     shown = np.arange(scores.tokens.shape[1])
     if len(shown) > POINTS // 2:
         shown = np.random.default_rng(seed).choice(len(shown), POINTS // 2, replace=False)
@@ -45,7 +43,9 @@ def reward_against_length(
         SIDES, scores.tokens, scores.log_ratio, MARKERS[:2], COLOURS[:2], strict=True
     ):
         axes.scatter(tokens[shown], beta * ratio[shown], s=9, alpha=0.4, marker=marker, color=colour, label=side)
-    _dots(axes, [f.labels["tokens"] for f in curve], curve, color="black", marker="o", linestyle="-", label="mean")
+    _draw_intervals(
+        axes, [f.labels["tokens"] for f in curve], curve, color="black", marker="o", linestyle="-", label="mean"
+    )
     axes.set_xlabel("length of the response, tokens")
     axes.set_ylabel("implicit reward β·Σ log-ratio")
     legend_above(axes)
@@ -63,18 +63,18 @@ def accuracy_by_length(page: Checkpoints, *, method: str = PLAIN, axes: "Axes | 
     Raises:
         ValueError: no checkpoint has accuracies.
     """
-    axes = _axes(axes)
-    chosen = {name: _need(found, "accuracy", method=method) for name, found in page.items()}
+    axes = given_or_new(axes, size=None)
+    chosen = {name: _require(found, "accuracy", method=method) for name, found in page.items()}
     names = list(dict.fromkeys(f.labels["group"] for found in chosen.values() for f in found))
-    _by_name(axes, chosen, names, "group")
-    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    _draw_columns(axes, chosen, names, "group")
+    draw_level(axes, 0.5)
     axes.set_ylim(0, 1)
     axes.set_ylabel(f"share of margins above 0 (`{method}`)")
     return axes
 
 
 def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
-    """Mean log-ratio of a token by its place in the response, on a logarithmic axis.
+    """Mean log-ratio of a token by its position in the response, on a logarithmic axis.
 
     Args:
         found: of one checkpoint with a reference.
@@ -83,13 +83,13 @@ def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) 
     Raises:
         ValueError: there are no log-ratios without a reference.
     """
-    axes = _axes(axes)
+    axes = given_or_new(axes, size=None)
     for side, marker, colour in zip(SIDES, MARKERS, COLOURS, strict=False):
-        rows = _need(found, "log_ratio_at", side=side)
+        rows = _require(found, "log_ratio_at", side=side)
         middle = [((f.labels["from"] + 1) * (f.labels["to"] + 1)) ** 0.5 for f in rows]
-        _dots(axes, middle, rows, color=colour, marker=marker, linestyle="-", label=side)
+        _draw_intervals(axes, middle, rows, color=colour, marker=marker, linestyle="-", label=side)
     axes.set_xscale("log", base=2)
-    axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    draw_level(axes, 0)
     axes.set_xlabel("place of the token, from 1")
     axes.set_ylabel("mean log-ratio, nats")
     legend_above(axes)
@@ -97,20 +97,12 @@ def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) 
 
 
 def log_ratio_by_class(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
-    """Mean log-ratio of first, inner and end tokens of both sides.
-
-    Args:
-        found: of one checkpoint with a reference.
-        axes: to draw into.
-
-    Raises:
-        ValueError: there are no log-ratios without a reference.
-    """
-    axes = _axes(axes)
-    rows = {side: _need(found, "log_ratio_of", side=side) for side in SIDES}
+    """Mean log-ratio of first, inner and end tokens, chosen and rejected; arguments as of `log_ratio_by_place`."""
+    axes = given_or_new(axes, size=None)
+    rows = {side: _require(found, "log_ratio_of", side=side) for side in SIDES}
     names = list(dict.fromkeys(f.labels["class"] for side in rows.values() for f in side))
-    _by_name(axes, rows, names, "class")
-    axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    _draw_columns(axes, rows, names, "class")
+    draw_level(axes, 0)
     axes.set_ylabel("mean log-ratio, nats")
     return axes
 
@@ -133,8 +125,8 @@ def length_pressure(
     Raises:
         ValueError: there is no pressure with these labels.
     """
-    axes = _axes(axes)
-    rows = [f for f in _need(found, "pressure") if f.labels["group"] in groups]
+    axes = given_or_new(axes, size=None)
+    rows = [f for f in _require(found, "pressure") if f.labels["group"] in groups]
     names = list(methods or dict.fromkeys(f.labels["method"] for f in rows))
     rows = [f for f in rows if f.labels["method"] in names]
     if not rows:
@@ -142,8 +134,10 @@ def length_pressure(
     shown = [group for group in groups if any(f.labels["group"] == group for f in rows)]
     for number, group in enumerate(shown):
         mine = [f for f in rows if f.labels["group"] == group]
-        places = [names.index(f.labels["method"]) + 0.2 * (number - (len(shown) - 1) / 2) for f in mine]
-        _dots(axes, places, mine, sideways=True, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=group)
+        positions = [names.index(f.labels["method"]) + 0.2 * (number - (len(shown) - 1) / 2) for f in mine]
+        _draw_intervals(
+            axes, positions, mine, sideways=True, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=group
+        )
     axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -152,7 +146,7 @@ def length_pressure(
     return axes
 
 
-def _need(found: Sequence[Finding], quantity: str, **labels: str) -> list[Finding]:
+def _require(found: Sequence[Finding], quantity: str, **labels: str) -> list[Finding]:
     """The findings of a quantity that have a value."""
     some = [f for f in found if f.quantity == quantity and labels.items() <= f.labels.items()]
     some = [f for f in some if f.estimate.value is not None]
@@ -161,16 +155,8 @@ def _need(found: Sequence[Finding], quantity: str, **labels: str) -> list[Findin
     return some
 
 
-def _axes(axes: "Axes | None") -> "Axes":
-    if axes is not None:
-        return axes
-    from matplotlib.figure import Figure
-
-    return Figure(layout="constrained").subplots()
-
-
-def _dots(
-    axes: "Axes", places: Sequence[float], rows: Sequence[Finding], *, sideways: bool = False, **style: Any
+def _draw_intervals(
+    axes: "Axes", positions: Sequence[float], rows: Sequence[Finding], *, sideways: bool = False, **style: Any
 ) -> None:
     """Values with their intervals; one without an interval has none."""
     values = np.array([f.estimate.value for f in rows])
@@ -178,16 +164,16 @@ def _dots(
     errors = np.abs(bounds - values[:, None]).T
     style = {"linestyle": "none", "capsize": 2, "markersize": 4, **style}
     if sideways:
-        axes.errorbar(values, places, xerr=errors, **style)
+        axes.errorbar(values, positions, xerr=errors, **style)
     else:
-        axes.errorbar(places, values, yerr=errors, **style)
+        axes.errorbar(positions, values, yerr=errors, **style)
 
 
-def _by_name(axes: "Axes", rows: Mapping[str, Sequence[Finding]], names: Sequence[str], label: str) -> None:
+def _draw_columns(axes: "Axes", rows: Mapping[str, Sequence[Finding]], names: Sequence[str], label: str) -> None:
     """A column for each name, in it the series side by side."""
     for number, (series, found) in enumerate(rows.items()):
         shift = 0.15 * (number - (len(rows) - 1) / 2)
-        places = [names.index(f.labels[label]) + shift for f in found]
-        _dots(axes, places, found, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=series)
+        positions = [names.index(f.labels[label]) + shift for f in found]
+        _draw_intervals(axes, positions, found, color=COLOURS[number % 6], marker=MARKERS[number % 9], label=series)
     axes.set_xticks(range(len(names)), names)
     legend_above(axes)

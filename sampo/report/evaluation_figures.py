@@ -1,7 +1,7 @@
 """Figures of judged and of unjudged answers: each function draws into matplotlib Axes and returns them.
 
 A *row* is what `Summary.row` gives and what `sampo judge` and `sampo compare` write: one flat
-mapping per system, in which every number stands with `_low` and `_high`.
+mapping per system, in which every number has its `_low` and `_high`.
 """
 
 import math
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .diagnostic_figures import COLOURS, MARKERS
-from .figures import BINS, NEUTRAL, WIDEST, _axes, legend_above
+from .axes import BINS, COLOURS, MARKERS, NEUTRAL, WIDEST, draw_level, given_or_new, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +38,7 @@ def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
     ]
     if not judged:
         raise ValueError("At least one system must have a length and a win rate, got none.")
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     for number, row in enumerate(judged):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         x, y = row["length/system"], row["win_rate"]
@@ -53,7 +52,7 @@ def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
     base = _number(judged[0], "length/baseline")
     if base is not None:
         ax.plot([base], [0.5], "x", color=NEUTRAL, markersize=8, label=f"{judged[0]['baseline']} (baseline)")
-    ax.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    draw_level(ax, 0.5)
     ax.set_xlabel(f"mean length of an answer, {judged[0].get('length_unit', 'characters')}")
     ax.set_ylabel("win rate (hollow: at equal length)")
     legend_above(ax)
@@ -91,7 +90,7 @@ def win_rate_by_length_ratio(rows: Sequence[Row], *, ax: "Axes | None" = None) -
     )
     if not names:
         raise ValueError("The rows must have win rates by the ratio of lengths, got none: were lengths known?")
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     for number, row in enumerate(rows):
         some = [(low, high, key) for low, high, key in ratio_bins(row) if _number(row, key) is not None]
         if not some:
@@ -107,7 +106,7 @@ def win_rate_by_length_ratio(rows: Sequence[Row], *, ax: "Axes | None" = None) -
             color=COLOURS[number % len(COLOURS)],
             label=str(row["system"]),
         )
-    ax.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    draw_level(ax, 0.5)
     ax.set_xticks(range(len(names)), [bin_name(*bounds) for bounds in names])
     ax.set_ylim(0, 1)
     ax.set_xlabel("length of the system's answer over the baseline's")
@@ -130,7 +129,7 @@ def answer_lengths(lengths: Mapping[str, np.ndarray], *, unit: str, ax: "Axes | 
     some = {name: np.asarray(values, dtype=float) for name, values in lengths.items() if len(values)}
     if not some:
         raise ValueError("A figure of lengths needs at least one answer, got none.")
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     top = max(float(np.percentile(np.concatenate(list(some.values())), WIDEST)), 1.0)
     # lengths are whole numbers: no bin is narrower than one
     edges = np.linspace(0, top, BINS + 1) if top > BINS else np.arange(-0.5, np.ceil(top) + 1)

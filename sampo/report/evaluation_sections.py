@@ -1,4 +1,4 @@
-"""From answers and judgements to sections of the page: win rates, lengths, and answers side by side."""
+"""The sections of the page on judgements and answers: win rates, lengths, and answers side by side."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,10 +9,12 @@ import numpy as np
 from ..evaluation.answers.answers import prompt_text
 from ..evaluation.judging.judges import drawn_prompts
 from ..evaluation.results.verbosity import System, Verbosity, compare_verbosity
+from ..stats.intervals import Estimate
 from . import evaluation_figures
 from .collect import AnswerSet, Compared, Found, JudgedRun, plain
+from .evaluation_figures import Row
+from .numbers import number
 from .page import Heading, Listing, Origin, Sample, Section, Shown, Table, Text, origins_of, shorten
-from .sections import Estimate, number
 
 SAMPLES = 6  # prompts whose answers are shown
 SYSTEMS = 6  # of answers, in figures and side by side
@@ -28,27 +30,26 @@ VERBOSITY: dict[str, tuple[str, str | int]] = {  # measure -> head of its column
     "distinct_3": ("distinct-3", 2),
     "repeated_sentences": ("repeated sentences", "%"),
 }
-Row = Mapping[str, Any]
 
 
 # --- win rates -------------------------------------------------------------------------------------------------------
 
 
 def win_rate_section(found: Found) -> Section:
-    """What judges said, with lengths and controls beside it."""
+    """Win rates, with lengths and controls."""
     section = Section("win-rate", "Win rate and verbosity")
     for file in found.compared:
-        section.guarded(file.file, partial(_compared, section, file))
+        section.guarded(file.file, partial(_add_comparison, section, file))
     groups: dict[tuple[str, str, str], list[JudgedRun]] = {}
     for run in found.judged:
         key = (str(run.run.baseline.sha256), str(run.row["judge"]), str(run.row.get("length_unit")))
         groups.setdefault(key, []).append(run)
     for runs in groups.values():
-        section.guarded(runs[0].file, partial(_judged, section, runs, found.compared))
+        section.guarded(runs[0].file, partial(_add_judged, section, runs, found.compared))
     return section
 
 
-def _judged(section: Section, runs: Sequence[JudgedRun], compared: Sequence[Compared]) -> None:
+def _add_judged(section: Section, runs: Sequence[JudgedRun], compared: Sequence[Compared]) -> None:
     rows = [run.row for run in runs]
     first = rows[0]
     origins = tuple(origin for run in runs for origin in origins_of(run.records, run.file))
@@ -64,7 +65,7 @@ def _covered(rows: Sequence[Row], compared: Sequence[Compared]) -> bool:
     return any(sides <= {(r.get("system"), r.get("baseline"), r.get("judge")) for r in c.systems} for c in compared)
 
 
-def _compared(section: Section, file: Compared) -> None:
+def _add_comparison(section: Section, file: Compared) -> None:
     origins = origins_of(file.records, file.file)
     rows = [row for row in file.systems if row.get("win_rate") is not None]
     if rows:
@@ -86,9 +87,9 @@ def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Orig
     shown = [{**row, "system": shorten(str(row["system"])), "baseline": shorten(str(row["baseline"]))} for row in rows]
     shown = shown[:SYSTEMS]
     said = "; ".join(
-        f"{row['system']}: {number(_estimate(row, 'length/system'), 0)} {row.get('length_unit')}, win rate "
-        f"{number(_estimate(row, 'win_rate'), '%')}, at equal length "
-        f"{number(_estimate(row, 'win_rate/equal_length'), '%')}"
+        f"{row['system']}: {number(_estimate_in(row, 'length/system'), 0)} {row.get('length_unit')}, win rate "
+        f"{number(_estimate_in(row, 'win_rate'), '%')}, at equal length "
+        f"{number(_estimate_in(row, 'win_rate/equal_length'), '%')}"
         for row in shown
     )
     if any(row.get("length/system") is not None for row in shown):
@@ -107,7 +108,7 @@ def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Orig
             description="Win rate with 95 % interval where the system's answer is so many times as long as the "
             "baseline's. "
             + "; ".join(
-                f"{row['system']} {evaluation_figures.bin_name(*bins[key])}: {number(_estimate(row, key), '%')}"
+                f"{row['system']} {evaluation_figures.bin_name(*bins[key])}: {number(_estimate_in(row, key), '%')}"
                 for row in shown
                 for key in bins
                 if row.get(key) is not None
@@ -117,7 +118,7 @@ def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Orig
         )
 
 
-def _estimate(row: Row, key: str) -> Estimate:
+def _estimate_in(row: Row, key: str) -> Estimate:
     return Estimate(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), None, row.get("prompts", 0))
 
 
@@ -132,21 +133,23 @@ def _win_rate_table(rows: Sequence[Row], origins: tuple[Origin, ...], n: str) ->
     keys = {"win_rate/control_longer_wins": "%", "win_rate/control_empty": "%", "order/consistent": "%"}
     cells = []
     for row in rows:
-        lengths = [number(_estimate(row, f"length/{side}"), 0) for side in ("system", "baseline")]
-        rates = [number(_estimate(row, key), "%") for key in ("win_rate", "win_rate/equal_length")]
-        controls = [number(_estimate(row, key), how) for key, how in keys.items()]
+        lengths = [number(_estimate_in(row, f"length/{side}"), 0) for side in ("system", "baseline")]
+        rates = [number(_estimate_in(row, key), "%") for key in ("win_rate", "win_rate/equal_length")]
+        controls = [number(_estimate_in(row, key), how) for key, how in keys.items()]
         counts = [_count(row.get(name)) for name in ("wins", "ties", "losses")]
         failed = _count(row.get("failed", 0) + row.get("half_failed", 0))
         cells.append([str(row["system"]), _count(row.get("prompts")), *rates, *lengths, *controls, *counts, failed])
-    sides = "; ".join(dict.fromkeys(f"{row['baseline']} by {row['judge']}" for row in rows))
-    return Table(f"Win rates against {sides}, with lengths and controls (95 % intervals)", heads, cells, origins, n)
+    opponents = "; ".join(dict.fromkeys(f"{row['baseline']} by {row['judge']}" for row in rows))
+    return Table(
+        f"Win rates against {opponents}, with lengths and controls (95 % intervals)", heads, cells, origins, n
+    )
 
 
 def _duel_table(duels: Sequence[Row], origins: tuple[Origin, ...]) -> Table:
     rows = [
         [
             f"{duel['first']} − {duel['second']}",
-            number(_estimate(duel, "difference"), "%", sign=True),
+            number(_estimate_in(duel, "difference"), "%", sign=True),
             *(_count(duel.get(name)) for name in ("better", "worse", "equal")),
             *("–" if duel.get(name) is None else f"{duel[name]:.2g}" for name in ("p_value", "p_holm")),
         ]
@@ -163,22 +166,22 @@ def _duel_table(duels: Sequence[Row], origins: tuple[Origin, ...]) -> Table:
 def answer_section(found: Found) -> Section:
     """Lengths of answers, and some of them side by side."""
     section = Section("answers", "Answers")
-    sets = _named(found.answers)
+    sets = _sets_by_name(found.answers)
     if sets:
-        section.guarded(found.answers[0].file, partial(_lengths, section, sets))
-        section.guarded(found.answers[0].file, partial(_samples, section, sets, found.judged))
+        section.guarded(found.answers[0].file, partial(_add_lengths, section, sets))
+        section.guarded(found.answers[0].file, partial(_add_samples, section, sets, found.judged))
     elif found.judged:
-        section.guarded(found.judged[0].file, partial(_judged_lengths, section, found.judged))
+        section.guarded(found.judged[0].file, partial(_add_judged_lengths, section, found.judged))
     return section
 
 
-def _named(sets: Sequence[AnswerSet]) -> dict[str, AnswerSet]:
+def _sets_by_name(sets: Sequence[AnswerSet]) -> dict[str, AnswerSet]:
     """Sets by names of their own: that of the file, or with its folder where two are called alike."""
     names = [one.name for one in sets]
     return {one.name if names.count(one.name) == 1 else one.file: one for one in sets if one.answers}
 
 
-def _origin(one: AnswerSet) -> Origin:
+def _origin_of_answers(one: AnswerSet) -> Origin:
     """Answers name their model and their sampling, not a command."""
     first = one.answers[0]
     words = [f"answers of {first.model}"] if first.model else []
@@ -189,9 +192,9 @@ def _origin(one: AnswerSet) -> Origin:
     )
 
 
-def _lengths(section: Section, sets: Mapping[str, AnswerSet]) -> None:
+def _add_lengths(section: Section, sets: Mapping[str, AnswerSet]) -> None:
     systems = [System.of(name, one.answers) for name, one in sets.items()]
-    origins = tuple(_origin(one) for one in sets.values())
+    origins = tuple(_origin_of_answers(one) for one in sets.values())
     n = f"{sum(len(one.answers) for one in sets.values()):,} answers"
     section.add(_verbosity_table(compare_verbosity(systems), origins, n))
     drawn = systems[:SYSTEMS]
@@ -229,7 +232,7 @@ def _value(one: Verbosity, name: str) -> float | None:
     return one.measures[name].value if name in one.measures else None
 
 
-def _judged_lengths(section: Section, runs: Sequence[JudgedRun]) -> None:
+def _add_judged_lengths(section: Section, runs: Sequence[JudgedRun]) -> None:
     """Where the answers themselves are not there, judgements know their lengths."""
     section.add(Text("The files of answers are not here: lengths as the judgements have them."))
     lengths: dict[str, np.ndarray] = {}
@@ -245,8 +248,8 @@ def _judged_lengths(section: Section, runs: Sequence[JudgedRun]) -> None:
 # --- side by side ----------------------------------------------------------------------------------------------------
 
 
-def _samples(section: Section, sets: Mapping[str, AnswerSet], judged: Sequence[JudgedRun]) -> None:
-    """Some prompts, drawn by a hash, with what each system answered and what judges said."""
+def _add_samples(section: Section, sets: Mapping[str, AnswerSet], judged: Sequence[JudgedRun]) -> None:
+    """Some prompts, drawn by a hash, with the answer of each system and the verdict on it."""
     shown = dict(list(sets.items())[:SYSTEMS])
     answers = {name: {a.prompt_id: a for a in reversed(one.answers)} for name, one in shown.items()}
     shared = set.intersection(*(set(of) for of in answers.values()))
@@ -265,7 +268,7 @@ def _samples(section: Section, sets: Mapping[str, AnswerSet], judged: Sequence[J
 
 
 def _verdicts(one: AnswerSet, judged: Sequence[JudgedRun]) -> dict[str, str]:
-    """Prompt -> what the first judge of these answers said, both orders averaged."""
+    """Prompt -> the preference of the first judge of these answers, both orders averaged."""
     for run in judged:
         if run.run.system.sha256 == one.sha256:
             said: dict[str, list[float]] = {}

@@ -3,21 +3,16 @@
 Without `ax` a new figure is made without pyplot, so nothing is shown, and nothing stays open.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..audit.bias import PER, preference_slope
 from ..stats.intervals import wilson
+from .axes import BINS, CHOSEN, NEUTRAL, REJECTED, WIDEST, given_or_new, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind, and in grey
-BINS = 40
-LEGEND_GAP = 0.06  # inches between the axes and the legend above them
-LEGEND_WIDTH = 0.9  # of the figure: the axes that it is centred on are not in its middle
-WIDEST = 99  # percentile of lengths that the axis ends at; the last bin holds what is longer
 
 
 def length_histogram(
@@ -31,7 +26,7 @@ def length_histogram(
         unit: what a length counts.
         ax: where to draw.
     """
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     both = np.concatenate([_some(chosen), rejected])
     bins = np.linspace(0, max(float(np.percentile(both, WIDEST)), 1.0), BINS + 1).tolist()
     for values, colour, name in ((chosen, CHOSEN, "chosen"), (rejected, REJECTED, "rejected")):
@@ -47,15 +42,8 @@ def length_histogram(
 def difference_histogram(
     chosen: np.ndarray, rejected: np.ndarray, *, unit: str = "tokens", ax: "Axes | None" = None
 ) -> "Axes":
-    """How much longer the chosen response is than the rejected one.
-
-    Args:
-        chosen: `(n,)` lengths T_w.
-        rejected: `(n,)` lengths T_l.
-        unit: what a length counts.
-        ax: where to draw.
-    """
-    ax = _axes(ax)
+    """How much longer the chosen response is than the rejected one. Arguments are those of `length_histogram`."""
+    ax = given_or_new(ax)
     difference = _some(chosen).astype(np.int64) - rejected
     half = max(float(np.percentile(np.abs(difference), WIDEST)), 1.0)
     shown = np.clip(difference, -half, half)
@@ -90,14 +78,14 @@ def preference_by_difference(
         unit: what a length counts.
         ax: where to draw.
     """
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     difference = _some(chosen).astype(np.int64) - rejected
     ids = np.arange(len(difference)) if prompt_ids is None else prompt_ids
     slope = preference_slope(difference, np.unique(ids, return_inverse=True)[1])
     unequal = difference[difference != 0]
     if len(unequal):
-        places, rates, below, above = _binned(np.abs(unequal), unequal > 0, bins)
-        ax.errorbar(places, rates, [below, above], fmt="o", color=CHOSEN, capsize=2, label="share, 95 % interval")
+        sizes, rates, below, above = _binned(np.abs(unequal), unequal > 0, bins)
+        ax.errorbar(sizes, rates, [below, above], fmt="o", color=CHOSEN, capsize=2, label="share, 95 % interval")
     if slope.value is not None:
         grid = np.linspace(0, float(np.abs(unequal).max()), 200)
         label = f"logistic, {slope.value:+.2f}"
@@ -111,40 +99,20 @@ def preference_by_difference(
     return ax
 
 
-def legend_above(ax: "Axes") -> None:
-    """A legend above the axes, where it crosses nothing, in as many columns as the figure has room for."""
-    from matplotlib.transforms import ScaledTranslation
-
-    handles, labels = ax.get_legend_handles_labels()
-    figure = ax.figure
-    above = ax.transAxes + ScaledTranslation(0, LEGEND_GAP, figure.dpi_scale_trans)
-    for ncols in range(min(4, len(labels)), 0, -1):
-        place: Any = {
-            "loc": "lower center",
-            "bbox_to_anchor": (0.5, 1),
-            "bbox_transform": above,
-            "ncols": ncols,
-            "fontsize": "small",
-        }
-        legend = ax.legend(handles, labels, frameon=False, borderaxespad=0, **place)
-        if ncols == 1 or legend.get_window_extent().width <= LEGEND_WIDTH * figure.bbox.width:
-            return
-
-
 def _binned(size: np.ndarray, won: np.ndarray, bins: int) -> tuple[list[float], list[float], list[float], list[float]]:
     """Mean size, rate, and distance to both bounds of the rate, of each bin."""
     edges = np.unique(np.quantile(size, np.linspace(0, 1, bins + 1)))
     number = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, max(len(edges) - 2, 0))
-    places, rates, below, above = [], [], [], []
+    sizes, rates, below, above = [], [], [], []
     for one in np.unique(number):
         inside = number == one
         rate = float(won[inside].mean())
         low, high = wilson(rate, int(inside.sum()))
-        places.append(float(size[inside].mean()))
+        sizes.append(float(size[inside].mean()))
         rates.append(rate)
         below.append(max(0.0, rate - low))
         above.append(max(0.0, high - rate))
-    return places, rates, below, above
+    return sizes, rates, below, above
 
 
 def _some(values: np.ndarray) -> np.ndarray:
@@ -152,11 +120,3 @@ def _some(values: np.ndarray) -> np.ndarray:
     if not len(values):
         raise ValueError("A figure needs at least one pair, got none.")
     return values
-
-
-def _axes(ax: "Axes | None") -> "Axes":
-    if ax is not None:
-        return ax
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(6, 3.6), layout="constrained").add_subplot()

@@ -1,12 +1,13 @@
-"""Blocks, sections and the page: what stands in it, where each number comes from, and its HTML."""
+"""Blocks, sections and the page: its contents, the origin of each number, and its HTML."""
 
 import base64
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..io import records as results
 from ..io.records import Record
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 
 
 _CODE = re.compile("`([^`]*)`")
+MAX_RUNS = 6  # in one figure: more colours cannot be distinguished
+
+
+class FoundFile(Protocol):
+    """What was found in a file: the file's name, for the list of problems."""
+
+    @property
+    def file(self) -> str:
+        """Name below the folder that the report is of."""
+
+
+_FileT = TypeVar("_FileT", bound=FoundFile)
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,9 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under heads; the first cell of a row is its head, the first `names` cells are words.
+    """Rows under heads; the first cell of a row is its head, the first `names` cells are texts.
 
-    `n` says of what the numbers are.
+    `n` names what was counted, such as `59 pairs`.
     """
 
     caption: str
@@ -98,7 +111,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Shown:
-    """An answer beside others: whose, what it says, how long it is, and how much of it was left away."""
+    """An answer beside others: its system, its text, its length, and how many characters were omitted."""
 
     system: str
     text: str
@@ -157,13 +170,21 @@ class Section:
             self.add(Figure(title, svg, origins, n, about, wide=size[0] > SIZE[0]))
 
     def guarded(self, file: str, build: Callable[[], None]) -> None:
-        """Build from one file; if it is not what it seemed to be, it is named, and nothing of it stays."""
+        """Build from one file; on an error the file is listed as a problem, and none of its blocks stays."""
         before = len(self.blocks)
         try:
             build()
         except BROKEN as error:
             del self.blocks[before:]
             self.problems.append(Problem(file, reason(error)))
+
+
+def build_section(name: str, title: str, files: Iterable[_FileT], add: "Callable[[Section, _FileT], None]") -> Section:
+    """A section with the blocks that `add` makes of each file, in the order of the files."""
+    section = Section(name, title)
+    for file in files:
+        section.guarded(file.file, partial(add, section, file))
+    return section
 
 
 def render(
@@ -181,7 +202,7 @@ def render(
         sections: those with blocks are shown.
         found: for notes and files that were not used.
         title: of the page.
-        folder: that was looked at.
+        folder: that the report is of.
         missing: `(what, command)` of what there is none of.
         problems: files that were left out.
     """
@@ -194,7 +215,7 @@ def render(
     shown = [section for section in sections if section.blocks]
     origins = numbered(shown)
     environment = Environment(
-        autoescape=True, finalize=_fit, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=_plain_text, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["markup"] = Markup  # of our own drawings and styles, and of nothing else
     environment.filters["origin"] = origins.get
@@ -221,7 +242,7 @@ def numbered(sections: Iterable[Section]) -> dict[Origin, int]:
     return {origin: n for n, origin in enumerate(dict.fromkeys(o for b in blocks for o in b.origins), 1)}
 
 
-def _fit(value: Any) -> Any:
+def _plain_text(value: Any) -> Any:
     """What a page can hold; `Markup` is ours and stays what it is."""
     return plain(value) if type(value) is str else value
 

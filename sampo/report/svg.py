@@ -1,4 +1,4 @@
-"""matplotlib figures as SVG elements that stand in a page: named, with ids of their own, and without styles."""
+"""matplotlib figures as SVG elements for a page: with a title, unique ids, and no styles."""
 
 import io
 import re
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SIZE = (5.0, 3.3)  # inches; at 400 px of width a letter of it is as large as one of the text
 LETTERS_PER_INCH = 10  # of a label beside or below the axes
-SETTINGS: dict[Any, Any] = {
+RC_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: found by a search, read aloud, half the size
     "text.parse_math": False,  # a dollar in the name of a group is a dollar
     "font.size": 10,
@@ -44,17 +44,17 @@ def inline_svg(
     from matplotlib.figure import Figure
 
     buffer = io.BytesIO()
-    with rc_context({**SETTINGS, "svg.hashsalt": key}), warnings.catch_warnings():
+    with rc_context({**RC_SETTINGS, "svg.hashsalt": key}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks: the browser draws them
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
-        _fit(figure)
+        _fit_labels(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inlined(ElementTree.fromstring(buffer.getvalue()), key, title, description)
 
 
-def _fit(figure: "Figure") -> None:
+def _fit_labels(figure: "Figure") -> None:
     """Labels of the axes in as many lines as they need, and logarithmic axes without the formulas of mathtext."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 

@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .diagnostic_figures import COLOURS
-from .figures import _axes, legend_above
+from .axes import COLOURS, draw_level, given_or_new, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +83,7 @@ def has_curve(runs: Mapping[str, Log], name: str) -> bool:
 def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = None) -> "Axes":
     """One of `CURVES` for one or several runs: lines in training, dots in evaluation.
 
-    Runs are told apart by colour, the metrics of one figure by the line.
+    The colour shows the run, the line style the metric.
 
     Args:
         runs: name -> `log_history`.
@@ -99,7 +98,7 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
     curve = CURVES[name]
     if not has_curve(runs, name):
         raise ValueError(f"The runs must have logged one of {list(curve.metrics)}, got none of them.")
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     for number, (run, log) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
         for line, (metric, part) in zip(LINES, curve.metrics.items(), strict=False):
@@ -119,7 +118,7 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
                         label=", ".join(words) or "training",
                     )
     if curve.level is not None:
-        ax.axhline(curve.level, color="grey", linewidth=0.8, linestyle=":")
+        draw_level(ax, curve.level)
     ax.set_xlabel("step")
     ax.set_ylabel(curve.axis)
     if len(ax.get_legend_handles_labels()[0]) > 1:

@@ -4,7 +4,7 @@ Every function takes values that are already one per prompt, or values and the p
 averaged first, so an interval never takes several samples of one prompt for independent evidence.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,11 +75,12 @@ def wilson(rate: float, n: float, confidence: float = 0.95) -> tuple[float, floa
 
 
 def effective_coins(scores: np.ndarray) -> float:
-    """How many coins tell as much about their mean as these scores in [0, 1], one per prompt.
+    """The number of coin flips whose mean has the same variance as the mean of these scores in [0, 1], one per prompt.
 
     A tie, the mean of two orders or of several samples, and a judge's probability all vary less than a coin with the
-    same mean. The ratio of the two variances is taken with one coin more on both sides: without that, scores that
-    happen to be all equal would count as infinitely many. For scores of 0 and 1 the answer is their number.
+    same mean. The ratio of the two variances is taken with one coin more in numerator and denominator: without
+    that, scores that happen to be all equal would count as infinitely many. For scores of 0 and 1 the answer is their
+    number.
     """
     n, rate = len(scores), float(np.mean(scores))
     coin = rate * (1 - rate)
@@ -159,34 +160,6 @@ def quantile_interval(values: np.ndarray, codes: np.ndarray, quantile: float, *,
     low = int(stats.binom.ppf((1 - confidence) / 2, size, quantile))
     high = int(stats.binom.ppf((1 + confidence) / 2, size, quantile)) + 1
     return Estimate(value, at(low / size) if low else None, at(high / size) if high <= size else None, None, n)
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], n: int, *, resamples: int, seed: int, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Percentile bootstrap over prompts.
-
-    Args:
-        statistic: takes `(R, n)` counts of how often each prompt was drawn, returns `(R,)` values.
-        n: number of prompts.
-        resamples: number of resamples.
-        seed: of the draws.
-        confidence: of the interval.
-
-    Returns:
-        Lower bound, upper bound, standard error.
-    """
-    if resamples < 100:
-        raise ValueError(f"`resamples` must be at least 100 for an interval, got {resamples}.")
-    generator = np.random.default_rng(seed)
-    draws = []
-    step = max(1, min(resamples, 2_000_000 // max(n, 1)))  # at most some 16 MB of counts at once
-    for start in range(0, resamples, step):
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start))
-        draws.append(statistic(counts))
-    values = np.concatenate(draws)
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high), float(values.std(ddof=1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

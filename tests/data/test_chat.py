@@ -120,11 +120,11 @@ def test_prompts_that_a_template_spoils_are_refused_before_the_model_is_loaded(n
     rows = [{"prompt": row["prompt"]} for row in rows_of(system=[2])]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl"), "--device", "cpu"]
-    with pytest.raises(SystemExit, match="got faults in 1 of 6 prompts") as stopped:
+    with pytest.raises(SystemExit, match="got issues in 1 of 6 prompts") as stopped:
         generate.main(generate.make_parser().parse_args(words))
     assert reason in str(stopped.value)
     texts = Texts(tokenizer_with(template))
-    assert len(check_prompts(load_prompts(prompts), texts.fault, "drop")) == 5
+    assert len(check_prompts(load_prompts(prompts), texts.find_issue, "drop")) == 5
 
 
 def test_a_template_that_never_ends_is_stopped_in_any_thread_and_work_goes_on(monkeypatch):
@@ -284,7 +284,7 @@ def test_several_blocks_become_lines_and_other_content_is_refused():
     data = Dataset.from_list([row])
     for call in (load_preferences, check_preferences):
         assert issues_of(call, data)[0] == {("not_text", "prompt"): ([0], 1)}
-    assert "not text" in Texts(make_tokenizer()).fault(row["prompt"])
+    assert "no text" in Texts(make_tokenizer()).find_issue(row["prompt"])
     pictures = Dataset.from_list([row | {"images": ["p"]}])  # of a vision model: TRL's to judge
     assert len(load_preferences(pictures)) == 1
 

@@ -12,7 +12,7 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from sampo.cli import main
-from sampo.evaluation.results.alpaca_eval import Gamed, _controlled, alpaca_eval
+from sampo.evaluation.results.alpaca_eval import Gamed, alpaca_eval, length_controlled_rate
 
 N = 300  # instructions of the made-up set
 
@@ -156,7 +156,7 @@ def test_the_interval_holds_the_uncertainty_that_a_bootstrap_of_the_models_rows_
     rng = np.random.default_rng(0)
     values = []
     for drawn in rng.integers(0, N, (60, N)):
-        values.append(100 * _controlled(y[drawn], difference[drawn], hard[drawn], gamed, 0.95)[0].value)
+        values.append(100 * length_controlled_rate(y[drawn], difference[drawn], hard[drawn], gamed, 0.95)[0].value)
     assert found.se == pytest.approx(np.std(values, ddof=1), rel=0.25)
 
 

@@ -303,13 +303,13 @@ def test_ifeval_is_refused_before_it_runs_where_it_would_fail_after(tmp_path, mo
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     rows = [ifeval(i) for i in range(3)]
     write(tmp_path / "ifeval" / "train.jsonl", rows)
-    harness._check_nltk(tmp_path)  # none of these needs it
+    harness.check_nltk(tmp_path)  # none of these needs it
     rows[1]["instruction_id_list"] = ["length_constraints:number_sentences"]
     write(tmp_path / "ifeval" / "train.jsonl", rows)
     with pytest.raises(ValueError, match="which 1 of 3 prompts cannot be checked without"):
-        harness._check_nltk(tmp_path)
+        harness.check_nltk(tmp_path)
     with pytest.raises(ValueError, match="which it cannot be checked without"):
-        harness._check_nltk(None)
+        harness.check_nltk(None)
 
 
 def test_what_needs_nltks_data_is_what_the_harness_splits_with_it(tmp_path, monkeypatch):

@@ -23,8 +23,9 @@ from sampo.evaluation.answers.answers import (
 from sampo.evaluation.answers.backends import Draw, TransformersBackend, end_tokens
 from sampo.evaluation.answers.generate import Sampling, generate
 from sampo.evaluation.answers.prompts import Question, load_prompts
-from sampo.evaluation.models import Texts, fingerprint, load_causal, tokenizer_hash
+from sampo.evaluation.models import Texts, tokenizer_hash
 from sampo.io.journal import read_rows
+from sampo.models.inference import fingerprint, load_causal
 from sampo.models.load import load_tokenizer
 
 DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=3)
@@ -163,7 +164,7 @@ def test_a_token_without_probability_is_never_drawn():
     scores = torch.full((200, 6), -torch.inf)
     scores[:, 3] = 0.0
     draw = Draw(list(range(200)), 1, Sampling(max_tokens=1, temperature=1.0))
-    draw._numbers[0], draw._numbers[1] = 0.0, 1 - 2**-32
+    draw.numbers[0], draw.numbers[1] = 0.0, 1 - 2**-32
     assert (draw(torch.zeros(200, 1, dtype=torch.long), scores).argmax(dim=1) == 3).all()
 
 
@@ -371,16 +372,16 @@ def test_prompts_come_from_all_the_formats_and_the_same_ones_have_the_same_id(tm
     assert prompt_text(found["hh"][0].prompt) == "Name a river."
 
 
-def test_a_transcript_of_several_turns_becomes_messages():
-    from sampo.evaluation.answers.prompts import _prompt
-
-    text = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: A colour?\n\nAnd why?\n\nAssistant:"
-    assert _prompt(text) == [
+def test_a_transcript_of_several_turns_becomes_messages(tmp_path):
+    transcript = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: A colour?\n\nAnd why?\n\nAssistant:"
+    path = rows_file(tmp_path / "p.jsonl", [{"prompt": transcript}, {"prompt": "Human: as in a story"}])
+    several, story = load_prompts(path)
+    assert several.prompt == [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi"},
         {"role": "user", "content": "A colour?\n\nAnd why?"},
     ]
-    assert _prompt("Human: as in a story") == "Human: as in a story"
+    assert story.prompt == "Human: as in a story"
 
 
 def test_a_prompt_that_comes_twice_is_answered_once(tmp_path):
@@ -579,6 +580,6 @@ def test_a_wide_vocabulary_is_drawn_from_in_the_order_of_ids():
     scores = torch.zeros(1, size)
     draw = Draw([0], 1, Sampling(max_tokens=1, temperature=1.0))
     for share in (0.0, 0.123456789, 0.5, 1 - 2**-32):
-        draw._numbers[0, 0] = share
+        draw.numbers[0, 0] = share
         token = int(draw(torch.zeros(1, 1, dtype=torch.long), scores).argmax())
         assert abs(token - int(share * size)) <= 1

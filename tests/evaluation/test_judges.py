@@ -610,7 +610,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
     """A limit on the size of files stands in for the disk."""
     code = """
 import resource, sys
-from sampo.evaluation.journal import Journal
+from sampo.io.journal import Journal
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 journal = Journal(sys.argv[1])
 failed = 0

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from test_diagnostics import made_up
+from made_up_scores import made_up
 
 from sampo.diagnostics.findings import Finding, findings
 from sampo.report import diagnostic_figures as figures

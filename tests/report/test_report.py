@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_diagnostics import made_up
+from made_up_scores import made_up
 
 from sampo.cli import COMMANDS, main
 from sampo.diagnostics.findings import findings

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]
 
 STOPS = ("eos", "length", "unknown")
-# what others call the two columns that an answer cannot do without
+# names that other files have for the two required columns
 PROMPT_NAMES = ("prompt", "instruction")
 ANSWER_NAMES = ("answer", "output", "response", "completion")
 
@@ -39,14 +39,14 @@ class Answer:
         sample: Number of the answer, from 0, where a prompt has several.
         tokens: Tokens generated, the end token included; None if not known.
         tokenizer: Whose tokens these are: a name, or a hash of the tokenizer.
-        stop: `eos`: the model ended the answer; `length`: it was cut off, so its length says nothing about how concise
-            the model is; `unknown`.
+        stop: `eos`: the model ended the answer; `length`: it was cut off, so its length does not show how concise the
+            model is; `unknown`.
         model: Name or folder.
         weights: Revision or fingerprint of the weights.
         backend: What generated it.
         dtype: Type of the weights.
         sampling: `temperature`, `top_p`, `top_k`, `max_tokens`.
-        seed: Of the whole run; None for greedy.
+        seed: Of the run; None for greedy decoding.
         template: Hash of the chat template; None where the prompt was given as it is.
         extra: `id`, `dataset` and `reference` of the prompt, as far as it has them, and what else a file holds.
     """
@@ -67,7 +67,7 @@ class Answer:
     template: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         right = prompt_id(self.prompt)
         if self.prompt_id not in ("", right):
             raise ValueError(
@@ -92,12 +92,12 @@ class Answer:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells answers of one model apart."""
+        """Prompt and sample: unique among the answers of one model."""
         return self.prompt_id, self.sample
 
 
 def prompt_id(prompt: Prompt) -> str:
-    """Sixteen hex digits that depend on the conversation alone."""
+    """Hash a conversation to sixteen hex digits."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ValueError(
@@ -182,12 +182,12 @@ def _answer_of(row: dict[str, Any]) -> Answer:
 
 
 def as_row(answer: Answer) -> dict[str, Any]:
-    """The answer as it stands in a file."""
+    """The answer as a row of a file."""
     return asdict(answer)
 
 
 def write_answers(path: str | Path, answers: Iterable[Answer]) -> None:
-    """Write answers as JSONL; the file is whole or absent."""
+    """Write answers as JSONL; the write is atomic."""
     write_whole(Path(path), "".join(json.dumps(as_row(answer)) + "\n" for answer in answers))
 
 

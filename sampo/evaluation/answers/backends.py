@@ -10,8 +10,9 @@ from ..models import tokenizer_hash
 from .generate import Job, Output, Sampling
 
 if TYPE_CHECKING:
+    from ...models.inference import Loaded
     from ..endpoint import Endpoint
-    from ..models import Loaded, Texts
+    from ..models import Texts
 
 # --- transformers --------------------------------------------------------------------------------------------------
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class TransformersBackend:
     """`generate` of transformers, batches padded on the left, long prompts first.
 
-    Nothing of the model's own generation settings is used but its end tokens: what is not asked for is not done.
+    Of the model's own generation settings only the end tokens are used.
 
     Args:
         name: What to call the model in the records.
@@ -84,7 +85,7 @@ class TransformersBackend:
         settings = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=self.stop_ids, pad_token_id=pad
         )
-        with _in_place_of_its_own(self._model, settings):
+        with _replaced_settings(self._model, settings):
             found = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -94,16 +95,16 @@ class TransformersBackend:
         return [self._output(row) for row in found[:, width:].tolist()]
 
     def _output(self, ids: list[int]) -> Output:
-        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
+        end = next((position for position, token in enumerate(ids) if token in self.stop_ids), None)
         text = str(self._texts.tokenizer.decode(ids[:end], skip_special_tokens=True))
         return Output(text, len(ids), "length") if end is None else Output(text, end + 1, "eos")
 
 
 @contextmanager
-def _in_place_of_its_own(model: Any, settings: Any) -> Iterator[None]:
-    """What given settings leave open, a repetition penalty say, is filled in from the model's own; so replace these.
+def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
+    """Replace the model's own generation settings: transformers fills in from them what given settings leave open.
 
-    Under an adapter it is the base model that generates, with its own settings.
+    With an adapter, the base model generates with settings of its own, so these are replaced too.
     """
     owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     kept = [owner.generation_config for owner in owners]
@@ -136,10 +137,18 @@ def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = 
 
 
 class Draw:
-    """A logits processor that leaves one token: the one that a row's own random numbers point at.
+    """A logits processor that keeps one token: the one that a row's own random number selects.
 
-    Number t of a row points into the cumulative distribution over the tokens, in the order of their ids; so a draw
-    needs one number, whatever the size of the vocabulary, and no generator that the rows of a batch share.
+    Number t of a row is a quantile of the distribution over the tokens, in the order of their ids. So a draw needs one
+    number, whatever the size of the vocabulary, and no generator that the rows of a batch share.
+
+    Args:
+        seeds: (B,) one for each row.
+        width: Length of the padded prompts.
+        sampling: Temperature, `top_k`, `top_p` and `max_tokens`.
+
+    Attributes:
+        numbers: (B, max_tokens) float64, from 0 to just below 1.
     """
 
     def __init__(self, seeds: Sequence[int], width: int, sampling: Sampling):
@@ -148,8 +157,7 @@ class Draw:
 
         self._width = width
         numbers = [np.random.default_rng(seed).integers(2**32, size=sampling.max_tokens) for seed in seeds]
-        self._numbers = torch.from_numpy(np.stack(numbers)) / 2**32  # (B, max_tokens), from 0 to just below 1
-        self._numbers = self._numbers.double()
+        self.numbers: Any = (torch.from_numpy(np.stack(numbers)) / 2**32).double()  # (B, max_tokens)
         self._warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
         if sampling.top_k:
             self._warp.append(TopKLogitsWarper(sampling.top_k))
@@ -164,7 +172,7 @@ class Draw:
         if warped.device.type == "mps":  # has no float64
             warped = warped.cpu()
         cumulative = warped.double().softmax(dim=1).cumsum(dim=1)  # (B, V)
-        number = self._numbers[:, input_ids.shape[1] - self._width].to(cumulative.device)  # (B,)
+        number = self.numbers[:, input_ids.shape[1] - self._width].to(cumulative.device)  # (B,)
         target = number[:, None] * cumulative[:, -1:]  # below the last sum, which rounding leaves not quite at 1
         drawn = torch.searchsorted(cumulative, target, right=True).to(scores.device)  # (B, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

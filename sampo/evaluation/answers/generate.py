@@ -1,9 +1,9 @@
-"""Answers to prompts: one record each, written as they come; a run that was stopped goes on where it was.
+"""Answers to prompts: one record each, written as they come; an interrupted run continues its file.
 
-A backend turns jobs into texts. What is drawn for an answer depends on the seed, its prompt and its sample number, and
-on nothing else: not on the batch it was in, nor on what was done before. Two things still differ between batches: the
-order in which sums are rounded, which can tip a nearly equal choice (in float32 seldom, in bfloat16 now and then); and
-what a server does, of which nothing is promised.
+A backend turns jobs into texts. The random numbers of an answer depend on the seed, its prompt and its sample number
+alone: not on the batch it was in, nor on earlier answers. Two things still differ between batches: the order in which
+sums are rounded, which can change a nearly equal choice (seldom in float32, sometimes in bfloat16); and what a server
+does, which is not controlled here.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ class Sampling:
     """How answers are drawn.
 
     Attributes:
-        max_tokens: An answer is cut after as many.
-        temperature: 0 takes the likeliest token.
-        top_p: Of the likeliest tokens, those that together have this probability.
-        top_k: As many of the likeliest tokens; 0 for all.
+        max_tokens: Tokens after which an answer is cut off.
+        temperature: 0 takes the most likely token.
+        top_p: Draw from the most likely tokens that together have this probability.
+        top_k: Draw from this many of the most likely tokens; 0 for all.
         seed: Of the draws.
         samples: Answers per prompt.
     """
@@ -43,7 +43,7 @@ class Sampling:
     seed: int = 0
     samples: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         right = {
             "max_tokens": self.max_tokens >= 1,
             "temperature": self.temperature >= 0,
@@ -66,7 +66,7 @@ class Sampling:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What stands in an answer's record."""
+        """The settings in an answer's record."""
         return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "max_tokens")}
 
 
@@ -90,7 +90,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Output:
-    """What became of a job: text, tokens with the end token, and why it ended; or why there is no answer."""
+    """The outcome of a job: text, tokens with the end token, and why it ended; or why there is no answer."""
 
     text: str = ""
     tokens: int | None = None
@@ -100,7 +100,7 @@ class Output:
 
 
 class Backend(Protocol):
-    """Generates.
+    """Generates answers.
 
     `about` are `model`, `weights`, `backend`, `tokenizer`, `template` and `dtype` of its answers; `options` are what
     else they depend on, and go into `sampling`.
@@ -119,8 +119,8 @@ class Backend(Protocol):
 
 
 @dataclass
-class Report:
-    """What a run has done.
+class GenerationReport:
+    """What a run did.
 
     Attributes:
         answers: Answers in the file at the end.
@@ -149,14 +149,14 @@ def generate(
     *,
     on_long_prompts: str = "error",
     progress: Progress | None = None,
-) -> Report:
+) -> GenerationReport:
     """Answer all prompts that have no answer in `out` yet; at the end the file has the order of the prompts.
 
     Raises:
         ValueError: `out` holds answers of other settings or to other prompts, or prompts are too long.
     """
     jobs = [Job(question, sample) for question in questions for sample in range(sampling.samples)]
-    report = Report()
+    report = GenerationReport()
     with Journal(out) as journal:
         there = {answer.key for answer in _checked(journal, backend, sampling, questions)}
         todo = [job for job in jobs if (job.question.prompt_id, job.sample) not in there]
@@ -183,7 +183,7 @@ def generate(
     return report
 
 
-def _settings(backend: Backend, sampling: Sampling) -> dict[str, Any]:
+def _answer_settings(backend: Backend, sampling: Sampling) -> dict[str, Any]:
     return {
         **backend.about,
         "sampling": {**sampling.parameters, **backend.options},
@@ -197,7 +197,7 @@ def _checked(journal: Journal, backend: Backend, sampling: Sampling, questions: 
     for number, row in enumerate(journal.rows, 1):
         with named(journal.path, "Name another file", line=number):
             answers.append(typed(Answer, row, complete=True))
-    for name, value in _settings(backend, sampling).items():
+    for name, value in _answer_settings(backend, sampling).items():
         other = next((getattr(answer, name) for answer in answers if getattr(answer, name) != value), None)
         if other is not None:
             raise ValueError(
@@ -215,19 +215,19 @@ def _checked(journal: Journal, backend: Backend, sampling: Sampling, questions: 
 
 
 def _without_long(
-    jobs: list[Job], backend: Backend, sampling: Sampling, on_long_prompts: str, report: Report
+    jobs: list[Job], backend: Backend, sampling: Sampling, on_long_prompts: str, report: GenerationReport
 ) -> list[Job]:
-    faults = backend.check(jobs, sampling)
-    if not faults:
+    too_long = backend.check(jobs, sampling)
+    if not too_long:
         return jobs
-    first = next(iter(faults.values()))
+    first = next(iter(too_long.values()))
     if on_long_prompts != "drop":
         raise ValueError(
-            f"Each prompt must leave room for `max_tokens`, got {len(faults):,} of {len(jobs):,} that do not; the "
+            f"Each prompt must leave room for `max_tokens`, got {len(too_long):,} of {len(jobs):,} that do not; the "
             f"first: {first}. Lower `max_tokens`, or set `on_long_prompts` to `drop`."
         )
-    report.failures["too_long"], report.details["too_long"] = len(faults), first
-    return [job for number, job in enumerate(jobs) if number not in faults]
+    report.failures["too_long"], report.details["too_long"] = len(too_long), first
+    return [job for number, job in enumerate(jobs) if number not in too_long]
 
 
 def _answer(job: Job, output: Output, backend: Backend, sampling: Sampling) -> Answer:
@@ -238,5 +238,5 @@ def _answer(job: Job, output: Output, backend: Backend, sampling: Sampling) -> A
         tokens=output.tokens,
         stop=output.stop,
         extra=job.question.extra,
-        **_settings(backend, sampling),
+        **_answer_settings(backend, sampling),
     )

@@ -30,13 +30,13 @@ from .answers import Prompt, prompt_id, prompt_text
 logger = logging.getLogger(__name__)
 
 KEPT = ("id", "dataset", "reference")
-COLUMNS = ("prompt", "instruction", "messages", "conversations", "chosen")
+PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations", "chosen")
 ON_BAD_ROWS = ("error", "drop")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt to answer; `extra` has what the file says about it besides."""
+    """A prompt to answer; `extra` holds its `id`, `dataset` and `reference`, as far as the file has them."""
 
     prompt: Prompt
     extra: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ def load_prompts(
     columns: Mapping[str, str] | None = None,
     text_as_messages: bool = False,
 ) -> list[Question]:
-    """The prompts of a file in its order, each once.
+    """Load the prompts of a file in its order, each once.
 
     Args:
         source: File, folder or hub id.
@@ -94,8 +94,8 @@ def load_prompts(
         text = f"{sum(bad.values()):,} of {total:,} rows ({', '.join(f'{n:,} {why}' for why, n in bad.items())})"
         if on_bad_rows == "error":
             raise ValueError(
-                f"Each row of {label} must have a prompt, got {text} without, first at rows {first_bad}. Mend them, "
-                "or set `on_bad_rows` to `drop`."
+                f"Each row of {label} must have a prompt, got {text} without, first at rows {first_bad}. Correct "
+                "them, or set `on_bad_rows` to `drop`."
             )
         logger.warning("%s: dropped %s", label, text)
     again = total - sum(bad.values()) - len(questions)
@@ -113,36 +113,36 @@ def _as_message(question: Question) -> Question:
 
 
 def check_prompts(
-    questions: list[Question], fault_of: Callable[[Prompt], str | None], on_bad_rows: str = "error"
+    questions: list[Question], find_issue: Callable[[Prompt], str | None], on_bad_rows: str = "error"
 ) -> list[Question]:
-    """The prompts that a chat template can ask, before a model is loaded.
+    """Keep the prompts that a chat template can render; called before a model is loaded.
 
     Args:
         questions: the prompts.
-        fault_of: why one cannot be asked (`Texts.fault`).
+        find_issue: why one cannot be asked, or None (`Texts.find_issue`).
         on_bad_rows: `error`, or `drop` the others, with their number in the log.
 
     Raises:
         ValueError: some cannot be asked with `error`, or none can.
     """
-    faults = {number: why for number, each in enumerate(questions) if (why := fault_of(each.prompt))}
-    if not faults:
+    issues = {number: why for number, each in enumerate(questions) if (why := find_issue(each.prompt))}
+    if not issues:
         return questions
-    first, why = next(iter(faults.items()))
+    first, why = next(iter(issues.items()))
     begin = prompt_text(questions[first].prompt)[:60]
-    text = f"{len(faults):,} of {len(questions):,} prompts, the first {begin!r} {why}"
-    if on_bad_rows == "error" or len(faults) == len(questions):
+    text = f"{len(issues):,} of {len(questions):,} prompts, the first {begin!r} {why}"
+    if on_bad_rows == "error" or len(issues) == len(questions):
         raise ValueError(
-            f"The chat template must show all that is said, got faults in {text}. Take another template "
-            "(`chat_template`), mend the prompts, or set `on_bad_rows` to `drop`."
+            f"The chat template must show all that is said, got issues in {text}. Take another template "
+            "(`chat_template`), correct the prompts, or set `on_bad_rows` to `drop`."
         )
     logger.warning("dropped %s", text)
-    return [question for number, question in enumerate(questions) if number not in faults]
+    return [question for number, question in enumerate(questions) if number not in issues]
 
 
 def _questions(table: Table, label: str, columns: dict[str, str]) -> Iterator[Question | str]:
     """Each row's prompt, or why it has none."""
-    column = next((name for name in COLUMNS if name in table.columns), None)
+    column = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
     if "prompt" not in columns and (column is None or (column == "chosen" and "rejected" not in table.columns)):
         raise ValueError(
             f"Prompts must stand in a column `prompt`, `instruction`, `messages` or `conversations`, or be shared by "
@@ -185,10 +185,10 @@ def _prompt(value: Any) -> Prompt:
 
 
 def _transcript(text: str) -> Prompt:
-    """The turns of a transcript that ends where an answer is due. The reader of pairs knows how; it wants answers."""
+    """Read a transcript that ends before an answer, with two made-up answers, by the reader of pairs."""
     text = text.rstrip().removesuffix("Assistant:").rstrip()
-    sides = [f"{text}\n\nAssistant: {answer}" for answer in ("a", "b")]
-    (prompt, *_), faults = READERS["transcripts"](None, *sides)
+    responses = [f"{text}\n\nAssistant: {answer}" for answer in ("a", "b")]
+    (prompt, *_), faults = READERS["transcripts"](None, *responses)
     if faults:
         raise _Bad("no whole transcript")
     return prompt
@@ -211,7 +211,7 @@ def _layout(rows: Rows) -> str:
 
 
 def _is_in_responses(rows: Rows) -> bool:
-    """Whether a text `prompt` stands beside whole conversations, which may have a system message besides."""
+    """Whether a text `prompt` stands beside complete conversations, which may also have a system message."""
     return {"chosen", "rejected"} <= set(rows.columns) and _layout(rows) == "text_beside_messages"
 
 

@@ -1,13 +1,13 @@
-"""A judge behind an OpenAI-compatible URL. What it has said once is kept and never paid for again.
+"""A judge behind an OpenAI-compatible URL. Every reply is kept, so no request is paid for twice.
 
-Every reply goes to the cache as it came, before it is read; a verdict is read from the cache each time. So a better
-reader needs no new request. A reply that cannot be read is asked for again, at most `attempts` times in all runs
+Every reply goes to the cache as it came, before it is read; a verdict is read from the cache each time. So an improved
+parser needs no new request. A reply that cannot be read is asked for again, at most `attempts` times in all runs
 together.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,8 +33,8 @@ class KeptReply:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a run would ask for: requests at least and at most, tokens to read and to write at least and at most."""
+class RequestEstimate:
+    """What a run would need: replies kept, requests at least and at most, tokens to read, tokens to write at most."""
 
     kept: int
     requests: int
@@ -44,7 +44,7 @@ class Estimate:
 
 
 class EndpointJudge:
-    """Asks an endpoint, keeps what it says.
+    """Asks an endpoint, and keeps its replies.
 
     Args:
         endpoint: Whom to ask.
@@ -104,18 +104,18 @@ class EndpointJudge:
         self.endpoint.close()
 
     def key(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Hash of the whole request: URL, model, all options, template, prompt, both answers, their order."""
+        """Hash of the complete request: URL, model, all options, template, prompt, both answers, their order."""
         request = {"url": self.endpoint.url, "model": self.endpoint.model, "messages": messages, **self.options}
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
-    def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:
+    def estimate(self, comparisons: Sequence[Comparison]) -> RequestEstimate:
         """What [`judge`] would ask for, without asking."""
         requests = {key: messages for key, messages, _ in self._requests(comparisons)}
         open_ = {key: m for key, m in requests.items() if self._wanted(key)}
         chars = sum(len(message["content"]) for messages in open_.values() for message in messages)
         at_most = sum(self.attempts - len(self._replies.get(key, [])) for key in open_)
         room = self.options.get("max_tokens") or self.options.get("max_completion_tokens") or self.template.max_tokens
-        return Estimate(
+        return RequestEstimate(
             len(requests) - len(open_), len(open_), at_most, round(chars / CHARS_PER_TOKEN), len(open_) * room
         )
 
@@ -136,7 +136,7 @@ class EndpointJudge:
                 progress(done, len(wanted))
         return [self._verdict(shown, failures) for shown in comparisons]
 
-    def _requests(self, comparisons: Sequence[Comparison]):
+    def _requests(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[dict[str, str]], str]]:
         for shown in comparisons:
             if shown.answer_a != shown.answer_b:
                 messages = self._messages(shown)
@@ -173,14 +173,14 @@ class EndpointJudge:
         return replies, None
 
     def _read(self, reply: str) -> Verdict:
-        choice, fault = read_reply(reply)
+        choice, failure = read_reply(reply)
         if choice is None:
-            return Verdict(None, fault, visible(reply[:200]))
-        preference, fault = self.template.verdict(choice)
+            return Verdict(None, failure, visible(reply[:200]))
+        preference, failure = self.template.verdict(choice)
         if preference is not None:
             return Verdict(preference)
         content = choice["message"]["content"]
-        return Verdict(None, fault, visible(content[-200:] if isinstance(content, str) and content else reply[:200]))
+        return Verdict(None, failure, visible(content[-200:] if isinstance(content, str) and content else reply[:200]))
 
     def _verdict(self, shown: Comparison, failures: Mapping[str, Unanswered]) -> Verdict:
         if shown.answer_a == shown.answer_b:

@@ -1,4 +1,4 @@
-"""People as judges: a sheet for them to fill in, and what they have filled in."""
+"""People as judges: write a sheet for annotations, and read the annotations."""
 
 import csv
 import hashlib
@@ -32,7 +32,7 @@ class HumanJudge:
     def __init__(self, path: str | Path):
         self.about = {"annotations": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}
         self._given: dict[tuple[str, str, str], list[float]] = {}
-        rows = _table(Path(path))
+        rows = _read_csv(Path(path))
         names = rows.fieldnames or ()
         if {"answer_a", "answer_b", "preferred"} - set(names) or not {"prompt", "prompt_id"} & set(names):
             raise ValueError(
@@ -46,19 +46,19 @@ class HumanJudge:
             raise ValueError(f"{path}, line {rows.line_num} must be a row of a CSV, got: {error}.") from None
 
     def _add(self, row: Mapping[str, str], place: str) -> None:
-        said = (row["preferred"] or "").strip().lower()
-        if not said:
+        given = (row["preferred"] or "").strip().lower()
+        if not given:
             return
         try:
-            value = PREFERRED[said] if said in PREFERRED else float(said.replace(",", "."))
+            value = PREFERRED[given] if given in PREFERRED else float(given.replace(",", "."))
         except ValueError:
             value = -1.0
         if not 0 <= value <= 1:
             raise ValueError(
                 f"{place}: `preferred` must be A, B, tie, empty or from 0 to 1, got {row['preferred']!r}."
             )
-        texts = _lines(row["answer_a"] or ""), _lines(row["answer_b"] or "")
-        key = (row.get("prompt_id") or "").strip() or _lines(row.get("prompt") or "")
+        texts = _normalise(row["answer_a"] or ""), _normalise(row["answer_b"] or "")
+        key = (row.get("prompt_id") or "").strip() or _normalise(row.get("prompt") or "")
         self._given.setdefault((key, *texts), []).append(value)
 
     def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
@@ -66,8 +66,8 @@ class HumanJudge:
         return [self._verdict(shown) for shown in comparisons]
 
     def _verdict(self, shown: Comparison) -> Verdict:
-        texts = _lines(shown.answer_a), _lines(shown.answer_b)
-        names = shown.prompt_id, _lines(prompt_text(shown.prompt))
+        texts = _normalise(shown.answer_a), _normalise(shown.answer_b)
+        names = shown.prompt_id, _normalise(prompt_text(shown.prompt))
         for (key, forward), name in product(((texts, True), (texts[::-1], False)), names):
             if given := self._given.get((name, *key)):
                 mean = sum(given) / len(given)
@@ -75,7 +75,7 @@ class HumanJudge:
         return Verdict(None, "not_annotated", f"prompt {shown.prompt_id}")
 
 
-def _table(path: Path) -> csv.DictReader:
+def _read_csv(path: Path) -> csv.DictReader:
     """The rows of a CSV as table programs write it: UTF-8 or UTF-16 with their marks, else Windows' own encoding."""
     content = path.read_bytes()
     encodings = ("utf-16",) if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252")
@@ -87,24 +87,24 @@ def _table(path: Path) -> csv.DictReader:
             fault = error
     else:
         raise ValueError(f"{path} must be a CSV in UTF-8, got: {fault}. Save it as `CSV UTF-8`.")
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # of the whole process; answers may be long
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # of this process; answers may be long
     head = text.partition("\n")[0]
     return csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
 
 
-def _lines(text: str) -> str:
-    """A text as it is compared: table programs change the ends of lines, mark formulas, and cut long cells."""
+def _normalise(text: str) -> str:
+    """Undo what table programs do to a text: they change line ends, mark formulas, and cut long cells."""
     plain = text.replace("\r\n", "\n").replace("\r", "\n").strip()
     return (plain[1:] if plain[:1] == "'" and plain[1:2] in FORMULA else plain)[:LONGEST].strip()
 
 
-def _cell(text: str) -> str:
-    """A text as it stands in the sheet: what a table program would take for a formula has a mark before it."""
+def _escape_formula(text: str) -> str:
+    """Put a quote before a text that a table program would take for a formula."""
     return f"'{text}" if text.lstrip()[:1] in FORMULA and text.strip() else text
 
 
 def write_sheet(path: str | Path, pairs: Sequence[Pair], seed: int = 0) -> None:
-    """A CSV for people to fill in `preferred` (A, B or tie); which side the system is on is drawn for each pair."""
+    """Write a CSV for people to fill in `preferred` (A, B or tie); the order is drawn for each pair."""
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(SHEET)
@@ -112,5 +112,5 @@ def write_sheet(path: str | Path, pairs: Sequence[Pair], seed: int = 0) -> None:
         first = hashlib.sha256(f"{seed} sheet {pair.system.key}".encode()).digest()[0] % 2
         shown = pair.comparison(ORDERS[first])
         texts = (prompt_text(shown.prompt), shown.answer_a, shown.answer_b)
-        table.writerow([shown.prompt_id, *map(_cell, texts), ""])
+        table.writerow([shown.prompt_id, *map(_escape_formula, texts), ""])
     write_whole(Path(path), "\ufeff" + text.getvalue())  # without the mark Excel takes UTF-8 for something else

@@ -2,7 +2,7 @@
 
 Here are the protocol, the joining of two files of answers, both orders, and the control with an empty answer. The
 judges themselves: `endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies,
-`rule_judges` and `human_judge` say what they are.
+`rule_judges` follow a rule, and `human_judge` reads annotations.
 
 A failure is never a tie: it has no preference, and is counted.
 """
@@ -21,7 +21,7 @@ from ...io.schemas import named, typed
 from ..answers.answers import Answer, prompt_text
 
 ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
-ONCE = "shown in one order only"  # `detail` of a preference that serves for an order which nobody was shown
+ONCE = "shown in one order only"  # `detail` of a preference for an order that was not shown
 Progress = Callable[[int, int], None]  # (done, of)
 
 
@@ -49,7 +49,7 @@ class Verdict:
     failure: str | None = None
     detail: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.preference is None) == (self.failure is None):
             raise ValueError("A verdict must have either a `preference` or a `failure`, got both or none.")
         if self.preference is not None and not 0 <= self.preference <= 1:  # NaN too
@@ -103,7 +103,7 @@ class Judgement:
         failure: Why, in one word; None if it did not.
         detail: Why, for people.
         judge: Name of the judge.
-        system_tokens, system_words, system_chars, system_stop: Of the system's answer; tokens as its file says.
+        system_tokens, system_words, system_chars, system_stop: Of the system's answer; tokens as in its file.
         baseline_tokens, baseline_words, baseline_chars, baseline_stop: Of the baseline's.
     """
 
@@ -123,7 +123,7 @@ class Judgement:
     baseline_chars: int
     baseline_stop: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"`order` must be one of {list(ORDERS)}, got {self.order!r}")
         Verdict(self.preference, self.failure)
@@ -131,7 +131,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Matching:
-    """Pairs with a prompt in common, and how many answers have no partner on the other side."""
+    """Pairs with a prompt in common, and how many answers of each file have no partner."""
 
     pairs: list[Pair]
     system_only: int
@@ -154,10 +154,10 @@ def match(system: Sequence[Answer], baseline: Sequence[Answer]) -> Matching:
 
 def nearly_matched(system: Sequence[Answer], baseline: Sequence[Answer]) -> int:
     """How many prompts have no partner, but would have one if blanks around prompts did not count."""
-    ids = [{answer.prompt_id for answer in side} for side in (system, baseline)]
+    ids = [{answer.prompt_id for answer in answers} for answers in (system, baseline)]
     texts = [
-        {prompt_text(a.prompt).strip(): a.prompt_id for a in side if a.prompt_id not in others}
-        for side, others in ((system, ids[1]), (baseline, ids[0]))
+        {prompt_text(a.prompt).strip(): a.prompt_id for a in answers if a.prompt_id not in others}
+        for answers, others in ((system, ids[1]), (baseline, ids[0]))
     ]
     return len(set(texts[0]) & set(texts[1]))
 
@@ -192,8 +192,8 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress | None =
 def _judgement(judge: str, pair: Pair, order: str, verdict: Verdict) -> Judgement:
     p = verdict.preference
     lengths = {
-        f"{side}_{measure}": getattr(answer, measure)
-        for side, answer in (("system", pair.system), ("baseline", pair.baseline))
+        f"{whose}_{measure}": getattr(answer, measure)
+        for whose, answer in (("system", pair.system), ("baseline", pair.baseline))
         for measure in ("tokens", "words", "chars", "stop")
     }
     return Judgement(
@@ -209,7 +209,7 @@ def _judgement(judge: str, pair: Pair, order: str, verdict: Verdict) -> Judgemen
 
 
 def write_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:
-    """One row per prompt, sample and order; the file is whole or absent."""
+    """Write one row per prompt, sample and order; the write is atomic."""
     write_whole(Path(path), "".join(json.dumps(asdict(row)) + "\n" for row in judgements))
 
 
@@ -229,8 +229,8 @@ def read_judgements(path: str | Path) -> list[Judgement]:
 def empty_answers(pairs: Sequence[Pair], n: int | None = None, seed: int = 0) -> list[Pair]:
     """The control of every judge: an empty answer in the system's place, on `n` prompts (on all without it).
 
-    It should win against nothing but another empty answer. A judge that prefers silence, or a parser that reads
-    nothing as a verdict, shows here.
+    It should win against no answer but another empty one. The control detects a judge that prefers an empty answer,
+    and a parser that reads a verdict from nothing.
     """
     if n is not None:
         n = min(n, len({pair.system.prompt_id for pair in pairs}))

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...models.load import check_model, load_tokenizer, opening, refuse_weights_not_finite
+from ...models.inference import default_device, load_causal, load_reward
+from ...models.load import load_tokenizer
 from ..answers.answers import Prompt
-from ..models import Texts, default_device, fingerprint, load_causal
+from ..models import Texts
 from .judges import Comparison, Progress, Verdict
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 Score = float | str  # or why there is none
 
@@ -91,30 +92,14 @@ class RewardJudge(_ScoreJudge):
         device: str | None = None,
         dtype: str = "auto",
     ):
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        found: dict[str, Any] = {"missing_keys": []}
-        loaded = None
-        with opening(model, "model"):
-            options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-            labels = AutoConfig.from_pretrained(model, **options).num_labels
-        if labels == 1:
-            check_model(model, reward=True)
-            with opening(model, "model"):
-                loaded, found = AutoModelForSequenceClassification.from_pretrained(
-                    model, dtype=dtype, output_loading_info=True, num_labels=1, **options
-                )
-            refuse_weights_not_finite(loaded.named_parameters(), model)
-        if loaded is None or found["missing_keys"]:
-            what = f"{labels} outputs" if loaded is None else f"no weights of {sorted(found['missing_keys'])}"
-            raise ValueError(f"`model` must be a reward model with one output, got {what} in {model}.")
+        loaded = load_reward(model, revision=revision, device=device or default_device(), dtype=dtype)
         self.batch_size = batch_size
-        self._model: PreTrainedModel = loaded.to(device or default_device()).eval()
+        self._model = loaded.model
         tokenizer = load_tokenizer(model, revision=revision)
         self._texts = Texts(tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self._model.config.pad_token_id = self._pad  # else a batch of several rows is refused
-        self.about = {"model": model, "weights": fingerprint(model, loaded), "template": self._texts.template_hash}
+        self.about = {"model": model, "weights": loaded.weights, "template": self._texts.template_hash}
 
     def _score(self, rows: Sequence[tuple[Prompt, str]], progress: Progress | None) -> list[Score]:
         import torch

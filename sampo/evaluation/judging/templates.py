@@ -1,9 +1,9 @@
 """What a judge is asked, as versioned data in `prompts/*.yaml`, and how its verdict is read.
 
-The texts to be judged are data: they stand between marks that nobody can foresee, and they are filled in once, so
-that nothing in them is filled in again. A verdict counts in one place only: in a written reply, its last line, which
-must be the prefix and a verdict and nothing but decoration (`verdict_text`); with log-probabilities, the one token of
-the reply.
+The texts to be judged are data: they stand between marks that cannot be predicted, and they are filled in once, so
+that fields inside them stay as they are. A verdict counts at one position only: in a written reply, its last line,
+which must be the prefix and a verdict and nothing but decoration (`verdict_text`); with log-probabilities, the one
+token of the reply.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class JudgePrompt:
         verdicts: Word → preference for answer A.
         user: The message, with `$prompt`, `$answer_a`, `$answer_b` and `$mark`.
         system: System message, if there is one.
-        prefix: What stands before the verdict in the last line; "" if the verdict stands alone there.
+        prefix: Text before the verdict in the last line; "" if the line is the verdict alone.
         max_tokens: Room for the reply.
     """
 
@@ -54,7 +54,7 @@ class JudgePrompt:
     prefix: str = ""
     max_tokens: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         missing = [f"${name}" for name in FIELDS if f"${name}" not in self.user]
         if missing:
             raise ValueError(f"`user` of the judge's prompt must hold all texts and the mark, got no {missing}.")

@@ -2,7 +2,7 @@
 
 The line must be the label and a verdict and nothing else but decoration: `Preferred: A`, `**preferred:** [[a]]`,
 `Preferred: Answer A (more precise)`, `Final verdict: <A>`. A line that names two verdicts, negates one or doubts is
-unreadable, because a verdict that nobody gave is worse than none.
+unreadable, because a wrong verdict is worse than none.
 """
 
 import re
@@ -28,15 +28,15 @@ def read_verdict(content: str, prefix: str, verdicts: Mapping[str, float]) -> fl
         content: The reply.
         prefix: Label before the verdict; "" if the last line is the verdict alone.
         verdicts: Word → preference. Case does not matter unless words differ by it alone. Where all words stand in
-            `[[ ]]`, the only such mark of the last line counts, whatever stands before it.
+            `[[ ]]`, the only such mark of the last line counts, whatever comes before it.
     """
     line = next((line for line in reversed(content.splitlines()) if not RULE.fullmatch(line)), "")
-    text = _unwrapped(_plain(line))
+    text = _unwrapped(_strip_marks(line))
     if all(word.startswith("[[") for word in verdicts):
-        marks = set(re.findall(r"\[\[(.*?)\]\]", _plain(line))) or {text}
+        marks = set(re.findall(r"\[\[(.*?)\]\]", _strip_marks(line))) or {text}
         return None if len(marks) > 1 or NEGATED.search(text) else _lookup(marks.pop(), verdicts)
     if prefix.strip():
-        own = re.escape(_plain(prefix).rstrip(" :=-")).replace(r"\ ", r"\s+")
+        own = re.escape(_strip_marks(prefix).rstrip(" :=-")).replace(r"\ ", r"\s+")
         found = re.fullmatch(rf"(?:{own}|{LABEL})(?:\s+is)?\s*(?::|=|-|—|–)\s*(?P<rest>.+)", text, re.IGNORECASE)
         if found is None and prefix.rstrip()[-1] not in ":=-":
             found = re.fullmatch(rf"{own}\s+(?P<rest>.+)", text, re.IGNORECASE)
@@ -46,14 +46,14 @@ def read_verdict(content: str, prefix: str, verdicts: Mapping[str, float]) -> fl
     return _with_reason(text, verdicts)
 
 
-def _plain(line: str) -> str:
-    """Without marks of emphasis, code, formulas, list and heading marks, and characters that nobody sees."""
+def _strip_marks(line: str) -> str:
+    """Remove marks of emphasis, code, formulas, lists and headings, and invisible characters."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", line) if unicodedata.category(c) not in ("Cf", "Cc"))
     return re.sub(r"^[\s>#\-•]+", "", re.sub(r"[*`$]", "", visible)).strip()
 
 
 def _unwrapped(text: str) -> str:
-    """Without brackets, quotes, tags and full stops around the whole of it."""
+    """Remove brackets, quotes, tags and full stops that enclose the text."""
     while True:
         inner = text.strip().rstrip(".!,;").strip()
         if found := WRAPPED.fullmatch(inner):
@@ -81,7 +81,7 @@ def _without_inner_pairs(text: str, start: str, end: str) -> str:
 
 def _bare(text: str) -> str:
     """The word of a verdict: `Answer (a).` and `[[a]]` are `a`."""
-    text = _unwrapped(_plain(text))
+    text = _unwrapped(_strip_marks(text))
     text = re.sub(rf"^(?:(?:it\s+is|it's|the)\s+)?(?:{NOUN}\s+)?(?=\S)", "", text, flags=re.IGNORECASE)
     text = _unwrapped(text)
     return re.sub(r"^an?\s+(?=\w{2})", "", text, flags=re.IGNORECASE)
@@ -100,7 +100,7 @@ def _with_reason(text: str, verdicts: Mapping[str, float]) -> float | None:
     found = _lookup(text, verdicts)
     if found is not None:
         return found
-    parts = REASON.fullmatch(_unwrapped(_plain(text)))
+    parts = REASON.fullmatch(_unwrapped(_strip_marks(text)))
     if parts is None:
         return None
     found, reason = _lookup(parts["verdict"], verdicts), parts["brackets"] or parts["because"] or ""

@@ -1,7 +1,7 @@
 """AlpacaEval 2's two numbers from AlpacaEval's annotations, for users who have its files.
 
 The raw win rate is AlpacaEval's to rounding. The length-controlled one needs `df_gamed.csv` (the verdicts on two
-baselines that were told to be verbose and concise, and the difficulty of each instruction) from the data set
+baselines that were prompted to be verbose and concise, and the difficulty of each instruction) from the data set
 `tatsu-lab/alpaca_eval`, which is CC BY-NC and not shipped here. The estimator is theirs (`metrics/glm_winrate.py` at
 cd543a1, `length_controlled_v1`): logistic regression with an L1 penalty whose strength five folds choose. One thing
 differs: the difficulty is looked up by instruction. AlpacaEval looks it up by row number, which gives models with
@@ -32,7 +32,7 @@ PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's grid of C, from strong 
 GAMED_WEIGHT = 0.2 / 2  # two gamed baselines share the weight 0.2
 OUTLYING = 2.0  # standard deviation over the robust one, from which length control is noted to be weak
 ROW = ("instruction", "output_1", "output_2", "preference")
-COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,13 @@ class Gamed:
 
     @classmethod
     def read(cls, gamed: Path, difficulty: Path | None = None) -> "Gamed":
-        """Read `df_gamed.csv`, and if given `instruction_difficulty.csv`, which must say the same."""
+        """Read `df_gamed.csv`, and if given `instruction_difficulty.csv`, which must agree with it."""
         with Path(gamed).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-        missing = [name for name in COLUMNS if not rows or name not in rows[0]]
+        missing = [name for name in GAMED_COLUMNS if not rows or name not in rows[0]]
         if missing:
             raise ValueError(
-                f"{gamed} must be AlpacaEval's df_gamed.csv with the columns {COLUMNS}, got no {missing}."
+                f"{gamed} must be AlpacaEval's df_gamed.csv with the columns {GAMED_COLUMNS}, got no {missing}."
             )
         by_number: dict[int, float] = {}
         for row in rows:
@@ -150,16 +150,16 @@ def alpaca_eval(
         if all(row["output_1"] == row["output_2"] for row in rows):
             controlled, slope = Estimate(0.5, 0.5, 0.5, 0.0, len(rows)), None  # by construction, as in AlpacaEval
         else:
-            controlled, slope = _controlled(preference, difference, hard, table, confidence)
+            controlled, slope = length_controlled_rate(preference, difference, hard, table, confidence)
     return AlpacaEval(
-        win_rate=_points(rate_interval(preference[known], confidence)),
-        length_controlled=controlled and _points(controlled),
+        win_rate=_in_points(rate_interval(preference[known], confidence)),
+        length_controlled=controlled and _in_points(controlled),
         slope=slope,
         mean_length=float(lengths[:, 1].mean()),
         rows=len(preference),
         failed=int((~known).sum()),
         model=visible(str(rows[0].get("generator_2") or "")),
-        notes=_notes(rows, difference, int((~known).sum())),
+        notes=_notes_on_annotations(rows, difference, int((~known).sum())),
     )
 
 
@@ -217,7 +217,7 @@ def _check_rows(rows: Sequence[Any], instructions: Sequence[str] | None) -> None
         )
 
 
-def _notes(rows: Sequence[Mapping[str, Any]], difference: np.ndarray, failed: int) -> tuple[str, ...]:
+def _notes_on_annotations(rows: Sequence[Mapping[str, Any]], difference: np.ndarray, failed: int) -> tuple[str, ...]:
     notes = []
     if failed:
         notes.append(f"{failed} of {len(rows)} annotations have no preference and are left out of the win rate.")
@@ -261,12 +261,12 @@ def _difficulty(
             'order, or `align="row"` for what AlpacaEval does.'
         )
     else:
-        places: dict[str, list[int]] = {}
+        rows_of: dict[str, list[int]] = {}
         for number, text in enumerate(instructions):
-            places.setdefault(text, []).append(number)
+            rows_of.setdefault(text, []).append(number)
         numbers = []
         for row in annotations:
-            left = places.get(row["instruction"])
+            left = rows_of.get(row["instruction"])
             if not left:
                 raise ValueError(
                     f"`instructions` must hold every instruction, got none of {row['instruction'][:80]!r}."
@@ -281,10 +281,21 @@ def _difficulty(
     return np.array([table.difficulty_by_number[number] for number in numbers])
 
 
-def _controlled(
+def length_controlled_rate(
     y: np.ndarray, difference: np.ndarray, hard: np.ndarray, gamed: Gamed, confidence: float
 ) -> tuple[Estimate, float]:
-    """The fit; rows without a preference do not train it, but count in scale and prediction, as in AlpacaEval."""
+    """AlpacaEval's fit; rows without a preference do not train it, but count in scale and prediction, as there.
+
+    Args:
+        y: `(n,)` preferences in [0, 1], NaN where there is none.
+        difference: `(n,)` length of the baseline's output minus that of the model's.
+        hard: `(n,)` difficulty of the instructions.
+        gamed: the verdicts on the gamed baselines, which train the fit too.
+        confidence: of the interval.
+
+    Returns:
+        The win rate at equal length in [0, 1], and the slope on the length term.
+    """
     known = ~np.isnan(y)
     scale = np.std(difference, ddof=1) if len(difference) > 1 else 0.0
     if scale == 0 and difference.any():
@@ -306,7 +317,7 @@ def _controlled(
 def _cross_validated(design: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The fit whose penalty has the least log loss on rows left out."""
     fold = np.empty(len(labels), dtype=int)
-    # the folds of scikit-learn's GroupKFold, in which each row stands twice: it deals the rows out in this order
+    # the folds of scikit-learn's GroupKFold, in which each row occurs twice: it assigns the rows in this order
     fold[np.argsort(np.full(len(labels), 2))[::-1]] = np.arange(len(labels)) % FOLDS
 
     def left_out_loss(penalty: float) -> float:
@@ -320,7 +331,16 @@ def _cross_validated(design: np.ndarray, labels: np.ndarray, weight: np.ndarray)
     return lasso(design, labels, weight, min(PENALTIES, key=left_out_loss))
 
 
-def _interval(own, y, design, weight, beta, predicted, rate, confidence) -> Estimate:
+def _interval(
+    own: np.ndarray,
+    y: np.ndarray,
+    design: np.ndarray,
+    weight: np.ndarray,
+    beta: np.ndarray,
+    predicted: np.ndarray,
+    rate: float,
+    confidence: float,
+) -> Estimate:
     """Sandwich interval of the mean prediction over the model's rows; gamed rows and penalty are taken as given."""
     n, known = len(y), ~np.isnan(y)
     p = expit(design @ beta)
@@ -334,7 +354,7 @@ def _interval(own, y, design, weight, beta, predicted, rate, confidence) -> Esti
     return Estimate(rate, float(expit(logit(rate) - half)), float(expit(logit(rate) + half)), float(se), n)
 
 
-def _points(estimate: Estimate) -> Estimate:
+def _in_points(estimate: Estimate) -> Estimate:
     def times(x: float | None) -> float | None:
         return None if x is None else 100 * x
 

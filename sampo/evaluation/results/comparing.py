@@ -9,7 +9,8 @@ from typing import Any
 
 from ...io.records import Record, provenance
 from ...io.tables import Table
-from ...stats.intervals import Estimate, holm
+from ...stats.intervals import holm
+from .cells import BEHIND, show_estimate
 from .difficulty import difficulty_from, length_correlation
 from .judged import Judged
 from .length_control import ExtrapolationWarning, length_controlled
@@ -29,7 +30,7 @@ class Duel:
     Attributes:
         first: name.
         second: name.
-        paired: what their verdicts against the common baseline say.
+        paired: their difference, from the verdicts against the common baseline.
         p_holm: p-value adjusted for all duels of the comparison; None where no prompt differs.
     """
 
@@ -139,7 +140,7 @@ def _with_note(
         note += "a difficulty from few systems removes only a part of the bias that this brings at equal length."
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExtrapolationWarning)  # it stands in the notes already
+            warnings.simplefilter("ignore", ExtrapolationWarning)  # the notes have it already
             other = length_controlled(comparisons, difficulty=hard).rate.value or 0.0
         note += (
             f"the rate at equal length is biased. With `difficulty`, which removes a part of it, it is {other:.1%}."
@@ -150,8 +151,8 @@ def _with_note(
 
 def _duels(comparisons: Mapping[str, Comparisons]) -> list[Duel]:
     found = [(a, b, paired(comparisons[a], comparisons[b])) for a, b in combinations(comparisons, 2)]
-    tested = [place for place, (_, _, one) in enumerate(found) if one.p_value is not None]
-    adjusted = dict(zip(tested, holm([found[place][2].p_value or 0.0 for place in tested]), strict=True))
+    tested = [i for i, (_, _, one) in enumerate(found) if one.p_value is not None]
+    adjusted = dict(zip(tested, holm([found[i][2].p_value or 0.0 for i in tested]), strict=True))
     return [Duel(first=a, second=b, paired=one, p_holm=adjusted.get(i)) for i, (a, b, one) in enumerate(found)]
 
 
@@ -215,15 +216,8 @@ def duel_table(duels: Sequence[Duel]) -> Table:
         table.add(
             f"{duel.first} − {duel.second}",
             f"{one.difference.n:,}",
-            _points(one.difference),
+            show_estimate(one.difference, "+.1f", bounds=BEHIND, scale=100),
             *(f"{count:,}" for count in (one.better, one.worse, one.equal)),
             *("–" if p is None else f"{p:.2g}" for p in (one.p_value, duel.p_holm)),
         )
     return table
-
-
-def _points(estimate: Estimate) -> str:
-    if estimate.value is None or estimate.interval is None:
-        return "–"
-    low, high = estimate.interval
-    return f"{100 * estimate.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

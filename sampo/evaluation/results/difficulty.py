@@ -63,8 +63,14 @@ def length_correlation(comparisons: Comparisons, difficulty: Mapping[Hashable, f
     return float(np.corrcoef(term, hard)[0, 1])
 
 
-def _joint_rows(others: Sequence[Comparisons]):
-    """Rows of all systems under each other, with two columns of the design per system."""
+def _joint_rows(
+    others: Sequence[Comparisons],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Hashable]]:
+    """Stack the rows of all systems, with two columns of the design for each system.
+
+    Returns:
+        `(n,)` preferences, `(n,)` numbers of the prompts, `(n, 2 · systems)` design, `(n,)` weights, and the prompts.
+    """
     ids = codes_of([prompt for other in others for prompt in other.ids])[1]
     number = {prompt: i for i, prompt in enumerate(ids)}
     y, codes, weight, blocks = [], [], [], []

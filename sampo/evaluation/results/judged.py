@@ -1,4 +1,4 @@
-"""What a run of `sampo judge` leaves on the disk, and reads back: nothing has to be judged again for its statistics.
+"""The files of a run of `sampo judge`, written and read back: new statistics need no new judgements.
 
 Beside `judgements.jsonl`, one row per prompt and order, lie
 
@@ -67,7 +67,7 @@ class JudgedFile:
     n: int | None
     seed: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.judge.get("name"), str):
             raise ValueError(f"`judge` must have a text in `name`, got {str(self.judge.get('name'))[:40]}")
 
@@ -79,7 +79,7 @@ def content_hash(path: str | Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A system, a baseline, and what a judge said.
+    """The judgements of one judge on a system and a baseline.
 
     Attributes:
         system: the answers of the system.
@@ -118,10 +118,10 @@ class Judged:
         }
 
     def _cut(self) -> tuple[Estimate, Estimate] | None:
-        """Share of the answers of each side that the limit of tokens cut off; None where no stop reason is known."""
+        """Share of the system's and of the baseline's answers that were cut; None where no stop reason is known."""
         shares = []
-        for side in ("system", "baseline"):
-            stops = {(row.prompt_id, row.sample): getattr(row, f"{side}_stop") for row in self.rows}
+        for whose in ("system", "baseline"):
+            stops = {(row.prompt_id, row.sample): getattr(row, f"{whose}_stop") for row in self.rows}
             known = [(key[0], stop == "length") for key, stop in stops.items() if stop in ("eos", "length")]
             codes = codes_of([prompt for prompt, _ in known])[0]
             values = np.array([float(cut) for _, cut in known])
@@ -155,13 +155,13 @@ class Judged:
             )
         verdicts = Verdicts.of(self.rows, length_unit=length_unit)
         if self.judge["name"] in ORDERLESS or any(row.detail == ONCE for row in self.rows):
-            return replace(verdicts, order=None)  # one verdict stands in both rows: they agree, and that says nothing
+            return replace(verdicts, order=None)  # one verdict fills both rows, so their agreement means nothing
         return verdicts
 
     def summary(
         self, name: str = "", *, length_unit: str = "characters", difficulty: Mapping[Any, float] | None = None
     ) -> Summary:
-        """All that the judgements say, both controls beside it."""
+        """The statistics of the judgements, with both controls."""
         once = {(row.prompt_id, row.sample): row.order for row in self.rows if row.detail == ONCE}
         pairs = len({(row.prompt_id, row.sample) for row in self.rows if row.preference is not None})
         remarks = []
@@ -184,13 +184,13 @@ class Judged:
         )
 
 
-def _beside(out: Path) -> dict[str, Path]:
+def _output_paths(out: Path) -> dict[str, Path]:
     endings = {"control": "control.jsonl", "summary": "summary.json", "table": "csv", "records": "records.jsonl"}
     return {what: out.with_suffix(f".{ending}") for what, ending in endings.items()}
 
 
 def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any], command: str) -> list[Path]:
-    """Write the files of one run; each is whole or absent.
+    """Write the files of one run; each write is atomic.
 
     Args:
         out: file of the judgements; the others lie beside it.
@@ -202,7 +202,7 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
     Returns:
         The files.
     """
-    places = _beside(out)
+    places = _output_paths(out)
     write_judgements(out, judged.rows)
     write_judgements(places["control"], judged.empty)
     about = {
@@ -229,7 +229,7 @@ def read(path: str | Path) -> Judged:
         ValueError: they do not belong together.
     """
     path = Path(path)
-    places = _beside(path)
+    places = _output_paths(path)
     for needed in (path, places["summary"], places["control"]):
         if not needed.is_file():
             raise FileNotFoundError(

@@ -16,27 +16,28 @@ length-controlled win rate is the mean prediction at Δ = 0. Deviations from Alp
 5. s is 1.4826 times the median of the absolute deviations from the median, those that are 0 omitted: 2 % of answers
    that repeat themselves up to a limit multiply the standard deviation, and tanh(Δ / s) is then near 0 for all others.
 
-So the number has no place beside AlpacaEval's, and is never called by its name.
+So the number does not compare with AlpacaEval's, and is never called by its name.
 """
 
 import warnings
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
 from scipy.special import expit, logit
 
-from ...stats.intervals import FEW, Estimate, bootstrap, prompt_weights, rate_interval, undefined
+from ...stats.bootstrap import bootstrap
+from ...stats.intervals import FEW, Estimate, prompt_weights, rate_interval, undefined
 from ...stats.logistic import curvature_of, newton, sum_by_prompt
 from .verdicts import Comparisons, length_ratios
 
 RIDGE = 1e-4  # on the slope and on the weight of the difficulty; in a fit of 100 prompts it moves nothing visible
 FLAT = 1e-10  # on the strength: only labels that are all the same feel it
-SEPARATED = 10.0  # a slope beyond it: lengths tell wins from losses, and nothing is known at equal length
+SEPARATED = 10.0  # a slope beyond it: lengths separate wins from losses, and nothing is known at equal length
 NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 ROUNDING = 1e-9  # relative; below it two differences of length are the same
-SIMILAR = 1.1  # lengths within this factor count for both sides of the overlap
+SIMILAR = 1.1  # lengths within this factor count as longer and as shorter
 REFUSE_BELOW, WARN_BELOW = 0.05, 0.20  # of the overlap: docs/evaluation.md has the errors by simulation
 
 
@@ -143,14 +144,14 @@ def length_controlled(
     fit = data.fit(np.ones((1, data.prompts)))
     rate, slope = _sandwich(data, fit, confidence)
     if interval == "bootstrap":
-        low, high, se = bootstrap(
-            lambda counts: data.fit(counts.astype(float)).rate,
+        [drawn] = bootstrap(
+            [lambda counts: data.fit(counts).rate],
             data.prompts,
             resamples=resamples,
             seed=seed,
             confidence=confidence,
         )
-        rate = Estimate(rate.value, low, high, se, rate.n)
+        rate = replace(drawn, value=rate.value)
     if abs(fit.beta[0, 0]) > SEPARATED:
         rate = Estimate(rate.value, 0.0, 1.0, None, rate.n)
         notes.append("Length nearly separates wins from losses: at equal length these data say nothing.")
@@ -292,8 +293,8 @@ def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weight[order])
     half, slack = below[-1] / 2, ROUNDING * below[-1]
-    places = np.searchsorted(below, (half - slack, half + slack)).clip(max=len(values) - 1)
-    return float(values[order[places]].mean())
+    ranks = np.searchsorted(below, (half - slack, half + slack)).clip(max=len(values) - 1)
+    return float(values[order[ranks]].mean())
 
 
 def _sandwich(data: FitData, fit: _Fit, confidence: float) -> tuple[Estimate, Estimate]:
@@ -328,7 +329,7 @@ def length_slope(comparisons: Comparisons, *, confidence: float = 0.95) -> Estim
     """The judge's own slope: change of the logit of a win when the system's answer is twice as long.
 
     From a logistic regression of the preference on log2(system / baseline), clustered by prompt; comparisons with an
-    empty answer are left out. It says what goes with length, not what length causes: where longer answers are also
+    empty answer are left out. It measures correlation with length, not its effect: where longer answers are also
     better, an unbiased judge has a slope too. Compare it with the slope of the truth or of another judge.
     """
     ratio = length_ratios(comparisons)

@@ -1,4 +1,4 @@
-"""All that verdicts say about a system and a baseline, as rows, records and one sentence that can be defended."""
+"""The statistics of the verdicts on a system and a baseline, as rows, records and one sentence to quote."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from ...io.records import Record, provenance
 from ...io.tables import Table
 from ...stats.intervals import Estimate, mean_interval, prompt_means
+from .cells import NONE, mean_length, percent, percent_cell
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
 from .verbosity import Verbosity
 from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
@@ -35,11 +36,11 @@ class Summary:
         matched: win rate among answers of about the same length, or None.
         bins: win rate by ratio of lengths, lower and upper edge with each.
         slope: the judge's slope on log2 of the ratio of lengths, or None.
-        longer_wins: control: what a judge would say that always takes the longer answer, or None.
+        longer_wins: control: win rate by a judge that always prefers the longer answer, or None.
         winner_is_longer: how often the judge's winner is the longer answer, or None.
         empty: control: win rate of an empty answer in the system's place, which should be near 0; None if not judged.
         orders: consistency of the two orders, or None.
-        order_said: what stands in the sentence in its place, or "".
+        order_said: text of the sentence in its place, or "".
         failed_verdicts: verdicts that failed; a pair has one in each order.
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off, or None.
         remarks: further notes.
@@ -128,23 +129,23 @@ class Summary:
         return row | {"notes": " ".join(self.notes)}
 
     def sentence(self) -> str:
-        """What can be said in a paper without a footnote."""
+        """The result in one sentence, with lengths, failures and controls."""
         rate = self.raw
         text = (
-            f"{self.system} wins {_pct(rate.rate)} against {self.baseline} by {self.judge} on {rate.rate.n:,} prompts "
-            f"({_orders(self)}; {rate.wins} wins, {rate.ties} ties, {rate.losses} losses"
+            f"{self.system} wins {percent(rate.rate)} against {self.baseline} by {self.judge} on "
+            f"{rate.rate.n:,} prompts ({_orders(self)}; {rate.wins} wins, {rate.ties} ties, {rate.losses} losses"
         )
         lost = rate.failed + rate.half_failed
         text += f"; {lost} pairs left out for {self.failed_verdicts} failed verdicts)" if lost else ")"
         if self.lengths:
-            ours, theirs = (_count(length) for length in self.lengths)
+            ours, theirs = (mean_length(length) for length in self.lengths)
             text += f"; with {ours} {self.length_unit} per answer against {theirs}"
         if self.controlled:
-            text += f"; at equal length {_pct(self.controlled.rate)}"
+            text += f"; at equal length {percent(self.controlled.rate)}"
         if self.longer_wins:
-            text += f"; always taking the longer answer would give {_pct(self.longer_wins.rate, bounds=False)}"
+            text += f"; always taking the longer answer would give {percent(self.longer_wins.rate, bounds=NONE)}"
         if self.empty:
-            text += f", an empty answer {_pct(self.empty.rate, bounds=False)}"
+            text += f", an empty answer {percent(self.empty.rate, bounds=NONE)}"
         text += "." if self.controlled or not self.refused else "; lengths overlap too little for a control of length."
         bounds = rate.rate.interval
         if bounds and bounds[0] <= 0.5 <= bounds[1]:
@@ -177,7 +178,7 @@ def summarise(
         empty: verdicts of the same judge on empty answers in the system's place.
         difficulty: of the prompts, from other systems (`difficulty_from`), for the control of length.
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off.
-        order_said: what the sentence says of the order where there is no consistency of orders.
+        order_said: text on the order for the sentence, where there is no consistency of orders.
         remarks: further notes.
         confidence: of all intervals.
     """
@@ -199,7 +200,7 @@ def summarise(
         parts["matched"] = matched if matched.comparisons >= MATCHED_MIN else None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExtrapolationWarning)  # it stands in the notes
+                warnings.simplefilter("ignore", ExtrapolationWarning)  # the notes have it
                 parts["controlled"] = length_controlled(comparisons, difficulty=difficulty, confidence=confidence)
         except ExtrapolationError as error:
             parts["refused"] = str(error)
@@ -210,7 +211,7 @@ def summarise(
 
 
 def _doubts_of_order(orders: OrderConsistency | None) -> list[tuple[str, str]]:
-    """What the order of the answers does to the judge, if it is too much: a few words for the sentence, and a note."""
+    """If the order of the answers affects the judge too much: a phrase for the sentence, and a note."""
     if orders is None or orders.first_shown.value is None or orders.consistent.value is None:
         return []
     first, same = orders.first_shown.value, orders.consistent.value
@@ -230,7 +231,7 @@ def _doubts_of_order(orders: OrderConsistency | None) -> list[tuple[str, str]]:
 
 
 def _doubts_of_cuts(cut: tuple[Estimate, Estimate] | None) -> list[tuple[str, str]]:
-    """The same of answers that the limit of tokens cut off."""
+    """The same for answers that the limit of tokens cut off."""
     found = []
     for whose, share in zip(("the system's", "the baseline's"), cut or (), strict=False):
         if share.value is not None and share.value > CUT:
@@ -242,53 +243,31 @@ def _doubts_of_cuts(cut: tuple[Estimate, Estimate] | None) -> list[tuple[str, st
 
 def summary_table(found: Sequence[Summary]) -> Table:
     """What fits on a screen, one line per system; `Summary.row` has everything."""
-    sides = sorted({f"{one.baseline} by {one.judge}" for one in found})
+    opponents = sorted({f"{one.baseline} by {one.judge}" for one in found})
     units = sorted({one.length_unit for one in found if one.lengths})
     heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
     controls = ("longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "pairs\nfailed")
-    table = Table(f"Win rates against {'; '.join(sides)}", ["system", *heads, *controls])
+    table = Table(f"Win rates against {'; '.join(opponents)}", ["system", *heads, *controls])
     for one in found:
-        lengths = [_count(length) for length in one.lengths] if one.lengths else ["–", "–"]
+        lengths = [mean_length(length) for length in one.lengths] if one.lengths else ["–", "–"]
         table.add(
             one.system,
             f"{one.raw.rate.n:,}",
-            _cell(one.raw.rate),
-            _cell(one.controlled.rate) if one.controlled else "refused" if one.refused else "–",
+            percent_cell(one.raw.rate),
+            percent_cell(one.controlled.rate) if one.controlled else "refused" if one.refused else "–",
             *lengths,
-            _cell(one.longer_wins.rate, bounds=False) if one.longer_wins else "–",
-            _cell(one.empty.rate, bounds=False) if one.empty else "–",
-            _cell(one.orders.consistent, bounds=False) if one.orders else "–",
+            percent_cell(one.longer_wins.rate, bounds=NONE) if one.longer_wins else "–",
+            percent_cell(one.empty.rate, bounds=NONE) if one.empty else "–",
+            percent_cell(one.orders.consistent, bounds=NONE) if one.orders else "–",
             f"{one.raw.ties:,}",
             f"{one.raw.failed + one.raw.half_failed:,}",
         )
     return table
 
 
-def _cell(estimate: Estimate, *, bounds: bool = True) -> str:
-    if estimate.value is None:
-        return "–"
-    text = f"{100 * estimate.value:.1f}"
-    if bounds and estimate.interval:
-        text += f"\n{100 * estimate.interval[0]:.1f}–{100 * estimate.interval[1]:.1f}"
-    return text
-
-
-def _pct(estimate: Estimate, *, bounds: bool = True) -> str:
-    if estimate.value is None:
-        return "–"
-    text = f"{100 * estimate.value:.1f} %"
-    if bounds and estimate.interval:
-        text += f" [{100 * estimate.interval[0]:.1f}, {100 * estimate.interval[1]:.1f}]"
-    return text
-
-
-def _count(estimate: Estimate) -> str:
-    return "–" if estimate.value is None else f"{estimate.value:,.0f}"
-
-
 def _orders(summary: Summary) -> str:
     if summary.orders:
-        return f"both orders, consistent in {_pct(summary.orders.consistent, bounds=False)}"
+        return f"both orders, consistent in {percent(summary.orders.consistent, bounds=NONE)}"
     if any(note.startswith("Only one order") for note in summary.raw.notes):
         return "one order only"
     return summary.order_said or "the order of the answers plays no part"

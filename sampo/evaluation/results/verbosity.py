@@ -1,6 +1,6 @@
 """How long answers are, and how much of their length is repetition.
 
-The unit is the prompt: several answers to one prompt are averaged, or share its weight. The mean never stands without
+The unit is the prompt: several answers to one prompt are averaged, or share its weight. The mean is always shown with
 median and 90th percentile, because a few answers that repeat themselves up to the limit move the mean alone.
 """
 
@@ -23,10 +23,11 @@ from ...stats.intervals import (
     rate_interval,
     undefined,
 )
+from .cells import BELOW, NONE, show_estimate
 
 UNITS = ("tokens", "words", "characters")
 QUANTILES = {"median": 0.5, "p90": 0.9}
-LONG_TEXT = 200  # characters above which a compression ratio says something about the text and not about zlib
+LONG_TEXT = 200  # characters above which a compression ratio depends on the text and not on zlib's overhead
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
 
@@ -50,7 +51,7 @@ class System:
     tokenizer: str | None = None
     stop: Sequence[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for column in ("text", "tokens", "stop"):
             rows = getattr(self, column)
             if rows is not None and len(rows) != len(self.prompt):
@@ -111,7 +112,7 @@ class Verbosity:
         tokenizer: of the tokens, or None.
         answers: their number.
         prompts: their number.
-        measures: by name, as in docs/evaluation.md; what cannot be said has the value None.
+        measures: by name, as in docs/evaluation.md; an undefined measure has the value None.
         baseline: whom the ratios are to, or None.
         notes: what a reader has to know, in sentences.
     """
@@ -153,7 +154,7 @@ def verbosity(system: System, baseline: System | None = None, *, confidence: flo
         notes.append("Some answers have no stop reason: cut ones among them would look concise.")
     if baseline is not None:
         for unit in UNITS:
-            measures |= _beside(system, baseline, unit, confidence, notes)
+            measures |= _relative_lengths(system, baseline, unit, confidence, notes)
     return Verbosity(
         system=system.name,
         tokenizer=system.tokenizer,
@@ -179,8 +180,8 @@ def _of_stops(system: System, codes: np.ndarray, confidence: float) -> dict[str,
     known = np.array([stop in ("eos", "length") for stop in system.stop or []], dtype=bool)
     cut = np.array([stop == "length" for stop in system.stop or []], dtype=bool)
     return {
-        "cut": _share(cut[known], codes[: len(known)][known], confidence),
-        "empty": _share(empty, codes, confidence),
+        "cut": _share_of_answers(cut[known], codes[: len(known)][known], confidence),
+        "empty": _share_of_answers(empty, codes, confidence),
     }
 
 
@@ -189,9 +190,9 @@ def _of_repetition(system: System, codes: np.ndarray, confidence: float) -> dict
     found = {}
     for n in (1, 2, 3):
         values, own = _defined([distinct_n(text, n) for text in system.text], codes)
-        found[f"distinct_{n}"] = _share(values, own, confidence)
+        found[f"distinct_{n}"] = _share_of_answers(values, own, confidence)
     values, own = _defined([repeated_sentences(text) for text in system.text], codes)
-    found["repeated_sentences"] = _share(values, own, confidence)
+    found["repeated_sentences"] = _share_of_answers(values, own, confidence)
     values, own = _defined([compression_ratio(text) for text in system.text], codes)
     found["compression_mean"] = mean_interval(prompt_means(values, own), confidence) if len(own) else undefined(0)
     for name, level in {"median": 0.5, "p99": 0.99}.items():
@@ -205,7 +206,7 @@ def _defined(values: Sequence[float | None], codes: np.ndarray) -> tuple[np.ndar
     return np.array([values[i] for i in kept], dtype=float), codes_of(codes[kept])[0]
 
 
-def _share(values: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
+def _share_of_answers(values: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
     if not len(values):
         return undefined(0)
     return rate_interval(prompt_means(values.astype(float), codes_of(codes)[0]), confidence)
@@ -233,7 +234,9 @@ def repeated_sentences(text: str) -> float | None:
     return 1 - len(set(sentences)) / len(sentences) if len(sentences) > 1 else None
 
 
-def _beside(system: System, baseline: System, unit: str, confidence: float, notes: list[str]) -> dict[str, Estimate]:
+def _relative_lengths(
+    system: System, baseline: System, unit: str, confidence: float, notes: list[str]
+) -> dict[str, Estimate]:
     """Ratio of lengths (geometric mean over prompts) and share of longer answers, on the prompts that both have."""
     names = (f"{unit}_ratio", f"{unit}_longer")
     ours, theirs = system.lengths(unit), baseline.lengths(unit)
@@ -250,7 +253,7 @@ def _beside(system: System, baseline: System, unit: str, confidence: float, note
     longer = [_share_above(ours[rows[p]], theirs[other[p]]) for p in shared]
     full = [p for p in shared if (ours[rows[p]] > 0).all() and (theirs[other[p]] > 0).all()]
     logs = np.array([np.log(ours[rows[p]]).mean() - np.log(theirs[other[p]]).mean() for p in full])
-    if unit == UNITS[-1]:  # said once, for characters, which every system has
+    if unit == UNITS[-1]:  # noted once, for characters, which every system has
         apart, empty = len(rows) + len(other) - 2 * len(shared), len(shared) - len(full)
         if apart:
             notes.append(f"{apart} prompts that only one of the two systems has are left out beside {baseline.name}.")
@@ -282,7 +285,7 @@ def _exp(estimate: Estimate) -> Estimate:
 def compare_verbosity(
     systems: Sequence[System], baseline: str | None = None, *, confidence: float = 0.95
 ) -> list[Verbosity]:
-    """Measures of any number of systems; `baseline` names the one that the others stand beside."""
+    """Measures of any number of systems; `baseline` names the one that the others are compared with."""
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ValueError(f"Systems must have different names, got {names}.")
@@ -306,28 +309,19 @@ def verbosity_table(found: Sequence[Verbosity], *, unit: str | None = None) -> T
         unit = "tokens" if len(tokenizers) == 1 and None not in tokenizers else "characters"
     title = f"Length in {unit}" + (f" of {', '.join(sorted(map(str, tokenizers)))}" if unit == "tokens" else "")
     columns = {
-        "mean": (f"{unit}_mean", ".0f", True),
-        "median": (f"{unit}_median", ".0f", False),
-        "p90": (f"{unit}_p90", ".0f", False),
-        "ratio": (f"{unit}_ratio", ".2f", True),
-        "longer": (f"{unit}_longer", ".0%", False),
-        "cut": ("cut", ".1%", False),
-        "empty": ("empty", ".1%", False),
-        "distinct-3": ("distinct_3", ".2f", False),
-        "compr.\np99": ("compression_p99", ".1f", False),
-        "repeated": ("repeated_sentences", ".1%", False),
+        "mean": (f"{unit}_mean", ".0f", BELOW),
+        "median": (f"{unit}_median", ".0f", NONE),
+        "p90": (f"{unit}_p90", ".0f", NONE),
+        "ratio": (f"{unit}_ratio", ".2f", BELOW),
+        "longer": (f"{unit}_longer", ".0%", NONE),
+        "cut": ("cut", ".1%", NONE),
+        "empty": ("empty", ".1%", NONE),
+        "distinct-3": ("distinct_3", ".2f", NONE),
+        "compr.\np99": ("compression_p99", ".1f", NONE),
+        "repeated": ("repeated_sentences", ".1%", NONE),
     }
     table = Table(title, ["system", "prompts", *columns])
     for one in found:
-        cells = [_cell(one.measures.get(name), form, bounds) for name, form, bounds in columns.values()]
+        cells = [show_estimate(one.measures.get(name), form, bounds=bounds) for name, form, bounds in columns.values()]
         table.add(one.system, f"{one.prompts:,}", *cells)
     return table
-
-
-def _cell(estimate: Estimate | None, form: str, bounds: bool) -> str:
-    if estimate is None or estimate.value is None:
-        return "–"
-    text = format(estimate.value, form)
-    if bounds and estimate.interval is not None:
-        text += f"\n{format(estimate.interval[0], form)}–{format(estimate.interval[1], form)}"
-    return text

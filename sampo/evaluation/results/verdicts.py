@@ -1,9 +1,9 @@
-"""Verdicts of a judge, and what they say about each pair of answers.
+"""Verdicts of a judge, and the comparison of each pair of answers that follows from them.
 
-A verdict is one answer of the judge; a comparison is what its verdicts say about one answer of the system and one of
-the baseline, both orders averaged; a score is the mean comparison of one prompt, and the prompt is the unit of every
+A verdict is one answer of the judge; a comparison is the mean of its verdicts on one answer of the system and one of
+the baseline, over both orders; a score is the mean comparison of one prompt, and the prompt is the unit of every
 interval. Preferences are the system's: 1 a win, 0 a loss, ½ a tie, NaN a failure. A failure is counted and left out,
-never taken for a tie.
+never counted as a tie.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -20,7 +20,7 @@ Ids = Sequence[Hashable] | np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
-    """What one judge said about a system and a baseline, one row per verdict.
+    """The verdicts of one judge on a system and a baseline, one row per verdict.
 
     Attributes:
         prompt: `(n,)` id of the prompt.
@@ -67,7 +67,7 @@ class Verdicts:
             length_unit=length_unit,
         )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("preference", "system_length", "baseline_length"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
@@ -104,7 +104,7 @@ class Comparisons:
     lost_prompts: int = 0
     orders: str = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("preference", "system_length", "baseline_length"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
@@ -195,7 +195,7 @@ def compare_orders(verdicts: Verdicts) -> Comparisons:
     """Average the orders of each pair of answers.
 
     Several verdicts in one order are averaged first, so that a repeated request does not weigh twice. Where the
-    verdicts speak of both orders, a pair with a verdict in one order only is left out and counted in `half_failed`:
+    verdicts cover both orders, a pair with a verdict in one order only is left out and counted in `half_failed`:
     kept, it would bring the judge's bias for a position back in.
     """
     table = _by_order(verdicts)
@@ -229,8 +229,8 @@ class _ByOrder:
 
 
 def _by_order(verdicts: Verdicts) -> _ByOrder:
-    sample = [0] * len(verdicts.prompt) if verdicts.sample is None else _plain(verdicts.sample)
-    keys = list(zip(_plain(verdicts.prompt), sample, strict=True))
+    sample = [0] * len(verdicts.prompt) if verdicts.sample is None else _as_list(verdicts.sample)
+    keys = list(zip(_as_list(verdicts.prompt), sample, strict=True))
     codes, pairs = codes_of(keys)[0], list(dict.fromkeys(keys))
     first_row = np.full(len(pairs), len(codes))
     np.minimum.at(first_row, codes, np.arange(len(codes)))
@@ -252,7 +252,7 @@ def _by_order(verdicts: Verdicts) -> _ByOrder:
     return _ByOrder(pairs, seen, mean, first_row, sorted(set(order.tolist())))
 
 
-def _plain(values: Ids) -> list[Hashable]:
+def _as_list(values: Ids) -> list[Hashable]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 
@@ -283,7 +283,7 @@ class OrderConsistency:
 
 
 def order_consistency(verdicts: Verdicts, *, confidence: float = 0.95) -> OrderConsistency:
-    """Does the judge say the same when the answers change places?"""
+    """Compare the verdicts of the two orders: does the judge prefer the same answer in both?"""
     if verdicts.order is None:
         raise ValueError("`order` must be given for the consistency of orders, got None.")
     table = _by_order(verdicts)

@@ -1,12 +1,13 @@
 """Win rates: how often a judge prefers a system to a baseline, alone, beside another system's, and by length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
 
-from ...stats.intervals import FEW, Estimate, bootstrap, difference_interval, prompt_means, rate_interval, undefined
+from ...stats.bootstrap import bootstrap
+from ...stats.intervals import FEW, Estimate, difference_interval, prompt_means, rate_interval, undefined
 from .verdicts import Comparisons, length_ratios
 
 TIE = 1e-9  # scores that differ from ½ by less are ½: means of several verdicts are not exact
@@ -14,7 +15,7 @@ TIE = 1e-9  # scores that differ from ½ by less are ½: means of several verdic
 
 @dataclass(frozen=True, kw_only=True)
 class WinRate:
-    """A win rate with all that has to stand beside it.
+    """A win rate with all that must be reported with it.
 
     Attributes:
         rate: mean score over prompts, with its interval.
@@ -62,14 +63,14 @@ def win_rate(
     scores = comparisons.scores
     rate = rate_interval(scores, confidence)
     if interval == "bootstrap" and len(scores):
-        low, high, se = bootstrap(
-            lambda counts: counts @ scores / len(scores),
+        [drawn] = bootstrap(
+            [lambda counts: counts @ scores / len(scores)],
             len(scores),
             resamples=resamples,
             seed=seed,
             confidence=confidence,
         )
-        rate = Estimate(rate.value, low, high, se, rate.n)
+        rate = replace(drawn, value=rate.value)
     tie = np.abs(scores - 0.5) < TIE
     return WinRate(
         rate=rate,
@@ -80,11 +81,11 @@ def win_rate(
         failed=comparisons.failed,
         half_failed=comparisons.half_failed,
         lost_prompts=comparisons.lost_prompts,
-        notes=_notes(comparisons),
+        notes=_notes_on_comparisons(comparisons),
     )
 
 
-def _notes(comparisons: Comparisons) -> tuple[str, ...]:
+def _notes_on_comparisons(comparisons: Comparisons) -> tuple[str, ...]:
     n, notes = len(comparisons.scores), []
     if n < FEW:
         notes.append(f"{n} prompts: below {FEW} the interval is a hint only, and shows differences of thirty points.")
@@ -175,7 +176,7 @@ def by_length_ratio(
 def length_matched(comparisons: Comparisons, *, ratio: float = 1.25, confidence: float = 0.95) -> WinRate:
     """Win rate among answers whose lengths differ by no more than a factor.
 
-    A check of robustness, not a headline: it speaks of those prompts only on which both write about as much.
+    A check of robustness, not a main result: it covers only the prompts on which both answers are about as long.
     """
     if ratio < 1:
         raise ValueError(f"`ratio` must be at least 1, got {ratio}.")
@@ -184,7 +185,7 @@ def length_matched(comparisons: Comparisons, *, ratio: float = 1.25, confidence:
 
 
 def longer_wins(comparisons: Comparisons) -> Comparisons:
-    """The control that every result needs: what a judge would say that always takes the longer answer."""
+    """The control that every result needs: a judge that always prefers the longer answer."""
     ours, theirs = comparisons.lengths
     return Comparisons(
         prompt=comparisons.prompt,

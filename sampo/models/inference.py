@@ -1,0 +1,140 @@
+"""Open a model to generate or score with, a causal language model or a reward model, and identify its weights.
+
+Built on `load`: a model is checked before its weights are read, and refused if they are missing or not finite.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .load import add_adapter, base_of, check_model, has_adapter, opening, refuse_weights_not_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file of weights go into a fingerprint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal language model or a reward model.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        weights: fingerprint of its weights, with that of the adapter after a `+`; None if not known.
+        base: name of the model below the adapter; None without an adapter.
+    """
+
+    model: "PreTrainedModel"
+    weights: str | None
+    base: str | None
+
+
+def default_device() -> str:
+    """The first accelerator, else the CPU."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
+
+
+def load_causal(
+    name: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a causal language model, with its adapter if it has one.
+
+    Args:
+        name: folder or hub id of a model, or of an adapter, which is loaded on its base.
+        adapter: folder or hub id of an adapter for `name`.
+        revision: of `name` on the hub.
+        device: to put the model on.
+        dtype: of the weights; `auto` for that of the files.
+        trust_remote_code: whether the model may bring code of its own.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    from transformers import AutoModelForCausalLM
+
+    for checked in {name, adapter or name}:
+        check_model(checked, trust_remote_code=trust_remote_code)
+    base, base_revision = name, revision
+    if adapter is None and has_adapter(name, revision):
+        adapter, (base, base_revision) = name, base_of(name, revision)
+    with opening(base, "model"):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, revision=base_revision or "main", dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    weights = fingerprint(base, model)
+    if adapter is not None:
+        model = add_adapter(model, adapter, revision=revision if adapter == name else None)
+        weights = f"{weights}+{fingerprint(adapter, None)}"
+    refuse_weights_not_finite(model.named_parameters(), name if adapter is None else adapter)
+    return Loaded(model.to(device).eval(), weights, None if adapter is None else base)
+
+
+def load_reward(name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "auto") -> Loaded:
+    """Load a reward model: a sequence classifier with one output. Code of its own is never run.
+
+    Args:
+        name: folder or hub id.
+        revision: of `name` on the hub.
+        device: to put the model on.
+        dtype: of the weights; `auto` for that of the files.
+
+    Raises:
+        ModelError: it cannot be used.
+        ValueError: it has several outputs, or its head is not in the files.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    requirement = "`model` must be a reward model with one output"
+    with opening(name, "model"):
+        outputs = AutoConfig.from_pretrained(name, **options).num_labels
+    if outputs != 1:
+        raise ValueError(f"{requirement}, got {outputs} outputs in {name}.")
+    check_model(name, reward=True)
+    with opening(name, "model"):
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, num_labels=1, **options
+        )
+    refuse_weights_not_finite(model.named_parameters(), name)
+    if found["missing_keys"]:
+        raise ValueError(f"{requirement}, got no weights of {sorted(found['missing_keys'])} in {name}.")
+    return Loaded(model.to(device).eval(), fingerprint(name, model), None)
+
+
+def fingerprint(name: str, model: Any) -> str | None:
+    """Identify weights: by the commit on the hub, or by a hash of samples of the files of a local folder.
+
+    The samples are spread evenly over each file: training changes some of them, and hashing all bytes would take
+    minutes. The fingerprint detects mistakes, not manipulation.
+
+    Args:
+        name: folder or hub id.
+        model: loaded from the hub, which knows its commit; None if it is not loaded.
+
+    Returns:
+        `sha256:…` of a folder, the commit of a hub id; None if it is not known.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return getattr(getattr(model, "config", None), "_commit_hash", None)
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for number in range(SAMPLES):
+                file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"

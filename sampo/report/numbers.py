@@ -1,0 +1,25 @@
+"""Numbers of records as texts of cells and captions."""
+
+from ..audit.report import interval_shown, shown
+from ..io.records import Record
+from ..stats.intervals import Estimate
+
+
+def estimate(record: Record) -> Estimate:
+    """The number of a record."""
+    low, high = record.interval or (None, None)
+    return Estimate(record.value, low, high, None, record.n)
+
+
+def number(one: Estimate | None, how: str | int = 3, *, sign: bool = False) -> str:
+    """A value with its interval: `0.123 (0.100 to 0.150)`, `12.3 % (11.0 to 14.0)`, or a dash."""
+    if one is None or one.value is None:
+        return "–"
+    plus = "+" if sign and one.value > 0 else ""
+    bounds = interval_shown(one.interval, how).replace(" %", "")
+    return plus + shown(one.value, how) + (f" ({bounds})" if bounds else "")
+
+
+def count_runs(count: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} run" if count == 1 else f"{count:,} runs"
