@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..io.files import Content, contents, disk_is_full, fault_of_contents, sealed, sync, unsealed, write_whole
+from ..io.files import disk_is_full, sync, write_whole
+from ..io.hashing import Content, find_changed_file, hash_contents, seal, unseal
 from ..io.schemas import named, parse_json, typed
 
 MANIFEST = "sampo_manifest.json"
@@ -135,7 +136,7 @@ def fault_of(folder: str | Path) -> str | None:
         return f"its {MANIFEST} cannot be read ({error})"
     if not manifest.resumable:
         return "it was saved with `save_only_model` and has no optimizer state"
-    return fault_of_contents(folder, manifest.files)
+    return find_changed_file(folder, manifest.files)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -151,7 +152,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if content.get("format") not in (1, FORMAT):
             raise ValueError(f"`format` must be 1 or {FORMAT}, got {str(content.get('format'))[:40]}")
         if content["format"] == FORMAT:
-            content = unsealed(content)
+            content = unseal(content)
         return typed(Manifest, content, complete=True)
 
 
@@ -165,8 +166,8 @@ def write_manifest(folder: str | Path, run: RunRecord, *, resumable: bool = True
     """
     folder = Path(folder)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files = contents(folder, (name for name in names if name != MANIFEST), sync=True)
-    write_whole(folder / MANIFEST, sealed(asdict(Manifest(FORMAT, resumable, run, files))))
+    files = hash_contents(folder, (name for name in names if name != MANIFEST), sync=True)
+    write_whole(folder / MANIFEST, seal(asdict(Manifest(FORMAT, resumable, run, files))))
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
 

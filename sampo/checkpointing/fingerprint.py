@@ -10,6 +10,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+from ..data.token_ids import ID_COLUMNS, hash_token_ids
 from ..weighting import REGISTERED
 
 # Options that do not change what is learned, by the reason why.
@@ -46,7 +47,6 @@ FREE = frozenset(" ".join(UNCOMPARED.values()).split())
 ROUNDING = frozenset(" ".join(ROUNDED.values()).split())
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 _OF_THE_PLACE = {"_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "inference_mode"}
-_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SAMPLE = 1024  # numbers of each tensor that go into the hash of the weights
 
 
@@ -60,8 +60,8 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(args) if f.init}
     must = {f"`{name}`": value for name, value in values.items() if name not in FREE | ROUNDING}
     must |= {
-        "the training data": data_hash(trainer.train_dataset),
-        "the weights of model and reference": weights_hash([model, getattr(trainer, "ref_model", None)]),
+        "the training data": describe_data(trainer.train_dataset),
+        "the weights of model and reference": hash_weight_samples([model, getattr(trainer, "ref_model", None)]),
         # a cache may have been filled by a reference that is not loaded now
         "the precomputed reference": _values_of(getattr(trainer, "_ref_identity", None)),
         "the end tokens": getattr(trainer, "_end_token_ids", None),
@@ -108,24 +108,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def data_hash(dataset: Any) -> dict[str, Any]:
+def describe_data(dataset: Any) -> dict[str, Any]:
     """Number and hash of the tokenised pairs in their order; for streams and images, whose rows are not read, less."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         return {"streamed": True}
-    if not set(_TOKENS) <= set(dataset.column_names):
+    if not set(ID_COLUMNS) <= set(dataset.column_names):
         return {"pairs": len(dataset), "columns": sorted(dataset.column_names)}
-    digest = hashlib.sha256()
-    for batch in dataset.select_columns(list(_TOKENS)).with_format("arrow").iter(batch_size=1000):
-        for name in _TOKENS:
-            lists = batch.column(name).combine_chunks()
-            digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            digest.update(lists.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-    return {"pairs": len(dataset), "sha256": digest.hexdigest()[:16]}
+    return {"pairs": len(dataset), "sha256": hash_token_ids(dataset)[:16]}
 
 
-def weights_hash(models: list[Any]) -> str:
+def hash_weight_samples(models: list[Any]) -> str:
     """Hash of names, shapes and up to 1,024 evenly spaced numbers of each tensor: enough to tell models apart.
 
     The adapter that is trained is left out: it starts at random, and comes from the checkpoint. So is what this

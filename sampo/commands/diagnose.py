@@ -178,9 +178,9 @@ class _Setup:
 def _prepare(args: argparse.Namespace) -> _Setup:
     """Everything that can be found fault with, then the reference."""
     from ..data.end_tokens import end_token_ids
+    from ..data.token_ids import hash_token_ids
     from ..diagnostics.pair_scores import tokenise
     from ..models.load import ModelError, check_model
-    from ..reference_cache.key import data_hash
 
     given = [("policy", name) for name in args.policy] + [("reference", args.reference)] * bool(args.reference)
     faults = []
@@ -206,7 +206,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
         policies=policies,
         pairs=pairs,
         reference=None,
-        data=data_hash(pairs),
+        data=hash_token_ids(pairs),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         end_ids=end_token_ids(tokenizer, policies[0].generation_config()),
         other_ends=other_ends,

@@ -19,7 +19,7 @@ from ..training.rounds import (
     RefusedIteration,
     Round,
     RoundFailed,
-    hash_files,
+    hash_data,
     hash_model,
     iterate,
 )
@@ -198,11 +198,8 @@ def _without_config(words: list[str]) -> list[str]:
 def _hash_inputs(options: Any) -> dict[str, str]:
     """What the first model and the data are, where they lie on this machine."""
     found = {"model": hash_model(options.model_name_or_path)}
-    data = Path(options.dataset_name or "")
-    if options.dataset_name and data.is_file():
-        found["data"] = hash_files([data])
-    elif options.dataset_name and data.is_dir():
-        found["data"] = hash_files(path for path in data.rglob("*") if path.is_file())
+    if options.dataset_name:
+        found["data"] = hash_data(Path(options.dataset_name))
     return {name: digest for name, digest in found.items() if digest}
 
 

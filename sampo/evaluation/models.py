@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.chat import ChatTemplate, NotRendered
 from ..data.layouts import has_other_content, phrase
+from ..io.hashing import hash_file_samples, hash_json
 from ..models.checks import faults_of_place
 from ..models.load import (
     ModelError,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("auto", "chat", "raw")
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
-PIECES, PIECE_BYTES = 64, 1 << 16  # of each file of weights go into a fingerprint
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,12 @@ def load_tokenizer(
 
 
 def fingerprint(name: str, model: Any) -> str | None:
-    """Which weights these are: the commit on the hub, or a hash of pieces of the files of a local folder.
-
-    The pieces are spread over each file: training changes some of them, and reading all would take minutes. The number
-    guards against mistakes, not against malice.
-    """
+    """Which weights these are: the commit on the hub, or a hash of samples of the files of a local folder."""
     folder = Path(name)
     if not folder.is_dir():
         return getattr(getattr(model, "config", None), "_commit_hash", None)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for piece in range(PIECES):
-                file.seek(max(size - PIECE_BYTES, 0) * piece // (PIECES - 1))
-                digest.update(file.read(PIECE_BYTES))
-    return f"sha256:{digest.hexdigest()[:16]}"
+    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
+    return f"sha256:{hash_file_samples(paths)[:16]}"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -126,7 +115,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         whole = json.loads(fast.to_str())
         rules = {name: whole[name] for name in ("normalizer", "pre_tokenizer", "model")}
-    return f"sha256:{hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]}"
+    return f"sha256:{hash_json(rules)[:16]}"
 
 
 class Texts:

@@ -6,7 +6,6 @@ records that are computed from another file, such as judgements, are written wit
 """
 
 import gzip
-import hashlib
 import json
 import math
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import open_to_append
+from .hashing import hash_json
 from .locks import wait_for_lock
 from .schemas import WrongFile, named, parse_json, typed
 
@@ -65,7 +65,7 @@ class Record:
 
 def config_key(config: Mapping[str, Any]) -> str:
     """Sixteen hex digits that depend on the settings and not on their order."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_json(config)[:16]
 
 
 def provenance() -> dict[str, Any]:

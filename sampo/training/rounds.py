@@ -13,7 +13,6 @@ reference are the model of the round before. What is ours:
 Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,14 +21,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpointing.files import TrainerState, numbered_checkpoints
-from ..io.files import sealed, unsealed, write_whole
+from ..io.files import write_whole
+from ..io.hashing import hash_files, hash_json, seal, unseal
 from ..io.locks import alone_in
 from ..io.schemas import WrongFile, named, parse_json, read_json, typed
 
@@ -245,7 +245,7 @@ def _take_up(plan: Plan) -> list[Round]:
 
 def _plan_round(plan: Plan, number: int) -> Round:
     commands = plan.commands(number)
-    digest = hashlib.sha256(json.dumps([plan.recipe, commands], sort_keys=True).encode()).hexdigest()
+    digest = hash_json([plan.recipe, commands])
     return Round(number, commands=commands, config_sha256=digest, model=plan.model_after(number))
 
 
@@ -374,18 +374,17 @@ def _is_number(value: Any) -> bool:
 def hash_model(folder: str | Path) -> str:
     """SHA-256 of a folder's weights; empty where there is none."""
     paths = {path for pattern in WEIGHTS for path in Path(folder).glob(pattern)} if Path(folder).is_dir() else set()
-    return hash_files(path for path in paths if path.name != "training_args.bin")
+    return _hash_paths(path for path in paths if path.name != "training_args.bin")
 
 
-def hash_files(paths) -> str:
-    """SHA-256 over names and contents of files, in the order of their names; empty for no files."""
-    digest, names = hashlib.sha256(), []
-    for path in sorted(paths):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        names.append(path.name)
-        digest.update(f"{path.name}\n{content}\n".encode())
-    return digest.hexdigest() if names else ""
+def hash_data(place: Path) -> str:
+    """SHA-256 of a file, or of all files below a folder; empty where there is none."""
+    return _hash_paths([place] if place.is_file() else (path for path in place.rglob("*") if path.is_file()))
+
+
+def _hash_paths(paths: Iterable[Path]) -> str:
+    found = sorted(paths)
+    return hash_files([(path.name, path) for path in found], separator="\n") if found else ""
 
 
 def _versions() -> dict[str, str]:
@@ -402,14 +401,14 @@ def _versions() -> dict[str, str]:
 
 
 def _save(plan: Plan, rounds: list[Round]) -> None:
-    write_whole(plan.folder / STATE, sealed(asdict(State(plan, rounds))))
+    write_whole(plan.folder / STATE, seal(asdict(State(plan, rounds))))
 
 
 def _read_state(path: Path) -> State | None:
     """What is remembered of the rounds; None where nothing is."""
     try:
         with named(path, "Restore it, or move it and the rounds away"):
-            return typed(State, unsealed(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
+            return typed(State, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
     except FileNotFoundError:
         return None
     except (OSError, WrongFile) as error:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from sampo.checkpointing import files as checkpoints
 from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_whole_checkpoint
-from sampo.checkpointing.fingerprint import FREE, ROUNDING, data_hash, weights_hash
+from sampo.checkpointing.fingerprint import FREE, ROUNDING, describe_data, hash_weight_samples
 from sampo.checkpointing.resume import Preempted, ResumeRefusedError
 from sampo.commands import train
 
@@ -314,7 +314,7 @@ def test_the_best_checkpoint_is_found_under_its_name(model, tmp_path):
 
 FULL_DISK = """
 import os, shutil, subprocess, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 import test_resume
 test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}), "Make room, and")
 """
@@ -359,7 +359,8 @@ def test_a_file_that_cannot_grow_ends_in_one_error_and_the_former_checkpoint_sta
 def test_a_full_disk_ends_in_one_error_and_the_former_checkpoint_stays(model, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    code = FULL_DISK.format(tests=str(Path(__file__).parents[1] / "support"), model=model, folder=str(folder))
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    code = FULL_DISK.format(paths=paths, model=model, folder=str(folder))
     mount = f'mount -t tmpfs -o size=4m tmpfs {folder} || exit 9; exec {sys.executable} -c "$0"'
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount, code], capture_output=True, text=True, timeout=300)
     if done.returncode == 9 or "unshare" in done.stderr:
@@ -431,23 +432,26 @@ def test_the_hash_of_the_data_is_that_of_the_token_lists_whatever_the_arrow_tabl
     from datasets import Dataset, concatenate_datasets
 
     rows = [{"prompt_ids": [i], "chosen_ids": [1] * i, "rejected_ids": [2, i]} for i in range(7)]
-    plain = data_hash(Dataset.from_list(rows))
+    plain = describe_data(Dataset.from_list(rows))
     shuffled = Dataset.from_list(rows[::-1]).select(range(6, -1, -1))
     chunked = concatenate_datasets([Dataset.from_list(rows[:3]), Dataset.from_list(rows[3:])])
     assert (
-        plain == data_hash(shuffled) == data_hash(chunked) == data_hash(Dataset.from_list(rows).add_column("x", rows))
+        plain
+        == describe_data(shuffled)
+        == describe_data(chunked)
+        == describe_data(Dataset.from_list(rows).add_column("x", rows))
     )
     moved = [dict(row) for row in rows]
     moved[0]["chosen_ids"], moved[1]["chosen_ids"] = [1], []  # the same tokens, in other rows
-    assert data_hash(Dataset.from_list(moved)) != plain != data_hash(Dataset.from_list(rows[::-1]))
+    assert describe_data(Dataset.from_list(moved)) != plain != describe_data(Dataset.from_list(rows[::-1]))
 
 
 def test_the_hash_of_the_weights_sees_any_tensor():
     one, same = make_model(), make_model()
-    assert weights_hash([one]) == weights_hash([same]) != weights_hash([one, same])
+    assert hash_weight_samples([one]) == hash_weight_samples([same]) != hash_weight_samples([one, same])
     with torch.no_grad():
         next(reversed(list(same.parameters()))).add_(1e-3)
-    assert weights_hash([one]) != weights_hash([same])
+    assert hash_weight_samples([one]) != hash_weight_samples([same])
 
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_processes_that_append_to_one_file_of_records_lose_none(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from sampo import results
+from sampo.io import records as results
 for i in range(50):
     record = results.Record(name=f"{sys.argv[2]}-{i}", value=1.0, n=1, config={"x": "y" * 9000})
     results.append(Path(sys.argv[1]), [record])

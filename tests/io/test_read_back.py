@@ -26,7 +26,7 @@ from sampo.evaluation.judging import judges, rule_judges, templates
 from sampo.evaluation.judging.endpoint_judge import EndpointJudge
 from sampo.evaluation.results import judged
 from sampo.io import records as results
-from sampo.io.files import SEAL, sealed
+from sampo.io.hashing import SEAL, seal
 from sampo.io.schemas import WrongFile, WrongShape, parse_json, parse_yaml, read_json, read_yaml, typed
 from sampo.models.checks import faults_of_model_folder
 from sampo.reference_cache import store as ref_logps
@@ -211,7 +211,7 @@ def reference_cache(folder):
     manifest = RefManifest(ref_logps.SCHEMA, key, 20, 4, "2026-01-01", about, {"0": ShardEntry("ab", 100, 7)})
     place = folder / ("a" * 24)
     place.mkdir()
-    (place / "manifest.json").write_text(sealed(asdict(manifest)))
+    (place / "manifest.json").write_text(seal(asdict(manifest)))
 
     def read():
         assert cache.run(["--ref_cache_dir", str(folder), "--ls"]) == 0
@@ -226,7 +226,7 @@ def diagnosis(folder):
         **{"truncation_mode": "keep_start", "end_ids": [1], "end_id": 1},
     )
     (folder / "rows.parquet").write_bytes(b"rows")
-    known = {"rows.parquet": pair_scores.content_of(b"rows")}
+    known = {"rows.parquet": pair_scores.hash_content(b"rows")}
     pair_scores._write_manifest(folder, key, known)
     return folder / pair_scores.MANIFEST, lambda: pair_scores._known_shards(folder, key)
 
@@ -411,7 +411,7 @@ def changed(path, content, rng):
         return b"\n".join(lines) + b"\n"
     value = spoiled(json.loads(content), rng)
     if SEAL in json.loads(content) and rng.random() < 0.8:  # as if it had been written so
-        return sealed({name: one for name, one in value.items() if name != SEAL}).encode()
+        return seal({name: one for name, one in value.items() if name != SEAL}).encode()
     return json.dumps(value).encode()
 
 

@@ -22,8 +22,8 @@ ARROWS = {
     "data": {"io", "weighting"},
     "models": {"data", "io"},
     "scoring": {"data", "logs", "models", "weighting"},
-    "reference_cache": {"config", "io", "logs", "models", "scoring"},
-    "checkpointing": {"io", "logs", "models", "weighting"},
+    "reference_cache": {"config", "data", "io", "logs", "models", "scoring"},
+    "checkpointing": {"data", "io", "logs", "models", "weighting"},
     "training": {"checkpointing", "config", "data", "io", "logs", "models", "reference_cache", "scoring", "weighting"},
     "trainer": {
         *{"checkpointing", "config", "data", "io", "logs", "models", "old_options", "reference_cache", "scoring"},
