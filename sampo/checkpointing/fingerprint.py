@@ -7,10 +7,10 @@ somebody has thought about it. Data and model are compared by content, so files 
 import dataclasses
 import hashlib
 import json
-from importlib.metadata import version
 from typing import Any
 
 from ..data.token_ids import ID_COLUMNS, hash_token_ids
+from ..io.versions import TRAINING_PACKAGES, find_version
 from ..weighting import REGISTERED
 
 # Options that do not change what is learned, by the reason why.
@@ -45,7 +45,6 @@ ROUNDED = {
 }
 FREE = frozenset(" ".join(UNCOMPARED.values()).split())
 ROUNDING = frozenset(" ".join(ROUNDED.values()).split())
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 _OF_THE_PLACE = {"_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "inference_mode"}
 _SAMPLE = 1024  # numbers of each tensor that go into the hash of the weights
 
@@ -72,7 +71,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     must |= _described("model", model.config)
     must |= _described("adapter", getattr(model, "peft_config", {}).get("default"))
     rounding = {f"`{name}`": values[name] for name in sorted(ROUNDING & values.keys())}
-    rounding |= {f"the version of {name}": version(name) for name in PACKAGES}
+    rounding |= {f"the version of {name}": find_version(name) for name in TRAINING_PACKAGES}
     rounding |= {
         "`attn_implementation`": getattr(model.config, "_attn_implementation", None),
         "the kind of device": args.device.type,

@@ -2,12 +2,12 @@
 
 import argparse
 import logging
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..io.command_line import format_arguments
 from .lazy_model import LazyModel
 from .pair_options import add_treatment, treatment_of
 
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
-        command = _command(args)
+        command = format_arguments(make_parser(), args)
         _fill_defaults(args)
         with alone_in(args.out):
             _diagnose(args, command)
@@ -407,13 +407,3 @@ def _record(args: argparse.Namespace, command: str, policy: str, digest: str, fi
         command=command,
         **provenance(),
     )
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The shortest command that measures the same."""
-    words = ["sampo", "diagnose"]
-    for name, value in vars(args).items():
-        if value != make_parser().get_default(name):
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += [f"--{name}", *map(str, values)]
-    return shlex.join(words)

@@ -1,27 +1,9 @@
-"""What commands show: tables and sentences, and the command behind a number as it goes into the records."""
+"""What commands show: tables and sentences."""
 
-import argparse
-import json
-import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..io.tables import Table
-
-SECRET = ("proxy",)  # its URL may hold a password
-
-
-def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The command that was given, without what is a default anyhow and without what may be secret."""
-    words = parser.prog.split()
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if value == action.default or action.dest in SECRET:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        words += action.option_strings[:1]
-        words += [] if action.nargs == 0 else map(str, values)
-    return shlex.join(words)
 
 
 def show(*tables: "Table") -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from .files import open_to_append
 from .hashing import hash_json
 from .locks import wait_for_lock
 from .schemas import WrongFile, named, parse_json, typed
+from .versions import versions
 
 SCHEMA = 1
-PACKAGES = ("sampo-dpo", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +70,6 @@ def config_key(config: Mapping[str, Any]) -> str:
 def provenance() -> dict[str, Any]:
     """Commit, versions and time, as keyword arguments of `Record`."""
     return {"commit": commit(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that numbers depend on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @cache

@@ -13,7 +13,6 @@ reference are the model of the round before. What is ours:
 Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
 """
 
-import importlib.metadata
 import json
 import os
 import shlex
@@ -32,6 +31,7 @@ from ..io.files import write_whole
 from ..io.hashing import hash_files, hash_json, seal, unseal
 from ..io.locks import alone_in
 from ..io.schemas import WrongFile, named, parse_json, read_json, typed
+from ..io.versions import versions
 
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
@@ -39,7 +39,6 @@ DATA = ("full", "shards")
 REFERENCES = ("previous", "initial")
 OF_THE_MACHINE = ("gpu_ids", "main_process_port")  # launcher's options that change nothing in the weights
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
-PACKAGES = ("sampo-dpo", "trl", "transformers", "torch", "peft", "datasets", "accelerate")
 
 
 Status = Literal["waiting", "training", "merging", "failed", "finished"]
@@ -277,7 +276,7 @@ def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
 def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str], None], lock: int) -> None:
     """Train, merge, note what came out; whatever of it is done already is left alone."""
     one.started = one.started or datetime.now(UTC).isoformat(timespec="seconds")
-    one.versions = _versions()
+    one.versions = versions()
     folder = plan.round_folder(one.number)
     if not _is_trained(folder):
         again = ["--resume", "auto"] if _has_begun(folder) else []
@@ -385,16 +384,6 @@ def hash_data(place: Path) -> str:
 def _hash_paths(paths: Iterable[Path]) -> str:
     found = sorted(paths)
     return hash_files([(path.name, path) for path in found], separator="\n") if found else ""
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
-            continue
-    return found
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
