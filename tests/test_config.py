@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sampo import SamPOConfig
-from sampo.config import COUNT_LOSSES, LOSS_TYPES, MARGIN_LOSSES, SIDE_LOSSES
+from sampo.config_checks import COUNT_LOSSES, LOSS_TYPES, MARGIN_LOSSES, SIDE_LOSSES
 from sampo.weighting import WEIGHTINGS
 
 FRACTIONAL = [name for name, method in WEIGHTINGS.items() if not method.subset]
