@@ -24,7 +24,8 @@ from ..training.rounds import (
     iterate,
 )
 from .launch import split_options
-from .options import ITERATE_OPTIONS, is_adapter
+from .option_checks import is_adapter
+from .options import ITERATE_OPTIONS
 from .options import make_parser as make_train_parser
 
 DEFAULTS: dict[str, Any] = {"data": "full", "reference": "previous", "remove_old_caches": False}
@@ -96,7 +97,7 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
     parser.not_ours = set(ITERATE_OPTIONS)
     recipe, options = parser.read(words)
     own = {**DEFAULTS, **{key: recipe[key] for key in ITERATE_OPTIONS if key in recipe}, **own}
-    if faults := _find_faults(own, launch, options):
+    if faults := _find_issues(own, launch, options):
         raise RefusedIteration(" ".join(faults))
     removes = own.pop("remove_old_caches")
     plan = Plan(
@@ -135,7 +136,7 @@ def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
             _say(f"left alone: {error}")
 
 
-def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> list[str]:
+def _find_issues(own: dict[str, Any], launch: dict[str, str], options: Any) -> list[str]:
     rounds = own.get("rounds")
     table = [
         (

@@ -5,7 +5,7 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from .options import is_adapter, same_place, second_adapter
+from .option_checks import is_adapter, same_place, second_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ def load_models(script_args, training_args, model_args) -> dict:
     """The trainer's arguments that say what is trained and what the reference is."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..models.load import create_model
-    from ..training.merge import load_trainable
+    from ..models.load import create_model, load_trainable
 
     policy, reference = model_args.model_name_or_path, script_args.ref_model_name_or_path
     quantization = get_quantization_config(model_args)

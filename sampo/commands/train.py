@@ -26,7 +26,8 @@ from ..data.layouts import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
-from .options import RecipeParser, find_faults, make_parser, read_shard
+from .option_checks import find_option_issues, read_shard
+from .options import RecipeParser, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
         kind: a subclass of `SamPOTrainer` to make.
     """
     together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
-    if faults := find_faults(SimpleNamespace(**{name: value for part in together for name, value in part.items()})):
+    if faults := find_option_issues(
+        SimpleNamespace(**{name: value for part in together for name, value in part.items()})
+    ):
         raise RefusedRun(" ".join(faults))
     _warn_of_lost_updates(training_args, model_args)
     training_args.model_init_kwargs = {

@@ -161,6 +161,23 @@ def _refuse_weights_without_place(model: "PeftModel", name: str, revision: str |
         )
 
 
+def load_trainable(
+    adapter: str, *, revision: str | None = None, autocast: bool = True, **init_kwargs: Any
+) -> "PeftModel":
+    """Load the base model with its adapter, to train the adapter further.
+
+    Args:
+        adapter: Folder or hub id.
+        revision: Of the adapter.
+        autocast: Keep the adapter in float32 on a base of lower precision.
+        init_kwargs: For `from_pretrained` of the base, as TRL's `create_model_from_path` takes them.
+    """
+    base, base_revision = base_of(adapter, revision)
+    option = f"base model of {adapter}"
+    model = create_model(base, option=option, **{**init_kwargs, "revision": base_revision or "main"})
+    return add_adapter(model, adapter, is_trainable=True, revision=revision, autocast_adapter_dtype=autocast)
+
+
 @contextlib.contextmanager
 def opening(name: str, option: str) -> Iterator[None]:
     """Whatever a library has to say against a model is one sentence with the model's name.

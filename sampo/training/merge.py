@@ -1,4 +1,4 @@
-"""Adapters: load one to train it on, and merge one into its base with a check of what that changes.
+"""Merge an adapter into its base, with a check of what that changes.
 
 A merge is checked in float32: log-probs of some texts from base + adapter, and from the merged weights as they were
 saved. So the difference is what saving in `dtype` has rounded away, and nothing that a forward pass in bf16 adds.
@@ -75,21 +75,6 @@ class Merge:
             f"average and {self.adapter_effect_max:.2g} at most, merging into {self.dtype} changes it by "
             f"{self.difference_mean:.2g} on average and {self.difference_max:.2g} at most ({bound})."
         )
-
-
-def load_trainable(adapter: str, *, revision: str | None = None, autocast: bool = True, **init_kwargs) -> "PeftModel":
-    """The base model with its adapter, to be trained on.
-
-    Args:
-        adapter: Folder or hub id.
-        revision: Of the adapter.
-        autocast: Keep the adapter in float32 on a base of lower precision.
-        init_kwargs: For `from_pretrained` of the base, as TRL's `create_model_from_path` takes them.
-    """
-    base, base_revision = base_of(adapter, revision)
-    option = f"base model of {adapter}"
-    model = create_model(base, option=option, **{**init_kwargs, "revision": base_revision or "main"})
-    return add_adapter(model, adapter, is_trainable=True, revision=revision, autocast_adapter_dtype=autocast)
 
 
 def merge(
