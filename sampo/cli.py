@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sampo: the command must be one of {list(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
         return 2
     try:
-        rest = plugins.take(rest) if name in plugins.COMMANDS else rest
+        rest = plugins.take_options(rest) if name in plugins.COMMANDS_WITH_PLUGINS else rest
         return _call(name, rest)
     except plugins.PluginError as error:
         print(f"sampo {name}: error: {error}", file=sys.stderr)

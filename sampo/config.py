@@ -6,6 +6,7 @@ issues are in one error.
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from trl import DPOConfig
 
@@ -17,7 +18,7 @@ from .config_checks import (
     find_combination_issues,
     find_range_issues,
 )
-from .old_options import faults_of_options
+from .old_options import find_old_option_issues
 from .weighting import WEIGHTINGS
 
 
@@ -169,13 +170,13 @@ class SamPOConfig(DPOConfig):
         },
     )
 
-    def __new__(cls, *_args, **given):
+    def __new__(cls, *_args: Any, **given: Any) -> Self:
         """Refuse options that TRL or transformers has dropped by name; the generated `__init__` says `unexpected`."""
-        if faults := faults_of_options(given):
+        if faults := find_old_option_issues(given):
             raise TypeError("SamPOConfig: " + " ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)))
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         with contextlib.suppress(ValueError, TypeError):  # `learned`, or a fault that is named below with the others
             self.length_penalty = float(self.length_penalty or 0.0)

@@ -57,15 +57,15 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
         ("ref_cache_check", _is_count(config.ref_cache_check, 0), "a whole number of at least 0"),
         ("mask_samples", _is_count(config.mask_samples, 1), "a whole number of at least 1"),
         ("max_tokens_per_forward", tokens is None or _is_count(tokens, 1), "a whole number of at least 1"),
-        ("decay_gamma", _is_number(gamma) and 0 < gamma <= 1, "in (0, 1]"),
+        ("decay_gamma", _is_finite(gamma) and 0 < gamma <= 1, "in (0, 1]"),
         (
             "length_penalty",
-            config.learns_length_penalty or _is_number(config.length_penalty),
+            config.learns_length_penalty or _is_finite(config.length_penalty),
             "a finite number or `learned`",
         ),
-        ("length_penalty_scale", scale is None or (_is_number(scale) and scale > 0), "a positive number of tokens"),
-        ("length_penalty_lr", _is_number(rate) and rate > 0, "positive"),
-        ("length_penalty_start", _is_number(config.length_penalty_start), "a finite number per token"),
+        ("length_penalty_scale", scale is None or (_is_finite(scale) and scale > 0), "a positive number of tokens"),
+        ("length_penalty_lr", _is_finite(rate) and rate > 0, "positive"),
+        ("length_penalty_start", _is_finite(config.length_penalty_start), "a finite number per token"),
     ]
 
 
@@ -73,10 +73,10 @@ def _trl_range_rows(config: Any) -> list[tuple[str, bool, str]]:
     """The same of options of TRL and transformers, which do not check them."""
     epochs, noise = config.num_train_epochs, config.neftune_noise_alpha
     return [
-        ("beta", _is_number(config.beta) and config.beta > 0, "positive and finite"),
+        ("beta", _is_finite(config.beta) and config.beta > 0, "positive and finite"),
         (
             "learning_rate",
-            _is_number(config.learning_rate) and config.learning_rate >= 0,
+            _is_finite(config.learning_rate) and config.learning_rate >= 0,
             "finite and not negative",
         ),
         *(
@@ -86,7 +86,7 @@ def _trl_range_rows(config: Any) -> list[tuple[str, bool, str]]:
         ("max_length", config.max_length is None or config.max_length >= 2, "at least 2 tokens, or unset"),
         (
             "num_train_epochs",
-            config.max_steps > 0 or (_is_number(epochs) and epochs > 0),
+            config.max_steps > 0 or (_is_finite(epochs) and epochs > 0),
             "positive where `max_steps` is not",
         ),
         ("truncation_mode", config.truncation_mode in TRUNCATION_MODES, f"one of {list(TRUNCATION_MODES)}"),
@@ -95,7 +95,7 @@ def _trl_range_rows(config: Any) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -237,7 +237,7 @@ OLD_LOSSES = {
 }
 
 
-def faults_of_options(given: Mapping[str, Any]) -> list[str]:
+def find_old_option_issues(given: Mapping[str, Any]) -> list[str]:
     """A sentence for each option that TRL or transformers no longer has."""
     return [
         f"`{name}` is no longer an option. {OLD_OPTIONS[name](value)}"
@@ -246,14 +246,14 @@ def faults_of_options(given: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def faults_of_arguments(given: Mapping[str, Any], options: Container[str]) -> list[str]:
+def find_old_argument_issues(given: Mapping[str, Any], options: Container[str]) -> list[str]:
     """A sentence for each argument that TRL's `DPOTrainer` no longer takes; most are options of the config now.
 
     Args:
         given: arguments of the trainer.
         options: names of the config's options.
     """
-    faults = faults_of_options(given)
+    faults = find_old_option_issues(given)
     if "tokenizer" in given:
         faults.append("`tokenizer` is no longer an argument of the trainer. It is now `processing_class`.")
     moved = [name for name in given if name in options]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 VARIABLE = "SAMPO_PLUGINS"
 GROUP = "sampo.weightings"
-COMMANDS = ("train", "iterate", "diagnose", "cache", "lab")  # those that take `--plugin`
+COMMANDS_WITH_PLUGINS = ("train", "iterate", "diagnose", "cache", "lab")  # those that take `--plugin`
 
 
 class PluginError(Exception):
     """A plugin that cannot be loaded."""
 
 
-def take(argv: list[str]) -> list[str]:
+def take_options(argv: list[str]) -> list[str]:
     """Note the files of `--plugin FILE` for this process and those that it starts; return the other words."""
     rest, files, words = [], [], iter(argv)
     for word in words:
@@ -36,21 +36,21 @@ def take(argv: list[str]) -> list[str]:
     return rest
 
 
-def wanted() -> list[str | EntryPoint]:
-    """What `load` would load: paths, then entry points."""
+def list_plugins() -> list[str | EntryPoint]:
+    """What `load_plugins` would load: paths, then entry points."""
     return [*filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)), *entry_points(group=GROUP)]
 
 
-def load() -> None:
+def load_plugins() -> None:
     """Run every plugin once; each registers its methods by `sampo.register_weighting`.
 
     Raises:
         PluginError: a plugin cannot be run.
     """
-    for number, plugin in enumerate(wanted()):
+    for number, plugin in enumerate(list_plugins()):
         try:
             if isinstance(plugin, str):
-                _run(f"sampo_plugin_{number}", plugin)
+                _run_file(f"sampo_plugin_{number}", plugin)
             else:
                 plugin.load()
         except Exception as error:  # whatever the user's own code raises
@@ -60,7 +60,7 @@ def load() -> None:
             ) from error
 
 
-def _run(name: str, path: str) -> None:
+def _run_file(name: str, path: str) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError("its name must end in `.py`.")

@@ -48,7 +48,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from .checkpointing.files import fault_of_output_folder
+from .checkpointing.files import find_output_folder_issue
 from .checkpointing.resume import ResumableTrainer
 from .config import SamPOConfig
 from .data.chat import with_strings_for_template
@@ -57,9 +57,9 @@ from .data.lengths import LengthSums, TokenCounts, count_tokens
 from .data.tokenize import prepare, rows_with_other_ends
 from .io.files import write_whole
 from .logs import get_logger, show_logs
-from .models.checks import faults_of_reference, faults_of_tokens
+from .models.checks import find_token_issues, find_vocabulary_issues
 from .models.load import check_model
-from .old_options import faults_of_arguments
+from .old_options import find_old_argument_issues
 from .reference_cache.fill import CachedReferenceTrainer
 from .reference_cache.store import BATCH as CACHED_REF_LOGPS
 from .reference_cache.store import END
@@ -69,7 +69,7 @@ from .training.micro_batches import group_pairs, pair_tokens, put_pairs, take_pa
 from .training.model_card import finish_card
 from .training.preflight import (
     check_data,
-    faults_of_packages,
+    find_package_issues,
     find_processor,
     refuse_another_engine,
     refuse_endless_responses,
@@ -248,7 +248,7 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
         *rest,
         **kwargs,
     ):
-        if faults := faults_of_arguments(kwargs, SamPOConfig.__dataclass_fields__):
+        if faults := find_old_argument_issues(kwargs, SamPOConfig.__dataclass_fields__):
             raise TypeError(" ".join(faults))
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -260,9 +260,9 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             )
         show_logs(logging.INFO if args.log_level == "passive" else args.get_process_log_level())
         refuse_separate_processes(args)
-        if faults := faults_of_packages(args):
+        if faults := find_package_issues(args):
             raise ValueError(" ".join(faults))
-        if fault := fault_of_output_folder(str(args.output_dir)):
+        if fault := find_output_folder_issue(str(args.output_dir)):
             raise ValueError(fault)
         if processing_class is None:
             processing_class = find_processor(model, args, train_dataset, eval_dataset)
@@ -970,8 +970,8 @@ class SamPOTrainer(ResumableTrainer, CachedReferenceTrainer):
             for name, dataset in {"train": self.train_dataset, **sets}.items()
             if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names
         }
-        faults = faults_of_tokens(known, vocabulary=sizes[0], tokenizer=self._tokenizer)
-        faults += faults_of_reference(sizes[0], sizes[-1])
+        faults = find_token_issues(known, vocabulary=sizes[0], tokenizer=self._tokenizer)
+        faults += find_vocabulary_issues(sizes[0], sizes[-1])
         if faults:
             raise ValueError(" ".join(faults))
 

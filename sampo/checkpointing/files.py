@@ -72,7 +72,7 @@ class TrainerState:
 
 
 @dataclass
-class Found:
+class FoundCheckpoint:
     """Outcome of the search for a checkpoint to go on from.
 
     Attributes:
@@ -83,7 +83,7 @@ class Found:
     path: Path | None = None
     skipped: dict[Path, str] = field(default_factory=dict)
 
-    def skipped_in_words(self) -> str:
+    def describe_skipped(self) -> str:
         """A sentence for each, with a blank before it."""
         return "".join(f" {path.name} is skipped: {reason}." for path, reason in self.skipped.items())
 
@@ -101,9 +101,9 @@ def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def find_whole_checkpoint(
-    output_dir: str | Path, fault_of_values: Callable[[Path], str | None] = lambda _: None
-) -> Found:
+def find_complete_checkpoint(
+    output_dir: str | Path, find_value_issue: Callable[[Path], str | None] = lambda _: None
+) -> FoundCheckpoint:
     """The checkpoint with the highest step whose manifest is there and whose files are as it says.
 
     Reads every file of the checkpoint that it returns. Changes nothing; see `finish_interrupted` for what a killed
@@ -111,11 +111,13 @@ def find_whole_checkpoint(
 
     Args:
         output_dir: of the run.
-        fault_of_values: asked about a checkpoint whose files are whole; what it has against one makes it skipped.
+        find_value_issue: asked about a checkpoint whose files are whole; what it has against one makes it skipped.
     """
-    found = Found(skipped=dict.fromkeys(reversed(numbered_checkpoints(Path(output_dir) / STAGING)), _UNFINISHED))
+    found = FoundCheckpoint(
+        skipped=dict.fromkeys(reversed(numbered_checkpoints(Path(output_dir) / STAGING)), _UNFINISHED)
+    )
     for folder in reversed(numbered_checkpoints(output_dir)):
-        fault = fault_of(folder) or fault_of_values(folder)
+        fault = find_checkpoint_issue(folder) or find_value_issue(folder)
         if fault is None:
             found.path = folder
             return found
@@ -123,7 +125,7 @@ def find_whole_checkpoint(
     return found
 
 
-def fault_of(folder: str | Path) -> str | None:
+def find_checkpoint_issue(folder: str | Path) -> str | None:
     """Why a run cannot go on from this folder, in words that follow "because", or None if it is a whole checkpoint."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -188,7 +190,7 @@ def finish_interrupted(output_dir: str | Path) -> None:
     """Publish what a killed process had written whole but not renamed."""
     for staged in numbered_checkpoints(Path(output_dir) / STAGING):
         target = Path(output_dir) / staged.name
-        if fault_of(staged) is None and not (target.exists() and fault_of(target) is None):
+        if find_checkpoint_issue(staged) is None and not (target.exists() and find_checkpoint_issue(target) is None):
             publish(staged, target)
 
 
@@ -232,7 +234,7 @@ def remove_older(newest: Path, limit: int | None, keep: str | None = None) -> li
     return removed
 
 
-def fault_of_output_folder(output_dir: str | Path) -> str | None:
+def find_output_folder_issue(output_dir: str | Path) -> str | None:
     """Why nothing can be saved here, as a sentence, or None. The folder is created, and a file written as a trial."""
     folder = Path(output_dir)
     try:
@@ -255,7 +257,7 @@ def fault_of_output_folder(output_dir: str | Path) -> str | None:
 
 
 @contextlib.contextmanager
-def told_in_one_error(checkpoint: Path) -> Iterator[None]:
+def wrap_save_errors(checkpoint: Path) -> Iterator[None]:
     """Whatever goes wrong while a checkpoint is written: remove what is half written, and say what is left.
 
     Raises:

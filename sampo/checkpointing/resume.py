@@ -157,7 +157,7 @@ def _code_refused(checkpoint: Path | None) -> Iterator[None]:
         ) from error
 
 
-def fault_of_values(checkpoint: Path) -> str | None:
+def find_value_issue(checkpoint: Path) -> str | None:
     """Why a run cannot go on from the weights of a checkpoint, in words that follow "because"."""
     from safetensors import safe_open
 
@@ -269,14 +269,14 @@ class ResumableTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         if wanted is True or wanted == "auto":
             checkpoints.finish_interrupted(folder)
-            found = checkpoints.find_whole_checkpoint(folder, fault_of_values)
+            found = checkpoints.find_complete_checkpoint(folder, find_value_issue)
             checkpoints.clear_staging(folder)
             for path, reason in found.skipped.items():
                 logger.warning(f"{path.name} is skipped: {reason}.")
             if found.path is None and wanted is True:
                 raise ResumeRefusedError(
                     f"`resume_from_checkpoint: true` needs a whole checkpoint in `output_dir`, got none in {folder}."
-                    f"{found.skipped_in_words()} To begin in that case, use `resume_from_checkpoint: auto`."
+                    f"{found.describe_skipped()} To begin in that case, use `resume_from_checkpoint: auto`."
                 )
             if found.path is None:
                 logger.info(f"No checkpoint to go on from in {folder}: the run begins.")
@@ -284,7 +284,7 @@ class ResumableTrainer(Trainer):
             checkpoint = found.path
         else:
             checkpoint = Path(wanted)
-            fault = checkpoints.fault_of(checkpoint) or fault_of_values(checkpoint)
+            fault = checkpoints.find_checkpoint_issue(checkpoint) or find_value_issue(checkpoint)
             if fault is not None:
                 raise ResumeRefusedError(
                     f"`resume_from_checkpoint` must be a whole checkpoint, got {wanted}, and {fault}. With `true` the "
@@ -371,7 +371,7 @@ class ResumableTrainer(Trainer):
         self.refuse_weights_not_finite(f"checkpoint-{self.state.global_step}")
         target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staged = target.parent / checkpoints.STAGING / target.name
-        with checkpoints.told_in_one_error(target):
+        with checkpoints.wrap_save_errors(target):
             if self.args.should_save:
                 checkpoints.clear_staging(target.parent)
             self.accelerator.wait_for_everyone()

@@ -8,6 +8,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from .options import RecipeParser
 from .options import make_parser as make_train_parser
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> int:
         folder = argparse.ArgumentParser(prog="sampo cache", allow_abbrev=False)
         folder.add_argument("--ref_cache_dir", "--ref-cache-dir")
         root = folder.parse_args(rest).ref_cache_dir
-        return _remove(root, own.rm) if own.rm else _list(root)
+        return _remove(root, own.rm) if own.rm else _list_caches(root)
     more = ["--rebuild"] if own.rebuild else []
     return start([*more, *launch_or_stay(rest, _train_parser(), __name__, more)])
 
@@ -46,7 +47,7 @@ def start(argv: list[str] | None = None) -> int:
     return start_with(_train_parser(), lambda *options: fill(*options, rebuild=own.rebuild), rest)
 
 
-def fill(script_args, training_args, model_args, dataset_args, *, rebuild: bool = False) -> None:
+def fill(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, *, rebuild: bool = False) -> None:
     """Make the trainer, which fills the cache, and say what it has done. Raises what `sampo train` does."""
     from ..trainer import SamPOTrainer
 
@@ -70,7 +71,7 @@ def _train_parser() -> RecipeParser:
     return make_train_parser(prog="sampo cache")
 
 
-def _list(folder: str | None) -> int:
+def _list_caches(folder: str | None) -> int:
     from ..io.tables import Table
     from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest
     from .shown import say, show

@@ -13,9 +13,6 @@ from .pair_options import add_treatment, treatment_of
 
 logger = logging.getLogger(__name__)
 
-ON_BAD_ROWS = ("error", "drop")
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
@@ -29,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", metavar="MODEL", help="the base where all policies are adapters of one")
     parser.add_argument("--data", required=True, help="preference pairs: as `dataset_name` of `sampo train`")
     parser.add_argument("--split", help="of the data, such as `test[:500]`")
-    parser.add_argument("--on_bad_rows", default="error", choices=ON_BAD_ROWS, help="pairs that cannot be used")
+    parser.add_argument("--on_bad_rows", default="error", choices=("error", "drop"), help="pairs that cannot be used")
     add_treatment(parser)
     parser.add_argument(
         "--by", nargs="+", default=[], metavar="COLUMN", help="pressure for each value of a column too"
@@ -54,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--batch_size", type=int, default=8, help="pairs at a time (8)")
     model.add_argument("--pair_stream", default="auto", choices=("auto", "true", "false"))
-    model.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
+    model.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     model.add_argument("--bf16", action="store_true", help="compute in bfloat16, as training with `bf16: true` does")
     model.add_argument("--use_cpu", action="store_true")
     model.add_argument("--trust_remote_code", action="store_true")
@@ -85,7 +82,7 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
 
     from ..diagnostics.findings import findings, read_scores
     from ..io import records as results
-    from .diagnose_page import Checkpoint, show
+    from .diagnose_page import Checkpoint, show_page
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -107,7 +104,7 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
         records = [_record(args, command, policy.name, digest, finding) for finding in found]
         results.append(args.out / "records.jsonl", [r for r in records if (r.name, r.key) not in known])
         print(f"{name}: {len(setup.pairs):,} pairs in {paths[0].parent}")
-    show(page)
+    show_page(page)
     print(f"Written: {args.out / 'records.jsonl'}")
 
 
@@ -194,7 +191,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
     policies = [LazyModel(name, args) for name in args.policy]
     reference = _reference(args, policies)
     tokenizer = _tokenizer(policies, reference)
-    dataset = _load(args, tokenizer)
+    dataset = _load_pairs(args, tokenizer)
     pairs = tokenise(dataset, tokenizer, max_length=args.max_length or None, truncation_mode=args.truncation_mode)
     if len(pairs) < len(dataset):
         print(
@@ -232,10 +229,10 @@ def _reference(args: argparse.Namespace, policies: list[LazyModel]) -> LazyModel
 
 def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
     """That of the first policy; the others must mean the same by a token's number."""
-    from ..models.checks import faults_of_tokenizer
+    from ..models.checks import find_tokenizer_issues
 
     tokenizer = policies[0].tokenizer()
-    faults = faults_of_tokenizer(tokenizer)
+    faults = find_tokenizer_issues(tokenizer)
     for other in [*policies[1:], *([reference] if reference else [])]:
         if other.tokenizer().get_vocab() != tokenizer.get_vocab():
             faults.append(f"All models must have the vocabulary of {policies[0].name}, got {other.name} with another.")
@@ -244,7 +241,7 @@ def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
     return tokenizer
 
 
-def _load(args: argparse.Namespace, tokenizer: Any) -> Any:
+def _load_pairs(args: argparse.Namespace, tokenizer: Any) -> Any:
     from ..data.load import load_preferences
 
     dataset = load_preferences(
@@ -289,12 +286,12 @@ def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> li
 
 
 def _check_tokens(pairs: Any, tokenizer: Any, models: list[LazyModel]) -> None:
-    from ..models.checks import faults_of_reference, faults_of_tokens
+    from ..models.checks import find_token_issues, find_vocabulary_issues
 
     sizes = [getattr(model.config(), "vocab_size", None) for model in models]
-    faults = faults_of_tokens({"given": pairs}, vocabulary=sizes[0], tokenizer=tokenizer)
+    faults = find_token_issues({"given": pairs}, vocabulary=sizes[0], tokenizer=tokenizer)
     for size in sizes[1:]:
-        faults += faults_of_reference(sizes[0], size)
+        faults += find_vocabulary_issues(sizes[0], size)
     if faults:
         raise ValueError(" ".join(faults))
 

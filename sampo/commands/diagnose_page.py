@@ -27,7 +27,7 @@ class Checkpoint:
         return found[0].estimate if found else None
 
 
-def show(page: Sequence[Checkpoint]) -> None:
+def show_page(page: Sequence[Checkpoint]) -> None:
     """Print everything."""
     shown.show(*tables(page))
     shown.say(*map(sentence, page))
@@ -138,7 +138,7 @@ def _log_ratios(page: Sequence[Checkpoint]) -> Table:
 
 def sentence(checkpoint: Checkpoint) -> str:
     """What the numbers say, and what they do not."""
-    parts = [f"{checkpoint.name}: {_pressure_in_words(checkpoint)}"]
+    parts = [f"{checkpoint.name}: {_describe_pressure(checkpoint)}"]
     correlation, slope = checkpoint.one("margin_correlation", method=PLAIN), checkpoint.one("reward_slope")
     longer, shorter = (checkpoint.one("accuracy", method=PLAIN, group=f"chosen {g}") for g in ("longer", "shorter"))
     if checkpoint.of("accuracy") and (correlation is None or correlation.value is None):
@@ -160,7 +160,7 @@ def sentence(checkpoint: Checkpoint) -> str:
     return " ".join(parts)
 
 
-def _pressure_in_words(checkpoint: Checkpoint) -> str:
+def _describe_pressure(checkpoint: Checkpoint) -> str:
     signs: dict[str, list[str]] = {"lengthens": [], "shortens": [], "has no sure direction": []}
     for finding in checkpoint.of("pressure", group="all"):
         method, interval = finding.labels["method"], finding.estimate.interval

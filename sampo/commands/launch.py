@@ -100,7 +100,7 @@ def _number(name: str, value: Any) -> int:
 def accelerate_config(name: str) -> Path:
     """Path of an accelerate configuration: a file, or a name of those in `configs/accelerate`."""
     try:
-        return _named(name, "accelerate", ".yaml")
+        return _find_config(name, "accelerate", ".yaml")
     except ValueError as error:
         raise SystemExit(f"sampo train: `--accelerate_config` {error}") from None
 
@@ -108,12 +108,12 @@ def accelerate_config(name: str) -> Path:
 def deepspeed_config(name: str) -> str:
     """Path of a DeepSpeed configuration: a file, or a name of those in `configs/deepspeed`."""
     try:
-        return str(_named(name, "deepspeed", ".json"))
+        return str(_find_config(name, "deepspeed", ".json"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _named(name: str, kind: str, suffix: str) -> Path:
+def _find_config(name: str, kind: str, suffix: str) -> Path:
     if os.path.isfile(name):
         return Path(name)
     known = {path.stem: path for path in sorted((packaged("configs") / kind).glob(f"*{suffix}"))}

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 from ..io.locks import alone_at
 from ..training.merge import BOUNDS, DTYPES, TEXTS
@@ -61,11 +62,11 @@ def main(args: argparse.Namespace) -> None:
             )
     except (ValueError, ArithmeticError, ImportError, OSError) as error:
         raise SystemExit(f"sampo merge: error: {error}") from None
-    print(report.in_words())
+    print(report.describe())
     print(f"{args.adapter} merged into {report.base}: {args.out}")
 
 
-def _quantization(args: argparse.Namespace):
+def _quantization(args: argparse.Namespace) -> Any:
     if not (args.load_in_4bit or args.load_in_8bit):
         return None
     if importlib.util.find_spec("bitsandbytes") is None:

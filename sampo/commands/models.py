@@ -14,7 +14,7 @@ class RefusedRun(ValueError):
     """The options cannot be run as they are; the text says all that is wrong with them."""
 
 
-def load_processor(script_args, training_args, model_args):
+def load_processor(script_args: Any, training_args: Any, model_args: Any) -> Any:
     """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for.
 
     Raises:
@@ -22,7 +22,7 @@ def load_processor(script_args, training_args, model_args):
     """
     from transformers import AutoProcessor
 
-    from ..models.checks import faults_of_tokenizer
+    from ..models.checks import find_tokenizer_issues
     from ..models.load import base_of
 
     path, revision = model_args.model_name_or_path, model_args.model_revision
@@ -40,12 +40,12 @@ def load_processor(script_args, training_args, model_args):
             with open(template, encoding="utf-8") as file:
                 template = file.read()
         processor.chat_template = template
-    if faults := faults_of_tokenizer(getattr(processor, "tokenizer", processor)):
+    if faults := find_tokenizer_issues(getattr(processor, "tokenizer", processor)):
         raise RefusedRun(" ".join(faults))
     return processor
 
 
-def check_adapter(model_args) -> None:
+def check_adapter(model_args: Any) -> None:
     """Of an adapter as the policy: it needs a base, and stands alone.
 
     Raises:
@@ -60,7 +60,7 @@ def check_adapter(model_args) -> None:
             raise RefusedRun(str(fault)) from None
 
 
-def check_vocabulary(script_args, training_args, model_args, processor) -> None:
+def check_vocabulary(script_args: Any, training_args: Any, model_args: Any, processor: Any) -> None:
     """Policy and reference must mean the same by a token's number.
 
     Raises:
@@ -89,7 +89,7 @@ def check_vocabulary(script_args, training_args, model_args, processor) -> None:
         raise RefusedRun(f"{begin}with {rows:,} rows of embeddings for token numbers up to {max(ours.values()):,}.")
 
 
-def load_models(script_args, training_args, model_args) -> dict:
+def load_models(script_args: Any, training_args: Any, model_args: Any) -> dict:
     """The trainer's arguments that say what is trained and what the reference is."""
     from trl import get_peft_config, get_quantization_config
 
@@ -134,7 +134,7 @@ def load_models(script_args, training_args, model_args) -> dict:
     return models
 
 
-def _warn_of_adapter_options(model_args) -> None:
+def _warn_of_adapter_options(model_args: Any) -> None:
     """An adapter that is there already is as it is."""
     names = [f for f in fields(model_args) if f.name.startswith("lora_") or f.name in ("use_dora", "use_rslora")]
     default = type(model_args)()
@@ -143,7 +143,7 @@ def _warn_of_adapter_options(model_args) -> None:
         logger.warning("%s have no effect on an adapter that exists already.", without_effect)
 
 
-def _holds_adapter(model_args) -> bool:
+def _holds_adapter(model_args: Any) -> bool:
     """Whether `model_name_or_path` is an adapter, on the hub too; a second one beside it is refused."""
     from transformers.utils import find_adapter_config_file
 

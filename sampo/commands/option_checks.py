@@ -16,7 +16,7 @@ def find_option_issues(options: Any) -> list[str]:
     Args:
         options: An attribute for each option of all the dataclasses together.
     """
-    from ..training.preflight import faults_of_packages
+    from ..training.preflight import find_package_issues
 
     evaluates = str(options.eval_strategy) not in ("no", "False", "IntervalStrategy.NO")
     mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]
@@ -51,15 +51,15 @@ def find_option_issues(options: Any) -> list[str]:
     ]
     return [
         *(message for wrong, message in table if wrong),
-        *_faults_of_words(options),
-        *_model_faults(options),
-        *_streaming_faults(options),
-        *_quantization_faults(options),
-        *faults_of_packages(options),
+        *_find_syntax_issues(options),
+        *_find_model_issues(options),
+        *_find_streaming_issues(options),
+        *_find_quantization_issues(options),
+        *find_package_issues(options),
     ]
 
 
-def _faults_of_words(options: Any) -> list[str]:
+def _find_syntax_issues(options: Any) -> list[str]:
     """Of options that are a little language of their own."""
     faults = []
     for read in (lambda: read_shard(options.prompt_shard or "1/1"), lambda: read_columns(options.columns or ())):
@@ -70,7 +70,7 @@ def _faults_of_words(options: Any) -> list[str]:
     return faults
 
 
-def _model_faults(options: Any) -> list[str]:
+def _find_model_issues(options: Any) -> list[str]:
     """What is known of a local folder without reading weights."""
     policy, reference = options.model_name_or_path or "", options.ref_model_name_or_path
     table = [
@@ -119,7 +119,7 @@ def _has_weights(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def _streaming_faults(options: Any) -> list[str]:
+def _find_streaming_issues(options: Any) -> list[str]:
     if not (options.dataset_streaming or options.streaming):
         return []
     table = {
@@ -135,7 +135,7 @@ def _streaming_faults(options: Any) -> list[str]:
     ]
 
 
-def _quantization_faults(options: Any) -> list[str]:
+def _find_quantization_issues(options: Any) -> list[str]:
     import torch
 
     if not (options.load_in_4bit or options.load_in_8bit):

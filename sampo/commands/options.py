@@ -130,7 +130,7 @@ class SamPOScriptArguments(ScriptArguments):
 class RecipeParser(TrlParser):
     """TRL's parser, strict: no abbreviations, and unknown options are refused with the nearest name."""
 
-    def __init__(self, dataclass_types, **kwargs):
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.not_ours: set[str] = set()  # options in the YAML file that the command reads by itself
 
@@ -138,13 +138,15 @@ class RecipeParser(TrlParser):
         """One line in place of four hundred options."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def parse_args_and_config(self, args=None, *switches, **named_switches):
+    def parse_args_and_config(self, args: Any = None, *switches: Any, **named_switches: Any) -> tuple[Any, ...]:
         """As TRL's, after `refuse_unknown`."""
         args = _separate_config(sys.argv[1:] if args is None else list(args))
         self.refuse_unknown(args)
         return super().parse_args_and_config(args, *switches, **named_switches)
 
-    def parse_args_into_dataclasses(self, args=None, return_remaining_strings=False, *others, **named):
+    def parse_args_into_dataclasses(
+        self, args: Any = None, return_remaining_strings: bool = False, *others: Any, **named: Any
+    ) -> tuple[Any, ...]:
         """As the original, but what several dataclasses and `find_option_issues` refuse is said in one message."""
         namespace, rest = self.parse_known_args(args)
         faults, built = find_option_issues(namespace), []
@@ -157,7 +159,7 @@ class RecipeParser(TrlParser):
             self.error(_listed(faults))
         return (*built, rest) if return_remaining_strings else tuple(built)
 
-    def set_defaults_with_config(self, **config) -> list[str]:
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Numbers of the YAML file go through the same conversion as those of the command line."""
         as_text = (int, float, datetime.date, datetime.datetime)  # TRL's parser makes a date of a name like 2026-01-31
         texts = {key: str(value) if type(value) in as_text else value for key, value in config.items()}
@@ -276,7 +278,7 @@ def _separate_config(args: list[str]) -> list[str]:
     return [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
-def _nearest(name: str, known, value: Any = None) -> str:
+def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
     plain = name.lstrip("-").replace("-", "_")
     if plain in OLD_OPTIONS:
         return f" {OLD_OPTIONS[plain](value)}"
@@ -288,7 +290,7 @@ def _nearest(name: str, known, value: Any = None) -> str:
     return f" Did you mean `{'--' if name.startswith('-') else ''}{near[0]}`?" if near else ""
 
 
-def make_parser(subparsers=None, prog: str | None = None) -> RecipeParser:
+def make_parser(subparsers: Any = None, prog: str | None = None) -> RecipeParser:
     """The parser; alone, or as one of `subparsers` whose class takes `dataclass_types`."""
     from trl import DatasetMixtureConfig, ModelConfig
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import plugins
-from ..checkpointing.files import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
+from ..checkpointing.files import CheckpointNotSavedError, find_output_folder_issue, numbered_checkpoints
 from ..data.columns import pairs_of_stream, read_columns
 from ..data.layouts import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 SECONDS_FOR_THE_FIRST = 5.0  # in which a launcher ends the other processes after the first one has failed
 
 
-def main(script_args, training_args, model_args, dataset_args) -> None:
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Check the options, load the data, train, save.
 
     Raises:
@@ -52,7 +52,9 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         _train(script_args, training_args, model_args, dataset_args, resume)
 
 
-def _train(script_args, training_args, model_args, dataset_args, resume: str | bool | None) -> None:
+def _train(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, resume: str | bool | None
+) -> None:
     trainer = make_trainer(script_args, training_args, model_args, dataset_args)
     if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
@@ -62,7 +64,9 @@ def _train(script_args, training_args, model_args, dataset_args, resume: str | b
     _finish(trainer, script_args)
 
 
-def make_trainer(script_args, training_args, model_args, dataset_args, kind: type | None = None):
+def make_trainer(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, kind: type | None = None
+) -> Any:
     """The trainer of a run, ready to train; raises what `main` raises.
 
     Args:
@@ -132,10 +136,10 @@ def _faults_in_one_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _output_folder(training_args, resume: str | bool | None) -> Iterator[None]:
+def _output_folder(training_args: Any, resume: str | bool | None) -> Iterator[None]:
     """Before the data and the model: is there a place to save, and is it free. It stays ours until the end."""
     folder = str(training_args.output_dir)
-    if fault := fault_of_output_folder(folder):
+    if fault := find_output_folder_issue(folder):
         raise RefusedRun(fault)
     first = training_args.process_index == 0
     with alone_in(Path(folder)) if first else contextlib.nullcontext():
@@ -148,7 +152,7 @@ def _output_folder(training_args, resume: str | bool | None) -> Iterator[None]:
         yield
 
 
-def _finish(trainer, script_args) -> None:
+def _finish(trainer: Any, script_args: Any) -> None:
     """Save, push if asked, and leave together: a rank that goes early can take the others down."""
     folder = trainer.args.output_dir
     trainer.refuse_weights_not_finite("the model")
@@ -162,7 +166,7 @@ def _finish(trainer, script_args) -> None:
     trainer.end()
 
 
-def _warn_of_lost_updates(training_args, model_args) -> None:
+def _warn_of_lost_updates(training_args: Any, model_args: Any) -> None:
     """Steps of 1e-6 on weights that are held in bfloat16 alone are mostly rounded away."""
     shards = training_args.deepspeed or training_args.fsdp or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     shards = shards or os.environ.get("ACCELERATE_USE_FSDP") == "true"  # both keep a copy of the weights in float32
@@ -175,7 +179,7 @@ def _warn_of_lost_updates(training_args, model_args) -> None:
         )
 
 
-def load_data(script_args, training_args, dataset_args, processor) -> dict:
+def load_data(script_args: Any, training_args: Any, dataset_args: Any, processor: Any) -> dict:
     """`train`, and `test` if there is an evaluation: checked, and with columns `prompt`, `chosen`, `rejected`.
 
     Raises:
@@ -206,7 +210,7 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
     return data
 
 
-def _load_rows(script_args, training_args, dataset_args, processor, evaluates: bool) -> dict:
+def _load_rows(script_args: Any, training_args: Any, dataset_args: Any, processor: Any, evaluates: bool) -> dict:
     from trl import get_dataset
 
     from ..data.load import load_preference_splits
@@ -231,11 +235,11 @@ def _load_rows(script_args, training_args, dataset_args, processor, evaluates: b
     )
 
 
-def _split_seed(script_args, training_args) -> int:
+def _split_seed(script_args: Any, training_args: Any) -> int:
     return training_args.seed if script_args.split_seed is None else script_args.split_seed
 
 
-def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
+def _open_streams(script_args: Any, dataset_args: Any, evaluates: bool) -> dict:
     """As in TRL's script. Rows of a stream are not looked at in advance, only its columns."""
     from datasets import load_dataset
     from trl import get_dataset
@@ -275,7 +279,7 @@ def start(argv: list[str] | None = None) -> int:
         the first step, 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint saved.
     """
     try:
-        argv = plugins.take(sys.argv[1:] if argv is None else argv)
+        argv = plugins.take_options(sys.argv[1:] if argv is None else argv)
     except plugins.PluginError as error:
         print(f"sampo train: error: {error}", file=sys.stderr)
         return 2
@@ -322,7 +326,7 @@ def _say_error(parser: RecipeParser, error: BaseException) -> None:
     print(f"{parser.prog}: error: {error}{f' (process {rank})' if rank else ''}", file=sys.stderr, flush=True)
 
 
-def _set_up_logs(training_args) -> None:
+def _set_up_logs(training_args: Any) -> None:
     """What `sampo` has to say is shown once, by the first process; others speak only of trouble."""
     import datasets
     import transformers

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.chat import ChatTemplate, NotRendered
 from ..data.layouts import has_other_content, phrase
 from ..io.hashing import hash_file_samples, hash_json
-from ..models.checks import faults_of_place
+from ..models.checks import find_path_issues
 from ..models.load import (
     ModelError,
     add_adapter,
@@ -88,7 +88,7 @@ def load_tokenizer(
     if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
         with opening(adapter, "tokenizer"):
             return AutoTokenizer.from_pretrained(adapter, **options)
-    if faults := faults_of_place(name, option="model"):
+    if faults := find_path_issues(name, option="model"):
         raise ModelError(" ".join(faults))
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
         name, revision = base_of(name, revision)

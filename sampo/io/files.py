@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _FULL = re.compile(
     rf"No space left|Disk quota exceeded|\b(?:os error|Errno) (?:{errno.ENOSPC}|{errno.EDQUOT})\b", re.IGNORECASE
 )
@@ -42,7 +42,7 @@ def replacing(path: Path, *, append: bool = False) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _temporary(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | (os.O_APPEND if append else 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK | (os.O_APPEND if append else 0)
     descriptor = os.open(aside, flags, 0o666)
     try:
         with open(descriptor, "w+b") as file:
@@ -88,7 +88,7 @@ def open_to_append(path: Path) -> Any:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

@@ -103,18 +103,18 @@ def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     *lines, tail = content.split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
-        row = _object(line)
+        row = _parse_object(line)
         if row is None:
             raise ValueError(
                 f"{path}, line {number} must be a JSON object, got {line[:60]!r}. Restore it, or delete the line."
             )
         rows.append(row)
-    if (last := _object(tail)) is not None:
+    if (last := _parse_object(tail)) is not None:
         return [*rows, last], len(content)
     return rows, len(content) - len(tail)
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _parse_object(line: bytes) -> dict[str, Any] | None:
     try:
         value = parse_json(line)
     except ValueError:

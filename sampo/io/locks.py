@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .files import mark_of, remove_left_overs
+from .files import NO_LINK, mark_of, remove_left_overs
 from .schemas import parse_json, typed
 
 try:
@@ -43,7 +43,6 @@ PATIENCE = 30.0  # seconds in which an owner may end that was told to: it saves 
 BEAT = 5.0  # seconds after which a living owner touches its file again
 LAUNCHER = "SAMPO_LAUNCHER"  # environment variable: process id of the launcher that `sampo train` has become
 SILENCE = 4 * BEAT  # after so many without a touch an owner on another machine is taken for dead
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class FolderInUseError(OSError):
@@ -75,7 +74,7 @@ class Owner:
         words += [word for word in sys.argv[1:2] if not word.startswith("-")]  # options may hold a key
         return cls(socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()), " ".join(words)[:80])
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """For an error message."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"process {self.pid} on {self.host} ({self.command}, since {since})"
@@ -187,10 +186,10 @@ class _Lock:
         """Open the file; whether it is a new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
         except FileExistsError:
             try:
-                self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
+                self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -284,7 +283,7 @@ def _owner_in(path: Path) -> Owner | None:
 
 
 def _name(owner: Owner | None) -> str:
-    return "another process" if owner is None else owner.in_words()
+    return "another process" if owner is None else owner.describe()
 
 
 def _touched(path: Path) -> int:

@@ -47,7 +47,7 @@ class Record:
     created: str = ""
     schema: int = SCHEMA
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"`schema` must be {SCHEMA}, got {self.schema}")
         numbers = [x for x in (self.value, *(self.interval or ())) if x is not None]

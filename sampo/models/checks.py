@@ -17,7 +17,7 @@ from ..io.schemas import parse_json, typed
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
 
-def faults_of_model_folder(
+def find_model_folder_issues(
     name: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path", tokenizer: bool = True
 ) -> list[str]:
     """Of a local folder: its configuration, its tokenizer, and its weights, by their headers. A hub id has none here.
@@ -33,23 +33,23 @@ def faults_of_model_folder(
     def fault(what: str) -> str:
         return _not_a_model(name, option, what)
 
-    if faults := faults_of_place(name, option=option):
+    if faults := find_path_issues(name, option=option):
         return faults
     if not folder.is_dir():
         return []
-    faults = [fault(what) for what in _faults_of_json(folder)]
+    faults = [fault(what) for what in _find_json_issues(folder)]
     weights = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
     if not weights:
         faults.append(fault(f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again."))
     for path in weights:
-        if path.suffix == ".safetensors" and (damage := _fault_of_safetensors(path)):
+        if path.suffix == ".safetensors" and (damage := _find_safetensors_issue(path)):
             faults.append(fault(f"{path.name} is damaged: {damage}. Fetch or save it again."))
     if faults or any(path.suffix == ".gguf" for path in weights):
         return faults
-    return [fault(what) for what in _faults_of_kind(folder, trust_remote_code, tokenizer)]
+    return [fault(what) for what in _find_config_issues(folder, trust_remote_code, tokenizer)]
 
 
-def faults_of_place(name: str, *, option: str = "model_name_or_path") -> list[str]:
+def find_path_issues(name: str, *, option: str = "model_name_or_path") -> list[str]:
     """Of a name that looks like a path: nothing is there, or no model but folders with some."""
     folder = Path(name).expanduser()
     if not folder.exists() and not _is_path(name):
@@ -117,7 +117,7 @@ class WeightIndex:
     weight_map: dict[str, str] = field(default_factory=dict)
 
 
-def _faults_of_json(folder: Path) -> list[str]:
+def _find_json_issues(folder: Path) -> list[str]:
     faults = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -133,7 +133,7 @@ def _faults_of_json(folder: Path) -> list[str]:
     return faults
 
 
-def _faults_of_kind(folder: Path, trust_remote_code: bool, tokenizer: bool) -> list[str]:
+def _find_config_issues(folder: Path, trust_remote_code: bool, tokenizer: bool) -> list[str]:
     """No configuration, a model that brings its own code or that nobody knows, no tokenizer."""
     from transformers import CONFIG_MAPPING
 
@@ -156,7 +156,7 @@ def _faults_of_kind(folder: Path, trust_remote_code: bool, tokenizer: bool) -> l
     return faults
 
 
-def _fault_of_safetensors(path: Path) -> str | None:
+def _find_safetensors_issue(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -166,7 +166,7 @@ def _fault_of_safetensors(path: Path) -> str | None:
         return str(error)
 
 
-def faults_of_tokenizer(tokenizer: Any) -> list[str]:
+def find_tokenizer_issues(tokenizer: Any) -> list[str]:
     """No end token; a chat template that cannot be read or does not show what is said."""
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import SecurityError
@@ -205,7 +205,7 @@ def faults_of_tokenizer(tokenizer: Any) -> list[str]:
     return faults
 
 
-def faults_of_tokens(datasets: Mapping[str, Any], *, vocabulary: int | None, tokenizer: Any) -> list[str]:
+def find_token_issues(datasets: Mapping[str, Any], *, vocabulary: int | None, tokenizer: Any) -> list[str]:
     """Of tokenised pairs: none left, ids that the model does not know, two begin tokens.
 
     Args:
@@ -268,7 +268,7 @@ def _begins_twice(ids: Any, bos: int | None) -> bool:
     return bos is not None and len(ids) > 1 and ids[0].as_py() == bos and ids[1].as_py() == bos
 
 
-def faults_of_reference(vocabulary: int | None, ref_vocabulary: int | None) -> list[str]:
+def find_vocabulary_issues(vocabulary: int | None, ref_vocabulary: int | None) -> list[str]:
     """Policy and reference must give probabilities to the same tokens."""
     if None in (vocabulary, ref_vocabulary) or vocabulary == ref_vocabulary:
         return []

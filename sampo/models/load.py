@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import faults_of_model_folder
+from .checks import find_model_folder_issues
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,7 +79,7 @@ def check_model(
     Raises:
         ModelError: with all faults.
     """
-    faults = faults_of_model_folder(name, trust_remote_code=trust_remote_code, option=option, tokenizer=tokenizer)
+    faults = find_model_folder_issues(name, trust_remote_code=trust_remote_code, option=option, tokenizer=tokenizer)
     if faults:
         raise ModelError(" ".join(faults))
     if not os.path.isdir(name):

@@ -67,7 +67,7 @@ class Merge:
     difference_max: float
     bound: float | None
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """One line for people."""
         bound = "no bound" if self.bound is None else f"bound {self.bound:g}"
         return (
@@ -131,10 +131,10 @@ def merge(
 
 def _judge(report: Merge) -> None:
     if report.bound is None:
-        logger.warning("Weights were rounded to a few bits, in this merge or before it. %s", report.in_words())
+        logger.warning("Weights were rounded to a few bits, in this merge or before it. %s", report.describe())
     elif not report.difference_max <= report.bound:  # NaN too
         raise ArithmeticError(
-            f"The merged model must say what base and adapter say together, got: {report.in_words()} Nothing was "
+            f"The merged model must say what base and adapter say together, got: {report.describe()} Nothing was "
             "written. See that no adapted layer shares its weights with another, as tied embeddings do; for "
             "`bfloat16`, try `float32`."
         )
@@ -163,30 +163,38 @@ def token_logps(model: "PreTrainedModel | PeftModel", tokenizer: Any, texts: Seq
     return torch.cat(found)
 
 
-def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dtype, texts, quantization) -> Merge:
+def _merge_into(
+    folder: Path,
+    adapter: str,
+    base: str,
+    revision: str | None,
+    dtype: str,
+    texts: Sequence[str],
+    quantization: Any,
+) -> Merge:
     """Merge, save in `folder`, load what was saved, compare."""
     processor = _processor(adapter, base, revision)
     tokenizer = getattr(processor, "tokenizer", processor)
     _refuse_another_vocabulary(_trained_with(adapter, base, tokenizer), base, revision)
-    model = _with_adapter(_load(base, revision, quantization), adapter)
+    model = _with_adapter(_load_float32(base, revision, quantization), adapter)
     refuse_weights_not_finite(model.named_parameters(), f"{base} with {adapter}")
     stays_quantized = quantization is None and bool(getattr(model.config, "quantization_config", None))
     with model.disable_adapter():
         plain = token_logps(model, tokenizer, texts)
     adapted = token_logps(model, tokenizer, texts)
-    saved_in = "quantised weights" if stays_quantized else _save(model, folder, dtype, base, revision)
+    saved_in = "quantised weights" if stays_quantized else _save_merged(model, folder, dtype, base, revision)
     if stays_quantized:
         model.merge_and_unload().save_pretrained(folder)
     processor.save_pretrained(folder)
     del model  # at any time one copy of the weights
 
     effect = (adapted - plain).abs()
-    difference = (adapted - token_logps(_load(str(folder)), tokenizer, texts)).abs()
+    difference = (adapted - token_logps(_load_float32(str(folder)), tokenizer, texts)).abs()
     return Merge(
         adapter=str(adapter),
         base=base,
         dtype=saved_in,
-        quantized=None if quantization is None else _named(quantization),
+        quantized=None if quantization is None else _describe_quantization(quantization),
         tokens=len(effect),
         adapter_effect_mean=effect.mean().item(),
         adapter_effect_max=effect.max().item(),
@@ -240,13 +248,13 @@ def _refuse_another_vocabulary(tokenizer: Any, base: str, revision: str | None) 
         )
 
 
-def _named(quantization: "BitsAndBytesConfig") -> str:
+def _describe_quantization(quantization: "BitsAndBytesConfig") -> str:
     if quantization.load_in_8bit:
         return "8bit"
     return f"4bit {quantization.bnb_4bit_quant_type}{' nested' if quantization.bnb_4bit_use_double_quant else ''}"
 
 
-def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str | None) -> str:
+def _save_merged(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str | None) -> str:
     """Merge and save in `dtype`; returns its name."""
     import torch
     from transformers import AutoConfig
@@ -261,7 +269,7 @@ def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str
     return dtype
 
 
-def _load(name: str, revision: str | None = None, quantization=None) -> "PreTrainedModel":
+def _load_float32(name: str, revision: str | None = None, quantization: Any = None) -> "PreTrainedModel":
     """The model in float32 on the CPU; if asked for with the weights that quantising leaves of it."""
     options: dict[str, Any] = {"dtype": "float32", "device_map": {"": "cpu"}, "revision": revision or "main"}
     if quantization is None:

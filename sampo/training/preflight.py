@@ -34,7 +34,7 @@ def refuse_separate_processes(args: SamPOConfig) -> None:
         )
 
 
-def refuse_another_engine(accelerator) -> None:
+def refuse_another_engine(accelerator: Any) -> None:
     """On the CPU accelerate turns FSDP into DDP, or into separate runs, without a word.
 
     Raises:
@@ -79,7 +79,7 @@ _OPTIMISERS = {  # part of the name in `optim`: what is imported, what is to be 
 }
 
 
-def faults_of_packages(options: Any) -> list[str]:
+def find_package_issues(options: Any) -> list[str]:
     """Options that need a package which is not installed: transformers would say so after the model is loaded.
 
     Args:
@@ -93,7 +93,7 @@ def faults_of_packages(options: Any) -> list[str]:
         needs.append(("use_liger_kernel: true", "liger_kernel", "liger-kernel"))
     missing = [(option, package) for option, module, package in needs if importlib.util.find_spec(module) is None]
     return [
-        *faults_of_loggers(options.report_to),
+        *find_logger_issues(options.report_to),
         *(
             f"`{option}` needs a package that is not installed. `pip install {package}`, or choose another value."
             for option, package in missing
@@ -101,7 +101,7 @@ def faults_of_packages(options: Any) -> list[str]:
     ]
 
 
-def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
+def find_logger_issues(report_to: str | list[str] | None) -> list[str]:
     """Loggers that are asked for and cannot be used: transformers would say so after the model is loaded.
 
     Args:
@@ -128,11 +128,11 @@ def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
     return faults
 
 
-def _each_dataset(train_dataset, eval_dataset) -> list:
+def _each_dataset(train_dataset: Any, eval_dataset: Any) -> list:
     return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
 
 
-def check_data(args: SamPOConfig, train_dataset, eval_dataset, processing_class=None) -> None:
+def check_data(args: SamPOConfig, train_dataset: Any, eval_dataset: Any, processing_class: Any = None) -> None:
     """All faults of the rows, before a model is loaded; of messages also what the chat template makes of them.
 
     Raises:
@@ -151,7 +151,7 @@ def check_data(args: SamPOConfig, train_dataset, eval_dataset, processing_class=
             check_preferences(dataset, chat_template_of=processing_class)
 
 
-def find_processor(model, args: SamPOConfig, train_dataset, eval_dataset):
+def find_processor(model: Any, args: SamPOConfig, train_dataset: Any, eval_dataset: Any) -> Any:
     """The tokenizer or processor that TRL would load, where messages are to be looked at before the model is loaded.
 
     None where TRL has to find it: it then says what is wrong.
@@ -167,13 +167,13 @@ def find_processor(model, args: SamPOConfig, train_dataset, eval_dataset):
         return None
 
 
-def _holds_messages(dataset) -> bool:
+def _holds_messages(dataset: Any) -> bool:
     if not isinstance(dataset, Dataset) or "chosen" not in dataset.column_names or not len(dataset):
         return False
     return isinstance(dataset.with_format(None)[0]["chosen"], list)
 
 
-def refuse_without_end_token(train_dataset, processing_class, args: SamPOConfig) -> None:
+def refuse_without_end_token(train_dataset: Any, processing_class: Any, args: SamPOConfig) -> None:
     """`keep_end_token` and `balance_end_token` with a chat template that ends no turn.
 
     Raises:

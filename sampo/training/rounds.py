@@ -185,7 +185,7 @@ class State:
     plan: Plan
     rounds: list[Round]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if [one.number for one in self.rounds] != list(range(1, self.plan.rounds + 1)):
             raise ValueError(f"`rounds` must be the {self.plan.rounds} rounds of the plan in their order")
 
@@ -238,7 +238,7 @@ def _take_up(plan: Plan) -> list[Round]:
             "`output_dir`, or remove them."
         )
     rounds = [_plan_round(plan, number) for number in range(1, plan.rounds + 1)]
-    _save(plan, rounds)
+    _save_state(plan, rounds)
     return rounds
 
 
@@ -289,22 +289,22 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
     if not one.model_sha256:
         raise RoundFailed(f"Round {one.number} has ended without weights in {one.model}.", 1)
     one.status = "finished"
-    _save(plan, rounds)
+    _save_state(plan, rounds)
     say(f"round {one.number} of {plan.rounds} finished after {one.seconds:.0f} s: {one.model}")
 
 
-def _step(plan, rounds: list[Round], one: Round, status: Status, command: list[str], say, lock: int) -> None:
+def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: list[str], say: Any, lock: int) -> None:
     """One launch, with the state before and after it on the disk."""
     one.status = status
     one.attempts.append(shlex.join(command))
-    _save(plan, rounds)
+    _save_state(plan, rounds)
     say(f"round {one.number} of {plan.rounds}, {status}: {one.attempts[-1]}")
     began = time.monotonic()
     status_code = _launch(command, lock)
     one.seconds = round(one.seconds + time.monotonic() - began, 1)
     if status_code != 0:
         one.status = "failed"
-        _save(plan, rounds)
+        _save_state(plan, rounds)
         if status_code in STOPPED:
             raise RoundFailed(
                 f"Round {one.number} was stopped while {status}. The same `sampo iterate` goes on from there.",
@@ -389,7 +389,7 @@ def _hash_paths(paths: Iterable[Path]) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _save(plan: Plan, rounds: list[Round]) -> None:
+def _save_state(plan: Plan, rounds: list[Round]) -> None:
     write_whole(plan.folder / STATE, seal(asdict(State(plan, rounds))))
 
 

@@ -19,7 +19,7 @@ from tiny import make_model, make_pairs, save_model
 from transformers import TrainerCallback
 
 from sampo.checkpointing import files as checkpoints
-from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_whole_checkpoint
+from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_complete_checkpoint
 from sampo.checkpointing.fingerprint import FREE, ROUNDING, describe_data, hash_weight_samples
 from sampo.checkpointing.resume import Preempted, ResumeRefusedError
 from sampo.commands import train
@@ -194,9 +194,9 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_refused_by_name(finished, tmp_path, damage):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     do, reason = DAMAGES[damage]
-    assert find_whole_checkpoint(folder).path == folder / "checkpoint-4"
+    assert find_complete_checkpoint(folder).path == folder / "checkpoint-4"
     do(folder / "checkpoint-4")
-    found = find_whole_checkpoint(folder)
+    found = find_complete_checkpoint(folder)
     assert found.path == folder / "checkpoint-2"
     assert list(found.skipped) == [folder / "checkpoint-4"]
     assert re.search(reason, found.skipped[folder / "checkpoint-4"])
@@ -214,7 +214,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_which_it_skips_an
     assert [line["step"] for line in seen] == [2, 3, 3]
     assert "checkpoint-4 is skipped: scheduler.pt is missing." in caplog.text
     assert f"Going on from {folder / 'checkpoint-2'}." in caplog.text
-    assert find_whole_checkpoint(folder).path == folder / "checkpoint-4"  # written anew over the damaged one
+    assert find_complete_checkpoint(folder).path == folder / "checkpoint-4"  # written anew over the damaged one
 
 
 @pytest.mark.parametrize("last", ["4", "nowhere"])
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_is_a_link_is_gone_on_from_and_replaced_as_a_link(mode
     (folder / STAGING).symlink_to(elsewhere)
     before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
     options = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
-    assert find_whole_checkpoint(folder).path == folder / f"checkpoint-{'4' if last == '4' else '2'}"
+    assert find_complete_checkpoint(folder).path == folder / f"checkpoint-{'4' if last == '4' else '2'}"
     seen, _ = run(model, folder, resume=str(folder / "checkpoint-2"), **options)
     assert [line["step"] for line in seen] == [2, 3, 3]
     left = [path for path in folder.iterdir() if path.name.startswith(("checkpoint-", "_"))]
@@ -258,11 +258,11 @@ def test_what_a_killed_process_had_written_whole_gets_its_name_and_what_is_half_
     (folder / STAGING).mkdir()
     (folder / "checkpoint-4").rename(folder / STAGING / "checkpoint-4")
     checkpoints.finish_interrupted(folder)
-    assert find_whole_checkpoint(folder).path == folder / "checkpoint-4"
+    assert find_complete_checkpoint(folder).path == folder / "checkpoint-4"
 
     (folder / "checkpoint-4").rename(folder / STAGING / "checkpoint-4")
     (folder / STAGING / "checkpoint-4" / MANIFEST).unlink()
-    found = find_whole_checkpoint(folder)
+    found = find_complete_checkpoint(folder)
     assert found.path == folder / "checkpoint-2"
     assert found.skipped == {folder / STAGING / "checkpoint-4": "it was still being written when its run ended"}
     run(model, folder, resume=True, max_steps=4, save_steps=2)
@@ -306,10 +306,10 @@ def test_the_best_checkpoint_is_found_under_its_name(model, tmp_path):
     trainer.train()
     best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     assert trainer.state.best_model_checkpoint == str(best)
-    assert find_whole_checkpoint(tmp_path).path == tmp_path / "checkpoint-3"
+    assert find_complete_checkpoint(tmp_path).path == tmp_path / "checkpoint-3"
     saved = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == str(best)
-    assert checkpoints.fault_of(best) is None
+    assert checkpoints.find_checkpoint_issue(best) is None
 
 
 FULL_DISK = """
@@ -339,7 +339,7 @@ def run_until_full(model, folder, fill, advice):
     left = Path(folder) / "run"
     assert [path.name for path in checkpoints.numbered_checkpoints(left)] == ["checkpoint-2"]
     assert not (left / STAGING).exists()
-    assert find_whole_checkpoint(left).path == left / "checkpoint-2"
+    assert find_complete_checkpoint(left).path == left / "checkpoint-2"
 
 
 def fill_disk(folder):
@@ -609,7 +609,7 @@ def test_sigterm_to_a_launcher_of_two_processes_saves_one_checkpoint_and_the_sam
         said = process.communicate(timeout=120)[1]
         assert process.returncode != 0, said[-3000:]
     (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
-    assert checkpoints.fault_of(checkpoint) is None
+    assert checkpoints.find_checkpoint_issue(checkpoint) is None
     step = checkpoints.step_of(checkpoint)
     done = subprocess.run([*command, str(step + 2)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

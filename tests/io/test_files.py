@@ -201,10 +201,10 @@ def test_a_recipe_is_not_copied_through_a_link(tmp_path):
 
 def test_a_run_does_not_write_through_a_link_in_its_output_folder(tmp_path):
     """transformers and TRL would."""
-    from sampo.checkpointing.files import fault_of_output_folder
+    from sampo.checkpointing.files import find_output_folder_issue
 
     (tmp_path / "README.md").symlink_to(tmp_path / "victim")
-    assert "must have no links to files, got ['README.md']" in fault_of_output_folder(tmp_path)
+    assert "must have no links to files, got ['README.md']" in find_output_folder_issue(tmp_path)
 
 
 WRITERS = re.compile(r"\.write_text\(|\.write_bytes\(|\bopen\([^)]*[\"'][wax]|\.open\([\"'][wax]|copyfile\(|savefig\(")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import save_model
 
-from sampo.checkpointing.files import MANIFEST, RunRecord, fault_of, write_manifest
+from sampo.checkpointing.files import MANIFEST, RunRecord, find_checkpoint_issue, write_manifest
 from sampo.checkpointing.resume import LOG_WINDOW, LogWindow
 from sampo.commands import cache
 from sampo.commands.iterate import _summary
@@ -28,7 +28,7 @@ from sampo.evaluation.results import judged
 from sampo.io import records as results
 from sampo.io.hashing import SEAL, seal
 from sampo.io.schemas import WrongFile, WrongShape, parse_json, parse_yaml, read_json, read_yaml, typed
-from sampo.models.checks import faults_of_model_folder
+from sampo.models.checks import find_model_folder_issues
 from sampo.reference_cache import store as ref_logps
 from sampo.reference_cache.store import About, RefCacheError, RefManifest, ShardEntry
 from sampo.training import rounds as iterate
@@ -174,7 +174,7 @@ def manifest_of_checkpoint(folder):
     write_manifest(folder, RunRecord({"`seed`": 7, "the training data": "abc"}, {"`bf16`": True}, {"`max_steps`": 4}))
 
     def read():
-        fault = fault_of(folder)
+        fault = find_checkpoint_issue(folder)
         assert fault is None or isinstance(fault, str)
 
     return folder / MANIFEST, read
@@ -335,7 +335,7 @@ def model_config(folder):
     save_model(folder)
 
     def read():
-        assert all(isinstance(fault, str) for fault in faults_of_model_folder(str(folder)))
+        assert all(isinstance(fault, str) for fault in find_model_folder_issues(str(folder)))
 
     return folder / "config.json", read
 
@@ -344,7 +344,7 @@ def weight_index(folder):
     save_model(folder)
     index = {"metadata": {"total_size": 1}, "weight_map": {"lm_head.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder / "model.safetensors.index.json", lambda: faults_of_model_folder(str(folder))
+    return folder / "model.safetensors.index.json", lambda: find_model_folder_issues(str(folder))
 
 
 KINDS = [

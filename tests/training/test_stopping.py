@@ -116,7 +116,7 @@ def test_the_command_of_the_kubernetes_template_goes_on_when_it_is_started_again
     assert stopped.returncode == 128 + number, stopped.stderr[-2000:]
     assert "Traceback" not in stopped.stderr
     (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
-    assert checkpoints.fault_of(checkpoint) is None
+    assert checkpoints.find_checkpoint_issue(checkpoint) is None
     if number == signal.SIGINT:
         return
     step = checkpoints.step_of(checkpoint)
@@ -163,7 +163,7 @@ def test_ctrl_c_in_a_round_is_waited_for_and_the_same_command_goes_on(folder, tm
     assert "Round 1 was stopped while training. The same `sampo iterate` goes on from there." in stopped.stderr
     assert "Traceback" not in stopped.stderr
     (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out" / "round-1")
-    assert checkpoints.fault_of(checkpoint) is None
+    assert checkpoints.find_checkpoint_issue(checkpoint) is None
 
 
 def test_what_fails_in_every_process_is_said_by_the_first_alone(folder, tmp_path):
