@@ -76,7 +76,7 @@ def run(argv: list[str]) -> int:
         print(f"sampo iterate: error: {error}", file=sys.stderr)
         return error.status if isinstance(error, RoundFailed) else 2
     for one in rounds:
-        _say(_summary(one))
+        _say(summarise_round(one))
     _say(f"The model after {plan.rounds} rounds: {plan.model_after(plan.rounds)}")
     return 0
 
@@ -204,7 +204,7 @@ def _hash_inputs(options: Any) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if digest}
 
 
-def _summary(one: Round) -> str:
+def summarise_round(one: Round) -> str:
     """One line of what a round has come to."""
     words = [f"round {one.number}: {one.metrics['steps']} steps"]
     for name, title in (("last", "training"), ("eval", "evaluation")):

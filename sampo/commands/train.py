@@ -81,7 +81,7 @@ def make_trainer(
         SimpleNamespace(**{name: value for part in together for name, value in part.items()})
     ):
         raise RefusedRun(" ".join(faults))
-    _warn_of_lost_updates(training_args, model_args)
+    warn_of_lost_updates(training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -166,7 +166,7 @@ def _finish(trainer: Any, script_args: Any) -> None:
     trainer.end()
 
 
-def _warn_of_lost_updates(training_args: Any, model_args: Any) -> None:
+def warn_of_lost_updates(training_args: Any, model_args: Any) -> None:
     """Steps of 1e-6 on weights that are held in bfloat16 alone are mostly rounded away."""
     shards = training_args.deepspeed or training_args.fsdp or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     shards = shards or os.environ.get("ACCELERATE_USE_FSDP") == "true"  # both keep a copy of the weights in float32

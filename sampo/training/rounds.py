@@ -205,7 +205,7 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     with alone_in(plan.folder) as lock:
-        rounds = _take_up(plan)
+        rounds = restore_rounds(plan)
         write_whole(plan.folder / RECIPE, _as_yaml(plan.recipe))
         for one in rounds:
             if one.status == "finished":
@@ -218,13 +218,13 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     return rounds
 
 
-def _take_up(plan: Plan) -> list[Round]:
+def restore_rounds(plan: Plan) -> list[Round]:
     """The rounds as the state file knows them, or new ones."""
     path = plan.folder / STATE
-    saved = _read_state(path)
+    saved = read_state(path)
     if saved is not None:
         rounds = saved.rounds
-        changes = list(_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
+        changes = list(describe_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
         if not changes:
             return rounds
         if any(one.status == "finished" for one in rounds) or _has_begun(plan.round_folder(1)):
@@ -238,7 +238,7 @@ def _take_up(plan: Plan) -> list[Round]:
             "`output_dir`, or remove them."
         )
     rounds = [_plan_round(plan, number) for number in range(1, plan.rounds + 1)]
-    _save_state(plan, rounds)
+    save_state(plan, rounds)
     return rounds
 
 
@@ -248,12 +248,12 @@ def _plan_round(plan: Plan, number: int) -> Round:
     return Round(number, commands=commands, config_sha256=digest, model=plan.model_after(number))
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Iterator[str]:
+def describe_changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Iterator[str]:
     """What differs, in words."""
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
         if name in ("recipe", "launch", "inputs") and not begin:
-            yield from _changes(was or {}, now or {}, f"{name}: ")
+            yield from describe_changes(was or {}, now or {}, f"{name}: ")
         elif was != now and begin == "inputs: ":
             yield f"{name} has other content than before"
         elif was != now and not (begin == "launch: " and name in OF_THE_MACHINE):
@@ -289,7 +289,7 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
     if not one.model_sha256:
         raise RoundFailed(f"Round {one.number} has ended without weights in {one.model}.", 1)
     one.status = "finished"
-    _save_state(plan, rounds)
+    save_state(plan, rounds)
     say(f"round {one.number} of {plan.rounds} finished after {one.seconds:.0f} s: {one.model}")
 
 
@@ -297,14 +297,14 @@ def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: l
     """One launch, with the state before and after it on the disk."""
     one.status = status
     one.attempts.append(shlex.join(command))
-    _save_state(plan, rounds)
+    save_state(plan, rounds)
     say(f"round {one.number} of {plan.rounds}, {status}: {one.attempts[-1]}")
     began = time.monotonic()
     status_code = _launch(command, lock)
     one.seconds = round(one.seconds + time.monotonic() - began, 1)
     if status_code != 0:
         one.status = "failed"
-        _save_state(plan, rounds)
+        save_state(plan, rounds)
         if status_code in STOPPED:
             raise RoundFailed(
                 f"Round {one.number} was stopped while {status}. The same `sampo iterate` goes on from there.",
@@ -389,11 +389,12 @@ def _hash_paths(paths: Iterable[Path]) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _save_state(plan: Plan, rounds: list[Round]) -> None:
+def save_state(plan: Plan, rounds: list[Round]) -> None:
+    """Write what is done of the rounds into `iterate_state.json`."""
     write_whole(plan.folder / STATE, seal(asdict(State(plan, rounds))))
 
 
-def _read_state(path: Path) -> State | None:
+def read_state(path: Path) -> State | None:
     """What is remembered of the rounds; None where nothing is."""
     try:
         with named(path, "Restore it, or move it and the rounds away"):

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from kill_campaign import _start_server
+from kill_campaign import start_server
 from processes import environment
 from tiny import make_pairs, save_model
 
@@ -333,7 +333,7 @@ def start(model: str, folder: str, name: str, patience: float) -> None:
 def run_double_starts(model, folder, trials, seed):
     """Whether each second start was refused; all that finish must equal a run that was alone."""
     context, rng = multiprocessing.get_context("forkserver"), random.Random(seed)
-    _start_server()
+    start_server()
 
     def process(place, name, patience):
         place.mkdir(exist_ok=True)

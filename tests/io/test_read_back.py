@@ -15,7 +15,7 @@ from tiny import save_model
 from sampo.checkpointing.files import MANIFEST, RunRecord, find_checkpoint_issue, write_manifest
 from sampo.checkpointing.resume import LOG_WINDOW, LogWindow
 from sampo.commands import cache
-from sampo.commands.iterate import _summary
+from sampo.commands.iterate import summarise_round
 from sampo.commands.launch import launch_command
 from sampo.commands.options import make_parser
 from sampo.data.layouts import PreferenceDataError
@@ -189,11 +189,11 @@ def log_window(folder):
 def iterate_state(folder):
     plan = Plan(2, "full", "previous", str(folder), "m", "main", 1, "float32", False, recipe={"beta": 0.1, "x": [1]})
     rounds = [Round(1, "finished", ["a"], metrics={"steps": 3, "last": {"loss": 1.0}}), Round(2)]
-    iterate._save(plan, rounds)
+    iterate.save_state(plan, rounds)
 
     def read():
-        state = iterate._read_state(folder / STATE)
-        list(iterate._changes(asdict(state.plan), asdict(plan)))
+        state = iterate.read_state(folder / STATE)
+        list(iterate.describe_changes(asdict(state.plan), asdict(plan)))
 
     return folder / STATE, read
 
@@ -202,7 +202,9 @@ def trainer_state(folder):
     log = [{"loss": 0.6, "step": 1}, {"eval_loss": 0.5, "eval_rewards/margins": 0.1}, {"loss": 0.5, "step": 2}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log, "global_step": 2, "epoch": 1.0}))
     (folder / "sampo_merge.json").write_text('{"dtype": "float32"}')
-    return folder / "trainer_state.json", lambda: _summary(Round(1, metrics=iterate.read_metrics(folder, folder)))
+    return folder / "trainer_state.json", lambda: summarise_round(
+        Round(1, metrics=iterate.read_metrics(folder, folder))
+    )
 
 
 def reference_cache(folder):
