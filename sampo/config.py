@@ -45,9 +45,9 @@ class SamPOConfig(DPOConfig):
     sampled_sides: str = field(
         default="both",
         metadata={
-            "help": "`both`: whichever response is longer is thinned to T_m tokens, as in the paper. `rejected`: only "
-            "a longer rejected response is thinned, a longer chosen one is kept whole. For `sampo`, `expected`, "
-            "`prefix` and `top_k`.",
+            "help": "`both`: whichever response is longer is downsampled to T_m tokens, as in the paper. `rejected`: "
+            "only a longer rejected response is downsampled, a longer chosen one keeps all its tokens. For `sampo`, "
+            "`expected`, `prefix` and `top_k`.",
             "choices": list(SAMPLED_SIDES),
         },
     )
@@ -128,8 +128,8 @@ class SamPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Cut each batch at pair borders so that no forward pass takes more tokens than this (those of the "
-            "pair stream, else padded ones), and back-propagate each piece before the next: the same loss and "
-            "gradients with the memory of one piece. A longer pair is a piece of its own."
+            "pair stream, else padded ones), and back-propagate each micro-batch before the next: the same loss and "
+            "gradients with the memory of one micro-batch. A longer pair is a micro-batch of its own."
         },
     )
     log_token_statistics: bool = field(
@@ -172,17 +172,17 @@ class SamPOConfig(DPOConfig):
 
     def __new__(cls, *_args: Any, **given: Any) -> Self:
         """Refuse options that TRL or transformers has dropped by name; the generated `__init__` says `unexpected`."""
-        if faults := find_old_option_issues(given):
-            raise TypeError("SamPOConfig: " + " ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)))
+        if issues := find_old_option_issues(given):
+            raise TypeError("SamPOConfig: " + " ".join(f"({i}) {issue}" for i, issue in enumerate(issues, 1)))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with contextlib.suppress(ValueError, TypeError):  # `learned`, or a fault that is named below with the others
+        with contextlib.suppress(ValueError, TypeError):  # `learned`, or a issue that is named below with the others
             self.length_penalty = float(self.length_penalty or 0.0)
         self.pair_stream = str(self.pair_stream).lower()  # YAML makes a boolean of `true`
-        if faults := [*find_range_issues(self), *find_combination_issues(self)]:
-            raise ValueError("SamPOConfig: " + " ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)))
+        if issues := [*find_range_issues(self), *find_combination_issues(self)]:
+            raise ValueError("SamPOConfig: " + " ".join(f"({i}) {issue}" for i, issue in enumerate(issues, 1)))
 
     @property
     def learns_length_penalty(self) -> bool:

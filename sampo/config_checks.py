@@ -122,8 +122,8 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
     return [
         (
             config.sampled_sides != "both" and not method.thins,
-            f"`sampled_sides: {config.sampled_sides}` needs a method that thins the longer side {methods('thins')}, "
-            f"got `token_weighting: {name}`.",
+            f"`sampled_sides: {config.sampled_sides}` needs a method that downsamples the longer response "
+            f"{methods('thins')}, got `token_weighting: {name}`.",
         ),
         (
             config.keep_end_token and not method.can_keep_end,
@@ -133,7 +133,7 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             config.balance_end_token
             and config.max_tokens_per_forward is not None
             and not config.precompute_ref_log_probs,
-            "`balance_end_token` asks a live reference about whole batches, got `max_tokens_per_forward: "
+            "`balance_end_token` needs a live reference for complete batches, got `max_tokens_per_forward: "
             f"{config.max_tokens_per_forward}`. Set `precompute_ref_log_probs: true`, or unset one of them.",
         ),
         (
@@ -168,7 +168,7 @@ def _loss_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
     return [
         (
             not subset and bool(losses & COUNT_LOSSES),
-            f"`loss_type: {sorted(losses & COUNT_LOSSES)}` divides by the number of counted tokens, which has no "
+            f"`loss_type: {sorted(losses & COUNT_LOSSES)}` divides by the number of selected tokens, which has no "
             f"meaning for the fractional weights of `token_weighting: {name}`. Use a subset method.",
         ),
         (
@@ -186,7 +186,7 @@ def _loss_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             and "sft" in losses,
             "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` without "
             "`max_tokens_per_forward` only, because `sft` sees all chosen tokens and the WPO weights only the "
-            "counted ones.",
+            "selected ones.",
         ),
         (
             config.max_tokens_per_forward is not None and bool(losses & BATCH_LOSSES),

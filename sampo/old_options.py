@@ -188,7 +188,7 @@ OLD_OPTIONS: dict[str, Successor] = {
         options=("warmup_steps",),
     ),
     **_removed(
-        "Remove it: `resume: auto` goes on from the last checkpoint in `output_dir`, and a new run needs an empty "
+        "Remove it: `resume: auto` resumes from the last checkpoint in `output_dir`, and a new run needs an empty "
         "folder.",
         "overwrite_output_dir",
         options=("resume", "output_dir"),
@@ -253,8 +253,8 @@ def find_old_argument_issues(given: Mapping[str, Any], options: Container[str]) 
         given: arguments of the trainer.
         options: names of the config's options.
     """
-    faults = find_old_option_issues(given)
+    issues = find_old_option_issues(given)
     if "tokenizer" in given:
-        faults.append("`tokenizer` is no longer an argument of the trainer. It is now `processing_class`.")
+        issues.append("`tokenizer` is no longer an argument of the trainer. It is now `processing_class`.")
     moved = [name for name in given if name in options]
-    return faults + [f"`{name}` is an option of `SamPOConfig`, not an argument of the trainer." for name in moved]
+    return issues + [f"`{name}` is an option of `SamPOConfig`, not an argument of the trainer." for name in moved]

@@ -1,7 +1,7 @@
 """What a resumed run must have in common with the run that wrote the checkpoint.
 
 All options count unless they are named here: an option that a later version of transformers adds is compared until
-somebody has thought about it. Data and model are compared by content, so files may move.
+it is classified. Data and model are compared by content, so files may move.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from ..weighting import REGISTERED
 
 # Options that do not change what is learned, by the reason why.
 UNCOMPARED = {
-    "names, places, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
+    "names, paths, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
     "report_to push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     "logging": "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
     "log_level_replica disable_tqdm include_num_input_tokens_seen log_length_pressure log_token_statistics debug "
@@ -25,7 +25,7 @@ UNCOMPARED = {
     "evaluation": "eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start "
     "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
     "load_best_model_at_end metric_for_best_model greater_is_better",
-    "how data travel": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "how data are loaded": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc precompute_ref_batch_size "
     "ddp_timeout local_rank torch_empty_cache_steps ref_cache_dir ref_cache_check",
     "the length of the run, which has a rule of its own": "max_steps num_train_epochs",
@@ -50,7 +50,7 @@ _SAMPLE = 1024  # numbers of each tensor that go into the hash of the weights
 
 
 def identity(trainer: Any) -> dict[str, dict[str, Any]]:
-    """What tells this run from others: `must` not change, and what changes results by `rounding`.
+    """What identifies a run: `must` not change, and what changes results by `rounding` only.
 
     Args:
         trainer: A trainer whose model has its first weights still.
@@ -83,7 +83,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
 
 
 def _values_of(reference: dict[str, str] | None) -> dict[str, str] | None:
-    """Of the cache's key, what is about the reference and no rounding."""
+    """The fields of the cache's key that identify the reference, without those of rounding."""
     return None if reference is None else {name: reference[name] for name in ("weights", "config")}
 
 
@@ -93,7 +93,7 @@ def _described(what: str, config: Any) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, in words, by name."""
+    """Describe each difference, by name."""
     names = sorted(before.keys() | now.keys())
     return [_change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
 
@@ -119,9 +119,9 @@ def describe_data(dataset: Any) -> dict[str, Any]:
 
 
 def hash_weight_samples(models: list[Any]) -> str:
-    """Hash of names, shapes and up to 1,024 evenly spaced numbers of each tensor: enough to tell models apart.
+    """Hash of names, shapes and up to 1,024 evenly spaced numbers of each tensor: enough to distinguish models.
 
-    The adapter that is trained is left out: it starts at random, and comes from the checkpoint. So is what this
+    The trained adapter is omitted: it starts at random, and comes from the checkpoint. So are weights that this
     process does not hold (sharded or not yet loaded).
     """
     import torch

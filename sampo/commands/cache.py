@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--rebuild", action="store_true", help="delete what there is for these options first")
-    parser.add_argument("--ls", action="store_true", help="list what lies in the cache, and do nothing else")
+    parser.add_argument("--ls", action="store_true", help="list the contents of the cache, and do nothing else")
     parser.add_argument("--rm", nargs="+", metavar="NAME", help="delete caches by their names in --ls, or `all`")
     return parser
 

@@ -19,8 +19,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sampo diagnose",
         allow_abbrev=False,
-        description="Length pressure of every weighting, before or after training, and, with a reference, what length "
-        "has to do with the rewards that were learned. What is computed is kept in `--out`: a killed run goes on.",
+        description="Length pressure of every weighting, before or after training, and, with a reference, how the "
+        "learned rewards depend on length. Results are kept in `--out`: a killed run continues.",
     )
     parser.add_argument("--policy", required=True, nargs="+", metavar="MODEL", help="folders, hub ids, or adapters")
     parser.add_argument("--reference", metavar="MODEL", help="the base where all policies are adapters of one")
@@ -115,7 +115,7 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     for name in ("beta", "max_length", "decay_gamma", "seed"):
         if getattr(args, name) is None:
             setattr(args, name, SamPOConfig.__dataclass_fields__[name].default)
-    faults = [
+    issues = [
         f"`{name}` must be {what}, got {getattr(args, name)}."
         for name, what, right in (
             ("beta", "above 0", args.beta > 0),
@@ -129,8 +129,8 @@ def _fill_defaults(args: argparse.Namespace) -> None:
         )
         if not right
     ]
-    if faults:
-        raise ValueError(" ".join(faults))
+    if issues:
+        raise ValueError(" ".join(issues))
 
 
 def _names(policies: list[str]) -> list[str]:
@@ -173,30 +173,28 @@ class _Setup:
 
 
 def _prepare(args: argparse.Namespace) -> _Setup:
-    """Everything that can be found fault with, then the reference."""
+    """Everything that can be found issue with, then the reference."""
     from ..data.end_tokens import end_token_ids
     from ..data.token_ids import hash_token_ids
     from ..diagnostics.pair_scores import tokenise
     from ..models.load import ModelError, check_model
 
     given = [("policy", name) for name in args.policy] + [("reference", args.reference)] * bool(args.reference)
-    faults = []
+    issues = []
     for option, name in given:
         try:
             check_model(name, option=option, trust_remote_code=args.trust_remote_code, tokenizer=True)
-        except ModelError as fault:
-            faults.append(str(fault))
-    if faults:
-        raise ModelError(" ".join(faults))
+        except ModelError as issue:
+            issues.append(str(issue))
+    if issues:
+        raise ModelError(" ".join(issues))
     policies = [LazyModel(name, args) for name in args.policy]
     reference = _reference(args, policies)
     tokenizer = _tokenizer(policies, reference)
     dataset = _load_pairs(args, tokenizer)
     pairs = tokenise(dataset, tokenizer, max_length=args.max_length or None, truncation_mode=args.truncation_mode)
     if len(pairs) < len(dataset):
-        print(
-            f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are left out: their prompt fills `max_length`."
-        )
+        print(f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are omitted: their prompt fills `max_length`.")
     other_ends = _find_other_ends(pairs, tokenizer, args)
     _check_tokens(pairs, tokenizer, [*policies, *([reference] if reference else [])])
     setup = _Setup(
@@ -232,12 +230,12 @@ def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
     from ..models.checks import find_tokenizer_issues
 
     tokenizer = policies[0].tokenizer()
-    faults = find_tokenizer_issues(tokenizer)
+    issues = find_tokenizer_issues(tokenizer)
     for other in [*policies[1:], *([reference] if reference else [])]:
         if other.tokenizer().get_vocab() != tokenizer.get_vocab():
-            faults.append(f"All models must have the vocabulary of {policies[0].name}, got {other.name} with another.")
-    if faults:
-        raise ValueError(" ".join(faults))
+            issues.append(f"All models must have the vocabulary of {policies[0].name}, got {other.name} with another.")
+    if issues:
+        raise ValueError(" ".join(issues))
     return tokenizer
 
 
@@ -289,11 +287,11 @@ def _check_tokens(pairs: Any, tokenizer: Any, models: list[LazyModel]) -> None:
     from ..models.checks import find_token_issues, find_vocabulary_issues
 
     sizes = [getattr(model.config(), "vocab_size", None) for model in models]
-    faults = find_token_issues({"given": pairs}, vocabulary=sizes[0], tokenizer=tokenizer)
+    issues = find_token_issues({"given": pairs}, vocabulary=sizes[0], tokenizer=tokenizer)
     for size in sizes[1:]:
-        faults += find_vocabulary_issues(sizes[0], size)
-    if faults:
-        raise ValueError(" ".join(faults))
+        issues += find_vocabulary_issues(sizes[0], size)
+    if issues:
+        raise ValueError(" ".join(issues))
 
 
 def _quality(args: argparse.Namespace, pairs: Any) -> Any:

@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sampo iterate",
         allow_abbrev=False,
         description="Several rounds of `sampo train`, each from the model of the round before. All options of `sampo "
-        "train` are taken too. What is finished is not run again; what was interrupted goes on.",
+        "train` are taken too. Finished rounds are not run again; an interrupted one continues.",
     )
     parser.add_argument("--rounds", type=int, help="number of rounds")
     parser.add_argument(
@@ -90,15 +90,15 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
 
     Raises:
         RefusedIteration: something is wrong with them; all of it in one message.
-        SystemExit: unknown options, or faults that `sampo train` finds.
+        SystemExit: unknown options, or issues that `sampo train` finds.
     """
     launch, words = split_options(argv)
     parser = make_train_parser(prog="sampo iterate")
     parser.not_ours = set(ITERATE_OPTIONS)
     recipe, options = parser.read(words)
     own = {**DEFAULTS, **{key: recipe[key] for key in ITERATE_OPTIONS if key in recipe}, **own}
-    if faults := _find_issues(own, launch, options):
-        raise RefusedIteration(" ".join(faults))
+    if issues := _find_issues(own, launch, options):
+        raise RefusedIteration(" ".join(issues))
     removes = own.pop("remove_old_caches")
     plan = Plan(
         **own,
@@ -154,7 +154,7 @@ def _find_issues(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
         ),
         (
             is_adapter(options.model_name_or_path),
-            f"`model_name_or_path` must be a whole model, got the adapter in {options.model_name_or_path}. `sampo "
+            f"`model_name_or_path` must be a complete model, got the adapter in {options.model_name_or_path}. `sampo "
             "merge` it first.",
         ),
         (
@@ -163,17 +163,17 @@ def _find_issues(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
         ),
         (
             own["data"] == "shards" and (options.dataset_streaming or options.streaming),
-            "`data: shards` needs all rows, got a stream. Load the data whole.",
+            "`data: shards` needs all rows, got a stream. Load the data without streaming.",
         ),
         *(
             (getattr(options, name) is not None, f"`{name}` is set by each round, and cannot be given.")
             for name in SET_BY_US
         ),
     ]
-    faults = [message for wrong, message in table if wrong]
+    issues = [message for wrong, message in table if wrong]
     if others := sorted(launch.keys() - ON_ONE_MACHINE):
-        faults.append(f"`sampo iterate` runs on one machine, got {others}. Run the commands of the rounds by hand.")
-    return faults
+        issues.append(f"`sampo iterate` runs on one machine, got {others}. Run the commands of the rounds by hand.")
+    return issues
 
 
 def _quantization_words(options: Any) -> list[str]:

@@ -24,7 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="model to merge into, if not the one that the adapter names")
     parser.add_argument("--base_revision", help="its revision on the hub")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the saved weights; `auto`: as the base's")
-    parser.add_argument("--texts", type=Path, help="file with texts to compare, one a line, in place of our own")
+    parser.add_argument(
+        "--texts", type=Path, help="file with texts to compare, one per line, instead of the built-in ones"
+    )
     quantized = parser.add_argument_group(
         "after QLoRA", "As in the training: the adapter is merged into the base as it was quantised then, dequantised."
     )

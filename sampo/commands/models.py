@@ -40,8 +40,8 @@ def load_processor(script_args: Any, training_args: Any, model_args: Any) -> Any
             with open(template, encoding="utf-8") as file:
                 template = file.read()
         processor.chat_template = template
-    if faults := find_tokenizer_issues(getattr(processor, "tokenizer", processor)):
-        raise RefusedRun(" ".join(faults))
+    if issues := find_tokenizer_issues(getattr(processor, "tokenizer", processor)):
+        raise RefusedRun(" ".join(issues))
     return processor
 
 
@@ -56,8 +56,8 @@ def check_adapter(model_args: Any) -> None:
     if _holds_adapter(model_args):
         try:
             base_of(model_args.model_name_or_path, model_args.model_revision)
-        except ValueError as fault:
-            raise RefusedRun(str(fault)) from None
+        except ValueError as issue:
+            raise RefusedRun(str(issue)) from None
 
 
 def check_vocabulary(script_args: Any, training_args: Any, model_args: Any, processor: Any) -> None:
@@ -111,7 +111,7 @@ def load_models(script_args: Any, training_args: Any, model_args: Any) -> dict:
             autocast=quantization is not None or not zero3,  # ZeRO-3 needs one dtype, as in TRL
         )
         training_args.model_init_kwargs = None
-        logger.info("training goes on with the adapter in %s", policy)
+        logger.info("training continues with the adapter in %s", policy)
         _warn_of_adapter_options(model_args)
     else:
         models |= {

@@ -35,13 +35,13 @@ def find_option_issues(options: Any) -> list[str]:
         (not 0 <= fraction < 1, f"`eval_fraction` must lie in [0, 1), got {fraction}."),
         (
             fraction and not evaluates,
-            f"`eval_fraction: {fraction}` holds out pairs that nothing looks at with `eval_strategy: no`. Set "
+            f"`eval_fraction: {fraction}` holds out pairs that are not evaluated with `eval_strategy: no`. Set "
             "`eval_strategy: steps`, or drop `eval_fraction`.",
         ),
         (
             fraction and options.test_split_size,
             "`eval_fraction` and `test_split_size` exclude each other, got both. `eval_fraction` keeps all pairs of a "
-            "prompt on one side.",
+            "prompt in one split.",
         ),
         (
             options.resume and options.resume_from_checkpoint,
@@ -61,13 +61,13 @@ def find_option_issues(options: Any) -> list[str]:
 
 def _find_syntax_issues(options: Any) -> list[str]:
     """Of options that are a little language of their own."""
-    faults = []
+    issues = []
     for read in (lambda: read_shard(options.prompt_shard or "1/1"), lambda: read_columns(options.columns or ())):
         try:
             read()
-        except ValueError as fault:
-            faults.append(str(fault))
-    return faults
+        except ValueError as issue:
+            issues.append(str(issue))
+    return issues
 
 
 def _find_model_issues(options: Any) -> list[str]:
@@ -85,7 +85,8 @@ def _find_model_issues(options: Any) -> list[str]:
         ),
         (
             reference and is_adapter(reference) and not same_place(reference, policy),
-            f"`ref_model_name_or_path` must be a whole model, got the adapter in {reference}. `sampo merge` it first.",
+            f"`ref_model_name_or_path` must be a complete model, got the adapter in {reference}. `sampo merge` it "
+            "first.",
         ),
         (
             options.ref_model_revision and not reference,
@@ -131,7 +132,9 @@ def _find_streaming_issues(options: Any) -> list[str]:
         "text_as_messages": options.text_as_messages,
     }
     return [
-        f"`{option}` needs all rows, got a stream. Load the data whole." for option, asked in table.items() if asked
+        f"`{option}` needs all rows, got a stream. Load the data without streaming."
+        for option, asked in table.items()
+        if asked
     ]
 
 

@@ -48,14 +48,14 @@ class SamPOScriptArguments(ScriptArguments):
         default=0.0,
         metadata={
             "help": "Share of the prompts of the training split that is held out for evaluation, instead of "
-            "`dataset_test_split`. In [0, 1); all pairs of one prompt stay on one side."
+            "`dataset_test_split`. In [0, 1); all pairs of one prompt stay in one split."
         },
     )
     on_bad_rows: str = field(
         default="error",
         metadata={
-            "help": "What happens to pairs that cannot be trained on (an empty side, no shared prompt, ...): `error` "
-            "names them and stops, `drop` leaves them out and says how many.",
+            "help": "What happens to pairs that cannot be trained on (an empty response, no shared prompt, ...): "
+            "`error` lists them and stops, `drop` omits them and reports how many.",
             "choices": ["error", "drop"],
         },
     )
@@ -63,7 +63,7 @@ class SamPOScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Names in the source of `prompt`, `chosen`, `rejected`, `system` and `input`, as `prompt=question "
-            "chosen=better`; in a YAML file also a mapping. `system=` leaves the system messages out."
+            "chosen=better`; in a YAML file also a mapping. `system=` omits the system messages."
         },
     )
     repeated_prompt: str = field(
@@ -84,8 +84,8 @@ class SamPOScriptArguments(ScriptArguments):
     length_split: str | None = field(
         default=None,
         metadata={
-            "help": "Train only on pairs whose chosen side is longer (`long`), shorter (`short`) or as long (`equal`) "
-            "as the rejected one in tokens, or on equally many long and short ones (`balanced`).",
+            "help": "Train only on pairs whose chosen response is longer (`long`), shorter (`short`) or as long "
+            "(`equal`) as the rejected one in tokens, or on equally many long and short ones (`balanced`).",
             "choices": ["long", "short", "equal", "balanced"],
         },
     )
@@ -120,8 +120,8 @@ class SamPOScriptArguments(ScriptArguments):
     resume: str | None = field(
         default=None,
         metadata={
-            "help": "`auto`: go on from the last whole checkpoint in `output_dir`, or begin where there is none. The "
-            "same command starts a run and continues it. For a certain checkpoint: `resume_from_checkpoint`.",
+            "help": "`auto`: resume from the last complete checkpoint in `output_dir`, or start where there is none. "
+            "The same command starts a run and continues it. For a specific checkpoint: `resume_from_checkpoint`.",
             "choices": ["auto"],
         },
     )
@@ -149,14 +149,14 @@ class RecipeParser(TrlParser):
     ) -> tuple[Any, ...]:
         """As the original, but what several dataclasses and `find_option_issues` refuse is said in one message."""
         namespace, rest = self.parse_known_args(args)
-        faults, built = find_option_issues(namespace), []
+        issues, built = find_option_issues(namespace), []
         for kind in self.dataclass_types:
             try:
                 built.append(kind(**{f.name: getattr(namespace, f.name) for f in fields(kind) if f.init}))
             except (TypeError, ValueError) as error:
-                faults.append(str(error))
-        if faults:
-            self.error(_listed(faults))
+                issues.append(str(error))
+        if issues:
+            self.error(_listed(issues))
         return (*built, rest) if return_remaining_strings else tuple(built)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
@@ -173,20 +173,20 @@ class RecipeParser(TrlParser):
         args = _separate_config(args)
         config, path = self._read_config(args)
         choices = {action.dest: list(action.choices or ()) for action in self._actions}
-        faults = [
+        issues = [
             f"`{key}` in {path} is no option.{_nearest(key, choices, value)}"
             for key, value in config.items()
             if key not in {*choices, *self.not_ours, "env"}
         ]
-        faults += [
+        issues += [
             f"`{key}` in {path} must be one of {choices[key]}, got {value!r}."
             for key, value in config.items()
             if choices.get(key) and value is not None and value not in choices[key]
         ]
-        faults += _wrong_shapes(config, self.dataclass_types, path)
-        faults += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
-        if faults:
-            self.error(_listed(faults))
+        issues += _wrong_shapes(config, self.dataclass_types, path)
+        issues += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
+        if issues:
+            self.error(_listed(issues))
 
     def read(self, args: list[str]) -> tuple[dict[str, Any], Any]:
         """The YAML file's options, and an attribute for each option of all; for a caller who trains elsewhere.
@@ -198,8 +198,8 @@ class RecipeParser(TrlParser):
         config, _ = self._read_config(args)
         self.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
         namespace, _ = self.parse_known_args(args)
-        if faults := find_option_issues(namespace):
-            self.error(_listed(faults))
+        if issues := find_option_issues(namespace):
+            self.error(_listed(issues))
         return config, namespace
 
     def _unknown_words(self, args: list[str]) -> list[str]:
@@ -232,15 +232,15 @@ class RecipeParser(TrlParser):
 def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> list[str]:
     """Lists, mappings, true, false and null where they do not belong; argparse converts texts alone."""
     known = {f.name: (get_type_hints(kind)[f.name], f.default) for kind in kinds for f in fields(kind)}
-    faults = []
+    issues = []
     for key, value in config.items():
         if key in known and (expected := _expected_shape(key, value, *known[key])):
-            faults.append(f"`{key}` in {path} must be {expected}, got {shown(value)}.")
+            issues.append(f"`{key}` in {path} must be {expected}, got {shown(value)}.")
     try:
         typed(list[DatasetConfig], config.get("datasets", []), field="datasets")
     except ValueError as error:
-        faults.append(f"In {path} {error}.")
-    return faults
+        issues.append(f"In {path} {error}.")
+    return issues
 
 
 def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | None:
@@ -269,8 +269,8 @@ def _check_env(config: dict[str, Any]) -> None:
             raise ValueError(f"`env` must hold names and values of environment variables, got {wrong}")
 
 
-def _listed(faults: list[str]) -> str:
-    return faults[0] if len(faults) == 1 else "\n- ".join([f"{len(faults)} faults:", *faults])
+def _listed(issues: list[str]) -> str:
+    return issues[0] if len(issues) == 1 else "\n- ".join([f"{len(issues)} issues:", *issues])
 
 
 def _separate_config(args: list[str]) -> list[str]:

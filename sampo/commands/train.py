@@ -41,7 +41,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         RefusedRun: the options cannot be run.
         PreferenceDataError: the data cannot be trained on.
         RefCacheError: the reference cache cannot be used.
-        ResumeRefusedError: there is no whole checkpoint to go on from, or it is of another run.
+        ResumeRefusedError: there is no complete checkpoint to go on from, or it is of another run.
         FolderInUseError: another run works in `output_dir`.
         CheckpointNotSavedError: a checkpoint could not be written.
         Preempted: SIGTERM or Ctrl-C came, and a checkpoint was saved.
@@ -77,10 +77,10 @@ def make_trainer(
         kind: a subclass of `SamPOTrainer` to make.
     """
     together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
-    if faults := find_option_issues(
+    if issues := find_option_issues(
         SimpleNamespace(**{name: value for part in together for name, value in part.items()})
     ):
-        raise RefusedRun(" ".join(faults))
+        raise RefusedRun(" ".join(issues))
     warn_of_lost_updates(training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -100,7 +100,7 @@ def make_trainer(
             check_model(script_args.ref_model_name_or_path, option="ref_model_name_or_path", trust_remote_code=trusts)
         data = load_data(script_args, training_args, dataset_args, processor)
 
-    from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
+    from ..trainer import SamPOTrainer  # after the data, which is faster to find issues in
 
     with _faults_in_one_line():
         trainer = (kind or SamPOTrainer)(
@@ -139,15 +139,15 @@ def _faults_in_one_line() -> Iterator[None]:
 def _output_folder(training_args: Any, resume: str | bool | None) -> Iterator[None]:
     """Before the data and the model: is there a place to save, and is it free. It stays ours until the end."""
     folder = str(training_args.output_dir)
-    if fault := find_output_folder_issue(folder):
-        raise RefusedRun(fault)
+    if issue := find_output_folder_issue(folder):
+        raise RefusedRun(issue)
     first = training_args.process_index == 0
     with alone_in(Path(folder)) if first else contextlib.nullcontext():
         there = [path.name for path in numbered_checkpoints(folder)]
         if there and not resume and training_args.save_strategy != "no":
             raise RefusedRun(
-                f"A run that begins must not mix its checkpoints with those of another one, got `output_dir` {folder} "
-                f"with {', '.join(there)}. Set `resume: auto` to go on from the last one, or choose another folder."
+                f"A new run must not mix its checkpoints with those of another one, got `output_dir` {folder} "
+                f"with {', '.join(there)}. Set `resume: auto` to resume from the last one, or choose another folder."
             )
         yield
 
@@ -264,7 +264,7 @@ def _open_streams(script_args: Any, dataset_args: Any, evaluates: bool) -> dict:
 
 
 def _resume(checkpoint: str | bool | None) -> str | bool | None:
-    """`true` means the last whole checkpoint in `output_dir`; from the command line it arrives as a word."""
+    """`true` means the last complete checkpoint in `output_dir`; from the command line it arrives as a word."""
     words = {"true": True, "false": None, "auto": "auto"}
     if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
         return words.get(checkpoint.lower(), checkpoint)
@@ -309,11 +309,11 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
         return 1
     except Preempted as stop:
         if parsed[1].process_index == 0:
-            print(f"{parser.prog}: {stop.checkpoint.name} is saved. The same command with `--resume auto` goes on.")
+            print(f"{parser.prog}: {stop.checkpoint.name} is saved. The same command with `--resume auto` continues.")
         return stop.status
     except KeyboardInterrupt:
         if parsed[1].process_index == 0:
-            print(f"{parser.prog}: stopped. What was saved before is whole.", file=sys.stderr)
+            print(f"{parser.prog}: stopped. Checkpoints saved before are complete.", file=sys.stderr)
         return 130
     return 0
 

@@ -39,7 +39,7 @@ class Journal:
             content = self._file.read()
             self.rows, self._end = _parse(content, self.path)
             if self._end < len(content):
-                logger.warning("%s: an unfinished last line of %d bytes cut off", path, len(content) - self._end)
+                logger.warning("%s: removed an unfinished last line of %d bytes", path, len(content) - self._end)
                 self._file.truncate(self._end)
             elif content and not content.endswith(b"\n"):
                 self._write(b"\n")
@@ -94,7 +94,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     content = Path(path).read_bytes()
     rows, end = _parse(content, Path(path))
     if end < len(content):
-        logger.warning("%s: an unfinished last line of %d bytes left out", path, len(content) - end)
+        logger.warning("%s: ignored an unfinished last line of %d bytes", path, len(content) - end)
     return rows
 
 

@@ -173,7 +173,9 @@ class _Lock:
             if self._is_touched():
                 self._close()
                 raise self._in_use(owner)
-            logger.warning("%s was in use by %s, which is silent; going on.", self.path.parent, _name(owner))
+            logger.warning(
+                "%s was in use by %s, which no longer responds; continuing.", self.path.parent, _name(owner)
+            )
             if locked is None:  # who makes the file anew has it
                 self.path.unlink(missing_ok=True)
                 self._close()
@@ -240,8 +242,8 @@ class _Lock:
         elsewhere = owner is not None and owner.machine != _machine()
         advice = f", or remove {self.path} if that machine is gone" if elsewhere else ""
         return FolderInUseError(
-            f"One process at a time can write into {self.path.parent}, got a second one while {_name(owner)} is at "
-            f"work. Wait for it or end it{advice}; or choose another folder."
+            f"One process at a time can write into {self.path.parent}, got a second one while {_name(owner)} is "
+            f"running. Wait for it or stop it{advice}; or choose another folder."
         )
 
     def release(self) -> None:

@@ -120,7 +120,7 @@ def read(path: Path) -> list[Record]:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error) as error:  # a damaged header is an OSError
-        raise WrongFile(f"{path} must be a whole gzip file, got: {error}. Restore it.") from None
+        raise WrongFile(f"{path} must be a complete gzip file, got: {error}. Restore it.") from None
     *whole, _unfinished = content.split(b"\n")
     for number, line in enumerate(whole, 1):
         with named(path, "Restore or delete it, or write to another folder", line=number):

@@ -114,12 +114,12 @@ def merge(
     check_model(adapter, option="adapter", base=base)
     if os.path.isdir(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
         raise ValueError(
-            f"`adapter` must be a folder with an adapter, got {adapter}, which holds a whole model. There is nothing "
-            "to merge."
+            f"`adapter` must be a folder with an adapter, got {adapter}, which holds a complete model. There is "
+            "nothing to merge."
         )
     named, revision = base_of(adapter)
     if base is not None and base != named:
-        logger.info("The adapter names %s as its base; it is merged into %s, as asked.", named, base)
+        logger.info("The adapter names %s as its base; it is merged into %s, as requested.", named, base)
         revision = None
     revision = base_revision or revision
     with new_folder(out) as aside:
@@ -134,13 +134,13 @@ def _judge(report: Merge) -> None:
         logger.warning("Weights were rounded to a few bits, in this merge or before it. %s", report.describe())
     elif not report.difference_max <= report.bound:  # NaN too
         raise ArithmeticError(
-            f"The merged model must say what base and adapter say together, got: {report.describe()} Nothing was "
-            "written. See that no adapted layer shares its weights with another, as tied embeddings do; for "
+            f"The merged model must give the log-probs of base and adapter together, got: {report.describe()} Nothing "
+            "was written. Check that no adapted layer shares its weights with another, as tied embeddings do; for "
             "`bfloat16`, try `float32`."
         )
     elif report.dtype != "float32" and report.difference_mean > 0.1 * report.adapter_effect_mean:
         logger.warning(
-            "What rounding to %s changes is %.0f %% of what the adapter changes. `float32` keeps the adapter whole.",
+            "What rounding to %s changes is %.0f %% of what the adapter changes. `float32` keeps all of the adapter.",
             *(report.dtype, 100 * report.difference_mean / max(report.adapter_effect_mean, 1e-30)),
         )
 

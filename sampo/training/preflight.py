@@ -110,12 +110,12 @@ def find_logger_issues(report_to: str | list[str] | None) -> list[str]:
     from transformers.integrations import integration_utils
 
     asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    faults = []
+    issues = []
     for name in asked:
         if name in ("all", "none"):
             continue
         if name not in _LOGGERS:
-            faults.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
+            issues.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
             continue
         look_for, package = _LOGGERS[name]
         if getattr(integration_utils, f"is_{look_for}_available")():
@@ -124,8 +124,8 @@ def find_logger_issues(report_to: str | list[str] | None) -> list[str]:
             needs = f"a package that is not installed. `pip install {package}`, or set"
         else:
             needs = "a job of Kubeflow Trainer, got none (KUBEFLOW_TRAINER_SERVER_URL is not set). Set"
-        faults.append(f"`report_to: {name}` needs {needs} `report_to: none`.")
-    return faults
+        issues.append(f"`report_to: {name}` needs {needs} `report_to: none`.")
+    return issues
 
 
 def _each_dataset(train_dataset: Any, eval_dataset: Any) -> list:
@@ -133,7 +133,7 @@ def _each_dataset(train_dataset: Any, eval_dataset: Any) -> list:
 
 
 def check_data(args: SamPOConfig, train_dataset: Any, eval_dataset: Any, processing_class: Any = None) -> None:
-    """All faults of the rows, before a model is loaded; of messages also what the chat template makes of them.
+    """All issues of the rows, before a model is loaded; of messages also what the chat template makes of them.
 
     Raises:
         PreferenceDataError: missing columns or bad rows.

@@ -8,7 +8,7 @@ reference are the model of the round before. What is ours:
    the data (`eval_fraction`, shards) keeps the first seed.
 3. An adapter is merged at the end of a round, and the next round starts from the merged model with a new adapter.
 4. `iterate_state.json` remembers what is done. A round that has finished is never run again; one that was interrupted
-   goes on from its last whole checkpoint.
+   goes on from its last complete checkpoint.
 
 Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
 """
@@ -229,7 +229,7 @@ def restore_rounds(plan: Plan) -> list[Round]:
             return rounds
         if any(one.status == "finished" for one in rounds) or _has_begun(plan.round_folder(1)):
             raise RefusedIteration(
-                f"{path} must be of the same rounds to go on with them, got changes: {'; '.join(changes)}. Undo them, "
+                f"{path} must be of the same rounds to continue them, got changes: {'; '.join(changes)}. Undo them, "
                 "or set another `output_dir`."
             )
     elif any(plan.round_folder(number).exists() for number in range(1, plan.rounds + 1)):
@@ -269,7 +269,7 @@ def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
     if found != before.model_sha256:
         raise RefusedIteration(
             f"{before.model} must be as round {before.number} left it, got "
-            f"{'other weights' if found else 'no weights'}. Put it back, or remove {plan.folder} to begin again."
+            f"{'other weights' if found else 'no weights'}. Put it back, or remove {plan.folder} to start again."
         )
 
 
@@ -307,12 +307,13 @@ def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: l
         save_state(plan, rounds)
         if status_code in STOPPED:
             raise RoundFailed(
-                f"Round {one.number} was stopped while {status}. The same `sampo iterate` goes on from there.",
+                f"Round {one.number} was stopped while {status}. The same `sampo iterate` command continues from "
+                "there.",
                 status_code,
             )
         raise RoundFailed(
-            f"Round {one.number} must end with status 0, got {status_code} while {status}. Once the cause is gone, "
-            "the same `sampo iterate` goes on from there.",
+            f"Round {one.number} must end with status 0, got {status_code} while {status}. Fix the cause; the same "
+            "`sampo iterate` command then continues from there.",
             status_code if status_code > 0 else 128 - status_code,
         )
 

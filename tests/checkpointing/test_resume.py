@@ -213,7 +213,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_which_it_skips_an
         seen, _ = run(model, folder, resume=True, max_steps=4, save_steps=2)
     assert [line["step"] for line in seen] == [2, 3, 3]
     assert "checkpoint-4 is skipped: scheduler.pt is missing." in caplog.text
-    assert f"Going on from {folder / 'checkpoint-2'}." in caplog.text
+    assert f"Resuming from {folder / 'checkpoint-2'}." in caplog.text
     assert find_complete_checkpoint(folder).path == folder / "checkpoint-4"  # written anew over the damaged one
 
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_is_a_link_is_gone_on_from_and_replaced_as_a_link(mode
 
 def test_without_a_whole_checkpoint_true_is_refused_and_auto_begins(model, tmp_path):
     with pytest.raises(
-        ResumeRefusedError, match=r"needs a whole checkpoint in `output_dir`, got none in .*`resume_from"
+        ResumeRefusedError, match=r"needs a complete checkpoint in `output_dir`, got none in .*`resume_from"
     ):
         run(model, tmp_path, resume=True)
     seen, _ = run(model, tmp_path, resume="auto", max_steps=1)
@@ -271,7 +271,7 @@ def test_what_a_killed_process_had_written_whole_gets_its_name_and_what_is_half_
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_older_checkpoints_go_only_when_the_new_one_is_whole(model, tmp_path, limit, monkeypatch):
-    """Looked at whenever a folder gets or loses its name: at least one whole checkpoint is always there."""
+    """Looked at whenever a folder gets or loses its name: at least one complete checkpoint is always there."""
     there = []
     rename = os.rename
 
@@ -333,8 +333,8 @@ def run_until_full(model, folder, fill, advice):
     with pytest.raises(CheckpointNotSavedError) as failed:
         trainer.train()
     said = str(failed.value)
-    assert said.startswith("checkpoint-3 must be written whole, got ")
-    assert f"checkpoint-2 in {folder}/run stay as they are. {advice} go on with `resume_from_check" in said
+    assert said.startswith("checkpoint-3 must be written completely, got ")
+    assert f"checkpoint-2 in {folder}/run are unchanged. {advice} resume with `resume_from_check" in said
     assert ("MB are free now" in said) == ("Make room" in said)
     left = Path(folder) / "run"
     assert [path.name for path in checkpoints.numbered_checkpoints(left)] == ["checkpoint-2"]

@@ -454,5 +454,5 @@ def test_a_killed_launcher_takes_its_processes_along_and_the_same_command_goes_o
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not any(map(is_alive, workers))
-    assert "Going on from" in done.stderr
+    assert "Resuming from" in done.stderr
     assert find_complete_checkpoint(out).path == out / "checkpoint-60"
