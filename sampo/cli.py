@@ -28,7 +28,8 @@ COMMANDS = {
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
 
-GO_ON = ("iterate", "cache", "diagnose", "generate", "judge", "bench", "lab")  # what was written is not made again
+# Commands that do not compute again what they have written.
+RESUMABLE = ("iterate", "cache", "diagnose", "generate", "judge", "bench", "lab")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sampo {name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = " The same command continues where it stopped." if name in GO_ON else ""
+        again = " The same command continues where it stopped." if name in RESUMABLE else ""
         print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)
         return 130
 

@@ -171,14 +171,14 @@ class SamPOConfig(DPOConfig):
     )
 
     def __new__(cls, *_args: Any, **given: Any) -> Self:
-        """Refuse options that TRL or transformers has dropped by name; the generated `__init__` says `unexpected`."""
+        """Name options that TRL or transformers has dropped; the generated `__init__` would say `unexpected`."""
         if issues := find_old_option_issues(given):
             raise TypeError("SamPOConfig: " + " ".join(f"({i}) {issue}" for i, issue in enumerate(issues, 1)))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with contextlib.suppress(ValueError, TypeError):  # `learned`, or a issue that is named below with the others
+        with contextlib.suppress(ValueError, TypeError):  # `learned`, or an issue that is reported below
             self.length_penalty = float(self.length_penalty or 0.0)
         self.pair_stream = str(self.pair_stream).lower()  # YAML makes a boolean of `true`
         if issues := [*find_range_issues(self), *find_combination_issues(self)]:

@@ -18,14 +18,14 @@ REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 
 # TRL 1.16's losses by what they do with the two scores. A contract test compares the union with TRL's own list.
 MARGIN_LOSSES = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # a function of β·(S_w − S_l) alone
-COUNT_LOSSES = frozenset({"ipo", "sigmoid_norm"})  # divide each score by its number of counted tokens
+COUNT_LOSSES = frozenset({"ipo", "sigmoid_norm"})  # divide each score by its number of selected tokens
 SIDE_LOSSES = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired"})
 BATCH_LOSSES = frozenset({"aot", "aot_unpaired"})  # among them, those that compare the pairs of a batch
 LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
 
 
 def find_range_issues(config: Any) -> list[str]:
-    """Find options of a `SamPOConfig` that are wrong whatever the others are."""
+    """Find options of a `SamPOConfig` that are wrong by themselves."""
     rows = [*_own_range_rows(config), *_trl_range_rows(config)]
     issues = [f"`{name}` must be {must}, got {getattr(config, name)!r}." for name, holds, must in rows if not holds]
     if config.token_weighting not in WEIGHTINGS:

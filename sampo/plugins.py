@@ -1,7 +1,7 @@
 """Weightings from outside: files of `--plugin FILE`, and packages with an entry point in the group `sampo.weightings`.
 
-Loading a plugin runs its code. A file is named in an environment variable, so that every process of a run, whoever
-starts it, loads the same ones. No torch here.
+Loading a plugin runs its code. A file is named in an environment variable, so that every process of a run loads the
+same ones. This module does not import torch.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ class PluginError(Exception):
 
 
 def take_options(argv: list[str]) -> list[str]:
-    """Note the files of `--plugin FILE` for this process and those that it starts; return the other words."""
+    """Store the files of `--plugin FILE` for this process and those that it starts; return the other words."""
     rest, files, words = [], [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -37,7 +37,7 @@ def take_options(argv: list[str]) -> list[str]:
 
 
 def list_plugins() -> list[str | EntryPoint]:
-    """What `load_plugins` would load: paths, then entry points."""
+    """The plugins that `load_plugins` loads: paths, then entry points."""
     return [*filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)), *entry_points(group=GROUP)]
 
 
@@ -53,7 +53,7 @@ def load_plugins() -> None:
                 _run_file(f"sampo_plugin_{number}", plugin)
             else:
                 plugin.load()
-        except Exception as error:  # whatever the user's own code raises
+        except Exception as error:  # the user's code may raise anything
             name = plugin if isinstance(plugin, str) else f"{plugin.name} ({plugin.value})"
             raise PluginError(
                 f"`plugin` must be Python code that can be run, got {name} with {type(error).__name__}: {error}"

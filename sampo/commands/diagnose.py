@@ -1,4 +1,4 @@
-"""`sampo diagnose --policy P … [--reference R] --data D`: what length says about a model, by forward passes alone."""
+"""`sampo diagnose --policy P … [--reference R] --data D`: length bias of a model, from forward passes alone."""
 
 import argparse
 import logging
@@ -41,12 +41,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap over prompts (1000)")
     training = parser.add_argument_group("as in training; defaults are those of `sampo train`")
     training.add_argument("--beta", type=float, help="of the implicit reward")
-    training.add_argument("--max_length", type=int, help="tokens of prompt and response; 0 cuts nothing")
+    training.add_argument("--max_length", type=int, help="tokens of prompt and response; 0 truncates nothing")
     training.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), default="keep_start")
     training.add_argument("--decay_gamma", type=float, help="of the weighting `decay`")
     training.add_argument("--seed", type=int, help="of the subsets")
     training.add_argument("--chat_template", help="Jinja text, or a file with it")
-    training.add_argument("--ref_cache_dir", help="where per-token reference log-probs are looked for and kept")
+    training.add_argument("--ref_cache_dir", help="folder where per-token reference log-probs are read and written")
     training.add_argument("--ref_cache_dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     model = parser.add_argument_group("model")
     model.add_argument("--batch_size", type=int, default=8, help="pairs at a time (8)")
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compute what is not there yet, and say what was found."""
+    """Compute what is missing, and print the findings."""
     from ..data.layouts import PreferenceDataError
     from ..io.locks import alone_in
     from ..reference_cache.store import RefCacheError
@@ -109,7 +109,7 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
 
 
 def _fill_defaults(args: argparse.Namespace) -> None:
-    """Those of training, which nobody should type twice; and what cannot be."""
+    """Set the defaults of training, and check the ranges."""
     from ..config import SamPOConfig
 
     for name in ("beta", "max_length", "decay_gamma", "seed"):
@@ -119,7 +119,11 @@ def _fill_defaults(args: argparse.Namespace) -> None:
         f"`{name}` must be {what}, got {getattr(args, name)}."
         for name, what, right in (
             ("beta", "above 0", args.beta > 0),
-            ("max_length", "at least 2 tokens, or 0 to cut nothing", args.max_length == 0 or args.max_length >= 2),
+            (
+                "max_length",
+                "at least 2 tokens, or 0 to truncate nothing",
+                args.max_length == 0 or args.max_length >= 2,
+            ),
             ("decay_gamma", "in (0, 1]", 0 < args.decay_gamma <= 1),
             ("batch_size", "at least 1", args.batch_size >= 1),
             ("resamples", "at least 100 for an interval", args.resamples >= 100),
@@ -173,7 +177,7 @@ class _Setup:
 
 
 def _prepare(args: argparse.Namespace) -> _Setup:
-    """Everything that can be found issue with, then the reference."""
+    """Check and load everything that needs no forward pass, then add the reference."""
     from ..data.end_tokens import end_token_ids
     from ..data.token_ids import hash_token_ids
     from ..diagnostics.pair_scores import tokenise
@@ -226,7 +230,7 @@ def _reference(args: argparse.Namespace, policies: list[LazyModel]) -> LazyModel
 
 
 def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
-    """That of the first policy; the others must mean the same by a token's number."""
+    """The tokenizer of the first policy; the others must have the same token ids."""
     from ..models.checks import find_tokenizer_issues
 
     tokenizer = policies[0].tokenizer()
@@ -267,7 +271,7 @@ def _load_pairs(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> list[int]:
-    """Rows whose end tokens end other turns; says where no response ends, for the pressure is on its end."""
+    """Find rows whose end tokens end other turns; warn where no response has an end token."""
     from ..data.end_tokens import ResponseEnds, end_token_ids
     from ..data.lengths import count_tokens
     from ..data.tokenize import rows_with_other_ends

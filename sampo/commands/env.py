@@ -1,4 +1,4 @@
-"""`sampo env`: what this installation can do. The first thing to add to an issue report."""
+"""`sampo env`: versions, devices and engines of this installation, for issue reports."""
 
 import argparse
 import importlib.metadata as metadata
@@ -101,7 +101,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _engines(devices: dict[str, Any]) -> dict[str, str]:
-    """Whether each engine can be used, or what it lacks."""
+    """For each engine `yes`, or what is missing."""
     import torch
 
     # DeepSpeed builds its CPU communication the first time that several processes meet

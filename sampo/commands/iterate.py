@@ -42,14 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sampo iterate",
         allow_abbrev=False,
         description="Several rounds of `sampo train`, each from the model of the round before. All options of `sampo "
-        "train` are taken too. Finished rounds are not run again; an interrupted one continues.",
+        "train` are accepted too. Finished rounds are not run again; an interrupted one continues.",
     )
     parser.add_argument("--rounds", type=int, help="number of rounds")
     parser.add_argument(
         "--data",
         choices=DATA,
-        help="`full` (default): each round sees all training pairs. `shards`: each round sees another part of the "
-        "prompts, and all of them together see each pair once an epoch",
+        help="`full` (default): each round trains on all pairs. `shards`: each round trains on another part of the "
+        "prompts, and all rounds together use each pair once per epoch",
     )
     parser.add_argument(
         "--reference",
@@ -82,14 +82,14 @@ def run(argv: list[str]) -> int:
 
 
 def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Round], None] | None]:
-    """What to do, and what to do after each round.
+    """Make the plan, and the function to call after each round.
 
     Args:
-        own: our own options that stand on the command line.
-        argv: all others: those of `sampo train` and of the launcher.
+        own: options of `sampo iterate` on the command line.
+        argv: all other words: options of `sampo train` and of the launcher.
 
     Raises:
-        RefusedIteration: something is wrong with them; all of it in one message.
+        RefusedIteration: options are wrong; all issues in one message.
         SystemExit: unknown options, or issues that `sampo train` finds.
     """
     launch, words = split_options(argv)
@@ -120,7 +120,7 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
 
 
 def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
-    """Delete the caches that a round has made, and with one reference for all rounds only after the last."""
+    """Delete the caches that a round has made; with one reference for all rounds, only after the last round."""
     if plan.reference == "initial" and one.number < plan.rounds:
         return
     from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest, remove_cache
@@ -187,7 +187,7 @@ def _quantization_words(options: Any) -> list[str]:
 
 
 def _without_config(words: list[str]) -> list[str]:
-    """The words but `--config FILE`, in whose place a copy of the recipe is read."""
+    """Remove `--config FILE` from the words; a copy of the recipe is read instead."""
     kept, skip = [], False
     for word in words:
         if not skip and word != "--config" and not word.startswith("--config="):
@@ -197,7 +197,7 @@ def _without_config(words: list[str]) -> list[str]:
 
 
 def _hash_inputs(options: Any) -> dict[str, str]:
-    """What the first model and the data are, where they lie on this machine."""
+    """Hash the first model and the data, where they are local."""
     found = {"model": hash_model(options.model_name_or_path)}
     if options.dataset_name:
         found["data"] = hash_data(Path(options.dataset_name))
@@ -205,7 +205,7 @@ def _hash_inputs(options: Any) -> dict[str, str]:
 
 
 def summarise_round(one: Round) -> str:
-    """One line of what a round has come to."""
+    """One line with the results of a round."""
     words = [f"round {one.number}: {one.metrics['steps']} steps"]
     for name, title in (("last", "training"), ("eval", "evaluation")):
         entry, prefix = one.metrics.get(name), "eval_" if name == "eval" else ""

@@ -1,4 +1,4 @@
-"""`sampo merge ADAPTER --out FOLDER`: a whole model from an adapter and its base, checked to say the same."""
+"""`sampo merge ADAPTER --out FOLDER`: a complete model from an adapter and its base, checked by log-probs."""
 
 import argparse
 import importlib.util
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Merge and say what was found."""
+    """Merge and print the report."""
     import transformers
 
     from ..training.merge import merge

@@ -1,4 +1,4 @@
-"""The models of a run: its tokenizer, the policy, and what it is compared with."""
+"""The models of a run: tokenizer, policy and reference."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class RefusedRun(ValueError):
-    """The options cannot be run as they are; the text says all that is wrong with them."""
+    """The options cannot be run; the text lists all issues."""
 
 
 def load_processor(script_args: Any, training_args: Any, model_args: Any) -> Any:
@@ -46,7 +46,7 @@ def load_processor(script_args: Any, training_args: Any, model_args: Any) -> Any
 
 
 def check_adapter(model_args: Any) -> None:
-    """Of an adapter as the policy: it needs a base, and stands alone.
+    """Check an adapter as the policy: it needs a base, and no second adapter.
 
     Raises:
         RefusedRun: it does not.
@@ -61,7 +61,7 @@ def check_adapter(model_args: Any) -> None:
 
 
 def check_vocabulary(script_args: Any, training_args: Any, model_args: Any, processor: Any) -> None:
-    """Policy and reference must mean the same by a token's number.
+    """Check that policy and reference have the same token ids.
 
     Raises:
         RefusedRun: they do not.
@@ -90,7 +90,7 @@ def check_vocabulary(script_args: Any, training_args: Any, model_args: Any, proc
 
 
 def load_models(script_args: Any, training_args: Any, model_args: Any) -> dict:
-    """The trainer's arguments that say what is trained and what the reference is."""
+    """The trainer's arguments for policy and reference."""
     from trl import get_peft_config, get_quantization_config
 
     from ..models.load import create_model, load_trainable
@@ -135,7 +135,7 @@ def load_models(script_args: Any, training_args: Any, model_args: Any) -> dict:
 
 
 def _warn_of_adapter_options(model_args: Any) -> None:
-    """An adapter that is there already is as it is."""
+    """Warn of `lora_*` options, which do not change an existing adapter."""
     names = [f for f in fields(model_args) if f.name.startswith("lora_") or f.name in ("use_dora", "use_rslora")]
     default = type(model_args)()
     without_effect = [f.name for f in names if getattr(model_args, f.name) != getattr(default, f.name)]

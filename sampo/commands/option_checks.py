@@ -1,4 +1,4 @@
-"""What can be known to be wrong with the options of `sampo train` before anything is loaded."""
+"""Checks of the options of `sampo train` before anything is loaded."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  
 
 
 def find_option_issues(options: Any) -> list[str]:
-    """All that can be known to be wrong before anything is loaded.
+    """Find all issues of the options before anything is loaded.
 
     Args:
         options: An attribute for each option of all the dataclasses together.
@@ -60,7 +60,7 @@ def find_option_issues(options: Any) -> list[str]:
 
 
 def _find_syntax_issues(options: Any) -> list[str]:
-    """Of options that are a little language of their own."""
+    """Check the options with a syntax of their own."""
     issues = []
     for read in (lambda: read_shard(options.prompt_shard or "1/1"), lambda: read_columns(options.columns or ())):
         try:
@@ -71,7 +71,7 @@ def _find_syntax_issues(options: Any) -> list[str]:
 
 
 def _find_model_issues(options: Any) -> list[str]:
-    """What is known of a local folder without reading weights."""
+    """Check local model folders without reading weights."""
     policy, reference = options.model_name_or_path or "", options.ref_model_name_or_path
     table = [
         (
@@ -97,7 +97,7 @@ def _find_model_issues(options: Any) -> list[str]:
 
 
 def second_adapter(policy: str) -> str:
-    """Why `use_peft` is refused on an adapter."""
+    """The error for `use_peft` on an adapter."""
     return (
         f"`use_peft` would put a second adapter beside the one in {policy}, and with both switched off the reference "
         "would be the base model without either. Without `use_peft` the adapter is trained on, and a frozen copy of "
@@ -160,7 +160,7 @@ def read_shard(text: str) -> tuple[int, int]:
     """`2/3` as numbers.
 
     Raises:
-        ValueError: the text is no such thing.
+        ValueError: the text has another form.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     shard, shards = map(int, found.groups()) if found else (0, 0)

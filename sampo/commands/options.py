@@ -1,7 +1,7 @@
 """The options of `sampo train` and how they are read; `option_checks` finds what is wrong with their values.
 
-The options are those of TRL's `dpo.py`, with `SamPOConfig` in the place of `DPOConfig`. An option that nobody knows is
-an error with the nearest name, in the YAML file as on the command line; TRL's script drops it.
+The options are those of TRL's `dpo.py`, with `SamPOConfig` in the place of `DPOConfig`. An unknown option
+is an error that names the nearest one, in the YAML file as on the command line; TRL's script ignores it.
 """
 
 import datetime
@@ -41,7 +41,7 @@ class SamPOScriptArguments(ScriptArguments):
         ref_model_revision: Its revision.
         prompt_shard: `2/3` for the second of three shards of the training prompts.
         split_seed: Seed of all that divides the data.
-        resume: `auto`, a word for `resume_from_checkpoint: auto`.
+        resume: `auto`, short for `resume_from_checkpoint: auto`.
     """
 
     eval_fraction: float = field(
@@ -92,8 +92,8 @@ class SamPOScriptArguments(ScriptArguments):
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template (Jinja), or the path of a file that holds one, for a tokenizer that has none or in "
-            "place of its own."
+            "help": "Chat template (Jinja), or the path of a file that holds one, for a tokenizer that has none or "
+            "instead of its own."
         },
     )
     ref_model_name_or_path: str | None = field(
@@ -128,14 +128,14 @@ class SamPOScriptArguments(ScriptArguments):
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser, strict: no abbreviations, and unknown options are refused with the nearest name."""
+    """TRL's parser, strict: no abbreviations, and unknown options are errors that name the nearest option."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.not_ours: set[str] = set()  # options in the YAML file that the command reads by itself
 
     def error(self, message: str) -> NoReturn:
-        """One line in place of four hundred options."""
+        """Print one line, without the usage text of four hundred options."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args_and_config(self, args: Any = None, *switches: Any, **named_switches: Any) -> tuple[Any, ...]:
@@ -147,7 +147,7 @@ class RecipeParser(TrlParser):
     def parse_args_into_dataclasses(
         self, args: Any = None, return_remaining_strings: bool = False, *others: Any, **named: Any
     ) -> tuple[Any, ...]:
-        """As the original, but what several dataclasses and `find_option_issues` refuse is said in one message."""
+        """As the original, with the issues of all dataclasses and of `find_option_issues` in one message."""
         namespace, rest = self.parse_known_args(args)
         issues, built = find_option_issues(namespace), []
         for kind in self.dataclass_types:
@@ -191,7 +191,7 @@ class RecipeParser(TrlParser):
     def read(self, args: list[str]) -> tuple[dict[str, Any], Any]:
         """The YAML file's options, and an attribute for each option of all; for a caller who trains elsewhere.
 
-        Stops where something is wrong. The dataclasses, which may claim a device, are not built.
+        Exits if something is wrong. The dataclasses, which may initialise a device, are not built.
         """
         self.refuse_unknown(args)
         args = _separate_config(args)
@@ -244,7 +244,7 @@ def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> l
 
 
 def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | None:
-    """What must be there if not this value; None where its shape is right, or nothing is known."""
+    """Describe what a value must be; None if its shape is right or unknown."""
     is_union = get_origin(hint) in (Union, UnionType)
     members = {get_origin(member) or member for member in (get_args(hint) if is_union else (hint,))}
     if members == {list} and isinstance(value, dict):
@@ -261,7 +261,7 @@ def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | Non
 
 
 def _check_env(config: dict[str, Any]) -> None:
-    """What TRL's parser puts into the environment."""
+    """Check what TRL's parser puts into the environment."""
     if "env" in config:
         env = typed(dict[str, str | int | float | bool], config["env"], field="env")
         wrong = [name for name, value in env.items() if not re.fullmatch(r"\w+", name) or "\0" in str(value)]

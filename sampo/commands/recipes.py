@@ -11,7 +11,7 @@ from ..io.files import write_whole
 def packaged(kind: str) -> Path:
     """Folder of the `recipes` or `configs` that belong to this installation.
 
-    In a wheel they lie inside the package, in a source checkout beside it.
+    In a wheel they are inside the package, in a source checkout beside it.
     """
     package = Path(__file__).resolve().parents[1]
     places = [package / "_data" / kind, package.parent / kind]

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def show(*tables: "Table") -> None:
-    """Print tables in the width that there is."""
+    """Print tables in the width of the screen."""
     from ..io.tables import screen_width
 
     for table in tables:
@@ -15,7 +15,7 @@ def show(*tables: "Table") -> None:
 
 
 def say(*sentences: str) -> None:
-    """Print sentences, each a line of its own; a terminal wraps it, a file keeps it whole."""
+    """Print sentences, each a line of its own; a terminal wraps it, a file does not."""
     from ..io.tables import clean_lines
 
     for sentence in sentences:

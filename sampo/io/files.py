@@ -25,7 +25,7 @@ _FULL = re.compile(
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file atomically. Text becomes UTF-8; the folder is made."""
+    """Write a file atomically. Text becomes UTF-8; the folder is created."""
     with replacing(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -38,7 +38,7 @@ def replacing(path: Path, *, append: bool = False) -> Iterator[BinaryIO]:
 
     Args:
         path: the name.
-        append: whatever is written goes to the end (`O_APPEND`), also by a duplicate that outlives the block.
+        append: writes go to the end (`O_APPEND`), also those of a duplicate that outlives the block.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _temporary(path)
@@ -48,7 +48,7 @@ def replacing(path: Path, *, append: bool = False) -> Iterator[BinaryIO]:
         with open(descriptor, "w+b") as file:
             yield file
             file.flush()
-            with contextlib.suppress(OSError):  # there is none yet, or its owner is somebody else
+            with contextlib.suppress(OSError):  # there is none yet, or another user owns it
                 before = path.lstat().st_mode
                 if stat.S_ISREG(before):
                     os.fchmod(file.fileno(), stat.S_IMODE(before) & 0o777)
@@ -99,7 +99,7 @@ def open_to_append(path: Path) -> Any:
 
 
 def remove_left_overs(folder: Path, of: Path | None = None) -> None:
-    """Remove what killed writers have left: of all files, for somebody who is alone in the folder, or of one."""
+    """Remove temporary files of killed writers: of all files, if the caller has locked the folder, or of one."""
     for path in folder.glob(f".sampo-{'*' if of is None else mark_of(of)}-*.part"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -108,7 +108,7 @@ def remove_left_overs(folder: Path, of: Path | None = None) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or what a folder says of its files, on the disk."""
+    """Sync a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # not every file system syncs folders
@@ -118,7 +118,7 @@ def sync(path: Path) -> None:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full. Libraries may say it in words only."""
+    """Whether an error means that the disk or the user's quota is full. Some libraries give it in the text only."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
             return True

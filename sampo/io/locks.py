@@ -3,13 +3,13 @@
 `alone_in` locks a file in the folder. The kernel releases it when its owner ends, however that ends. The file names
 the owner: host, process id, start of the process, command. Three cases:
 
-1. Another process of this machine has the lock: wait a little, then refuse, with the owner's name.
-2. Nobody has it, and the file names an owner on this machine: that one was killed. The lock is taken over.
-3. The file names an owner on another machine, or the file system has no locks, so the kernel cannot know: a living
-   owner touches its file every few seconds. If that happens while we look, refuse; else take over, with a warning.
+1. Another process of this machine has the lock: wait for some seconds, then raise an error with the owner's name.
+2. No process has it, and the file names an owner on this machine: that process was killed. Take the lock over.
+3. The file names an owner on another machine, or the file system has no locks, so the kernel cannot know: a running
+   owner touches its file every few seconds. If that happens while we watch, raise; else take over, with a warning.
 
-"This machine" is one boot of one kernel, not a host name: two containers on a machine share its locks, and a container
-that was started anew has another name.
+"This machine" is one boot of one kernel, not a host name: two containers on a machine share its locks, and a restarted
+container has another name.
 """
 
 import contextlib
@@ -39,14 +39,14 @@ except ImportError:  # Windows: only the third case is left there
 logger = logging.getLogger(__name__)
 
 LOCK = "_sampo.lock"  # transformers leaves what begins with "_" out of what it pushes to the hub
-PATIENCE = 30.0  # seconds in which an owner may end that was told to: it saves a checkpoint first
-BEAT = 5.0  # seconds after which a living owner touches its file again
+PATIENCE = 30.0  # seconds to wait for an owner that is stopping: it saves a checkpoint first
+BEAT = 5.0  # seconds after which a running owner touches its file again
 LAUNCHER = "SAMPO_LAUNCHER"  # environment variable: process id of the launcher that `sampo train` has become
-SILENCE = 4 * BEAT  # after so many without a touch an owner on another machine is taken for dead
+SILENCE = 4 * BEAT  # seconds without a touch after which an owner on another machine counts as ended
 
 
 class FolderInUseError(OSError):
-    """Another process works in the folder; the text says which, and what to do."""
+    """Another process works in the folder; the text names it, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,18 @@ class Owner:
         return cls(socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()), " ".join(words)[:80])
 
     def describe(self) -> str:
-        """For an error message."""
+        """Describe the owner in an error message."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"process {self.pid} on {self.host} ({self.command}, since {since})"
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
-    """Be the only process that works in a folder, which is made; within a thread a second block joins the first.
+    """Lock a folder for this process, and create it; within a thread a second block joins the first.
 
     Args:
         folder: whose files are written.
-        name: of the lock file, if something else than the whole folder is locked.
+        name: of the lock file, if not the entire folder is locked.
 
     Yields:
         The descriptor that has the lock. A child process that inherits it has it too, as long as it lives.
@@ -113,13 +113,13 @@ def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
             del _held[path]
         lock.release()
         if is_new:
-            with contextlib.suppress(OSError):  # a command that was refused leaves no empty folder
+            with contextlib.suppress(OSError):  # a command that fails leaves no empty folder
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def alone_at(path: Path) -> Iterator[None]:
-    """The same for one output, a file or a folder, in a folder where others may work.
+    """Lock one output, a file or a folder, in a folder that others may use.
 
     Raises:
         FolderInUseError: another process writes it.
@@ -131,7 +131,7 @@ def alone_at(path: Path) -> Iterator[None]:
 
 
 def wait_for_lock(descriptor: int) -> None:
-    """Have an open file for oneself, as soon as the others have closed it; at once where there are no locks."""
+    """Lock an open file as soon as other processes have closed it; return at once where there are no locks."""
     if fcntl is not None:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -145,14 +145,14 @@ class _Lock:
         self.thread = threading.get_ident()
 
     def take(self) -> None:
-        until, told = time.monotonic() + PATIENCE, False
+        until, warned = time.monotonic() + PATIENCE, False
         while not self._try():
             owner = _owner_in(self.path)
             if time.monotonic() > until:
                 raise self._in_use(owner)
-            if not told:
+            if not warned:
                 logger.warning("%s is in use by %s; waiting for %g seconds.", self.path.parent, _name(owner), PATIENCE)
-                told = True
+                warned = True
             time.sleep(0.1)
         self._write_owner()
         threading.Thread(target=self._beat, daemon=True, name="sampo-lock").start()
@@ -161,7 +161,7 @@ class _Lock:
         """Whether the lock is ours now."""
         try:
             is_new = self._open()
-        except FileNotFoundError:  # whoever made the folder has just removed it
+        except FileNotFoundError:  # its creator has just removed the folder
             return False
         locked = self._flock()
         owner = _owner_in(self.path)
@@ -176,7 +176,7 @@ class _Lock:
             logger.warning(
                 "%s was in use by %s, which no longer responds; continuing.", self.path.parent, _name(owner)
             )
-            if locked is None:  # who makes the file anew has it
+            if locked is None:  # the process that creates the file again has the lock
                 self.path.unlink(missing_ok=True)
                 self._close()
                 return self._try()
@@ -219,7 +219,7 @@ class _Lock:
             return False
 
     def _is_touched(self) -> bool:
-        """Whether a living owner shows itself while we look."""
+        """Whether a running owner touches the file while we watch."""
         before, until = _touched(self.path), time.monotonic() + SILENCE
         while time.monotonic() < until:
             time.sleep(SILENCE / 40)
@@ -266,7 +266,7 @@ _held: dict[Path, _Lock] = {}
 
 
 def _forget() -> None:
-    """In a forked process, a data loader's worker say: what it inherits must not outlive its parent's lock."""
+    """Close inherited locks in a forked process (a data loader's worker): they must not outlive the parent."""
     for lock in _held.values():
         if lock.descriptor >= 0:
             os.close(lock.descriptor)
@@ -315,25 +315,25 @@ def _start_of(pid: int) -> int:
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Have the kernel send this process SIGTERM when its parent is gone: no orphan trains beside its successor.
+    """Let the kernel send this process SIGTERM when its parent ends, so that no orphan trains beside its successor.
 
     Args:
-        parent: the process that started this one; exit if it is gone already. None: whoever is the parent now.
+        parent: the process that started this one; exit if it has already ended. None: the current parent.
     """
     if sys.platform != "linux":
         return
     parent = os.getppid() if parent is None else parent
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # it ended before
         sys.exit(128 + signal.SIGTERM)
 
 
 def end_with_launcher() -> None:
-    """The same in a process that a launcher has started; else nothing."""
+    """Do the same in a process that a launcher has started; else do nothing."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return
     end_with_parent()
     if launcher is not None and not os.path.exists(f"/proc/{launcher}") and os.path.exists("/proc/self"):
-        sys.exit(128 + signal.SIGTERM)  # it was gone before this line was reached
+        sys.exit(128 + signal.SIGTERM)  # it ended before this line was reached

@@ -1,7 +1,7 @@
-"""A number as a record: the value, how sure it is, and everything that is needed to get it again.
+"""A number as a record: the value, its interval, and everything that is needed to reproduce it.
 
-Records lie in a JSON Lines file, one number per line. Tables, figures and sentences are made from them, so that no
-figure stands anywhere without its settings and its command. A file of measurements is appended to and never rewritten;
+Records are stored in a JSON Lines file, one number per line. Tables, figures and sentences are made from them, so that
+no figure is shown without its settings and its command. A file of measurements is appended to and never rewritten;
 records that are computed from another file, such as judgements, are written with it.
 """
 
@@ -95,9 +95,10 @@ def lines(records: Iterable[Record]) -> str:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Append records in one write. A last line that an interrupted writer left unfinished is cut off first.
+    """Append records in one write. An unfinished last line is removed first.
 
-    Processes that append to one file wait for each other: what one is writing is no unfinished line to another.
+    Processes that append to one file wait for each other, so that none removes a line that another is
+    writing.
     """
     with open_to_append(path) as file:
         wait_for_lock(file.fileno())
@@ -110,7 +111,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, oldest first; none where there is no file. An unfinished last line is left out.
+    """All records of a file, oldest first; none where there is no file. An unfinished last line is ignored.
 
     A name that ends in `.gz` is that of a compressed file, which is for reading alone.
     """

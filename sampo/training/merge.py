@@ -1,7 +1,7 @@
 """Merge an adapter into its base, with a check of what that changes.
 
 A merge is checked in float32: log-probs of some texts from base + adapter, and from the merged weights as they were
-saved. So the difference is what saving in `dtype` has rounded away, and nothing that a forward pass in bf16 adds.
+saved. So the difference is what saving in `dtype` has rounded away, without the rounding of a forward pass in bf16.
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT = "sampo_merge.json"  # what a merge has found, beside the merged weights
+REPORT = "sampo_merge.json"  # the report, beside the merged weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # Largest change of a token's log-prob that a merge may make, in nats. In float32 only the order of sums differs; the
@@ -41,7 +41,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Merge:
-    """What a merge has done.
+    """The report of a merge.
 
     Attributes:
         adapter: Folder or hub id of the adapter.
@@ -68,7 +68,7 @@ class Merge:
     bound: float | None
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describe the report in one line."""
         bound = "no bound" if self.bound is None else f"bound {self.bound:g}"
         return (
             f"{self.tokens} tokens compared: the adapter moves a log-prob by {self.adapter_effect_mean:.2g} nats on "
@@ -89,8 +89,7 @@ def merge(
 ) -> Merge:
     """Merge an adapter into its base, check the result and save it as an ordinary model folder with its tokenizer.
 
-    Everything is computed on the CPU in float32, 4 bytes a parameter. The folder is written aside and renamed: it is
-    whole or absent.
+    Everything is computed on the CPU in float32, 4 bytes a parameter. The folder is written atomically.
 
     Args:
         adapter: Folder or hub id of a PEFT adapter that can be merged (LoRA, DoRA, …).
@@ -104,7 +103,7 @@ def merge(
 
     Raises:
         ValueError: the adapter cannot be merged, or `out` is in use.
-        ArithmeticError: the merged weights say something else than base + adapter; `out` is not written.
+        ArithmeticError: the log-probs of the merged weights differ from those of base + adapter; `out` is not written.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
@@ -124,12 +123,12 @@ def merge(
     revision = base_revision or revision
     with new_folder(out) as aside:
         report = _merge_into(aside, adapter, base or named, revision, dtype, texts, quantization_config)
-        _judge(report)
+        _check_report(report)
         (aside / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _judge(report: Merge) -> None:
+def _check_report(report: Merge) -> None:
     if report.bound is None:
         logger.warning("Weights were rounded to a few bits, in this merge or before it. %s", report.describe())
     elif not report.difference_max <= report.bound:  # NaN too
@@ -148,7 +147,7 @@ def _judge(report: Merge) -> None:
 def token_logps(model: "PreTrainedModel | PeftModel", tokenizer: Any, texts: Sequence[str]) -> "Tensor":
     """Log-probs in nats of each token but the first; `(tokens,)` float32.
 
-    To the texts comes a row of tokens drawn from the whole vocabulary.
+    A row of tokens drawn from the entire vocabulary is added to the texts.
     """
     import torch
 
@@ -223,7 +222,7 @@ def _holds_tokenizer(adapter: str) -> bool:
 
 
 def _refuse_another_vocabulary(tokenizer: Any, base: str, revision: str | None) -> None:
-    """The tokenizer that comes with the adapter must be that of the base: token numbers mean what they meant."""
+    """Raise if the tokenizer of the adapter is not that of the base: token ids must keep their meaning."""
     from transformers import AutoConfig, AutoTokenizer
 
     with opening(base, "base"):

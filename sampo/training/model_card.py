@@ -1,4 +1,4 @@
-"""What the card of a trained model says beside TRL's draft: method, data, options, length, versions, command."""
+"""Sections of a model card beside TRL's draft: method, data, options, length, versions, command."""
 
 import re
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ _LENGTH = re.compile(r"^(eval_)?(\w+_)?(length/|length_gap/|length_penalty/|accu
 
 
 def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequence[str] = ()) -> str:
-    """TRL's draft with the base model's name in place of `None`, and sections of its own at the end.
+    """TRL's draft with the base model's name instead of `None`, and further sections at the end.
 
     Args:
         draft: The card as TRL writes it.
-        trainer: Has trained, or is about to.
+        trainer: The trainer, before or after training.
         sections: Heading -> text, which come first.
         argv: Command line of this process.
     """
@@ -45,7 +45,7 @@ def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequen
 
 
 def describe_options(trainer: Any) -> str:
-    """A table of what decides the result of the training."""
+    """A table of the options that determine the result of the training."""
     args = trainer.args
     values = {name: getattr(args, name) for name in _OPTIONS}
     length = {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}

@@ -1,4 +1,4 @@
-"""What is refused before a model is loaded: launches that would not train together, data that cannot be used."""
+"""Checks before a model is loaded: launches whose processes would not train together, data that cannot be used."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 
 def refuse_separate_processes(args: SamPOConfig) -> None:
-    """Processes that do not know of each other.
+    """Raise if several launched processes do not train together.
 
     Raises:
         RuntimeError: several were launched, and each sees itself alone.
@@ -35,10 +35,10 @@ def refuse_separate_processes(args: SamPOConfig) -> None:
 
 
 def refuse_another_engine(accelerator: Any) -> None:
-    """On the CPU accelerate turns FSDP into DDP, or into separate runs, without a word.
+    """Raise where accelerate has silently replaced FSDP or DeepSpeed, as it does on the CPU.
 
     Raises:
-        RuntimeError: the launch asked for FSDP or DeepSpeed, and accelerate took something else.
+        RuntimeError: the launch asked for FSDP or DeepSpeed, and accelerate uses another engine.
     """
     for engine, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
         asked = os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
@@ -80,7 +80,7 @@ _OPTIMISERS = {  # part of the name in `optim`: what is imported, what is to be 
 
 
 def find_package_issues(options: Any) -> list[str]:
-    """Options that need a package which is not installed: transformers would say so after the model is loaded.
+    """Find options that need a missing package: transformers would raise only after the model is loaded.
 
     Args:
         options: With the attributes `report_to`, `optim` and `use_liger_kernel` of transformers' arguments.
@@ -102,7 +102,7 @@ def find_package_issues(options: Any) -> list[str]:
 
 
 def find_logger_issues(report_to: str | list[str] | None) -> list[str]:
-    """Loggers that are asked for and cannot be used: transformers would say so after the model is loaded.
+    """Find loggers in `report_to` that cannot be used: transformers would raise only after the model is loaded.
 
     Args:
         report_to: As in transformers.
@@ -147,14 +147,14 @@ def check_data(args: SamPOConfig, train_dataset: Any, eval_dataset: Any, process
             "`random`; `pair_stream: auto` does without padding in any order."
         )
     for dataset in _each_dataset(train_dataset, eval_dataset):
-        if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
+        if isinstance(dataset, Dataset | IterableDataset):  # TRL checks other types
             check_preferences(dataset, chat_template_of=processing_class)
 
 
 def find_processor(model: Any, args: SamPOConfig, train_dataset: Any, eval_dataset: Any) -> Any:
     """The tokenizer or processor that TRL would load, where messages are to be looked at before the model is loaded.
 
-    None where TRL has to find it: it then says what is wrong.
+    None where TRL has to load it, and then raises the error.
     """
     if not isinstance(model, str) or not any(map(_holds_messages, _each_dataset(train_dataset, eval_dataset))):
         return None

@@ -7,8 +7,8 @@ reference are the model of the round before. What is ours:
 2. Round k trains with `seed` + k − 1, so that order of data and random subsets are new in each round; what divides
    the data (`eval_fraction`, shards) keeps the first seed.
 3. An adapter is merged at the end of a round, and the next round starts from the merged model with a new adapter.
-4. `iterate_state.json` remembers what is done. A round that has finished is never run again; one that was interrupted
-   goes on from its last complete checkpoint.
+4. `iterate_state.json` remembers what is done. A finished round is never run again; an interrupted one
+   resumes from its last complete checkpoint.
 
 Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
 """
@@ -48,7 +48,7 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a round tha
 
 
 class RefusedIteration(ValueError):
-    """The rounds cannot be run as asked; the text says why."""
+    """The rounds cannot be run with these options; the text gives the reason."""
 
 
 class RoundFailed(RuntimeError):
@@ -65,23 +65,23 @@ class RoundFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: everything that, if it were another, would make these other rounds.
+    """The plan of all rounds: everything that determines their results.
 
     Attributes:
         rounds: number of rounds.
         data: `full` (each round sees all training pairs) or `shards` (each one a part of the prompts).
         reference: `previous` (the model that the round starts from) or `initial` (the one that round 1 starts from).
-        output_dir: where the rounds lie.
+        output_dir: folder of the rounds.
         model: what round 1 starts from.
         revision: its revision on the hub.
         seed: of round 1.
         dtype: of the weights in training.
         use_peft: whether a round trains an adapter, which is merged at its end.
-        quantization: the options, as words, if it is trained on weights that are quantised on loading.
+        quantization: the words of the options, if the weights are quantised on loading.
         recipe: options of the YAML file.
         words: options of the command line, as typed.
         launch: options for the launcher.
-        inputs: hashes of what lies on this machine: the model's weights, the data.
+        inputs: hashes of local inputs: the model's weights, the data.
     """
 
     rounds: int
@@ -109,7 +109,7 @@ class Plan:
         return self.folder / f"round-{number}"
 
     def model_after(self, number: int) -> str:
-        """The whole model after round 1, 2, …; after none, what the first starts from."""
+        """The complete model after round 1, 2, …; for 0, the model that round 1 starts from."""
         if number == 0:
             return self.model
         folder = self.round_folder(number)
@@ -133,7 +133,7 @@ class Plan:
         return words
 
     def merge_command(self, number: int) -> list[str] | None:
-        """The command that makes a whole model of the round's adapter; None where a round trains all weights."""
+        """The command that merges the round's adapter; None where a round trains all weights."""
         if not self.use_peft:
             return None
         words = ["sampo", "merge", str(self.round_folder(number)), "--base", self.model_after(number - 1)]
@@ -149,18 +149,18 @@ class Plan:
 
 @dataclass
 class Round:
-    """What is known of a round; times in seconds.
+    """The state of a round; times in seconds.
 
     Attributes:
         number: 1, 2, …
-        status: what is being done, or how it has ended.
-        commands: what gives this round's model, one line each, from the model of the round before.
+        status: the current step, or how the round has ended.
+        commands: the commands of this round, one line each.
         config_sha256: of the recipe and the commands.
-        model: the whole model at its end.
+        model: the complete model at its end.
         model_sha256: of that model's weights.
         started: time of the first attempt, UTC.
-        seconds: spent, over all attempts that were not killed together with us.
-        attempts: the command line of each launch, those that went on from a checkpoint among them.
+        seconds: spent in all attempts, except those that were killed together with this process.
+        attempts: the command line of each launch, including resumed ones.
         metrics: `first` and `last` line of the training log, last `eval`, `merge`, and the number of `steps`.
         versions: of the packages that matter.
     """
@@ -180,7 +180,7 @@ class Round:
 
 @dataclass
 class State:
-    """What `iterate_state.json` holds."""
+    """The content of `iterate_state.json`."""
 
     plan: Plan
     rounds: list[Round]
@@ -194,9 +194,9 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     """Run all rounds that are not finished.
 
     Args:
-        plan: What to do.
-        say: Takes each line of what is being done.
-        after: Is called with each round that has finished now.
+        plan: The plan.
+        say: Called with each line of progress.
+        after: Called with each round that finishes in this call.
 
     Raises:
         RefusedIteration: the folder belongs to other rounds.
@@ -249,7 +249,7 @@ def _plan_round(plan: Plan, number: int) -> Round:
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Iterator[str]:
-    """What differs, in words."""
+    """Describe each difference."""
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
         if name in ("recipe", "launch", "inputs") and not begin:
@@ -261,7 +261,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") 
 
 
 def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
-    """What the round starts from must be what the round before has left."""
+    """Raise if the model that the round starts from has changed since the round before."""
     if number == 1:
         return
     before = rounds[number - 2]
@@ -274,7 +274,7 @@ def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
 
 
 def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str], None], lock: int) -> None:
-    """Train, merge, note what came out; whatever of it is done already is left alone."""
+    """Train, merge and store the results; finished steps are skipped."""
     one.started = one.started or datetime.now(UTC).isoformat(timespec="seconds")
     one.versions = versions()
     folder = plan.round_folder(one.number)
@@ -282,7 +282,7 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
         again = ["--resume", "auto"] if _has_begun(folder) else []
         _step(plan, rounds, one, "training", [*plan.train_command(one.number), *again], say, lock)
     merge = plan.merge_command(one.number)
-    if merge is not None and not Path(one.model).is_dir():  # it is whole or absent
+    if merge is not None and not Path(one.model).is_dir():  # it is complete or absent
         _step(plan, rounds, one, "merging", merge, say, lock)
     one.metrics = read_metrics(folder, Path(one.model))
     one.model_sha256 = hash_model(one.model)
@@ -294,7 +294,7 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
 
 
 def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: list[str], say: Any, lock: int) -> None:
-    """One launch, with the state before and after it on the disk."""
+    """Run one command, and save the state before and after it."""
     one.status = status
     one.attempts.append(shlex.join(command))
     save_state(plan, rounds)
@@ -334,17 +334,17 @@ def _launch(command: list[str], lock: int) -> int:
         while True:
             try:
                 return process.wait()
-            except KeyboardInterrupt:  # the terminal has told the process too
+            except KeyboardInterrupt:  # the process gets the signal from the terminal too
                 continue
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-# --- what a round has left -------------------------------------------------------------------------------------------
+# --- results of a round ---------------------------------------------------------------------------------------------
 
 
 def _is_trained(folder: Path) -> bool:
-    """Whether a training has come to its end: the last thing it writes is the state, after the model."""
+    """Whether a training has finished: it writes its state last, after the model."""
     return _read(folder / "trainer_state.json", TrainerState) is not None
 
 
@@ -353,7 +353,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:
-    """The lines of a round's log that tell most, and what merging has changed."""
+    """The first and last line of a round's log, the last evaluation, and the report of the merge."""
     state = _read(folder / "trainer_state.json", TrainerState) or TrainerState([], 0)
     log = [{name: value for name, value in entry.items() if _is_number(value)} for entry in state.log_history]
     trained = [entry for entry in log if "loss" in entry]
@@ -396,7 +396,7 @@ def save_state(plan: Plan, rounds: list[Round]) -> None:
 
 
 def read_state(path: Path) -> State | None:
-    """What is remembered of the rounds; None where nothing is."""
+    """Read the state of the rounds; None if there is no file."""
     try:
         with named(path, "Restore it, or move it and the rounds away"):
             return typed(State, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
@@ -407,7 +407,7 @@ def read_state(path: Path) -> State | None:
 
 
 def _read(path: Path, kind: Any) -> Any:
-    """What the file holds; None where it is not there or not whole."""
+    """The content of a file; None if it is missing or damaged."""
     try:
         return read_json(path, kind, ignore_unknown=True)
     except (OSError, WrongFile):

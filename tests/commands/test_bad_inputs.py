@@ -1,7 +1,7 @@
 """Each file in bad_inputs/ is one thing that a user can get wrong, and exactly what `sampo train` then says.
 
 Such a file has a text `what`, the `files` of the case (beside a good `pairs.jsonl`), the `model` by its name below
-(else a good one), `config` and `options` of the command, and what it `says`. `python
+(else a good one), `config` and `options` of the command, and what it `says`. `PYTHONPATH=tests/support python
 tests/commands/test_bad_inputs.py` runs all cases, writes what is said now into the files, and leaves it to you to read
 the difference.
 """
