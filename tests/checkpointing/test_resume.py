@@ -389,7 +389,7 @@ def test_a_run_that_has_changed_is_refused_and_the_change_is_named(model, finish
     with pytest.raises(ResumeRefusedError) as refused:
         run(model, finished, resume=True, **{"max_steps": 4, "save_steps": 2} | options)
     assert named in str(refused.value)
-    assert "Set this back, or begin anew in another `output_dir`" in str(refused.value)
+    assert "Restore it, or start a new run in another `output_dir`" in str(refused.value)
 
 
 def test_another_model_is_refused_though_it_has_the_same_shape(finished, tmp_path):

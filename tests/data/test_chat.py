@@ -150,7 +150,7 @@ def test_a_template_that_never_ends_is_stopped_in_any_thread_and_work_goes_on(mo
     )
     assert end_token_ids(tokenizer) == [1]  # EOS has to do
     monkeypatch.setattr("sampo.models.checks.LIMIT", 0.3)
-    assert "must come to an end" in find_tokenizer_issues(tokenizer)[0]
+    assert "must terminate" in find_tokenizer_issues(tokenizer)[0]
 
 
 def never_end():
