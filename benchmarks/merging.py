@@ -66,7 +66,7 @@ def record(adapter: str, merged: str, dtype: str, quantized: str | None, setting
 
     quantization = None if quantized is None else BitsAndBytesConfig(**QUANTIZED[quantized])
     report = merge(adapter, merged, dtype=dtype, quantization_config=quantization)
-    print(f"{setting}, {quantized or 'not quantised'}: {report.in_words()}", flush=True)
+    print(f"{setting}, {quantized or 'not quantised'}: {report.describe()}", flush=True)
     config = {**setting, "dtype": dtype, "quantized": quantized}
     about = {"n": report.tokens, "config": config, "seed": 0, "command": command, **results.provenance()}
     results.append(out, [results.Record(name=name, value=getattr(report, name), **about) for name in NUMBERS])

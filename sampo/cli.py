@@ -10,10 +10,13 @@ from . import plugins
 COMMANDS = {
     "train": ("commands.train", "train on preference pairs, from a YAML file and options, on one process or many"),
     "iterate": ("commands.iterate", "Iterative SamPO: several rounds of training, each from the model of the last"),
-    "merge": ("commands.merge", "merge an adapter into its base model, and check that it says the same"),
+    "merge": ("commands.merge", "merge an adapter into its base model, and check that the log-probs stay the same"),
     "cache": ("commands.cache", "compute the reference log-probs of a training run ahead; list and delete them"),
-    "audit": ("commands.audit", "look at preference data: faults, lengths, what length alone explains"),
-    "diagnose": ("commands.diagnose", "what length says about a model, trained or not: every weighting's pressure"),
+    "audit": ("commands.audit", "check preference data: issues, lengths, what length alone predicts"),
+    "diagnose": (
+        "commands.diagnose",
+        "length bias of a model, trained or not: the length pressure of every weighting",
+    ),
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
@@ -26,7 +29,8 @@ COMMANDS = {
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
 
-GO_ON = ("iterate", "cache", "diagnose", "generate", "judge", "bench", "lab")  # what was written is not made again
+# Commands that do not compute again what they have written.
+RESUMABLE = ("iterate", "cache", "diagnose", "generate", "judge", "bench", "lab")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sampo: the command must be one of {list(COMMANDS)}, got {name!r}.{hint}", file=sys.stderr)
         return 2
     try:
-        rest = plugins.take(rest) if name in plugins.COMMANDS else rest
+        rest = plugins.take_options(rest) if name in plugins.COMMANDS_WITH_PLUGINS else rest
         return _call(name, rest)
     except plugins.PluginError as error:
         print(f"sampo {name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = " The same command goes on where it stopped." if name in GO_ON else ""
+        again = " The same command continues where it stopped." if name in RESUMABLE else ""
         print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)
         return 130
 
@@ -70,7 +74,7 @@ def _call(name: str, rest: list[str]) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: sampo COMMAND [options]", "", *lines, "", "sampo COMMAND --help tells more."])
+    return "\n".join(["usage: sampo COMMAND [options]", "", *lines, "", "sampo COMMAND --help shows the options."])
 
 
 if __name__ == "__main__":

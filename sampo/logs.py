@@ -1,4 +1,4 @@
-"""What the library has to say: by the first process alone, without a prefix, and shown where nobody set logging up.
+"""Logging of the library: on the first process only, without a prefix, and visible without a logging setup.
 
 accelerate's logger puts `[RANK 0]` before each line, on one process too, and fails where accelerate has no state.
 """
@@ -14,7 +14,7 @@ ROOT = "sampo"
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """DeepSpeed says at its import that there is no GPU, in runs on the CPU that nobody meant for it, too."""
+    """Drop DeepSpeed's message at import that there is no GPU, which also comes in runs without DeepSpeed."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
@@ -22,7 +22,7 @@ logging.getLogger("DeepSpeed").addFilter(_is_news)
 
 
 def _without_rank(record: logging.LogRecord) -> bool:
-    """On one process nobody asks which one speaks."""
+    """Remove the rank from messages of a run with one process."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         record.msg = str(record.msg).removeprefix("[RANK 0] ")
     return True
@@ -39,19 +39,19 @@ def _is_first_process(record: logging.LogRecord) -> bool:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module; it is heard on the first process."""
+    """The logger of a module; it logs on the first process only."""
     logger = logging.getLogger(name)
     logger.addFilter(_is_first_process)
     return logger
 
 
 def show_logs(level: int = logging.INFO) -> None:
-    """As transformers does for itself: a handler of our own where neither root nor we have one.
+    """Add a handler where neither the root logger nor ours has one, as transformers does for itself.
 
-    Whoever has set logging up decides, and is not overruled.
+    An existing logging setup is not changed.
 
     Args:
-        level: From which on, if no level has been set.
+        level: Lowest level to show, if no level has been set.
     """
     root = logging.getLogger(ROOT)
     if root.hasHandlers():
@@ -59,14 +59,14 @@ def show_logs(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(handler)
-    root.propagate = False  # a root that is set up later would say all twice
+    root.propagate = False  # a root that is set up later would show messages twice
     if root.level == logging.NOTSET:
         root.setLevel(level)
 
 
 @contextmanager
 def silenced(name: str, beginning: str) -> Iterator[None]:
-    """Drop what a logger says in messages of this beginning."""
+    """Drop the messages of a logger that start with this text."""
     logger = logging.getLogger(name)
 
     def keeps(record: logging.LogRecord) -> bool:

@@ -188,7 +188,7 @@ OLD_OPTIONS: dict[str, Successor] = {
         options=("warmup_steps",),
     ),
     **_removed(
-        "Remove it: `resume: auto` goes on from the last checkpoint in `output_dir`, and a new run needs an empty "
+        "Remove it: `resume: auto` resumes from the last checkpoint in `output_dir`, and a new run needs an empty "
         "folder.",
         "overwrite_output_dir",
         options=("resume", "output_dir"),
@@ -237,7 +237,7 @@ OLD_LOSSES = {
 }
 
 
-def faults_of_options(given: Mapping[str, Any]) -> list[str]:
+def find_old_option_issues(given: Mapping[str, Any]) -> list[str]:
     """A sentence for each option that TRL or transformers no longer has."""
     return [
         f"`{name}` is no longer an option. {OLD_OPTIONS[name](value)}"
@@ -246,15 +246,15 @@ def faults_of_options(given: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def faults_of_arguments(given: Mapping[str, Any], options: Container[str]) -> list[str]:
+def find_old_argument_issues(given: Mapping[str, Any], options: Container[str]) -> list[str]:
     """A sentence for each argument that TRL's `DPOTrainer` no longer takes; most are options of the config now.
 
     Args:
         given: arguments of the trainer.
         options: names of the config's options.
     """
-    faults = faults_of_options(given)
+    issues = find_old_option_issues(given)
     if "tokenizer" in given:
-        faults.append("`tokenizer` is no longer an argument of the trainer. It is now `processing_class`.")
+        issues.append("`tokenizer` is no longer an argument of the trainer. It is now `processing_class`.")
     moved = [name for name in given if name in options]
-    return faults + [f"`{name}` is an option of `SamPOConfig`, not an argument of the trainer." for name in moved]
+    return issues + [f"`{name}` is an option of `SamPOConfig`, not an argument of the trainer." for name in moved]

@@ -1,7 +1,7 @@
 """Weightings from outside: files of `--plugin FILE`, and packages with an entry point in the group `sampo.weightings`.
 
-Loading a plugin runs its code. A file is named in an environment variable, so that every process of a run, whoever
-starts it, loads the same ones. No torch here.
+Loading a plugin runs its code. A file is named in an environment variable, so that every process of a run loads the
+same ones. This module does not import torch.
 """
 
 import importlib.util
@@ -11,15 +11,15 @@ from pathlib import Path
 
 VARIABLE = "SAMPO_PLUGINS"
 GROUP = "sampo.weightings"
-COMMANDS = ("train", "iterate", "diagnose", "cache", "lab")  # those that take `--plugin`
+COMMANDS_WITH_PLUGINS = ("train", "iterate", "diagnose", "cache", "lab")  # those that take `--plugin`
 
 
 class PluginError(Exception):
     """A plugin that cannot be loaded."""
 
 
-def take(argv: list[str]) -> list[str]:
-    """Note the files of `--plugin FILE` for this process and those that it starts; return the other words."""
+def take_options(argv: list[str]) -> list[str]:
+    """Store the files of `--plugin FILE` for this process and those that it starts; return the other words."""
     rest, files, words = [], [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -36,31 +36,31 @@ def take(argv: list[str]) -> list[str]:
     return rest
 
 
-def wanted() -> list[str | EntryPoint]:
-    """What `load` would load: paths, then entry points."""
+def list_plugins() -> list[str | EntryPoint]:
+    """The plugins that `load_plugins` loads: paths, then entry points."""
     return [*filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)), *entry_points(group=GROUP)]
 
 
-def load() -> None:
+def load_plugins() -> None:
     """Run every plugin once; each registers its methods by `sampo.register_weighting`.
 
     Raises:
         PluginError: a plugin cannot be run.
     """
-    for number, plugin in enumerate(wanted()):
+    for number, plugin in enumerate(list_plugins()):
         try:
             if isinstance(plugin, str):
-                _run(f"sampo_plugin_{number}", plugin)
+                _run_file(f"sampo_plugin_{number}", plugin)
             else:
                 plugin.load()
-        except Exception as error:  # whatever the user's own code raises
+        except Exception as error:  # the user's code may raise anything
             name = plugin if isinstance(plugin, str) else f"{plugin.name} ({plugin.value})"
             raise PluginError(
                 f"`plugin` must be Python code that can be run, got {name} with {type(error).__name__}: {error}"
             ) from error
 
 
-def _run(name: str, path: str) -> None:
+def _run_file(name: str, path: str) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError("its name must end in `.py`.")

@@ -354,4 +354,4 @@ def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: in
     return _shift_right(_mix(row[:, None] + position * _GOLDEN), 1)[:, 1:]
 
 
-plugins.load()  # last, so that they find everything above
+plugins.load_plugins()  # last, so that they find everything above

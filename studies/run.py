@@ -6,12 +6,12 @@
 """
 
 import argparse
-import shlex
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
+from sampo.io.command_line import format_command
 from sampo.io.files import write_whole
 from sampo.io.locks import FolderInUseError, alone_in
 from sampo.lab.settings import Settings
@@ -117,7 +117,7 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
     for option in fields(Settings):
         if getattr(settings, option.name) != option.default:
             words += [f"--{option.name}", str(getattr(settings, option.name))]
-    return shlex.join(words)
+    return format_command(words)
 
 
 if __name__ == "__main__":

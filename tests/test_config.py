@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sampo import SamPOConfig
-from sampo.config import COUNT_LOSSES, LOSS_TYPES, MARGIN_LOSSES, SIDE_LOSSES
+from sampo.config_checks import COUNT_LOSSES, LOSS_TYPES, MARGIN_LOSSES, SIDE_LOSSES
 from sampo.weighting import WEIGHTINGS
 
 FRACTIONAL = [name for name, method in WEIGHTINGS.items() if not method.subset]
@@ -35,7 +35,7 @@ def test_a_length_penalty_may_be_a_number_a_text_or_learned(tmp_path, given, kep
 def test_every_loss_is_taken_by_every_subset_method_and_count_losses_by_no_other(tmp_path, name, loss):
     options = {"token_weighting": name, "loss_type": loss, "label_smoothing": 0.01}
     if loss in COUNT_LOSSES and name in FRACTIONAL:
-        with pytest.raises(ValueError, match=f"`loss_type: .*{loss}.*` divides by the number of counted tokens"):
+        with pytest.raises(ValueError, match=f"`loss_type: .*{loss}.*` divides by the number of selected tokens"):
             config(tmp_path, **options)
     else:
         assert config(tmp_path, **options).loss_type == [loss]

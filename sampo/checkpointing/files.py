@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or absent: written aside, synced, renamed; with a manifest that tells whole from half.
+"""Atomic checkpoints: written in a staging folder, synced, renamed, with a manifest that detects damage.
 
 A checkpoint is written into `_saving/checkpoint-N` below the output folder. When all processes have written, each file
-is synced to the disk, its size and sha256 go into `sampo_manifest.json`, and a rename makes it `checkpoint-N`. Only
-then older checkpoints are removed, again by a rename first. So a run may be killed at any moment: what is called
-`checkpoint-N` is whole, unless something else has damaged it, and then the manifest tells. The manifest has a checksum
-of its own: one that was damaged makes no whole checkpoint, whatever it says.
+is synced to the disk, its size and SHA-256 go into `sampo_manifest.json`, and a rename makes it `checkpoint-N`. Only
+then older checkpoints are removed, again by a rename first. A run may be killed at any moment: a folder with the name
+`checkpoint-N` is complete, and later damage is detected by the manifest. The manifest has its own checksum, so a
+damaged manifest never makes a checkpoint complete.
 
-`checkpoint-N` may be a symbolic link to a folder. A run goes on from it; what is replaced or removed is the link.
+`checkpoint-N` may be a symbolic link to a folder. A run resumes from it; what is replaced or removed is the link.
 
-Nothing here knows of models or trainers, and nothing but the standard library is needed.
+This module knows no models and no trainers, and needs only the standard library.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..io.files import Content, contents, disk_is_full, fault_of_contents, sealed, sync, unsealed, write_whole
+from ..io.files import disk_is_full, sync, write_whole
+from ..io.hashing import Content, find_changed_file, hash_contents, seal, unseal
 from ..io.schemas import named, parse_json, typed
 
 MANIFEST = "sampo_manifest.json"
@@ -38,7 +39,7 @@ class CheckpointNotSavedError(OSError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What tells one run from another (`fingerprint.identity`); `length` is `max_steps` and `num_train_epochs`."""
+    """What identifies a run (`fingerprint.identity`); `length` is `max_steps` and `num_train_epochs`."""
 
     must: dict[str, Any] = field(default_factory=dict)
     rounding: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says about itself.
+    """The manifest of a checkpoint.
 
     Attributes:
         format: of the manifest.
@@ -71,19 +72,19 @@ class TrainerState:
 
 
 @dataclass
-class Found:
-    """Outcome of the search for a checkpoint to go on from.
+class FoundCheckpoint:
+    """The result of the search for a checkpoint to resume from.
 
     Attributes:
-        path: the newest whole checkpoint, or None.
-        skipped: newer ones that are not whole, and why.
+        path: the newest complete checkpoint, or None.
+        skipped: newer ones that are not complete, and why.
     """
 
     path: Path | None = None
     skipped: dict[Path, str] = field(default_factory=dict)
 
-    def skipped_in_words(self) -> str:
-        """A sentence for each, with a blank before it."""
+    def describe_skipped(self) -> str:
+        """One sentence for each, with a space before it."""
         return "".join(f" {path.name} is skipped: {reason}." for path, reason in self.skipped.items())
 
 
@@ -94,48 +95,50 @@ def step_of(folder: Path) -> int:
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
-    """All `checkpoint-N` folders, the oldest step first, whole or not."""
+    """All `checkpoint-N` folders, the oldest step first, complete or not."""
     folder = Path(output_dir)
     found = [path for path in folder.iterdir() if step_of(path) >= 0 and path.is_dir()] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
-def find_whole_checkpoint(
-    output_dir: str | Path, fault_of_values: Callable[[Path], str | None] = lambda _: None
-) -> Found:
-    """The checkpoint with the highest step whose manifest is there and whose files are as it says.
+def find_complete_checkpoint(
+    output_dir: str | Path, find_value_issue: Callable[[Path], str | None] = lambda _: None
+) -> FoundCheckpoint:
+    """The checkpoint with the highest step that has a manifest and the files that it lists.
 
-    Reads every file of the checkpoint that it returns. Changes nothing; see `finish_interrupted` for what a killed
-    process may have left.
+    Reads every file of the checkpoint that it returns. Changes nothing; `finish_interrupted` handles what a
+    killed process may have left.
 
     Args:
         output_dir: of the run.
-        fault_of_values: asked about a checkpoint whose files are whole; what it has against one makes it skipped.
+        find_value_issue: called for a checkpoint with intact files; a description of an issue skips it.
     """
-    found = Found(skipped=dict.fromkeys(reversed(numbered_checkpoints(Path(output_dir) / STAGING)), _UNFINISHED))
+    found = FoundCheckpoint(
+        skipped=dict.fromkeys(reversed(numbered_checkpoints(Path(output_dir) / STAGING)), _UNFINISHED)
+    )
     for folder in reversed(numbered_checkpoints(output_dir)):
-        fault = fault_of(folder) or fault_of_values(folder)
-        if fault is None:
+        issue = find_checkpoint_issue(folder) or find_value_issue(folder)
+        if issue is None:
             found.path = folder
             return found
-        found.skipped[folder] = fault
+        found.skipped[folder] = issue
     return found
 
 
-def fault_of(folder: str | Path) -> str | None:
-    """Why a run cannot go on from this folder, in words that follow "because", or None if it is a whole checkpoint."""
+def find_checkpoint_issue(folder: str | Path) -> str | None:
+    """Describe why a run cannot resume from this folder; None if it is a complete checkpoint."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
     try:
         manifest = read_manifest(folder)
     except FileNotFoundError:
-        return f"it has no {MANIFEST}: it is half written, or was not written by sampo"
+        return f"it has no {MANIFEST}: it is incomplete, or was not written by sampo"
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     if not manifest.resumable:
         return "it was saved with `save_only_model` and has no optimizer state"
-    return fault_of_contents(folder, manifest.files)
+    return find_changed_file(folder, manifest.files)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -151,7 +154,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if content.get("format") not in (1, FORMAT):
             raise ValueError(f"`format` must be 1 or {FORMAT}, got {str(content.get('format'))[:40]}")
         if content["format"] == FORMAT:
-            content = unsealed(content)
+            content = unseal(content)
         return typed(Manifest, content, complete=True)
 
 
@@ -159,22 +162,22 @@ def write_manifest(folder: str | Path, run: RunRecord, *, resumable: bool = True
     """Sync all files of a folder to the disk and list them with their sizes and checksums.
 
     Args:
-        folder: The checkpoint, to which nobody writes any more.
-        run: What tells this run from another, as JSON.
+        folder: The checkpoint, when all writers have finished.
+        run: What identifies this run, as JSON.
         resumable: Whether the state of the training is there, not the model alone.
     """
     folder = Path(folder)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files = contents(folder, (name for name in names if name != MANIFEST), sync=True)
-    write_whole(folder / MANIFEST, sealed(asdict(Manifest(FORMAT, resumable, run, files))))
+    files = hash_contents(folder, (name for name in names if name != MANIFEST), sync=True)
+    write_whole(folder / MANIFEST, seal(asdict(Manifest(FORMAT, resumable, run, files))))
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Give a whole checkpoint its name. One that already has this name makes room.
+    """Give a complete checkpoint its name. A checkpoint that already has this name is removed.
 
-    A process killed between the two renames leaves the staged one whole, and `finish_interrupted` goes on.
+    A process killed between the two renames leaves the staged one intact, and `finish_interrupted` continues.
     """
     if os.path.lexists(target):
         remove(target)
@@ -184,15 +187,15 @@ def publish(staged: Path, target: Path) -> None:
 
 
 def finish_interrupted(output_dir: str | Path) -> None:
-    """Publish what a killed process had written whole but not renamed."""
+    """Publish what a killed process had written completely but not renamed."""
     for staged in numbered_checkpoints(Path(output_dir) / STAGING):
         target = Path(output_dir) / staged.name
-        if fault_of(staged) is None and not (target.exists() and fault_of(target) is None):
+        if find_checkpoint_issue(staged) is None and not (target.exists() and find_checkpoint_issue(target) is None):
             publish(staged, target)
 
 
 def clear_staging(output_dir: str | Path) -> None:
-    """Remove what is half written, and what is half removed. Of a link in its place, the link."""
+    """Remove unfinished checkpoints, and checkpoints whose removal was interrupted. Of a link, remove the link."""
     staging = Path(output_dir) / STAGING
     if staging.is_symlink():
         staging.unlink(missing_ok=True)
@@ -204,15 +207,15 @@ def remove(checkpoint: Path) -> None:
     bin_ = checkpoint.parent / STAGING
     bin_.mkdir(exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix="removed-", dir=bin_))
-    os.rename(checkpoint, aside / checkpoint.name)  # whatever has this name
+    os.rename(checkpoint, aside / checkpoint.name)  # a folder or a link
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_older(newest: Path, limit: int | None, keep: str | None = None) -> list[Path]:
-    """Remove the oldest checkpoints beside `newest`, half ones first, until `limit` are left.
+    """Remove the oldest checkpoints beside `newest`, incomplete ones first, until `limit` are left.
 
     Args:
-        newest: The checkpoint just written, which is whole and stays.
+        newest: The checkpoint just written, which is complete and stays.
         limit: transformers' `save_total_limit`; None or 0 for no limit.
         keep: The best checkpoint, which stays too.
 
@@ -231,13 +234,13 @@ def remove_older(newest: Path, limit: int | None, keep: str | None = None) -> li
     return removed
 
 
-def fault_of_output_folder(output_dir: str | Path) -> str | None:
-    """Why nothing can be saved here, as a sentence, or None. The folder is created, and a file written as a trial."""
+def find_output_folder_issue(output_dir: str | Path) -> str | None:
+    """Describe why nothing can be saved here, or None. Creates the folder, and writes a file as a test."""
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"a trial")
+            file.write(b"a test")
     except OSError as error:
         return (
             f"`output_dir` must be a folder that can be written to, got {str(folder)!r}: {error.strerror}. Choose "
@@ -254,8 +257,8 @@ def fault_of_output_folder(output_dir: str | Path) -> str | None:
 
 
 @contextlib.contextmanager
-def told_in_one_error(checkpoint: Path) -> Iterator[None]:
-    """Whatever goes wrong while a checkpoint is written: remove what is half written, and say what is left.
+def wrap_save_errors(checkpoint: Path) -> Iterator[None]:
+    """Turn any error while a checkpoint is written into one: remove the unfinished files, and name what is left.
 
     Raises:
         CheckpointNotSavedError: with the cause.
@@ -267,17 +270,17 @@ def told_in_one_error(checkpoint: Path) -> Iterator[None]:
         full = disk_is_full(error) or _has_no_room(folder)
         clear_staging(folder)
         whole = [path.name for path in numbered_checkpoints(folder) if (path / MANIFEST).exists()]
-        left = f"{', '.join(whole)} in {folder} stay as they are" if whole else "There is no earlier one"
+        left = f"{', '.join(whole)} in {folder} are unchanged" if whole else "There is no earlier one"
         room = f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free now)" if full and folder.is_dir() else ""
-        advice = "Make room, and go on" if full else "Once the cause is gone, go on"
+        advice = "Free some space, and resume" if full else "Fix the cause, and resume"
         raise CheckpointNotSavedError(
-            f"{checkpoint.name} must be written whole, got {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            f"{room}. {left}. {advice} with `resume_from_checkpoint: true`."
+            f"{checkpoint.name} must be written completely, got {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}{room}. {left}. {advice} with `resume_from_checkpoint: true`."
         ) from error
 
 
 def _has_no_room(folder: Path) -> bool:
-    """Whether a trial says that the disk is full; torch's own errors do not say why a file could not be written."""
+    """Whether a test write shows that the disk is full; torch's own errors do not give the reason."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**16))

@@ -1,20 +1,21 @@
 """What a resumed run must have in common with the run that wrote the checkpoint.
 
 All options count unless they are named here: an option that a later version of transformers adds is compared until
-somebody has thought about it. Data and model are compared by content, so files may move.
+it is classified. Data and model are compared by content, so files may move.
 """
 
 import dataclasses
 import hashlib
 import json
-from importlib.metadata import version
 from typing import Any
 
+from ..data.token_ids import ID_COLUMNS, hash_token_ids
+from ..io.versions import TRAINING_PACKAGES, find_version
 from ..weighting import REGISTERED
 
 # Options that do not change what is learned, by the reason why.
 UNCOMPARED = {
-    "names, places, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
+    "names, paths, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
     "report_to push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     "logging": "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
     "log_level_replica disable_tqdm include_num_input_tokens_seen log_length_pressure log_token_statistics debug "
@@ -24,7 +25,7 @@ UNCOMPARED = {
     "evaluation": "eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start "
     "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
     "load_best_model_at_end metric_for_best_model greater_is_better",
-    "how data travel": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "how data are loaded": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc precompute_ref_batch_size "
     "ddp_timeout local_rank torch_empty_cache_steps ref_cache_dir ref_cache_check",
     "the length of the run, which has a rule of its own": "max_steps num_train_epochs",
@@ -44,14 +45,12 @@ ROUNDED = {
 }
 FREE = frozenset(" ".join(UNCOMPARED.values()).split())
 ROUNDING = frozenset(" ".join(ROUNDED.values()).split())
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 _OF_THE_PLACE = {"_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "inference_mode"}
-_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SAMPLE = 1024  # numbers of each tensor that go into the hash of the weights
 
 
 def identity(trainer: Any) -> dict[str, dict[str, Any]]:
-    """What tells this run from others: `must` not change, and what changes results by `rounding`.
+    """What identifies a run: `must` not change, and what changes results by `rounding` only.
 
     Args:
         trainer: A trainer whose model has its first weights still.
@@ -60,8 +59,8 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(args) if f.init}
     must = {f"`{name}`": value for name, value in values.items() if name not in FREE | ROUNDING}
     must |= {
-        "the training data": data_hash(trainer.train_dataset),
-        "the weights of model and reference": weights_hash([model, getattr(trainer, "ref_model", None)]),
+        "the training data": describe_data(trainer.train_dataset),
+        "the weights of model and reference": hash_weight_samples([model, getattr(trainer, "ref_model", None)]),
         # a cache may have been filled by a reference that is not loaded now
         "the precomputed reference": _values_of(getattr(trainer, "ref_identity", None)),
         "the end tokens": getattr(trainer, "end_token_ids", None),
@@ -72,7 +71,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     must |= _described("model", model.config)
     must |= _described("adapter", getattr(model, "peft_config", {}).get("default"))
     rounding = {f"`{name}`": values[name] for name in sorted(ROUNDING & values.keys())}
-    rounding |= {f"the version of {name}": version(name) for name in PACKAGES}
+    rounding |= {f"the version of {name}": find_version(name) for name in TRAINING_PACKAGES}
     rounding |= {
         "`attn_implementation`": getattr(model.config, "_attn_implementation", None),
         "the kind of device": args.device.type,
@@ -84,7 +83,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
 
 
 def _values_of(reference: dict[str, str] | None) -> dict[str, str] | None:
-    """Of the cache's key, what is about the reference and no rounding."""
+    """The fields of the cache's key that identify the reference, without those of rounding."""
     return None if reference is None else {name: reference[name] for name in ("weights", "config")}
 
 
@@ -94,7 +93,7 @@ def _described(what: str, config: Any) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, in words, by name."""
+    """Describe each difference, by name."""
     names = sorted(before.keys() | now.keys())
     return [_change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
 
@@ -108,27 +107,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def data_hash(dataset: Any) -> dict[str, Any]:
+def describe_data(dataset: Any) -> dict[str, Any]:
     """Number and hash of the tokenised pairs in their order; for streams and images, whose rows are not read, less."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         return {"streamed": True}
-    if not set(_TOKENS) <= set(dataset.column_names):
+    if not set(ID_COLUMNS) <= set(dataset.column_names):
         return {"pairs": len(dataset), "columns": sorted(dataset.column_names)}
-    digest = hashlib.sha256()
-    for batch in dataset.select_columns(list(_TOKENS)).with_format("arrow").iter(batch_size=1000):
-        for name in _TOKENS:
-            lists = batch.column(name).combine_chunks()
-            digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            digest.update(lists.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-    return {"pairs": len(dataset), "sha256": digest.hexdigest()[:16]}
+    return {"pairs": len(dataset), "sha256": hash_token_ids(dataset)[:16]}
 
 
-def weights_hash(models: list[Any]) -> str:
-    """Hash of names, shapes and up to 1,024 evenly spaced numbers of each tensor: enough to tell models apart.
+def hash_weight_samples(models: list[Any]) -> str:
+    """Hash of names, shapes and up to 1,024 evenly spaced numbers of each tensor: enough to distinguish models.
 
-    The adapter that is trained is left out: it starts at random, and comes from the checkpoint. So is what this
+    The trained adapter is omitted: it starts at random, and comes from the checkpoint. So are weights that this
     process does not hold (sharded or not yet loaded).
     """
     import torch

@@ -1,13 +1,13 @@
-"""A trainer that can be interrupted at any moment and goes on as if it had not been.
+"""A trainer that can be interrupted at any moment and resumes as if it had not been.
 
 [`ResumableTrainer`] stands between transformers' `Trainer` and ours. What it relies on in transformers 5.23, pinned by
 tests/checkpointing/test_resume.py:
 
-1. `_save_checkpoint` asks `_get_output_dir` where to write, and writes nothing of the checkpoint elsewhere.
+1. `_save_checkpoint` asks `_get_output_dir` where to write, and writes the checkpoint nowhere else.
 2. `_run_epoch` is called for each epoch, first with the counters of the log just set to zero; `_tr_loss`,
    `_total_loss_scalar` and `_globalstep_last_logged` are those counters.
-3. `_push_from_checkpoint(folder)` is the last thing that happens to a checkpoint but for the removal of older ones.
-4. The loader of an epoch that is gone on with is accelerate's `skip_first_batches`, whose `remainder` stays at −1.
+3. `_push_from_checkpoint(folder)` is the last call for a checkpoint, before older ones are removed.
+4. The loader of a resumed epoch is accelerate's `skip_first_batches`, whose `remainder` stays at −1.
 """
 
 import contextlib
@@ -78,13 +78,13 @@ class WeightsNotFiniteError(FloatingPointError):
 
 
 class ResumeRefusedError(ValueError):
-    """The run cannot go on from this checkpoint; the text says why."""
+    """The run cannot resume from this checkpoint; the text gives the reason."""
 
 
 class Preempted(SystemExit):
     """SIGTERM or Ctrl-C came, and a checkpoint was saved.
 
-    A process in which nobody catches this ends with status 143 or 130: 128 + the number of the signal, as shells
+    A process that does not catch this ends with status 143 or 130: 128 + the number of the signal, as shells
     report a process that the signal has ended.
     """
 
@@ -108,7 +108,7 @@ class SaveOnSignal(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self, *, active: bool) -> Iterator[None]:
-        """Handle the signals inside. Only a main thread can; the others are told by their peers."""
+        """Handle the signals inside. Only a main thread can; processes without one are notified by the others."""
         self.received, self.stopped = 0, False
         self._active = active
         if not active or threading.current_thread() is not threading.main_thread():
@@ -160,12 +160,12 @@ def _code_refused(checkpoint: Path | None) -> Iterator[None]:
     except pickle.UnpicklingError as error:  # torch's own advice is to let the code run
         raise ResumeRefusedError(
             f"The files of a checkpoint must hold tensors and plain values, got one in {checkpoint} that would run "
-            "code when it is loaded. Nothing was run. Somebody has changed it: use another checkpoint."
+            "code when it is loaded. Nothing was run. The file was changed: use another checkpoint."
         ) from error
 
 
-def fault_of_values(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from the weights of a checkpoint, in words that follow "because"."""
+def find_value_issue(checkpoint: Path) -> str | None:
+    """Describe why a run cannot resume from the weights of a checkpoint, or None."""
     from safetensors import safe_open
 
     for path in sorted(checkpoint.glob("*.safetensors")):
@@ -207,16 +207,16 @@ class ResumableTrainer(Trainer):
     # --- going on ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest, **kwargs):
-        """As in transformers, from a checkpoint that is whole.
+        """As in transformers, from a complete checkpoint.
 
         Args:
-            resume_from_checkpoint: `True` goes on from the last whole checkpoint in `output_dir`, `"auto"` too but
-                begins if there is none, and a path from that one alone.
+            resume_from_checkpoint: `True` resumes from the last complete checkpoint in `output_dir`, `"auto"` too but
+                starts if there is none, and a path resumes from that one alone.
             *rest: As in transformers.
             **kwargs: As in transformers.
 
         Raises:
-            ResumeRefusedError: no whole checkpoint, or one of another run; what has changed is named.
+            ResumeRefusedError: no complete checkpoint, or one of another run; what has changed is named.
             CheckpointNotSavedError: a checkpoint could not be written.
             FolderInUseError: another process trains into `output_dir`.
             Preempted: SIGTERM or Ctrl-C came, and a checkpoint was saved.
@@ -244,7 +244,7 @@ class ResumableTrainer(Trainer):
 
     @contextlib.contextmanager
     def _alone_in_output_dir(self) -> Iterator[None]:
-        """A run that saves has the folder for itself. The first process takes the lock, the others are told."""
+        """Lock the folder for a run that saves. The first process takes the lock, and broadcasts the result."""
         if self.args.save_strategy == "no":
             yield
             return
@@ -262,7 +262,7 @@ class ResumableTrainer(Trainer):
             yield
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> Path | None:
-        """The first process looks and decides, the others are told: they must not go on from different steps."""
+        """The first process decides and broadcasts: processes must not resume from different steps."""
         if not wanted:
             return None
         told: list[Any] = [None, None]
@@ -281,26 +281,27 @@ class ResumableTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         if wanted is True or wanted == "auto":
             checkpoints.finish_interrupted(folder)
-            found = checkpoints.find_whole_checkpoint(folder, fault_of_values)
+            found = checkpoints.find_complete_checkpoint(folder, find_value_issue)
             checkpoints.clear_staging(folder)
             for path, reason in found.skipped.items():
                 logger.warning(f"{path.name} is skipped: {reason}.")
             if found.path is None and wanted is True:
                 raise ResumeRefusedError(
-                    f"`resume_from_checkpoint: true` needs a whole checkpoint in `output_dir`, got none in {folder}."
-                    f"{found.skipped_in_words()} To begin in that case, use `resume_from_checkpoint: auto`."
+                    "`resume_from_checkpoint: true` needs a complete checkpoint in `output_dir`, got none in "
+                    f"{folder}.{found.describe_skipped()} To start from step 0 in that case, use "
+                    "`resume_from_checkpoint: auto`."
                 )
             if found.path is None:
-                logger.info(f"No checkpoint to go on from in {folder}: the run begins.")
+                logger.info(f"No checkpoint to resume from in {folder}: the run starts from step 0.")
                 return None
             checkpoint = found.path
         else:
             checkpoint = Path(wanted)
-            fault = checkpoints.fault_of(checkpoint) or fault_of_values(checkpoint)
+            fault = checkpoints.find_checkpoint_issue(checkpoint) or find_value_issue(checkpoint)
             if fault is not None:
                 raise ResumeRefusedError(
-                    f"`resume_from_checkpoint` must be a whole checkpoint, got {wanted}, and {fault}. With `true` the "
-                    "last whole one in `output_dir` is found."
+                    f"`resume_from_checkpoint` must be a complete checkpoint, got {wanted}, and {fault}. With `true` "
+                    "the last complete one in `output_dir` is found."
                 )
         self._refuse_other_run(checkpoint)
         return checkpoint
@@ -310,17 +311,17 @@ class ResumableTrainer(Trainer):
         if self.args.sync_ref_model:
             raise ResumeRefusedError(
                 "A run with `sync_ref_model` cannot be resumed, got one to resume: its reference has moved, and "
-                "checkpoints hold the policy alone. Begin anew, or unset the option in a new run."
+                "checkpoints hold the policy alone. Start a new run, or unset the option in it."
             )
         changed = changes(before.must, self._identity["must"])
         if changed:
             raise ResumeRefusedError(
                 f"A resumed run must be the run that wrote {checkpoint}, got one that differs: {'; '.join(changed)}. "
-                "Set this back, or begin anew in another `output_dir`."
+                "Restore it, or start a new run in another `output_dir`."
             )
         rounding = changes(before.rounding, self._identity["rounding"])
         if rounding:
-            logger.warning(f"The resumed run equals an uninterrupted one but for rounding: {'; '.join(rounding)}.")
+            logger.warning(f"The resumed run equals an uninterrupted one except for rounding: {'; '.join(rounding)}.")
         length = {"`max_steps`": self.args.max_steps, "`num_train_epochs`": self.args.num_train_epochs}
         lengthened = changes(before.length, length)
         if lengthened and not self.args.lr_scheduler_type.value.startswith("constant"):
@@ -328,7 +329,7 @@ class ResumableTrainer(Trainer):
                 f"{'; '.join(lengthened)}: from here on the learning rate follows the schedule of the new length, "
                 "which is neither that of the old run nor that of a new one."
             )
-        logger.info(f"Going on from {checkpoint}.")
+        logger.info(f"Resuming from {checkpoint}.")
 
     def restore_dataloader(self) -> None:
         """Tell `gather_for_metrics` how many rows of the epoch's last batch are not repeated ones, after a resume too.
@@ -357,7 +358,7 @@ class ResumableTrainer(Trainer):
         return os.path.join(folder, checkpoints.STAGING) if self._staging else folder
 
     def refuse_weights_not_finite(self, name: str) -> None:
-        """Stop on all processes if a trained weight is NaN or infinite: nothing good is replaced by it.
+        """Stop on all processes if a trained weight is NaN or infinite, before a finite checkpoint is replaced.
 
         Args:
             name: of what would have been saved.
@@ -372,7 +373,7 @@ class ResumableTrainer(Trainer):
         if not bad:
             return
         kept = [path.name for path in checkpoints.numbered_checkpoints(str(self.args.output_dir))]
-        last = f"The last checkpoint is {kept[-1]}: `resume: auto` goes on from it" if kept else "Begin anew"
+        last = f"The last checkpoint is {kept[-1]}: `resume: auto` resumes from it" if kept else "Start a new run"
         raise WeightsNotFiniteError(
             f"The weights must be finite, got NaN or infinity in {len(bad)} of them after step "
             f"{self.state.global_step}, first in {bad[0]}: the training has diverged, and {name} is not saved. "
@@ -383,7 +384,7 @@ class ResumableTrainer(Trainer):
         self.refuse_weights_not_finite(f"checkpoint-{self.state.global_step}")
         target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staged = target.parent / checkpoints.STAGING / target.name
-        with checkpoints.told_in_one_error(target):
+        with checkpoints.wrap_save_errors(target):
             if self.args.should_save:
                 checkpoints.clear_staging(target.parent)
             self.accelerator.wait_for_everyone()

@@ -37,15 +37,16 @@ def main(args: argparse.Namespace) -> None:
     """Compute, show and write."""
     from ..evaluation.results.alpaca_eval import alpaca_eval, read_instructions
     from ..evaluation.results.cells import BEHIND, show_estimate
+    from ..io.command_line import format_arguments
     from ..io.files import write_whole
-    from .shown import command_line, say
+    from .shown import say
 
     try:
         instructions = None if args.instructions is None else read_instructions(args.instructions)
         options: dict[str, Any] = {"gamed": args.gamed, "difficulty": args.difficulty, "align": args.align}
         found = {str(path): alpaca_eval(path, instructions=instructions, **options) for path in args.annotations}
         if args.out:
-            about = {"command": command_line(make_parser(), args), "align": args.align}
+            about = {"command": format_arguments(make_parser(), args), "align": args.align}
             models = [{"annotations": path, **asdict(one)} for path, one in found.items()]
             write_whole(args.out, json.dumps({**about, "models": models}, indent=2) + "\n")
     except (ValueError, OSError) as error:

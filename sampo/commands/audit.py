@@ -2,9 +2,9 @@
 
 import argparse
 import logging
-import shlex
 from pathlib import Path
 
+from ..io.command_line import format_command
 from .pair_options import add_treatment, treatment_of
 
 FAULTY = 3  # exit code: bad rows, or a file that breaks off; the audit is complete without them
@@ -93,4 +93,4 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--text_as_messages"]
     if args.truncation_mode != "keep_start":
         words += ["--truncation_mode", args.truncation_mode]
-    return shlex.join(words)
+    return format_command(words)

@@ -47,7 +47,7 @@ def _run_all(args: argparse.Namespace) -> list[Any]:
     """The record of each score."""
     from ..evaluation import harness
     from ..io import records as results
-    from .shown import command_line
+    from ..io.command_line import format_arguments
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {args.limit}.")
@@ -63,7 +63,7 @@ def _run_all(args: argparse.Namespace) -> list[Any]:
         record = harness.done(results.read(args.out), config, args.seed)
         if record is None:
             outcome = harness.run(name, lm, chat=args.apply_chat_template, seed=args.seed, **common)
-            made = harness.records_of(outcome, config, seed=args.seed, command=command_line(make_parser(), args))
+            made = harness.records_of(outcome, config, seed=args.seed, command=format_arguments(make_parser(), args))
             results.append(args.out, made)
             record = made[-1]
             print(f"{name}: done{f'. Note: {outcome.note}' if outcome.note else ''}", flush=True)

@@ -1,13 +1,14 @@
-"""`sampo cache`: the reference log-probs of a training run, ahead of it; and what lies in the cache.
+"""`sampo cache`: compute the reference log-probs of a training run in advance; list and delete caches.
 
 - `sampo cache --config FILE`, with the options of `sampo train`: computes what is missing. A `sampo train` with the
   same options and `precompute_ref_log_probs: true` then computes none.
-- `--rebuild`: deletes what there is for these options first.
-- `--ls`: what lies in the cache. `--rm NAME …`: deletes by the names that `--ls` prints, or `all`.
+- `--rebuild`: deletes the cache of these options first.
+- `--ls`: lists the caches. `--rm NAME …`: deletes caches by the names that `--ls` prints, or `all`.
 """
 
 import argparse
 import sys
+from typing import Any
 
 from .options import RecipeParser
 from .options import make_parser as make_train_parser
@@ -18,36 +19,36 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's own options; all others are those of `sampo train`."""
     parser = argparse.ArgumentParser(
         prog="sampo cache",
-        description="Compute the per-token reference log-probs of a training run ahead of it. Takes all options of "
+        description="Compute the per-token reference log-probs of a training run in advance. Takes all options of "
         "`sampo train`, and these:",
         allow_abbrev=False,
     )
-    parser.add_argument("--rebuild", action="store_true", help="delete what there is for these options first")
-    parser.add_argument("--ls", action="store_true", help="list what lies in the cache, and do nothing else")
+    parser.add_argument("--rebuild", action="store_true", help="delete the cache of these options first")
+    parser.add_argument("--ls", action="store_true", help="list the contents of the cache, and do nothing else")
     parser.add_argument("--rm", nargs="+", metavar="NAME", help="delete caches by their names in --ls, or `all`")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """`sampo cache`: in this process, or through `accelerate launch` where several are wanted."""
+    """`sampo cache`: in this process, or through `accelerate launch` for several processes."""
     own, rest = make_parser().parse_known_args(argv)
     if own.ls or own.rm:
         folder = argparse.ArgumentParser(prog="sampo cache", allow_abbrev=False)
         folder.add_argument("--ref_cache_dir", "--ref-cache-dir")
         root = folder.parse_args(rest).ref_cache_dir
-        return _remove(root, own.rm) if own.rm else _list(root)
+        return _remove(root, own.rm) if own.rm else _list_caches(root)
     more = ["--rebuild"] if own.rebuild else []
     return start([*more, *launch_or_stay(rest, _train_parser(), __name__, more)])
 
 
 def start(argv: list[str] | None = None) -> int:
-    """Fill the cache in this process, one of several if a launcher says so; returns the exit status."""
+    """Fill the cache in this process, one of several under a launcher; returns the exit status."""
     own, rest = make_parser().parse_known_args(argv)
     return start_with(_train_parser(), lambda *options: fill(*options, rebuild=own.rebuild), rest)
 
 
-def fill(script_args, training_args, model_args, dataset_args, *, rebuild: bool = False) -> None:
-    """Make the trainer, which fills the cache, and say what it has done. Raises what `sampo train` does."""
+def fill(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, *, rebuild: bool = False) -> None:
+    """Make the trainer, which fills the cache, and print what was computed. Raises what `sampo train` does."""
     from ..trainer import SamPOTrainer
 
     class Filler(SamPOTrainer):
@@ -70,7 +71,7 @@ def _train_parser() -> RecipeParser:
     return make_train_parser(prog="sampo cache")
 
 
-def _list(folder: str | None) -> int:
+def _list_caches(folder: str | None) -> int:
     from ..io.tables import Table
     from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest
     from .shown import say, show

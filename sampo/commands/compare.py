@@ -145,10 +145,11 @@ def _show_and_write(
     from ..evaluation.results.judged import csv_text
     from ..evaluation.results.summary import summary_table
     from ..evaluation.results.verbosity import verbosity_table
+    from ..io.command_line import format_arguments
     from ..io.files import write_whole
     from ..io.locks import alone_at
     from ..io.records import lines
-    from .shown import command_line, say, show
+    from .shown import say, show
 
     if summaries:
         show(summary_table(summaries))
@@ -159,7 +160,7 @@ def _show_and_write(
     say(*dict.fromkeys(notes))
     several = "; one by one, only the last p-values know that there are several" if duels else ""
     say(f"Intervals are 95 %, over prompts{several}.")
-    command = command_line(make_parser(), args)
+    command = format_arguments(make_parser(), args)
     rows = comparing.rows_of(summaries, lengths)
     whole = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}
     made = comparing.all_records(summaries, lengths, duels, configs=configs, seed=args.seed, command=command)

@@ -1,20 +1,17 @@
-"""`sampo diagnose --policy P … [--reference R] --data D`: what length says about a model, by forward passes alone."""
+"""`sampo diagnose --policy P … [--reference R] --data D`: length bias of a model, from forward passes alone."""
 
 import argparse
 import logging
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..io.command_line import format_arguments
 from .lazy_model import LazyModel
 from .pair_options import add_treatment, treatment_of
 
 logger = logging.getLogger(__name__)
-
-ON_BAD_ROWS = ("error", "drop")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,14 +19,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sampo diagnose",
         allow_abbrev=False,
-        description="Length pressure of every weighting, before or after training, and, with a reference, what length "
-        "has to do with the rewards that were learned. What is computed is kept in `--out`: a killed run goes on.",
+        description="Length pressure of every weighting, before or after training, and, with a reference, how the "
+        "learned rewards depend on length. Results are kept in `--out`: a killed run continues.",
     )
     parser.add_argument("--policy", required=True, nargs="+", metavar="MODEL", help="folders, hub ids, or adapters")
     parser.add_argument("--reference", metavar="MODEL", help="the base where all policies are adapters of one")
     parser.add_argument("--data", required=True, help="preference pairs: as `dataset_name` of `sampo train`")
     parser.add_argument("--split", help="of the data, such as `test[:500]`")
-    parser.add_argument("--on_bad_rows", default="error", choices=ON_BAD_ROWS, help="pairs that cannot be used")
+    parser.add_argument("--on_bad_rows", default="error", choices=("error", "drop"), help="pairs that cannot be used")
     add_treatment(parser)
     parser.add_argument(
         "--by", nargs="+", default=[], metavar="COLUMN", help="pressure for each value of a column too"
@@ -44,17 +41,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap over prompts (1000)")
     training = parser.add_argument_group("as in training; defaults are those of `sampo train`")
     training.add_argument("--beta", type=float, help="of the implicit reward")
-    training.add_argument("--max_length", type=int, help="tokens of prompt and response; 0 cuts nothing")
+    training.add_argument("--max_length", type=int, help="tokens of prompt and response; 0 truncates nothing")
     training.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), default="keep_start")
     training.add_argument("--decay_gamma", type=float, help="of the weighting `decay`")
     training.add_argument("--seed", type=int, help="of the subsets")
     training.add_argument("--chat_template", help="Jinja text, or a file with it")
-    training.add_argument("--ref_cache_dir", help="where per-token reference log-probs are looked for and kept")
+    training.add_argument("--ref_cache_dir", help="folder where per-token reference log-probs are read and written")
     training.add_argument("--ref_cache_dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     model = parser.add_argument_group("model")
     model.add_argument("--batch_size", type=int, default=8, help="pairs at a time (8)")
     model.add_argument("--pair_stream", default="auto", choices=("auto", "true", "false"))
-    model.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
+    model.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     model.add_argument("--bf16", action="store_true", help="compute in bfloat16, as training with `bf16: true` does")
     model.add_argument("--use_cpu", action="store_true")
     model.add_argument("--trust_remote_code", action="store_true")
@@ -62,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compute what is not there yet, and say what was found."""
+    """Compute what is missing, and print the findings."""
     from ..data.issues import PreferenceDataError
     from ..io.locks import alone_in
     from ..reference_cache.store import RefCacheError
@@ -70,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
-        command = _command(args)
+        command = format_arguments(make_parser(), args)
         _fill_defaults(args)
         with alone_in(args.out):
             _diagnose(args, command)
@@ -85,7 +82,7 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
 
     from ..diagnostics.findings import findings, read_scores
     from ..io import records as results
-    from .diagnose_page import Checkpoint, show
+    from .diagnose_page import Checkpoint, show_page
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -107,22 +104,26 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
         records = [_record(args, command, policy.name, digest, finding) for finding in found]
         results.append(args.out / "records.jsonl", [r for r in records if (r.name, r.key) not in known])
         print(f"{name}: {len(setup.pairs):,} pairs in {paths[0].parent}")
-    show(page)
+    show_page(page)
     print(f"Written: {args.out / 'records.jsonl'}")
 
 
 def _fill_defaults(args: argparse.Namespace) -> None:
-    """Those of training, which nobody should type twice; and what cannot be."""
+    """Set the defaults of training, and check the ranges."""
     from ..config import SamPOConfig
 
     for name in ("beta", "max_length", "decay_gamma", "seed"):
         if getattr(args, name) is None:
             setattr(args, name, SamPOConfig.__dataclass_fields__[name].default)
-    faults = [
+    issues = [
         f"`{name}` must be {what}, got {getattr(args, name)}."
         for name, what, right in (
             ("beta", "above 0", args.beta > 0),
-            ("max_length", "at least 2 tokens, or 0 to cut nothing", args.max_length == 0 or args.max_length >= 2),
+            (
+                "max_length",
+                "at least 2 tokens, or 0 to truncate nothing",
+                args.max_length == 0 or args.max_length >= 2,
+            ),
             ("decay_gamma", "in (0, 1]", 0 < args.decay_gamma <= 1),
             ("batch_size", "at least 1", args.batch_size >= 1),
             ("resamples", "at least 100 for an interval", args.resamples >= 100),
@@ -132,8 +133,8 @@ def _fill_defaults(args: argparse.Namespace) -> None:
         )
         if not right
     ]
-    if faults:
-        raise ValueError(" ".join(faults))
+    if issues:
+        raise ValueError(" ".join(issues))
 
 
 def _names(policies: list[str]) -> list[str]:
@@ -176,39 +177,37 @@ class _Setup:
 
 
 def _prepare(args: argparse.Namespace) -> _Setup:
-    """Everything that can be found fault with, then the reference."""
+    """Check and load everything that needs no forward pass, then add the reference."""
     from ..data.end_tokens import end_token_ids
+    from ..data.token_ids import hash_token_ids
     from ..data.tokenize import tokenize_pairs
     from ..models.load import ModelError, check_model
-    from ..reference_cache.key import data_hash
 
     given = [("policy", name) for name in args.policy] + [("reference", args.reference)] * bool(args.reference)
-    faults = []
+    issues = []
     for option, name in given:
         try:
             check_model(name, option=option, trust_remote_code=args.trust_remote_code, tokenizer=True)
-        except ModelError as fault:
-            faults.append(str(fault))
-    if faults:
-        raise ModelError(" ".join(faults))
+        except ModelError as issue:
+            issues.append(str(issue))
+    if issues:
+        raise ModelError(" ".join(issues))
     policies = [LazyModel(name, args) for name in args.policy]
     reference = _reference(args, policies)
     tokenizer = _tokenizer(policies, reference)
-    dataset = _load(args, tokenizer)
+    dataset = _load_pairs(args, tokenizer)
     pairs = tokenize_pairs(
         dataset, tokenizer, max_length=args.max_length or None, truncation_mode=args.truncation_mode
     )
     if len(pairs) < len(dataset):
-        print(
-            f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are left out: their prompt fills `max_length`."
-        )
+        print(f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are omitted: their prompt fills `max_length`.")
     other_ends = _find_other_ends(pairs, tokenizer, args)
     _check_tokens(pairs, tokenizer, [*policies, *([reference] if reference else [])])
     setup = _Setup(
         policies=policies,
         pairs=pairs,
         reference=None,
-        data=data_hash(pairs),
+        data=hash_token_ids(pairs),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         end_ids=end_token_ids(tokenizer, policies[0].generation_config()),
         other_ends=other_ends,
@@ -233,20 +232,20 @@ def _reference(args: argparse.Namespace, policies: list[LazyModel]) -> LazyModel
 
 
 def _tokenizer(policies: list[LazyModel], reference: LazyModel | None) -> Any:
-    """That of the first policy; the others must mean the same by a token's number."""
-    from ..models.checks import faults_of_tokenizer
+    """The tokenizer of the first policy; the others must have the same token ids."""
+    from ..models.checks import find_tokenizer_issues
 
     tokenizer = policies[0].tokenizer()
-    faults = faults_of_tokenizer(tokenizer)
+    issues = find_tokenizer_issues(tokenizer)
     for other in [*policies[1:], *([reference] if reference else [])]:
         if other.tokenizer().get_vocab() != tokenizer.get_vocab():
-            faults.append(f"All models must have the vocabulary of {policies[0].name}, got {other.name} with another.")
-    if faults:
-        raise ValueError(" ".join(faults))
+            issues.append(f"All models must have the vocabulary of {policies[0].name}, got {other.name} with another.")
+    if issues:
+        raise ValueError(" ".join(issues))
     return tokenizer
 
 
-def _load(args: argparse.Namespace, tokenizer: Any) -> Any:
+def _load_pairs(args: argparse.Namespace, tokenizer: Any) -> Any:
     from ..data.load import load_preferences
 
     dataset = load_preferences(
@@ -274,7 +273,7 @@ def _load(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> list[int]:
-    """Rows whose end tokens end other turns; says where no response ends, for the pressure is on its end."""
+    """Find rows whose end tokens end other turns; warn where no response has an end token."""
     from ..data.end_tokens import ResponseEnds, end_token_ids
     from ..data.lengths import count_tokens
     from ..data.tokenize import rows_with_other_ends
@@ -291,14 +290,14 @@ def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> li
 
 
 def _check_tokens(pairs: Any, tokenizer: Any, models: list[LazyModel]) -> None:
-    from ..models.checks import faults_of_reference, faults_of_tokens
+    from ..models.checks import find_token_issues, find_vocabulary_issues
 
     sizes = [getattr(model.config(), "vocab_size", None) for model in models]
-    faults = faults_of_tokens({"given": pairs}, vocabulary=sizes[0], tokenizer=tokenizer)
+    issues = find_token_issues({"given": pairs}, vocabulary=sizes[0], tokenizer=tokenizer)
     for size in sizes[1:]:
-        faults += faults_of_reference(sizes[0], size)
-    if faults:
-        raise ValueError(" ".join(faults))
+        issues += find_vocabulary_issues(sizes[0], size)
+    if issues:
+        raise ValueError(" ".join(issues))
 
 
 def _quality(args: argparse.Namespace, pairs: Any) -> Any:
@@ -410,13 +409,3 @@ def _record(args: argparse.Namespace, command: str, policy: str, digest: str, fi
         command=command,
         **provenance(),
     )
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The shortest command that measures the same."""
-    words = ["sampo", "diagnose"]
-    for name, value in vars(args).items():
-        if value != make_parser().get_default(name):
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += [f"--{name}", *map(str, values)]
-    return shlex.join(words)

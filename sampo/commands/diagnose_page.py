@@ -1,4 +1,4 @@
-"""What `sampo diagnose` says of one or several checkpoints: tables on one page, and a sentence for each."""
+"""The page of `sampo diagnose` for one or several checkpoints: tables, and a sentence for each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from . import shown
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A policy by its short name, and what was found of it."""
+    """A policy by its short name, and its findings."""
 
     name: str
     findings: list[Finding]
@@ -27,14 +27,14 @@ class Checkpoint:
         return found[0].estimate if found else None
 
 
-def show(page: Sequence[Checkpoint]) -> None:
+def show_page(page: Sequence[Checkpoint]) -> None:
     """Print everything."""
     shown.show(*tables(page))
     shown.say(*map(sentence, page))
 
 
 def tables(page: Sequence[Checkpoint]) -> list[Table]:
-    """The tables that the findings are enough for."""
+    """The tables for which there are findings."""
     made = [_pressures(page)]
     if any(checkpoint.of("accuracy") for checkpoint in page):
         made += [_margins(page), _rewards(page), _log_ratios(page)]
@@ -50,7 +50,7 @@ def cell(estimate: Estimate | None, digits: int = 3) -> str:
 
 
 def share(estimate: Estimate | None) -> str:
-    """The same of a share, in per cent."""
+    """The same for a share, in per cent."""
     if estimate is None or estimate.value is None:
         return "–"
     half = "" if estimate.interval is None else f" ± {100 * _half(estimate):.0f}"
@@ -127,22 +127,24 @@ def _log_ratios(page: Sequence[Checkpoint]) -> Table:
     for checkpoint in page:
         kinds = dict.fromkeys(f.labels["class"] for f in checkpoint.of("log_ratio_of"))
         for kind in kinds:
-            sides = [checkpoint.one("log_ratio_of", side=side, **{"class": kind}) for side in ("chosen", "rejected")]
-            table.add(checkpoint.name, kind, *map(cell, sides))
+            pair = [checkpoint.one("log_ratio_of", side=side, **{"class": kind}) for side in ("chosen", "rejected")]
+            table.add(checkpoint.name, kind, *map(cell, pair))
         for low, high in dict.fromkeys((f.labels["from"], f.labels["to"]) for f in checkpoint.of("log_ratio_at")):
-            sides = [checkpoint.one("log_ratio_at", side=side, **{"from": low}) for side in ("chosen", "rejected")]
-            table.add(checkpoint.name, f"place {low}–{high}" if high > low else f"place {low}", *map(cell, sides))
+            pair = [checkpoint.one("log_ratio_at", side=side, **{"from": low}) for side in ("chosen", "rejected")]
+            table.add(checkpoint.name, f"position {low}–{high}" if high > low else f"position {low}", *map(cell, pair))
         table.end_section()
     return table
 
 
 def sentence(checkpoint: Checkpoint) -> str:
-    """What the numbers say, and what they do not."""
-    parts = [f"{checkpoint.name}: {_pressure_in_words(checkpoint)}"]
+    """Describe what the numbers show, and what they do not show."""
+    parts = [f"{checkpoint.name}: {_describe_pressure(checkpoint)}"]
     correlation, slope = checkpoint.one("margin_correlation", method=PLAIN), checkpoint.one("reward_slope")
     longer, shorter = (checkpoint.one("accuracy", method=PLAIN, group=f"chosen {g}") for g in ("longer", "shorter"))
     if checkpoint.of("accuracy") and (correlation is None or correlation.value is None):
-        parts.append("All its margins, or all differences of length, are alike: nothing can be said of length there.")
+        parts.append(
+            "All its margins, or all differences of length, are equal: no dependence on length can be measured."
+        )
     elif correlation is not None and correlation.value is not None:
         r2 = checkpoint.one("margin_r2", method=PLAIN)
         words = f"The difference of lengths explains {explained(r2)} of the variance of its margins"
@@ -160,14 +162,14 @@ def sentence(checkpoint: Checkpoint) -> str:
     return " ".join(parts)
 
 
-def _pressure_in_words(checkpoint: Checkpoint) -> str:
-    signs: dict[str, list[str]] = {"lengthens": [], "shortens": [], "has no sure direction": []}
+def _describe_pressure(checkpoint: Checkpoint) -> str:
+    signs: dict[str, list[str]] = {"lengthens": [], "shortens": [], "has no significant direction": []}
     for finding in checkpoint.of("pressure", group="all"):
         method, interval = finding.labels["method"], finding.estimate.interval
         if "+" in method:  # the table has the variants
             continue
         sure = interval is not None and (interval[0] > 0 or interval[1] < 0)
         falls = sure and interval is not None and interval[1] < 0
-        signs["lengthens" if falls else "shortens" if sure else "has no sure direction"].append(method)
-    told = [f"{word} with {', '.join(names)}" for word, names in signs.items() if names]
-    return f"by the length pressure over all these pairs, a first step {'; it '.join(told)}."
+        signs["lengthens" if falls else "shortens" if sure else "has no significant direction"].append(method)
+    described = [f"{word} with {', '.join(names)}" for word, names in signs.items() if names]
+    return f"by the length pressure over all these pairs, a first step {'; it '.join(described)}."

@@ -1,4 +1,4 @@
-"""`sampo env`: what this installation can do. The first thing to add to an issue report."""
+"""`sampo env`: versions, devices and engines of this installation, for issue reports."""
 
 import argparse
 import importlib.metadata as metadata
@@ -8,7 +8,7 @@ import platform
 import shutil
 from typing import Any
 
-DISTRIBUTION = "sampo-dpo"
+from ..io.versions import DISTRIBUTION, find_version
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,25 +42,18 @@ def describe_environment() -> dict[str, dict[str, Any]]:
     devices = _devices()
     return {
         "system": {
-            "sampo": _version(DISTRIBUTION) or "not installed (run from a folder)",
+            "sampo": find_version(DISTRIBUTION) or "not installed (run from a folder)",
             "commit": commit() or "unknown (not a source checkout)",
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
-        "packages": {name: _version(name) or "missing" for name in _requirements(None)},
+        "packages": {name: find_version(name) or "missing" for name in _requirements(None)},
         "devices": devices,
         "extras": {extra: _missing(extra) or "installed" for extra in _extras()},
         "build tools": {name: shutil.which(name) or "missing" for name in ("g++", "ninja", "nvcc")},
         "cache": {"reference log-probs": str(root), "caches": len(cache_folders(root))},
         "engines": _engines(devices),
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _extras() -> list[str]:
@@ -87,7 +80,7 @@ def _requirements(extra: str | None) -> list[str]:
 
 def _missing(extra: str) -> str:
     """The packages that an extra lacks, with the command that installs them; the empty text for none."""
-    names = [name for name in _requirements(extra) if _version(name) is None]
+    names = [name for name in _requirements(extra) if find_version(name) is None]
     return f"missing {', '.join(names)} (pip install '{DISTRIBUTION}[{extra}]')" if names else ""
 
 
@@ -108,7 +101,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _engines(devices: dict[str, Any]) -> dict[str, str]:
-    """Whether each engine can be used, or what it lacks."""
+    """For each engine `yes`, or what is missing."""
     import torch
 
     # DeepSpeed builds its CPU communication the first time that several processes meet

@@ -19,12 +19,13 @@ from ..training.rounds import (
     RefusedIteration,
     Round,
     RoundFailed,
-    hash_files,
+    hash_data,
     hash_model,
     iterate,
 )
 from .launch import split_options
-from .options import ITERATE_OPTIONS, is_adapter
+from .option_checks import is_adapter
+from .options import ITERATE_OPTIONS
 from .options import make_parser as make_train_parser
 
 DEFAULTS: dict[str, Any] = {"data": "full", "reference": "previous", "remove_old_caches": False}
@@ -41,14 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sampo iterate",
         allow_abbrev=False,
         description="Several rounds of `sampo train`, each from the model of the round before. All options of `sampo "
-        "train` are taken too. What is finished is not run again; what was interrupted goes on.",
+        "train` are accepted too. Finished rounds are not run again; an interrupted one continues.",
     )
     parser.add_argument("--rounds", type=int, help="number of rounds")
     parser.add_argument(
         "--data",
         choices=DATA,
-        help="`full` (default): each round sees all training pairs. `shards`: each round sees another part of the "
-        "prompts, and all of them together see each pair once an epoch",
+        help="`full` (default): each round trains on all pairs. `shards`: each round trains on another part of the "
+        "prompts, and all rounds together use each pair once per epoch",
     )
     parser.add_argument(
         "--reference",
@@ -75,29 +76,29 @@ def run(argv: list[str]) -> int:
         print(f"sampo iterate: error: {error}", file=sys.stderr)
         return error.status if isinstance(error, RoundFailed) else 2
     for one in rounds:
-        _say(_summary(one))
+        _say(summarise_round(one))
     _say(f"The model after {plan.rounds} rounds: {plan.model_after(plan.rounds)}")
     return 0
 
 
 def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Round], None] | None]:
-    """What to do, and what to do after each round.
+    """Make the plan, and the function to call after each round.
 
     Args:
-        own: our own options that stand on the command line.
-        argv: all others: those of `sampo train` and of the launcher.
+        own: options of `sampo iterate` on the command line.
+        argv: all other words: options of `sampo train` and of the launcher.
 
     Raises:
-        RefusedIteration: something is wrong with them; all of it in one message.
-        SystemExit: unknown options, or faults that `sampo train` finds.
+        RefusedIteration: options are wrong; all issues in one message.
+        SystemExit: unknown options, or issues that `sampo train` finds.
     """
     launch, words = split_options(argv)
     parser = make_train_parser(prog="sampo iterate")
     parser.not_ours = set(ITERATE_OPTIONS)
     recipe, options = parser.read(words)
     own = {**DEFAULTS, **{key: recipe[key] for key in ITERATE_OPTIONS if key in recipe}, **own}
-    if faults := _find_faults(own, launch, options):
-        raise RefusedIteration(" ".join(faults))
+    if issues := _find_issues(own, launch, options):
+        raise RefusedIteration(" ".join(issues))
     removes = own.pop("remove_old_caches")
     plan = Plan(
         **own,
@@ -119,7 +120,7 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
 
 
 def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
-    """Delete the caches that a round has made, and with one reference for all rounds only after the last."""
+    """Delete the caches that a round has made; with one reference for all rounds, only after the last round."""
     if plan.reference == "initial" and one.number < plan.rounds:
         return
     from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest, remove_cache
@@ -135,7 +136,7 @@ def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
             _say(f"left alone: {error}")
 
 
-def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> list[str]:
+def _find_issues(own: dict[str, Any], launch: dict[str, str], options: Any) -> list[str]:
     rounds = own.get("rounds")
     table = [
         (
@@ -153,7 +154,7 @@ def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
         ),
         (
             is_adapter(options.model_name_or_path),
-            f"`model_name_or_path` must be a whole model, got the adapter in {options.model_name_or_path}. `sampo "
+            f"`model_name_or_path` must be a complete model, got the adapter in {options.model_name_or_path}. `sampo "
             "merge` it first.",
         ),
         (
@@ -162,17 +163,17 @@ def _find_faults(own: dict[str, Any], launch: dict[str, str], options: Any) -> l
         ),
         (
             own["data"] == "shards" and (options.dataset_streaming or options.streaming),
-            "`data: shards` needs all rows, got a stream. Load the data whole.",
+            "`data: shards` needs all rows, got a stream. Load the data without streaming.",
         ),
         *(
             (getattr(options, name) is not None, f"`{name}` is set by each round, and cannot be given.")
             for name in SET_BY_US
         ),
     ]
-    faults = [message for wrong, message in table if wrong]
+    issues = [message for wrong, message in table if wrong]
     if others := sorted(launch.keys() - ON_ONE_MACHINE):
-        faults.append(f"`sampo iterate` runs on one machine, got {others}. Run the commands of the rounds by hand.")
-    return faults
+        issues.append(f"`sampo iterate` runs on one machine, got {others}. Run the commands of the rounds by hand.")
+    return issues
 
 
 def _quantization_words(options: Any) -> list[str]:
@@ -186,7 +187,7 @@ def _quantization_words(options: Any) -> list[str]:
 
 
 def _without_config(words: list[str]) -> list[str]:
-    """The words but `--config FILE`, in whose place a copy of the recipe is read."""
+    """Remove `--config FILE` from the words; a copy of the recipe is read instead."""
     kept, skip = [], False
     for word in words:
         if not skip and word != "--config" and not word.startswith("--config="):
@@ -196,18 +197,15 @@ def _without_config(words: list[str]) -> list[str]:
 
 
 def _hash_inputs(options: Any) -> dict[str, str]:
-    """What the first model and the data are, where they lie on this machine."""
+    """Hash the first model and the data, where they are local."""
     found = {"model": hash_model(options.model_name_or_path)}
-    data = Path(options.dataset_name or "")
-    if options.dataset_name and data.is_file():
-        found["data"] = hash_files([data])
-    elif options.dataset_name and data.is_dir():
-        found["data"] = hash_files(path for path in data.rglob("*") if path.is_file())
+    if options.dataset_name:
+        found["data"] = hash_data(Path(options.dataset_name))
     return {name: digest for name, digest in found.items() if digest}
 
 
-def _summary(one: Round) -> str:
-    """One line of what a round has come to."""
+def summarise_round(one: Round) -> str:
+    """One line with the results of a round."""
     words = [f"round {one.number}: {one.metrics['steps']} steps"]
     for name, title in (("last", "training"), ("eval", "evaluation")):
         entry, prefix = one.metrics.get(name), "eval_" if name == "eval" else ""

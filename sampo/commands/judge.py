@@ -178,8 +178,8 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files: tuple[Any, Any]) -> int:
     from ..evaluation.results import judged
+    from ..io.command_line import format_arguments
     from .progress import progress
-    from .shown import command_line
 
     with progress("judgements") as advance:
         rows = judges.judge_pairs(judge, pairs, advance)
@@ -196,7 +196,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files
     stopped = endpoint.why_stopped if endpoint is not None else None
     cost = _cost(args, judge) if endpoint is not None else None
     written = judged.write(
-        args.out, run, found, more={"cost": cost, "stopped": stopped}, command=command_line(make_parser(), args)
+        args.out, run, found, more={"cost": cost, "stopped": stopped}, command=format_arguments(make_parser(), args)
     )
     _show_summary(found, run, cost)
     print(f"Written: {', '.join(map(str, written))}")

@@ -6,7 +6,6 @@
 """
 
 import argparse
-import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..io.command_line import format_command
 from ..io.files import write_whole
 from ..io.locks import FolderInUseError, alone_in
 from ..lab.methods import METHODS
@@ -100,7 +100,7 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
     for option in fields(Settings):
         if getattr(settings, option.name) != option.default:
             words += [f"--{option.name}", str(getattr(settings, option.name))]
-    return shlex.join(words)
+    return format_command(words)
 
 
 def _run(runs, folder: Path, command: str):

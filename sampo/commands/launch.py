@@ -12,7 +12,7 @@ from typing import Any
 from ..io.schemas import WrongFile, read_yaml
 from .recipes import packaged
 
-# Options of `accelerate launch` that `sampo train` hands on. For the rest there is a configuration file.
+# Options of `accelerate launch` that `sampo train` passes on. Others go into a configuration file.
 OPTIONS = {
     "accelerate_config": "name of a packaged configuration, or the path of a file",
     "num_processes": "processes in total, over all machines",
@@ -26,7 +26,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """What we look at in a configuration of accelerate."""
+    """The fields that we read of an accelerate configuration."""
 
     distributed_type: str | bool | None = None  # NO is a boolean in YAML
     use_cpu: bool | None = None
@@ -36,7 +36,7 @@ class LauncherConfig:
 
 
 def split_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The launcher's options, and all the rest in its order."""
+    """Split the words into the launcher's options and all others, in their order."""
     parser = argparse.ArgumentParser(prog="sampo train", add_help=False, allow_abbrev=False)
     for name, text in OPTIONS.items():
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, help=text)
@@ -47,8 +47,8 @@ def split_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None:
     """The words that start the processes, up to the module; `None` where this process can do the work itself.
 
-    Without any option that is so unless the user has an accelerate configuration or several GPUs: then we do what
-    `accelerate launch` would. In a process that a launcher has started, there is nothing to start.
+    Without options, processes are started only if the user has an accelerate configuration or several GPUs, as
+    `accelerate launch` would. A process that a launcher has started starts no others.
 
     Args:
         options: The launcher's options.
@@ -64,12 +64,12 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
         words += ["--config_file", str(path)]
         config = _read_config(path)
     if config.get("use_cpu") and not {"--use_cpu", "--use-cpu"} & set(rest):
-        rest.append("--use_cpu")  # accelerate's launcher of several processes does not tell them
+        rest.append("--use_cpu")  # accelerate's launcher does not pass it on to several processes
     _refuse_fsdp_without_devices(config, rest)
     machines = _number("num_machines", options.get("num_machines") or config.get("num_machines") or 1)
     _refuse_lone_machine(machines, config, options)
     if machines == 1 and not config.get("main_process_port"):
-        options.setdefault("main_process_port", "0")  # a free one, so that two runs on one machine do not meet
+        options.setdefault("main_process_port", "0")  # a free one, so that two runs on one machine do not collide
     for name, value in options.items():
         words += [f"--{name}", value]
     if not config and _number("num_processes", options.get("num_processes", 1)) > 1:
@@ -78,7 +78,7 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """A configuration of accelerate, which itself says what is wrong with the rest of it."""
+    """Read an accelerate configuration; accelerate itself checks the other fields."""
     try:
         return vars(read_yaml(path, LauncherConfig, ignore_unknown=True))
     except (OSError, WrongFile) as error:
@@ -100,7 +100,7 @@ def _number(name: str, value: Any) -> int:
 def accelerate_config(name: str) -> Path:
     """Path of an accelerate configuration: a file, or a name of those in `configs/accelerate`."""
     try:
-        return _named(name, "accelerate", ".yaml")
+        return _find_config(name, "accelerate", ".yaml")
     except ValueError as error:
         raise SystemExit(f"sampo train: `--accelerate_config` {error}") from None
 
@@ -108,12 +108,12 @@ def accelerate_config(name: str) -> Path:
 def deepspeed_config(name: str) -> str:
     """Path of a DeepSpeed configuration: a file, or a name of those in `configs/deepspeed`."""
     try:
-        return str(_named(name, "deepspeed", ".json"))
+        return str(_find_config(name, "deepspeed", ".json"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _named(name: str, kind: str, suffix: str) -> Path:
+def _find_config(name: str, kind: str, suffix: str) -> Path:
     if os.path.isfile(name):
         return Path(name)
     known = {path.stem: path for path in sorted((packaged("configs") / kind).glob(f"*{suffix}"))}
@@ -125,7 +125,7 @@ def _named(name: str, kind: str, suffix: str) -> Path:
 
 
 def _refuse_fsdp_without_devices(config: dict, rest: list[str]) -> None:
-    """On the CPU accelerate makes DDP of FSDP without a word; the trainer refuses too, but each process by itself."""
+    """On the CPU accelerate silently replaces FSDP by DDP; the trainer raises too, but in each process."""
     import torch
 
     if config.get("distributed_type") == "FSDP" and (_asks_for_cpu(rest) or not torch.accelerator.is_available()):
@@ -175,7 +175,7 @@ def _asks_for_cpu(rest: list[str]) -> bool:
 
 
 def _refuse_lone_machine(machines: int, config: dict, options: dict[str, str]) -> None:
-    """Without these each machine would take itself for the first, and wait for others."""
+    """Without these options each machine would act as the first one, and wait for the others."""
     missing = [f"`--{name}`" for name in ("main_process_ip", "machine_rank") if name not in options]
     if machines > 1 and missing and not config.get("main_process_ip"):  # the user's own file may say both
         raise SystemExit(

@@ -1,8 +1,8 @@
-"""Runs `accelerate launch` and ends as its processes do: with their exit status, and without a report of its own.
+"""Run `accelerate launch` and exit with the status of its processes, without a report of its own.
 
-A signal is handed on to the processes, which save a checkpoint, and is waited for. accelerate and torch would send it
-once more after Ctrl-C, kill the processes 30 seconds after SIGTERM, and print several tracebacks for an error that the
-first process has told in one line.
+A signal is passed on to the processes, which save a checkpoint, and the launcher waits for them. accelerate and torch
+would send the signal again after Ctrl-C, kill the processes 30 seconds after SIGTERM, and print several tracebacks for
+an error that the first process has reported in one line.
 """
 
 import logging
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     run.get_args_parser = lambda: _with_other_signals(make_parser())  # accelerate has no option for this one
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _hand_on)
+        signal.signal(number, _pass_on)
     try:
         launch_command(launch_command_parser().parse_args(argv))
     except ChildFailedError as error:
@@ -34,13 +34,13 @@ def main(argv: list[str]) -> int:
 
 
 def _with_other_signals(parser: Any) -> Any:
-    """Torch's options, with SIGTERM and Ctrl-C left to us."""
+    """Torch's options, with SIGTERM and Ctrl-C handled here."""
     parser.set_defaults(signals_to_handle="SIGHUP,SIGQUIT")
     return parser
 
 
-def _hand_on(number: int, _frame: Any) -> None:
-    """To all processes that were started; after Ctrl-C in a terminal they have it already, and take it for one."""
+def _pass_on(number: int, _frame: Any) -> None:
+    """Pass a signal on to all started processes; after Ctrl-C in a terminal they count it once."""
     import psutil
 
     for child in psutil.Process().children():
@@ -48,12 +48,12 @@ def _hand_on(number: int, _frame: Any) -> None:
 
 
 def _status(code: int, who: str) -> int:
-    """As a shell reports it; what a process could not say itself is said here."""
+    """The status as a shell reports it; prints the signal that ended a process."""
     if code >= 0:
         return code
     name = signal.Signals(-code).name
     hint = " The system does so when memory runs out." if name == "SIGKILL" else ""
-    print(f"sampo: error: {who} must end by itself, got {name}.{hint}", file=sys.stderr)
+    print(f"sampo: error: {who} must exit by itself, got {name}.{hint}", file=sys.stderr)
     return 128 - code
 
 

@@ -1,4 +1,4 @@
-"""A model by its name, loaded only when it has to be: what it depends on is often known from its files."""
+"""A model by its name, loaded only when needed: the key of its log-probs is often known from its files."""
 
 import argparse
 import gc
@@ -45,12 +45,12 @@ class LazyModel:
         return self._model
 
     def free(self) -> None:
-        """Forget it."""
+        """Release its memory."""
         self._model = None
         gc.collect()  # the fused head's forward and the model hold each other
 
     def file_identity(self) -> dict[str, Any] | None:
-        """What its log-probs depend on, without loading it, if its files say that."""
+        """The fields of the key that its log-probs depend on, from its files alone; None if they are not enough."""
         from ..reference_cache.key import identity_of_files
 
         return None if self.adapter else identity_of_files(self.name, self._settings, self.arithmetic)
@@ -62,7 +62,7 @@ class LazyModel:
         return identity_of_model(self.load(), self.arithmetic, adapter="default")
 
     def scorer(self) -> Any:
-        """What scores tokens with it."""
+        """A scorer of tokens with this model."""
         from ..scoring.scorer import ModelScorer
 
         return ModelScorer(self.load(), pair_stream=self._args.pair_stream, bf16=self._args.bf16)

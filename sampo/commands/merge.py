@@ -1,9 +1,10 @@
-"""`sampo merge ADAPTER --out FOLDER`: a whole model from an adapter and its base, checked to say the same."""
+"""`sampo merge ADAPTER --out FOLDER`: a complete model from an adapter and its base, checked by log-probs."""
 
 import argparse
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 from ..io.locks import alone_at
 from ..training.merge import BOUNDS, DTYPES, TEXTS
@@ -23,7 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="model to merge into, if not the one that the adapter names")
     parser.add_argument("--base_revision", help="its revision on the hub")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the saved weights; `auto`: as the base's")
-    parser.add_argument("--texts", type=Path, help="file with texts to compare, one a line, in place of our own")
+    parser.add_argument(
+        "--texts", type=Path, help="file with texts to compare, one per line, instead of the built-in ones"
+    )
     quantized = parser.add_argument_group(
         "after QLoRA", "As in the training: the adapter is merged into the base as it was quantised then, dequantised."
     )
@@ -36,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Merge and say what was found."""
+    """Merge and print the report."""
     import transformers
 
     from ..training.merge import merge
@@ -61,11 +64,11 @@ def main(args: argparse.Namespace) -> None:
             )
     except (ValueError, ArithmeticError, ImportError, OSError) as error:
         raise SystemExit(f"sampo merge: error: {error}") from None
-    print(report.in_words())
+    print(report.describe())
     print(f"{args.adapter} merged into {report.base}: {args.out}")
 
 
-def _quantization(args: argparse.Namespace):
+def _quantization(args: argparse.Namespace) -> Any:
     if not (args.load_in_4bit or args.load_in_8bit):
         return None
     if importlib.util.find_spec("bitsandbytes") is None:

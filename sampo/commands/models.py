@@ -1,20 +1,20 @@
-"""The models of a run: its tokenizer, the policy, and what it is compared with."""
+"""The models of a run: tokenizer, policy and reference."""
 
 import logging
 import os
 from dataclasses import fields
 from typing import Any
 
-from .options import is_adapter, same_place, second_adapter
+from .option_checks import is_adapter, same_place, second_adapter
 
 logger = logging.getLogger(__name__)
 
 
 class RefusedRun(ValueError):
-    """The options cannot be run as they are; the text says all that is wrong with them."""
+    """The options cannot be run; the text lists all issues."""
 
 
-def load_processor(script_args, training_args, model_args):
+def load_processor(script_args: Any, training_args: Any, model_args: Any) -> Any:
     """The model's tokenizer (or processor), as TRL loads it, with the chat template that was asked for.
 
     Raises:
@@ -22,7 +22,7 @@ def load_processor(script_args, training_args, model_args):
     """
     from transformers import AutoProcessor
 
-    from ..models.checks import faults_of_tokenizer
+    from ..models.checks import find_tokenizer_issues
     from ..models.load import base_of
 
     path, revision = model_args.model_name_or_path, model_args.model_revision
@@ -40,13 +40,13 @@ def load_processor(script_args, training_args, model_args):
             with open(template, encoding="utf-8") as file:
                 template = file.read()
         processor.chat_template = template
-    if faults := faults_of_tokenizer(getattr(processor, "tokenizer", processor)):
-        raise RefusedRun(" ".join(faults))
+    if issues := find_tokenizer_issues(getattr(processor, "tokenizer", processor)):
+        raise RefusedRun(" ".join(issues))
     return processor
 
 
-def check_adapter(model_args) -> None:
-    """Of an adapter as the policy: it needs a base, and stands alone.
+def check_adapter(model_args: Any) -> None:
+    """Check an adapter as the policy: it needs a base, and no second adapter.
 
     Raises:
         RefusedRun: it does not.
@@ -56,12 +56,12 @@ def check_adapter(model_args) -> None:
     if _holds_adapter(model_args):
         try:
             base_of(model_args.model_name_or_path, model_args.model_revision)
-        except ValueError as fault:
-            raise RefusedRun(str(fault)) from None
+        except ValueError as issue:
+            raise RefusedRun(str(issue)) from None
 
 
-def check_vocabulary(script_args, training_args, model_args, processor) -> None:
-    """Policy and reference must mean the same by a token's number.
+def check_vocabulary(script_args: Any, training_args: Any, model_args: Any, processor: Any) -> None:
+    """Check that policy and reference have the same token ids.
 
     Raises:
         RefusedRun: they do not.
@@ -89,12 +89,11 @@ def check_vocabulary(script_args, training_args, model_args, processor) -> None:
         raise RefusedRun(f"{begin}with {rows:,} rows of embeddings for token numbers up to {max(ours.values()):,}.")
 
 
-def load_models(script_args, training_args, model_args) -> dict:
-    """The trainer's arguments that say what is trained and what the reference is."""
+def load_models(script_args: Any, training_args: Any, model_args: Any) -> dict:
+    """The trainer's arguments for policy and reference."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..models.load import create_model
-    from ..training.merge import load_trainable
+    from ..models.load import create_model, load_trainable
 
     policy, reference = model_args.model_name_or_path, script_args.ref_model_name_or_path
     quantization = get_quantization_config(model_args)
@@ -112,7 +111,7 @@ def load_models(script_args, training_args, model_args) -> dict:
             autocast=quantization is not None or not zero3,  # ZeRO-3 needs one dtype, as in TRL
         )
         training_args.model_init_kwargs = None
-        logger.info("training goes on with the adapter in %s", policy)
+        logger.info("training continues with the adapter in %s", policy)
         _warn_of_adapter_options(model_args)
     else:
         models |= {
@@ -135,8 +134,8 @@ def load_models(script_args, training_args, model_args) -> dict:
     return models
 
 
-def _warn_of_adapter_options(model_args) -> None:
-    """An adapter that is there already is as it is."""
+def _warn_of_adapter_options(model_args: Any) -> None:
+    """Warn of `lora_*` options, which do not change an existing adapter."""
     names = [f for f in fields(model_args) if f.name.startswith("lora_") or f.name in ("use_dora", "use_rslora")]
     default = type(model_args)()
     without_effect = [f.name for f in names if getattr(model_args, f.name) != getattr(default, f.name)]
@@ -144,7 +143,7 @@ def _warn_of_adapter_options(model_args) -> None:
         logger.warning("%s have no effect on an adapter that exists already.", without_effect)
 
 
-def _holds_adapter(model_args) -> bool:
+def _holds_adapter(model_args: Any) -> bool:
     """Whether `model_name_or_path` is an adapter, on the hub too; a second one beside it is refused."""
     from transformers.utils import find_adapter_config_file
 

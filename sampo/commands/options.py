@@ -1,13 +1,11 @@
-"""The options of `sampo train`: how they are read, and all that can be known to be wrong with them.
+"""The options of `sampo train` and how they are read; `option_checks` finds what is wrong with their values.
 
-The options are those of TRL's `dpo.py`, with `SamPOConfig` in the place of `DPOConfig`. An option that nobody knows is
-an error with the nearest name, in the YAML file as on the command line; TRL's script drops it.
+The options are those of TRL's `dpo.py`, with `SamPOConfig` in the place of `DPOConfig`. An unknown option
+is an error that names the nearest one, in the YAML file as on the command line; TRL's script ignores it.
 """
 
 import datetime
 import difflib
-import importlib.util
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -18,14 +16,13 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
 
-from ..data.columns import read_columns
 from ..io.schemas import WrongFile, named, read_yaml, shown, typed
 from ..old_options import OLD_OPTIONS
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
+from .option_checks import find_option_issues
 
 ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
-HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
 
 
 @dataclass
@@ -44,21 +41,21 @@ class SamPOScriptArguments(ScriptArguments):
         ref_model_revision: Its revision.
         prompt_shard: `2/3` for the second of three shards of the training prompts.
         split_seed: Seed of all that divides the data.
-        resume: `auto`, a word for `resume_from_checkpoint: auto`.
+        resume: `auto`, short for `resume_from_checkpoint: auto`.
     """
 
     eval_fraction: float = field(
         default=0.0,
         metadata={
             "help": "Share of the prompts of the training split that is held out for evaluation, instead of "
-            "`dataset_test_split`. In [0, 1); all pairs of one prompt stay on one side."
+            "`dataset_test_split`. In [0, 1); all pairs of one prompt stay in one split."
         },
     )
     on_bad_rows: str = field(
         default="error",
         metadata={
-            "help": "What happens to pairs that cannot be trained on (an empty side, no shared prompt, ...): `error` "
-            "names them and stops, `drop` leaves them out and says how many.",
+            "help": "What happens to pairs that cannot be trained on (an empty response, no shared prompt, ...): "
+            "`error` lists them and stops, `drop` omits them and reports how many.",
             "choices": ["error", "drop"],
         },
     )
@@ -66,7 +63,7 @@ class SamPOScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Names in the source of `prompt`, `chosen`, `rejected`, `system` and `input`, as `prompt=question "
-            "chosen=better`; in a YAML file also a mapping. `system=` leaves the system messages out."
+            "chosen=better`; in a YAML file also a mapping. `system=` omits the system messages."
         },
     )
     repeated_prompt: str = field(
@@ -87,16 +84,16 @@ class SamPOScriptArguments(ScriptArguments):
     length_split: str | None = field(
         default=None,
         metadata={
-            "help": "Train only on pairs whose chosen side is longer (`long`), shorter (`short`) or as long (`equal`) "
-            "as the rejected one in tokens, or on equally many long and short ones (`balanced`).",
+            "help": "Train only on pairs whose chosen response is longer (`long`), shorter (`short`) or as long "
+            "(`equal`) as the rejected one in tokens, or on equally many long and short ones (`balanced`).",
             "choices": ["long", "short", "equal", "balanced"],
         },
     )
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template (Jinja), or the path of a file that holds one, for a tokenizer that has none or in "
-            "place of its own."
+            "help": "Chat template (Jinja), or the path of a file that holds one, for a tokenizer that has none or "
+            "instead of its own."
         },
     )
     ref_model_name_or_path: str | None = field(
@@ -123,44 +120,46 @@ class SamPOScriptArguments(ScriptArguments):
     resume: str | None = field(
         default=None,
         metadata={
-            "help": "`auto`: go on from the last whole checkpoint in `output_dir`, or begin where there is none. The "
-            "same command starts a run and continues it. For a certain checkpoint: `resume_from_checkpoint`.",
+            "help": "`auto`: resume from the last complete checkpoint in `output_dir`, or start where there is none. "
+            "The same command starts a run and continues it. For a specific checkpoint: `resume_from_checkpoint`.",
             "choices": ["auto"],
         },
     )
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser, strict: no abbreviations, and unknown options are refused with the nearest name."""
+    """TRL's parser, strict: no abbreviations, and unknown options are errors that name the nearest option."""
 
-    def __init__(self, dataclass_types, **kwargs):
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.not_ours: set[str] = set()  # options in the YAML file that the command reads by itself
 
     def error(self, message: str) -> NoReturn:
-        """One line in place of four hundred options."""
+        """Print one line, without the usage text of four hundred options."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def parse_args_and_config(self, args=None, *switches, **named_switches):
+    def parse_args_and_config(self, args: Any = None, *switches: Any, **named_switches: Any) -> tuple[Any, ...]:
         """As TRL's, after `refuse_unknown`."""
         args = _separate_config(sys.argv[1:] if args is None else list(args))
         self.refuse_unknown(args)
         return super().parse_args_and_config(args, *switches, **named_switches)
 
-    def parse_args_into_dataclasses(self, args=None, return_remaining_strings=False, *others, **named):
-        """As the original, but what several dataclasses and `find_faults` refuse is said in one message."""
+    def parse_args_into_dataclasses(
+        self, args: Any = None, return_remaining_strings: bool = False, *others: Any, **named: Any
+    ) -> tuple[Any, ...]:
+        """As the original, with the issues of all dataclasses and of `find_option_issues` in one message."""
         namespace, rest = self.parse_known_args(args)
-        faults, built = find_faults(namespace), []
+        issues, built = find_option_issues(namespace), []
         for kind in self.dataclass_types:
             try:
                 built.append(kind(**{f.name: getattr(namespace, f.name) for f in fields(kind) if f.init}))
             except (TypeError, ValueError) as error:
-                faults.append(str(error))
-        if faults:
-            self.error(_listed(faults))
+                issues.append(str(error))
+        if issues:
+            self.error(_listed(issues))
         return (*built, rest) if return_remaining_strings else tuple(built)
 
-    def set_defaults_with_config(self, **config) -> list[str]:
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Numbers of the YAML file go through the same conversion as those of the command line."""
         as_text = (int, float, datetime.date, datetime.datetime)  # TRL's parser makes a date of a name like 2026-01-31
         texts = {key: str(value) if type(value) in as_text else value for key, value in config.items()}
@@ -174,33 +173,33 @@ class RecipeParser(TrlParser):
         args = _separate_config(args)
         config, path = self._read_config(args)
         choices = {action.dest: list(action.choices or ()) for action in self._actions}
-        faults = [
+        issues = [
             f"`{key}` in {path} is no option.{_nearest(key, choices, value)}"
             for key, value in config.items()
             if key not in {*choices, *self.not_ours, "env"}
         ]
-        faults += [
+        issues += [
             f"`{key}` in {path} must be one of {choices[key]}, got {value!r}."
             for key, value in config.items()
             if choices.get(key) and value is not None and value not in choices[key]
         ]
-        faults += _wrong_shapes(config, self.dataclass_types, path)
-        faults += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
-        if faults:
-            self.error(_listed(faults))
+        issues += _wrong_shapes(config, self.dataclass_types, path)
+        issues += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
+        if issues:
+            self.error(_listed(issues))
 
     def read(self, args: list[str]) -> tuple[dict[str, Any], Any]:
         """The YAML file's options, and an attribute for each option of all; for a caller who trains elsewhere.
 
-        Stops where something is wrong. The dataclasses, which may claim a device, are not built.
+        Exits if something is wrong. The dataclasses, which may initialise a device, are not built.
         """
         self.refuse_unknown(args)
         args = _separate_config(args)
         config, _ = self._read_config(args)
         self.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
         namespace, _ = self.parse_known_args(args)
-        if faults := find_faults(namespace):
-            self.error(_listed(faults))
+        if issues := find_option_issues(namespace):
+            self.error(_listed(issues))
         return config, namespace
 
     def _unknown_words(self, args: list[str]) -> list[str]:
@@ -233,19 +232,19 @@ class RecipeParser(TrlParser):
 def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> list[str]:
     """Lists, mappings, true, false and null where they do not belong; argparse converts texts alone."""
     known = {f.name: (get_type_hints(kind)[f.name], f.default) for kind in kinds for f in fields(kind)}
-    faults = []
+    issues = []
     for key, value in config.items():
         if key in known and (expected := _expected_shape(key, value, *known[key])):
-            faults.append(f"`{key}` in {path} must be {expected}, got {shown(value)}.")
+            issues.append(f"`{key}` in {path} must be {expected}, got {shown(value)}.")
     try:
         typed(list[DatasetConfig], config.get("datasets", []), field="datasets")
     except ValueError as error:
-        faults.append(f"In {path} {error}.")
-    return faults
+        issues.append(f"In {path} {error}.")
+    return issues
 
 
 def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | None:
-    """What must be there if not this value; None where its shape is right, or nothing is known."""
+    """Describe what a value must be; None if its shape is right or unknown."""
     is_union = get_origin(hint) in (Union, UnionType)
     members = {get_origin(member) or member for member in (get_args(hint) if is_union else (hint,))}
     if members == {list} and isinstance(value, dict):
@@ -262,7 +261,7 @@ def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | Non
 
 
 def _check_env(config: dict[str, Any]) -> None:
-    """What TRL's parser puts into the environment."""
+    """Check what TRL's parser puts into the environment."""
     if "env" in config:
         env = typed(dict[str, str | int | float | bool], config["env"], field="env")
         wrong = [name for name, value in env.items() if not re.fullmatch(r"\w+", name) or "\0" in str(value)]
@@ -270,8 +269,8 @@ def _check_env(config: dict[str, Any]) -> None:
             raise ValueError(f"`env` must hold names and values of environment variables, got {wrong}")
 
 
-def _listed(faults: list[str]) -> str:
-    return faults[0] if len(faults) == 1 else "\n- ".join([f"{len(faults)} faults:", *faults])
+def _listed(issues: list[str]) -> str:
+    return issues[0] if len(issues) == 1 else "\n- ".join([f"{len(issues)} issues:", *issues])
 
 
 def _separate_config(args: list[str]) -> list[str]:
@@ -279,7 +278,7 @@ def _separate_config(args: list[str]) -> list[str]:
     return [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
-def _nearest(name: str, known, value: Any = None) -> str:
+def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
     plain = name.lstrip("-").replace("-", "_")
     if plain in OLD_OPTIONS:
         return f" {OLD_OPTIONS[plain](value)}"
@@ -291,20 +290,7 @@ def _nearest(name: str, known, value: Any = None) -> str:
     return f" Did you mean `{'--' if name.startswith('-') else ''}{near[0]}`?" if near else ""
 
 
-def read_shard(text: str) -> tuple[int, int]:
-    """`2/3` as numbers.
-
-    Raises:
-        ValueError: the text is no such thing.
-    """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    shard, shards = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= shard <= shards:
-        raise ValueError(f"`prompt_shard` must be a shard and their number, as `2/3`, got {text!r}.")
-    return shard, shards
-
-
-def make_parser(subparsers=None, prog: str | None = None) -> RecipeParser:
+def make_parser(subparsers: Any = None, prog: str | None = None) -> RecipeParser:
     """The parser; alone, or as one of `subparsers` whose class takes `dataclass_types`."""
     from trl import DatasetMixtureConfig, ModelConfig
 
@@ -320,146 +306,3 @@ def make_parser(subparsers=None, prog: str | None = None) -> RecipeParser:
     # Bars are for people: in a log each of their updates is a line.
     parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
     return parser
-
-
-def find_faults(options: Any) -> list[str]:
-    """All that can be known to be wrong before anything is loaded.
-
-    Args:
-        options: An attribute for each option of all the dataclasses together.
-    """
-    from ..training.preflight import faults_of_packages
-
-    evaluates = str(options.eval_strategy) not in ("no", "False", "IntervalStrategy.NO")
-    mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]
-    splits = [d.get("split", "train") for d in mixed] or [options.dataset_train_split]
-    held_out = [split for split in splits if HELD_OUT & set(re.split(r"[^a-z]+", split.lower()))]
-    fraction = options.eval_fraction
-    table = [
-        (not options.model_name_or_path, "`model_name_or_path` must be given."),
-        (not options.dataset_name and not mixed, "`dataset_name` or `datasets` must be given."),
-        (options.dataset_name and mixed, "`dataset_name` and `datasets` exclude each other, got both. Remove one."),
-        (
-            held_out,
-            f"Training must not see held-out data, got the split {held_out} to train on. Name another split; for "
-            "evaluation there is `dataset_test_split`.",
-        ),
-        (not 0 <= fraction < 1, f"`eval_fraction` must lie in [0, 1), got {fraction}."),
-        (
-            fraction and not evaluates,
-            f"`eval_fraction: {fraction}` holds out pairs that nothing looks at with `eval_strategy: no`. Set "
-            "`eval_strategy: steps`, or drop `eval_fraction`.",
-        ),
-        (
-            fraction and options.test_split_size,
-            "`eval_fraction` and `test_split_size` exclude each other, got both. `eval_fraction` keeps all pairs of a "
-            "prompt on one side.",
-        ),
-        (
-            options.resume and options.resume_from_checkpoint,
-            f"`resume` and `resume_from_checkpoint` exclude each other, got {options.resume} and "
-            f"{options.resume_from_checkpoint}. Remove one.",
-        ),
-    ]
-    return [
-        *(message for wrong, message in table if wrong),
-        *_faults_of_words(options),
-        *_model_faults(options),
-        *_streaming_faults(options),
-        *_quantization_faults(options),
-        *faults_of_packages(options),
-    ]
-
-
-def _faults_of_words(options: Any) -> list[str]:
-    """Of options that are a little language of their own."""
-    faults = []
-    for read in (lambda: read_shard(options.prompt_shard or "1/1"), lambda: read_columns(options.columns or ())):
-        try:
-            read()
-        except ValueError as fault:
-            faults.append(str(fault))
-    return faults
-
-
-def _model_faults(options: Any) -> list[str]:
-    """What is known of a local folder without reading weights."""
-    policy, reference = options.model_name_or_path or "", options.ref_model_name_or_path
-    table = [
-        (
-            is_adapter(policy) and options.use_peft,
-            second_adapter(policy),
-        ),
-        (
-            is_adapter(policy) and _has_weights(policy),
-            f"`model_name_or_path` must hold a model or an adapter, got {policy} with both. Move the adapter "
-            "(`adapter_*`) or the model (`config.json`, weights) to a folder of its own.",
-        ),
-        (
-            reference and is_adapter(reference) and not same_place(reference, policy),
-            f"`ref_model_name_or_path` must be a whole model, got the adapter in {reference}. `sampo merge` it first.",
-        ),
-        (
-            options.ref_model_revision and not reference,
-            "`ref_model_revision` needs `ref_model_name_or_path`, got none.",
-        ),
-    ]
-    return [message for wrong, message in table if wrong]
-
-
-def second_adapter(policy: str) -> str:
-    """Why `use_peft` is refused on an adapter."""
-    return (
-        f"`use_peft` would put a second adapter beside the one in {policy}, and with both switched off the reference "
-        "would be the base model without either. Without `use_peft` the adapter is trained on, and a frozen copy of "
-        "it is the reference; for a new adapter, `sampo merge` the first one and start from that."
-    )
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a local folder holds a PEFT adapter."""
-    return os.path.isfile(os.path.join(path, "adapter_config.json"))
-
-
-def same_place(one: str, other: str) -> bool:
-    """Whether two names mean one model."""
-    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
-
-
-def _has_weights(folder: str) -> bool:
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
-
-
-def _streaming_faults(options: Any) -> list[str]:
-    if not (options.dataset_streaming or options.streaming):
-        return []
-    table = {
-        "eval_fraction": options.eval_fraction != 0,
-        "length_split": options.length_split is not None,
-        "prompt_shard": options.prompt_shard is not None,
-        "on_bad_rows: drop": options.on_bad_rows == "drop",
-        "repeated_prompt: cut": options.repeated_prompt == "cut",
-        "text_as_messages": options.text_as_messages,
-    }
-    return [
-        f"`{option}` needs all rows, got a stream. Load the data whole." for option, asked in table.items() if asked
-    ]
-
-
-def _quantization_faults(options: Any) -> list[str]:
-    import torch
-
-    if not (options.load_in_4bit or options.load_in_8bit):
-        return []
-    option = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
-    table = [
-        (
-            not options.use_peft and not is_adapter(options.model_name_or_path or ""),
-            "`use_peft`: quantised weights cannot be trained, only an adapter on them",
-        ),
-        (importlib.util.find_spec("bitsandbytes") is None, "bitsandbytes: `pip install 'sampo-dpo[quantization]'`"),
-        (options.use_cpu or not torch.cuda.is_available(), "a CUDA device, and the run has none"),
-    ]
-    missing = [need for lacks, need in table if lacks]
-    return [f"`{option}` needs {'; and '.join(missing)}."] if missing else []

@@ -1,4 +1,4 @@
-"""How far a command is: a bar for people, some ten lines for a log."""
+"""Progress of a command: a bar on a terminal, about ten lines in a log."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told (done, of)."""
+    """Yield a function to call with (done, of)."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress

@@ -11,7 +11,7 @@ from ..io.files import write_whole
 def packaged(kind: str) -> Path:
     """Folder of the `recipes` or `configs` that belong to this installation.
 
-    In a wheel they lie inside the package, in a source checkout beside it.
+    In a wheel they are inside the package, in a source checkout beside it.
     """
     package = Path(__file__).resolve().parents[1]
     places = [package / "_data" / kind, package.parent / kind]
@@ -58,14 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Do what was asked."""
     if args.action == "ls":
-        _list()
+        _list_recipes()
     elif args.action == "show":
         print(find_recipe(args.name).read_text(encoding="utf-8"), end="")
     else:
-        _copy(find_recipe(args.name), args.dest)
+        _copy_recipe(find_recipe(args.name), args.dest)
 
 
-def _list() -> None:
+def _list_recipes() -> None:
     known = recipes()
     width = max(map(len, known))
     for name, path in known.items():
@@ -73,7 +73,7 @@ def _list() -> None:
             print(f"{name:<{width}}  {next(lines).lstrip('# ').rstrip()}")
 
 
-def _copy(recipe: Path, dest: Path) -> None:
+def _copy_recipe(recipe: Path, dest: Path) -> None:
     target = dest / recipe.name if dest.is_dir() else dest
     if os.path.lexists(target):
         raise SystemExit(f"sampo recipes: `dest` must not exist yet, got {target}. Choose another name or remove it.")

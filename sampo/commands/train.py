@@ -2,8 +2,8 @@
 
 In the shape of TRL's `dpo.py`, with the same options and three differences:
 
-1. An option that nobody knows is an error with the nearest name. TRL's script drops it.
-2. All that is wrong with the options is said at once; then the data is checked; only then a model is loaded.
+1. An unknown option is an error that names the nearest option. TRL's script ignores it.
+2. All issues of the options are in one error; then the data is checked; only then a model is loaded.
 3. `dataset_name` may also be a file, and the data may be raw transcripts (see `sampo.data.load`).
 """
 
@@ -20,27 +20,28 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import plugins
-from ..checkpointing.files import CheckpointNotSavedError, fault_of_output_folder, numbered_checkpoints
+from ..checkpointing.files import CheckpointNotSavedError, find_output_folder_issue, numbered_checkpoints
 from ..data.columns import pairs_of_stream, read_columns
 from ..data.issues import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
-from .options import RecipeParser, find_faults, make_parser, read_shard
+from .option_checks import find_option_issues, read_shard
+from .options import RecipeParser, make_parser
 
 logger = logging.getLogger(__name__)
 
 SECONDS_FOR_THE_FIRST = 5.0  # in which a launcher ends the other processes after the first one has failed
 
 
-def main(script_args, training_args, model_args, dataset_args) -> None:
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Check the options, load the data, train, save.
 
     Raises:
         RefusedRun: the options cannot be run.
         PreferenceDataError: the data cannot be trained on.
         RefCacheError: the reference cache cannot be used.
-        ResumeRefusedError: there is no whole checkpoint to go on from, or it is of another run.
+        ResumeRefusedError: there is no complete checkpoint to resume from, or it is of another run.
         FolderInUseError: another run works in `output_dir`.
         CheckpointNotSavedError: a checkpoint could not be written.
         Preempted: SIGTERM or Ctrl-C came, and a checkpoint was saved.
@@ -51,7 +52,9 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         _train(script_args, training_args, model_args, dataset_args, resume)
 
 
-def _train(script_args, training_args, model_args, dataset_args, resume: str | bool | None) -> None:
+def _train(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, resume: str | bool | None
+) -> None:
     trainer = make_trainer(script_args, training_args, model_args, dataset_args)
     if script_args.ignore_bias_buffers:  # as in TRL's script: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
@@ -61,7 +64,9 @@ def _train(script_args, training_args, model_args, dataset_args, resume: str | b
     _finish(trainer, script_args)
 
 
-def make_trainer(script_args, training_args, model_args, dataset_args, kind: type | None = None):
+def make_trainer(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, kind: type | None = None
+) -> Any:
     """The trainer of a run, ready to train; raises what `main` raises.
 
     Args:
@@ -72,9 +77,11 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
         kind: a subclass of `SamPOTrainer` to make.
     """
     together = (vars(part) for part in (dataset_args, model_args, training_args, script_args))
-    if faults := find_faults(SimpleNamespace(**{name: value for part in together for name, value in part.items()})):
-        raise RefusedRun(" ".join(faults))
-    _warn_of_lost_updates(training_args, model_args)
+    if issues := find_option_issues(
+        SimpleNamespace(**{name: value for part in together for name, value in part.items()})
+    ):
+        raise RefusedRun(" ".join(issues))
+    warn_of_lost_updates(training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -87,15 +94,15 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
     check_model(policy, option="model_name_or_path", trust_remote_code=trusts, tokenizer=True)
     check_adapter(model_args)
     processor = load_processor(script_args, training_args, model_args)
-    with training_args.main_process_first(desc="loading the data"), _faults_in_one_line():
+    with training_args.main_process_first(desc="loading the data"), _errors_in_one_line():
         check_vocabulary(script_args, training_args, model_args, processor)
         if script_args.ref_model_name_or_path:
             check_model(script_args.ref_model_name_or_path, option="ref_model_name_or_path", trust_remote_code=trusts)
         data = load_data(script_args, training_args, dataset_args, processor)
 
-    from ..trainer import SamPOTrainer  # after the data, which is faster to find fault with
+    from ..trainer import SamPOTrainer  # after the data, which is checked faster
 
-    with _faults_in_one_line():
+    with _errors_in_one_line():
         trainer = (kind or SamPOTrainer)(
             args=training_args,
             train_dataset=data["train"],
@@ -108,8 +115,8 @@ def make_trainer(script_args, training_args, model_args, dataset_args, kind: typ
 
 
 @contextlib.contextmanager
-def _faults_in_one_line() -> Iterator[None]:
-    """Before the first step, what data, model and options are refused for is for the user, whichever library says it.
+def _errors_in_one_line() -> Iterator[None]:
+    """Turn errors of any library before the first step into one sentence for the user.
 
     Raises:
         RefusedRun: in the place of other errors of values and of files.
@@ -129,24 +136,24 @@ def _faults_in_one_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _output_folder(training_args, resume: str | bool | None) -> Iterator[None]:
-    """Before the data and the model: is there a place to save, and is it free. It stays ours until the end."""
+def _output_folder(training_args: Any, resume: str | bool | None) -> Iterator[None]:
+    """Check and lock the output folder, before data and model are loaded."""
     folder = str(training_args.output_dir)
-    if fault := fault_of_output_folder(folder):
-        raise RefusedRun(fault)
+    if issue := find_output_folder_issue(folder):
+        raise RefusedRun(issue)
     first = training_args.process_index == 0
     with alone_in(Path(folder)) if first else contextlib.nullcontext():
         there = [path.name for path in numbered_checkpoints(folder)]
         if there and not resume and training_args.save_strategy != "no":
             raise RefusedRun(
-                f"A run that begins must not mix its checkpoints with those of another one, got `output_dir` {folder} "
-                f"with {', '.join(there)}. Set `resume: auto` to go on from the last one, or choose another folder."
+                f"A new run must not mix its checkpoints with those of another one, got `output_dir` {folder} "
+                f"with {', '.join(there)}. Set `resume: auto` to resume from the last one, or choose another folder."
             )
         yield
 
 
-def _finish(trainer, script_args) -> None:
-    """Save, push if asked, and leave together: a rank that goes early can take the others down."""
+def _finish(trainer: Any, script_args: Any) -> None:
+    """Save, push if requested, and exit together: a rank that exits early can end the others."""
     folder = trainer.args.output_dir
     trainer.refuse_weights_not_finite("the model")
     trainer.save_model(folder)
@@ -159,7 +166,7 @@ def _finish(trainer, script_args) -> None:
     trainer.end()
 
 
-def _warn_of_lost_updates(training_args, model_args) -> None:
+def warn_of_lost_updates(training_args: Any, model_args: Any) -> None:
     """Steps of 1e-6 on weights that are held in bfloat16 alone are mostly rounded away."""
     shards = training_args.deepspeed or training_args.fsdp or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     shards = shards or os.environ.get("ACCELERATE_USE_FSDP") == "true"  # both keep a copy of the weights in float32
@@ -172,7 +179,7 @@ def _warn_of_lost_updates(training_args, model_args) -> None:
         )
 
 
-def load_data(script_args, training_args, dataset_args, processor) -> dict:
+def load_data(script_args: Any, training_args: Any, dataset_args: Any, processor: Any) -> dict:
     """`train`, and `test` if there is an evaluation: checked, and with columns `prompt`, `chosen`, `rejected`.
 
     Raises:
@@ -192,9 +199,9 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
             "`eval_fraction` to hold some out, or `dataset_test_split` to a split that the data has."
         )
     if script_args.prompt_shard is not None:
-        whole, seed = len(data["train"]), _split_seed(script_args, training_args)
+        total, seed = len(data["train"]), _split_seed(script_args, training_args)
         data["train"] = shard_by_prompt(data["train"], *read_shard(script_args.prompt_shard), seed)
-        logger.info("prompt_shard %s: %s of %s pairs", script_args.prompt_shard, len(data["train"]), whole)
+        logger.info("prompt_shard %s: %s of %s pairs", script_args.prompt_shard, len(data["train"]), total)
     first = next(iter(data["train"]))
     if isinstance(first.get("chosen"), list) and getattr(processor, "chat_template", None) is None:
         raise RefusedRun(
@@ -203,7 +210,7 @@ def load_data(script_args, training_args, dataset_args, processor) -> dict:
     return data
 
 
-def _load_rows(script_args, training_args, dataset_args, processor, evaluates: bool) -> dict:
+def _load_rows(script_args: Any, training_args: Any, dataset_args: Any, processor: Any, evaluates: bool) -> dict:
     from trl import get_dataset
 
     from ..data.load import load_preference_splits
@@ -214,7 +221,7 @@ def _load_rows(script_args, training_args, dataset_args, processor, evaluates: b
         get_dataset(dataset_args) if mixture else script_args.dataset_name,
         name=None if mixture else script_args.dataset_config,
         train_split="train" if mixture else script_args.dataset_train_split,
-        # Held-out pairs are taken from the training split when they are asked for, whatever other splits there are.
+        # With `eval_fraction`, held-out pairs come from the training split, even if there are other splits.
         test_split=test_split if evaluates and not script_args.eval_fraction else None,
         eval_fraction=script_args.eval_fraction,
         on_bad_rows=script_args.on_bad_rows,
@@ -228,12 +235,12 @@ def _load_rows(script_args, training_args, dataset_args, processor, evaluates: b
     )
 
 
-def _split_seed(script_args, training_args) -> int:
+def _split_seed(script_args: Any, training_args: Any) -> int:
     return training_args.seed if script_args.split_seed is None else script_args.split_seed
 
 
-def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
-    """As in TRL's script. Rows of a stream are not looked at in advance, only its columns."""
+def _open_streams(script_args: Any, dataset_args: Any, evaluates: bool) -> dict:
+    """As in TRL's script. The rows of a stream are not checked in advance, only its columns."""
     from datasets import load_dataset
     from trl import get_dataset
 
@@ -244,12 +251,12 @@ def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
     else:
         splits = load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=True)
         names = {"train": script_args.dataset_train_split, "test": script_args.dataset_test_split}
-    missing = [split for side, split in names.items() if split not in splits and (side == "train" or evaluates)]
+    missing = [split for part, split in names.items() if split not in splits and (part == "train" or evaluates)]
     if missing:
         raise RefusedRun(f"The data has no split {missing}, it has {list(splits)}.")
     columns = read_columns(script_args.columns or ())
-    streams = {side: splits[split] for side, split in names.items() if side == "train" or evaluates}
-    data = {side: pairs_of_stream(stream, columns) for side, stream in streams.items()}
+    streams = {part: splits[split] for part, split in names.items() if part == "train" or evaluates}
+    data = {part: pairs_of_stream(stream, columns) for part, stream in streams.items()}
     for stream in data.values():
         check_preferences(stream)
     logger.warning("The pairs are streamed: only their columns are checked, not the rows.")
@@ -257,7 +264,7 @@ def _open_streams(script_args, dataset_args, evaluates: bool) -> dict:
 
 
 def _resume(checkpoint: str | bool | None) -> str | bool | None:
-    """`true` means the last whole checkpoint in `output_dir`; from the command line it arrives as a word."""
+    """`true` means the last complete checkpoint in `output_dir`; from the command line it is a string."""
     words = {"true": True, "false": None, "auto": "auto"}
     if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
         return words.get(checkpoint.lower(), checkpoint)
@@ -265,14 +272,14 @@ def _resume(checkpoint: str | bool | None) -> str | bool | None:
 
 
 def start(argv: list[str] | None = None) -> int:
-    """Train in this process, one of several if a launcher says so.
+    """Train in this process, one of several under a launcher.
 
     Returns:
         The exit status: 0 done, 1 a checkpoint could not be written or the training has diverged, 2 refused before
         the first step, 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint saved.
     """
     try:
-        argv = plugins.take(sys.argv[1:] if argv is None else argv)
+        argv = plugins.take_options(sys.argv[1:] if argv is None else argv)
     except plugins.PluginError as error:
         print(f"sampo train: error: {error}", file=sys.stderr)
         return 2
@@ -280,13 +287,13 @@ def start(argv: list[str] | None = None) -> int:
 
 
 def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] | None) -> int:
-    """Parse the options and do the work; what is refused is said in one line."""
+    """Parse the options and do the work; an expected error is printed in one line."""
     from ..reference_cache.store import RefCacheError
 
     end_with_launcher()
-    # TRL switches it on in every run, by names that transformers is leaving behind: no user could change that.
+    # TRL sets it in every run, by names that transformers has deprecated: users cannot change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is leaving behind, anew in each step.
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated, in each step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
@@ -295,32 +302,32 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
     try:
         work(*parsed)
     except (RefusedRun, PreferenceDataError, ModelError, RefCacheError, ResumeRefusedError, FolderInUseError) as error:
-        _say_error(parser, error)
+        _print_error(parser, error)
         return 2
     except (CheckpointNotSavedError, FloatingPointError) as error:
-        _say_error(parser, error)
+        _print_error(parser, error)
         return 1
     except Preempted as stop:
         if parsed[1].process_index == 0:
-            print(f"{parser.prog}: {stop.checkpoint.name} is saved. The same command with `--resume auto` goes on.")
+            print(f"{parser.prog}: {stop.checkpoint.name} is saved. The same command with `--resume auto` continues.")
         return stop.status
     except KeyboardInterrupt:
         if parsed[1].process_index == 0:
-            print(f"{parser.prog}: stopped. What was saved before is whole.", file=sys.stderr)
+            print(f"{parser.prog}: stopped. Checkpoints saved before are complete.", file=sys.stderr)
         return 130
     return 0
 
 
-def _say_error(parser: RecipeParser, error: BaseException) -> None:
-    """Say what is wrong once. Other processes than the first wait until it has ended them, unless it is well."""
+def _print_error(parser: RecipeParser, error: BaseException) -> None:
+    """Print the error once: other processes wait, so that the launcher ends them if the first one failed too."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(SECONDS_FOR_THE_FIRST)
     print(f"{parser.prog}: error: {error}{f' (process {rank})' if rank else ''}", file=sys.stderr, flush=True)
 
 
-def _set_up_logs(training_args) -> None:
-    """What `sampo` has to say is shown once, by the first process; others speak only of trouble."""
+def _set_up_logs(training_args: Any) -> None:
+    """Show the messages of `sampo` on the first process; the others show warnings only."""
     import datasets
     import transformers
 
@@ -332,7 +339,7 @@ def _set_up_logs(training_args) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """`sampo train`: in this process, or through `accelerate launch` where several are wanted."""
+    """`sampo train`: in this process, or through `accelerate launch` for several processes."""
     rest = launch_or_stay(argv, make_parser(), __name__)
     return start(rest)
 
@@ -362,7 +369,7 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
 
 
 def _check_model(options: Any) -> None:
-    """What is wrong with a local model, before processes are started for it."""
+    """Check a local model before processes are started."""
     try:
         check_model(
             options.model_name_or_path,

@@ -10,8 +10,6 @@ The pairs are tokenised and cut as in training, by TRL itself: `sampo.data.token
 `DataCollatorForPreference` (pinned by tests/diagnostics/test_diagnostics.py).
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,10 +24,11 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from ..io.files import Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
+from ..data.token_ids import ID_COLUMNS
+from ..io.files import remove_left_overs, write_whole
+from ..io.hashing import Content, find_changed_file, hash_content, hash_json, seal, unseal
 from ..io.schemas import WrongFile, named, parse_json, typed
 from ..reference_cache.fill import Progress, ScoreRows, Sides, alike, fill, split_rows
-from ..reference_cache.key import ID_COLUMNS
 from ..reference_cache.store import BATCH, CHOSEN, REJECTED, RefCache, RefCollator
 from ..scoring.scorer import ModelScorer
 from ..weighting import (
@@ -104,7 +103,7 @@ class ScoreKey:
     def digest(self) -> str:
         """24 hex digits over all fields."""
         known = {name: value for name, value in asdict(self).items() if name != "other_ends" or value}
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+        return hash_json(known)[:24]
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _known_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
     path, again = folder / MANIFEST, f"Delete {folder}, and it is computed again"
     try:
         with named(path, again):
-            manifest = typed(ScoreManifest, unsealed(typed(dict[str, Any], parse_json(path.read_bytes()))))
+            manifest = typed(ScoreManifest, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))))
             if manifest.key != asdict(key):
                 raise ValueError("its `key` must be that of this run, got another one")
     except FileNotFoundError:
@@ -180,13 +179,13 @@ def _known_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
         return {}
     known = {name: content for name, content in manifest.shards.items() if (folder / name).exists()}
     for name, content in known.items():
-        if fault := fault_of_contents(folder, {name: content}):
+        if fault := find_changed_file(folder, {name: content}):
             raise WrongFile(f"{folder / name} must be as it was written, and {fault}. Delete it, and run again.")
     return known
 
 
 def _write_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> None:
-    write_whole(folder / MANIFEST, sealed(asdict(ScoreManifest(asdict(key), shards))))
+    write_whole(folder / MANIFEST, seal(asdict(ScoreManifest(asdict(key), shards))))
 
 
 def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, key: ScoreKey) -> dict[str, Any]:
@@ -245,7 +244,7 @@ def _write_shard(path: Path, parts: list[dict[str, Any]]) -> Content:
     pq.write_table(pa.table(columns), sink)
     content = sink.getvalue().to_pybytes()
     write_whole(path, content)
-    return content_of(content)
+    return hash_content(content)
 
 
 def cached_reference(

@@ -8,7 +8,6 @@ Data come from the hub, or from a folder with one folder per benchmark and one J
 fields of the harness's own data sets: `piqa/train.jsonl`, `piqa/validation.jsonl`, `mmlu/anatomy/test.jsonl`, …
 """
 
-import hashlib
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..io.hashing import hash_files
 from ..io.records import Record, provenance
 from ..stats.bootstrap import bootstrap
 from ..stats.intervals import Estimate, rate_interval, undefined
@@ -117,7 +117,7 @@ def settings(
         "task": BENCHMARKS[name].task,
         "shots_asked": BENCHMARKS[name].shots if shots is None else shots,
         "limit": limit,
-        "data": None if data is None else _data_hash(_local_files(data, name)),
+        "data": None if data is None else _hash_data(_local_files(data, name)),
         "template": chat,
         "harness": metadata.version("lm_eval"),
         **model,
@@ -232,12 +232,9 @@ def _local_files(data: Path, name: str) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _data_hash(files: Mapping[str, Mapping[str, Path]]) -> str:
-    digest = hashlib.sha256()
-    for part, splits in files.items():
-        for split, path in splits.items():
-            digest.update(f"{part} {split} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
+def _hash_data(files: Mapping[str, Mapping[str, Path]]) -> str:
+    named = [(f"{part} {split}", path) for part, splits in files.items() for split, path in splits.items()]
+    return hash_files(named)[:16]
 
 
 def write_local_task(name: str, data: Path, into: Path) -> str:

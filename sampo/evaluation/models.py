@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.chat import ChatTemplate, NotRendered
 from ..data.issues import phrase
 from ..data.layouts import has_other_content
+from ..io.hashing import hash_json
 from .answers.answers import Prompt, prompt_text
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         settings = json.loads(fast.to_str())
         rules = {name: settings[name] for name in ("normalizer", "pre_tokenizer", "model")}
-    return f"sha256:{hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]}"
+    return f"sha256:{hash_json(rules)[:16]}"
 
 
 class Texts:

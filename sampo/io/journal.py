@@ -1,7 +1,7 @@
-"""A JSON Lines file that only grows, and from which a kill at any moment takes nothing that was written before.
+"""A JSON Lines file that only grows, and that loses no written row if the process is killed.
 
-Each row is on the disk (fsync) before `append` returns. What an interrupted writer left of a line is cut off when the
-file is opened again; a whole line that only lacks its newline is kept.
+Each row is on the disk (fsync) before `append` returns. An unfinished last line of an interrupted writer is removed
+when the file is opened again; a complete line that only lacks its newline is kept.
 """
 
 import io
@@ -39,7 +39,7 @@ class Journal:
             content = self._file.read()
             self.rows, self._end = _parse(content, self.path)
             if self._end < len(content):
-                logger.warning("%s: an unfinished last line of %d bytes cut off", path, len(content) - self._end)
+                logger.warning("%s: removed an unfinished last line of %d bytes", path, len(content) - self._end)
                 self._file.truncate(self._end)
             elif content and not content.endswith(b"\n"):
                 self._write(b"\n")
@@ -56,7 +56,7 @@ class Journal:
             self.rows.extend(rows)
 
     def rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Put other rows in place of all: the file is whole at any moment, the old one or the new one."""
+        """Replace all rows atomically: the file has the old rows or the new ones."""
         rows = list(rows)
         content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii")
         with self._lock:
@@ -72,12 +72,12 @@ class Journal:
         try:
             _write_all(self._file, content)
         except OSError:
-            self._file.truncate(self._end)  # a full disk must not leave half a line for the next one to be glued to
+            self._file.truncate(self._end)  # a full disk must not leave half a line before the next one
             raise
         self._end += len(content)
 
     def close(self) -> None:
-        """Give the file to others."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def __enter__(self) -> "Journal":
@@ -90,11 +90,11 @@ class Journal:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file that somebody else may be writing; an unfinished last line is left out, with a warning."""
+    """The rows of a file that another process may be writing; an unfinished last line is ignored, with a warning."""
     content = Path(path).read_bytes()
     rows, end = _parse(content, Path(path))
     if end < len(content):
-        logger.warning("%s: an unfinished last line of %d bytes left out", path, len(content) - end)
+        logger.warning("%s: ignored an unfinished last line of %d bytes", path, len(content) - end)
     return rows
 
 
@@ -103,18 +103,18 @@ def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     *lines, tail = content.split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
-        row = _object(line)
+        row = _parse_object(line)
         if row is None:
             raise ValueError(
                 f"{path}, line {number} must be a JSON object, got {line[:60]!r}. Restore it, or delete the line."
             )
         rows.append(row)
-    if (last := _object(tail)) is not None:
+    if (last := _parse_object(tail)) is not None:
         return [*rows, last], len(content)
     return rows, len(content) - len(tail)
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _parse_object(line: bytes) -> dict[str, Any] | None:
     try:
         value = parse_json(line)
     except ValueError:
@@ -132,7 +132,7 @@ def _write_all(file: io.FileIO, content: bytes) -> None:
 def _lock_file(descriptor: int, path: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # Windows: nobody stops a second writer there
+    except ImportError:  # Windows: a second writer is not detected there
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,13 +3,13 @@
 `alone_in` locks a file in the folder. The kernel releases it when its owner ends, however that ends. The file names
 the owner: host, process id, start of the process, command. Three cases:
 
-1. Another process of this machine has the lock: wait a little, then refuse, with the owner's name.
-2. Nobody has it, and the file names an owner on this machine: that one was killed. The lock is taken over.
-3. The file names an owner on another machine, or the file system has no locks, so the kernel cannot know: a living
-   owner touches its file every few seconds. If that happens while we look, refuse; else take over, with a warning.
+1. Another process of this machine has the lock: wait for some seconds, then raise an error with the owner's name.
+2. No process has it, and the file names an owner on this machine: that process was killed. Take the lock over.
+3. The file names an owner on another machine, or the file system has no locks, so the kernel cannot know: a running
+   owner touches its file every few seconds. If that happens while we watch, raise; else take over, with a warning.
 
-"This machine" is one boot of one kernel, not a host name: two containers on a machine share its locks, and a container
-that was started anew has another name.
+"This machine" is one boot of one kernel, not a host name: two containers on a machine share its locks, and a restarted
+container has another name.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .files import mark_of, remove_left_overs
+from .files import NO_LINK, mark_of, remove_left_overs
 from .schemas import parse_json, typed
 
 try:
@@ -39,15 +39,14 @@ except ImportError:  # Windows: only the third case is left there
 logger = logging.getLogger(__name__)
 
 LOCK = "_sampo.lock"  # transformers leaves what begins with "_" out of what it pushes to the hub
-PATIENCE = 30.0  # seconds in which an owner may end that was told to: it saves a checkpoint first
-BEAT = 5.0  # seconds after which a living owner touches its file again
+PATIENCE = 30.0  # seconds to wait for an owner that is stopping: it saves a checkpoint first
+BEAT = 5.0  # seconds after which a running owner touches its file again
 LAUNCHER = "SAMPO_LAUNCHER"  # environment variable: process id of the launcher that `sampo train` has become
-SILENCE = 4 * BEAT  # after so many without a touch an owner on another machine is taken for dead
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+SILENCE = 4 * BEAT  # seconds without a touch after which an owner on another machine counts as ended
 
 
 class FolderInUseError(OSError):
-    """Another process works in the folder; the text says which, and what to do."""
+    """Another process works in the folder; the text names it, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,19 @@ class Owner:
         words += [word for word in sys.argv[1:2] if not word.startswith("-")]  # options may hold a key
         return cls(socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()), " ".join(words)[:80])
 
-    def in_words(self) -> str:
-        """For an error message."""
+    def describe(self) -> str:
+        """Describe the owner in an error message."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"process {self.pid} on {self.host} ({self.command}, since {since})"
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
-    """Be the only process that works in a folder, which is made; within a thread a second block joins the first.
+    """Lock a folder for this process, and create it; within a thread a second block joins the first.
 
     Args:
         folder: whose files are written.
-        name: of the lock file, if something else than the whole folder is locked.
+        name: of the lock file, if not the entire folder is locked.
 
     Yields:
         The descriptor that has the lock. A child process that inherits it has it too, as long as it lives.
@@ -114,13 +113,13 @@ def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
             del _held[path]
         lock.release()
         if is_new:
-            with contextlib.suppress(OSError):  # a command that was refused leaves no empty folder
+            with contextlib.suppress(OSError):  # a command that fails leaves no empty folder
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def alone_at(path: Path) -> Iterator[None]:
-    """The same for one output, a file or a folder, in a folder where others may work.
+    """Lock one output, a file or a folder, in a folder that others may use.
 
     Raises:
         FolderInUseError: another process writes it.
@@ -132,7 +131,7 @@ def alone_at(path: Path) -> Iterator[None]:
 
 
 def wait_for_lock(descriptor: int) -> None:
-    """Have an open file for oneself, as soon as the others have closed it; at once where there are no locks."""
+    """Lock an open file as soon as other processes have closed it; return at once where there are no locks."""
     if fcntl is not None:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -146,14 +145,14 @@ class _Lock:
         self.thread = threading.get_ident()
 
     def take(self) -> None:
-        until, told = time.monotonic() + PATIENCE, False
+        until, warned = time.monotonic() + PATIENCE, False
         while not self._try():
             owner = _owner_in(self.path)
             if time.monotonic() > until:
                 raise self._in_use(owner)
-            if not told:
+            if not warned:
                 logger.warning("%s is in use by %s; waiting for %g seconds.", self.path.parent, _name(owner), PATIENCE)
-                told = True
+                warned = True
             time.sleep(0.1)
         self._write_owner()
         threading.Thread(target=self._beat, daemon=True, name="sampo-lock").start()
@@ -162,7 +161,7 @@ class _Lock:
         """Whether the lock is ours now."""
         try:
             is_new = self._open()
-        except FileNotFoundError:  # whoever made the folder has just removed it
+        except FileNotFoundError:  # its creator has just removed the folder
             return False
         locked = self._flock()
         owner = _owner_in(self.path)
@@ -174,8 +173,10 @@ class _Lock:
             if self._is_touched():
                 self._close()
                 raise self._in_use(owner)
-            logger.warning("%s was in use by %s, which is silent; going on.", self.path.parent, _name(owner))
-            if locked is None:  # who makes the file anew has it
+            logger.warning(
+                "%s was in use by %s, which no longer responds; continuing.", self.path.parent, _name(owner)
+            )
+            if locked is None:  # the process that creates the file again has the lock
                 self.path.unlink(missing_ok=True)
                 self._close()
                 return self._try()
@@ -187,10 +188,10 @@ class _Lock:
         """Open the file; whether it is a new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
         except FileExistsError:
             try:
-                self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
+                self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -218,7 +219,7 @@ class _Lock:
             return False
 
     def _is_touched(self) -> bool:
-        """Whether a living owner shows itself while we look."""
+        """Whether a running owner touches the file while we watch."""
         before, until = _touched(self.path), time.monotonic() + SILENCE
         while time.monotonic() < until:
             time.sleep(SILENCE / 40)
@@ -241,8 +242,8 @@ class _Lock:
         elsewhere = owner is not None and owner.machine != _machine()
         advice = f", or remove {self.path} if that machine is gone" if elsewhere else ""
         return FolderInUseError(
-            f"One process at a time can write into {self.path.parent}, got a second one while {_name(owner)} is at "
-            f"work. Wait for it or end it{advice}; or choose another folder."
+            f"One process at a time can write into {self.path.parent}, got a second one while {_name(owner)} is "
+            f"running. Wait for it or stop it{advice}; or choose another folder."
         )
 
     def release(self) -> None:
@@ -265,7 +266,7 @@ _held: dict[Path, _Lock] = {}
 
 
 def _forget() -> None:
-    """In a forked process, a data loader's worker say: what it inherits must not outlive its parent's lock."""
+    """Close inherited locks in a forked process (a data loader's worker): they must not outlive the parent."""
     for lock in _held.values():
         if lock.descriptor >= 0:
             os.close(lock.descriptor)
@@ -284,7 +285,7 @@ def _owner_in(path: Path) -> Owner | None:
 
 
 def _name(owner: Owner | None) -> str:
-    return "another process" if owner is None else owner.in_words()
+    return "another process" if owner is None else owner.describe()
 
 
 def _touched(path: Path) -> int:
@@ -314,25 +315,25 @@ def _start_of(pid: int) -> int:
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Have the kernel send this process SIGTERM when its parent is gone: no orphan trains beside its successor.
+    """Let the kernel send this process SIGTERM when its parent ends, so that no orphan trains beside its successor.
 
     Args:
-        parent: the process that started this one; exit if it is gone already. None: whoever is the parent now.
+        parent: the process that started this one; exit if it has already ended. None: the current parent.
     """
     if sys.platform != "linux":
         return
     parent = os.getppid() if parent is None else parent
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # it ended before
         sys.exit(128 + signal.SIGTERM)
 
 
 def end_with_launcher() -> None:
-    """The same in a process that a launcher has started; else nothing."""
+    """Do the same in a process that a launcher has started; else do nothing."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return
     end_with_parent()
     if launcher is not None and not os.path.exists(f"/proc/{launcher}") and os.path.exists("/proc/self"):
-        sys.exit(128 + signal.SIGTERM)  # it was gone before this line was reached
+        sys.exit(128 + signal.SIGTERM)  # it ended before this line was reached

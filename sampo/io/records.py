@@ -1,12 +1,11 @@
-"""A number as a record: the value, how sure it is, and everything that is needed to get it again.
+"""A number as a record: the value, its interval, and everything that is needed to reproduce it.
 
-Records lie in a JSON Lines file, one number per line. Tables, figures and sentences are made from them, so that no
-figure stands anywhere without its settings and its command. A file of measurements is appended to and never rewritten;
+Records are stored in a JSON Lines file, one number per line. Tables, figures and sentences are made from them, so that
+no figure is shown without its settings and its command. A file of measurements is appended to and never rewritten;
 records that are computed from another file, such as judgements, are written with it.
 """
 
 import gzip
-import hashlib
 import json
 import math
 import subprocess
@@ -15,16 +14,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .files import open_to_append
+from .hashing import hash_json
 from .locks import wait_for_lock
 from .schemas import WrongFile, named, parse_json, typed
+from .versions import versions
 
 SCHEMA = 1
-PACKAGES = ("sampo-dpo", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class Record:
     created: str = ""
     schema: int = SCHEMA
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"`schema` must be {SCHEMA}, got {self.schema}")
         numbers = [x for x in (self.value, *(self.interval or ())) if x is not None]
@@ -65,24 +64,12 @@ class Record:
 
 def config_key(config: Mapping[str, Any]) -> str:
     """Sixteen hex digits that depend on the settings and not on their order."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_json(config)[:16]
 
 
 def provenance() -> dict[str, Any]:
     """Commit, versions and time, as keyword arguments of `Record`."""
     return {"commit": commit(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that numbers depend on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @cache
@@ -108,9 +95,10 @@ def lines(records: Iterable[Record]) -> str:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Append records in one write. A last line that an interrupted writer left unfinished is cut off first.
+    """Append records in one write. An unfinished last line is removed first.
 
-    Processes that append to one file wait for each other: what one is writing is no unfinished line to another.
+    Processes that append to one file wait for each other, so that none removes a line that another is
+    writing.
     """
     with open_to_append(path) as file:
         wait_for_lock(file.fileno())
@@ -123,7 +111,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, oldest first; none where there is no file. An unfinished last line is left out.
+    """All records of a file, oldest first; none where there is no file. An unfinished last line is ignored.
 
     A name that ends in `.gz` is that of a compressed file, which is for reading alone.
     """
@@ -133,7 +121,7 @@ def read(path: Path) -> list[Record]:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error) as error:  # a damaged header is an OSError
-        raise WrongFile(f"{path} must be a whole gzip file, got: {error}. Restore it.") from None
+        raise WrongFile(f"{path} must be a complete gzip file, got: {error}. Restore it.") from None
     *whole, _unfinished = content.split(b"\n")
     for number, line in enumerate(whole, 1):
         with named(path, "Restore or delete it, or write to another folder", line=number):

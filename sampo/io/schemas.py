@@ -1,9 +1,9 @@
-"""Typed reading of every file that is read back: JSON and YAML against the dataclass that says what they hold.
+"""Typed reading of every file that is read back: JSON and YAML against the dataclass that describes it.
 
 A dataclass is the schema: `typed(AnswerFile, value)` checks the types of all fields, those of nested dataclasses too,
-and makes the object. Whatever a file holds, one `WrongFile` names the file, the field, what must be there and what is.
-The types known here are those that JSON can hold; a whole number is a float too, true and false are no numbers, and a
-tuple is a list in JSON. Ranges and choices that a type cannot say belong into `__post_init__`, as a ValueError.
+and makes the object. For any wrong content, one `WrongFile` names the file, the field, what is expected and what was
+found. Known types are those of JSON; a whole number is a float too, true and false are no numbers, and a tuple is a
+list in JSON. Ranges and choices that a type cannot express belong in `__post_init__`, as a ValueError.
 
 pydantic was tried in its place: strict, it takes no list for a tuple but from JSON text, and from JSON text no half of
 a surrogate pair, which answers of models do contain.
@@ -30,11 +30,11 @@ _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 
 class WrongFile(ValueError):
-    """A file is not what it must be; the text names the file, the field, what must be there, and what is."""
+    """A file has wrong content; the text names the file, the field, what is expected and what was found."""
 
 
 class WrongShape(ValueError):
-    """A value is not of its type; `typed` raises it, and whoever knows the file names it.
+    """A value has another type; raised by `typed`. `named` adds the file.
 
     Attributes:
         field: as in `rounds[1].status`; empty for the value as a whole.
@@ -54,7 +54,7 @@ def read_json(path: Path, kind: Any, advice: str = "", *, complete: bool = False
     Args:
         path: the file.
         kind: a dataclass, or a type made of JSON's own.
-        advice: a sentence that says what to do if the file is wrong.
+        advice: a sentence with what to do if the file is wrong.
         complete: as in `typed`.
         ignore_unknown: as in `typed`.
 
@@ -74,7 +74,7 @@ def read_yaml(path: Path, kind: Any, advice: str = "", *, ignore_unknown: bool =
 
 @contextlib.contextmanager
 def named(path: Path | str, advice: str = "", line: int | None = None) -> Iterator[None]:
-    """Whatever is wrong with a value inside is told with the file and, if there is one, the line.
+    """Add the name of the file, and the line if there is one, to errors of values inside.
 
     Raises:
         WrongFile: in the place of other ValueErrors.
@@ -93,7 +93,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """JSON in UTF-8, with or without a byte order mark.
 
     Args:
-        text: the whole of it.
+        text: the complete text.
         finite: refuse NaN and infinite numbers, which are no JSON, but which Python writes and reads.
 
     Raises:
@@ -233,7 +233,7 @@ def _object(kind: Any, value: Any, field: str, options: dict[str, bool]) -> Any:
 
 
 def _one_of(kind: Any, value: Any, field: str, options: dict[str, bool]) -> Any:
-    """The first member of a union that the value is; what is wrong within the only one that it could be."""
+    """The value as the first member of a union that fits; else the error of the only member it could be."""
     inner: WrongShape | None = None
     for each in get_args(kind):
         try:
@@ -244,7 +244,7 @@ def _one_of(kind: Any, value: Any, field: str, options: dict[str, bool]) -> Any:
 
 
 def expected(kind: Any) -> str:
-    """A type in words."""
+    """Describe a type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(expected(each) for each in arguments)

@@ -34,7 +34,7 @@ METHODS = {  # of `sampo lab`
     "sampo": Method("SamPO", _SAMPO),
     "sampo_rejected_learned": Method("SamPO, rejected + learned", _OURS),
 }
-if plugins.wanted():  # only then torch is loaded here
+if plugins.list_plugins():  # only then torch is loaded here
     from ..weighting import REGISTERED, WEIGHTINGS
 
     METHODS |= {name: Method(WEIGHTINGS[name].title, {"token_weighting": name}) for name in REGISTERED}

@@ -1,6 +1,6 @@
-"""What can be known to be wrong with a model, its tokenizer and its tokens before anything is trained.
+"""Checks of a model, its tokenizer and its tokens before training.
 
-Each function returns sentences, one a fault; nothing is changed, and no weights are loaded.
+Each function returns sentences, one per issue. Nothing is changed, and no weights are loaded.
 """
 
 import difflib
@@ -17,10 +17,10 @@ from ..io.schemas import parse_json, typed
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
 
-def faults_of_model_folder(
+def find_model_folder_issues(
     name: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path", tokenizer: bool = True
 ) -> list[str]:
-    """Of a local folder: its configuration, its tokenizer, and its weights, by their headers. A hub id has none here.
+    """Check a local folder: configuration, tokenizer, and the headers of the weights. A hub id gives no issues.
 
     Args:
         name: What the user gave.
@@ -30,27 +30,27 @@ def faults_of_model_folder(
     """
     folder = Path(name).expanduser()
 
-    def fault(what: str) -> str:
+    def issue(what: str) -> str:
         return _not_a_model(name, option, what)
 
-    if faults := faults_of_place(name, option=option):
-        return faults
+    if issues := find_path_issues(name, option=option):
+        return issues
     if not folder.is_dir():
         return []
-    faults = [fault(what) for what in _faults_of_json(folder)]
+    issues = [issue(what) for what in _find_json_issues(folder)]
     weights = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
     if not weights:
-        faults.append(fault(f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again."))
+        issues.append(issue(f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again."))
     for path in weights:
-        if path.suffix == ".safetensors" and (damage := _fault_of_safetensors(path)):
-            faults.append(fault(f"{path.name} is damaged: {damage}. Fetch or save it again."))
-    if faults or any(path.suffix == ".gguf" for path in weights):
-        return faults
-    return [fault(what) for what in _faults_of_kind(folder, trust_remote_code, tokenizer)]
+        if path.suffix == ".safetensors" and (damage := _find_safetensors_issue(path)):
+            issues.append(issue(f"{path.name} is damaged: {damage}. Fetch or save it again."))
+    if issues or any(path.suffix == ".gguf" for path in weights):
+        return issues
+    return [issue(what) for what in _find_config_issues(folder, trust_remote_code, tokenizer)]
 
 
-def faults_of_place(name: str, *, option: str = "model_name_or_path") -> list[str]:
-    """Of a name that looks like a path: nothing is there, or no model but folders with some."""
+def find_path_issues(name: str, *, option: str = "model_name_or_path") -> list[str]:
+    """Check a name that looks like a path: the folder is missing, or only its sub-folders hold models."""
     folder = Path(name).expanduser()
     if not folder.exists() and not _is_path(name):
         return []
@@ -70,7 +70,7 @@ def _not_a_model(name: str, option: str, what: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name can be no model id: by its form, or since its first folder is here."""
+    """Whether a name cannot be a model id: by its form, or because its first part is a local folder."""
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         return True
     first, slash, _ = name.partition("/")
@@ -78,7 +78,7 @@ def _is_path(name: str) -> bool:
 
 
 def _near(folder: Path) -> str:
-    """The folder beside it that is probably meant."""
+    """Suggest the neighbouring folder with the nearest name."""
     beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     close = difflib.get_close_matches(folder.name, beside, n=1)
     return f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
@@ -117,8 +117,8 @@ class WeightIndex:
     weight_map: dict[str, str] = field(default_factory=dict)
 
 
-def _faults_of_json(folder: Path) -> list[str]:
-    faults = []
+def _find_json_issues(folder: Path) -> list[str]:
+    issues = []
     for path in sorted(folder.glob("*.json")):
         try:
             content = parse_json(path.read_bytes())
@@ -127,14 +127,14 @@ def _faults_of_json(folder: Path) -> list[str]:
             if path.name.endswith(".index.json"):
                 shards = set(typed(WeightIndex, content, ignore_unknown=True).weight_map.values())
                 if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-                    faults.append(f"{missing} of {path.name} are missing. Fetch or save them again.")
+                    issues.append(f"{missing} of {path.name} are missing. Fetch or save them again.")
         except (OSError, ValueError) as error:
-            faults.append(f"{path.name} is not as it must be: {error}. Fetch or save it again.")
-    return faults
+            issues.append(f"{path.name} is not as it must be: {error}. Fetch or save it again.")
+    return issues
 
 
-def _faults_of_kind(folder: Path, trust_remote_code: bool, tokenizer: bool) -> list[str]:
-    """No configuration, a model that brings its own code or that nobody knows, no tokenizer."""
+def _find_config_issues(folder: Path, trust_remote_code: bool, tokenizer: bool) -> list[str]:
+    """Check that there is a configuration of a known model type without custom code, and a tokenizer."""
     from transformers import CONFIG_MAPPING
 
     if (folder / "adapter_config.json").is_file():
@@ -143,20 +143,20 @@ def _faults_of_kind(folder: Path, trust_remote_code: bool, tokenizer: bool) -> l
         return ["it has no config.json. Save model and tokenizer there with `save_pretrained`."]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
-    faults = []
+    issues = []
     if "auto_map" in config and kind not in CONFIG_MAPPING and not trust_remote_code:
-        faults.append("it brings code of its own. Read that code, and set `trust_remote_code: true` if it may run.")
+        issues.append("it contains custom code. Read that code, and set `trust_remote_code: true` if it may run.")
     elif kind not in CONFIG_MAPPING and not trust_remote_code:
-        faults.append(
+        issues.append(
             f"its `model_type` is {kind!r}, which this version of transformers does not know. Check config.json, or "
             "use a newer transformers."
         )
     if tokenizer and not any([*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("*.model")]):
-        faults.append("it has no tokenizer. Save it there with `tokenizer.save_pretrained`.")
-    return faults
+        issues.append("it has no tokenizer. Save it there with `tokenizer.save_pretrained`.")
+    return issues
 
 
-def _fault_of_safetensors(path: Path) -> str | None:
+def _find_safetensors_issue(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -166,19 +166,19 @@ def _fault_of_safetensors(path: Path) -> str | None:
         return str(error)
 
 
-def faults_of_tokenizer(tokenizer: Any) -> list[str]:
-    """No end token; a chat template that cannot be read or does not show what is said."""
+def find_tokenizer_issues(tokenizer: Any) -> list[str]:
+    """Check that there is an EOS token, and that the chat template renders and contains the messages."""
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import SecurityError
 
-    faults = []
+    issues = []
     if tokenizer.eos_token_id is None:
-        faults.append(
-            "The tokenizer must have an end token, got none: responses would have no end to learn. Set `eos_token` in "
-            "its tokenizer_config.json."
+        issues.append(
+            "The tokenizer must have an end token, got none: the model would not learn where a response ends. Set "
+            "`eos_token` in its tokenizer_config.json."
         )
     if not isinstance(getattr(tokenizer, "chat_template", None), str):
-        return faults
+        return issues
     said = ["A question?", "An answer."]
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
     try:
@@ -186,27 +186,27 @@ def faults_of_tokenizer(tokenizer: Any) -> list[str]:
             text = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
-        faults.append(f"The chat template must be valid Jinja, got at line {error.lineno}: {reason}.")
+        issues.append(f"The chat template must be valid Jinja, got at line {error.lineno}: {reason}.")
     except SecurityError as error:
         reason = str(error).rstrip(".")
-        faults.append(f"The chat template must not reach for Python, got: {reason}. Use one from a source you trust.")
+        issues.append(f"The chat template must not access Python, got: {reason}. Use one from a source you trust.")
     except TimeoutError as error:
-        faults.append(f"The chat template must come to an end, got: {error}. Use one from a source you trust.")
+        issues.append(f"The chat template must terminate, got: {error}. Use one from a source you trust.")
     except Exception:
-        pass  # for other roles or contents, or whatever a template can raise; the data will tell
+        pass  # a template may need other roles or contents; the data is checked later
     else:
         lost = [each for each in said if each not in text]
         if lost:
-            faults.append(
-                "The chat template must show what is said, got one that makes "
-                f"{text if len(text) < 60 else text[:57] + '...'!r} of a conversation with {' and '.join(lost)!r}. "
+            issues.append(
+                "The chat template must contain the messages, got one that renders "
+                f"{text if len(text) < 60 else text[:57] + '...'!r} from a conversation with {' and '.join(lost)!r}. "
                 "If `chat_template` is meant to be a file, check its path."
             )
-    return faults
+    return issues
 
 
-def faults_of_tokens(datasets: Mapping[str, Any], *, vocabulary: int | None, tokenizer: Any) -> list[str]:
-    """Of tokenised pairs: none left, ids that the model does not know, two begin tokens.
+def find_token_issues(datasets: Mapping[str, Any], *, vocabulary: int | None, tokenizer: Any) -> list[str]:
+    """Check tokenised pairs: none left, ids outside the vocabulary of the model, two BOS tokens.
 
     Args:
         datasets: Name -> data set with `prompt_ids`, `chosen_ids` and `rejected_ids`.
@@ -215,12 +215,12 @@ def faults_of_tokens(datasets: Mapping[str, Any], *, vocabulary: int | None, tok
     """
     import pyarrow.compute as pc
 
-    faults = []
+    issues = []
     bos = getattr(tokenizer, "bos_token_id", None)
     largest = max((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), default=-1)
     for name, dataset in datasets.items():
         if not len(dataset):
-            faults.append(
+            issues.append(
                 f"The {name} data must have at least one pair after tokenisation, got none: each prompt alone fills "
                 "`max_length`. Raise it."
             )
@@ -234,24 +234,24 @@ def faults_of_tokens(datasets: Mapping[str, Any], *, vocabulary: int | None, tok
                 1000 * number + row for row, ids in enumerate(batch.column("prompt_ids")) if _begins_twice(ids, bos)
             ]
         if doubled:
-            faults.append(
+            issues.append(
                 f"A prompt must begin with one {tokenizer.bos_token}, got two in {len(doubled)} of {len(dataset)} "
                 f"pairs of the {name} data, first at rows {doubled[:10]} of the tokenised set. The tokenizer adds it: "
-                "take it out of the text."
+                "remove it from the text."
             )
     if vocabulary is not None and largest >= vocabulary:
-        faults.append(
+        issues.append(
             f"The tokenizer must be that of the model, got the token id {largest} ({tokenizer.decode([largest])!r}) "
             f"and a model that knows the ids below {vocabulary}. Use the model's own tokenizer, or give the model "
             "more ids with `resize_token_embeddings`."
         )
-    return faults
+    return issues
 
 
 def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
-    """How another vocabulary differs from ours, tokens that one of them has beyond the other's left aside.
+    """Describe how another vocabulary differs from ours, ignoring tokens that only the larger one has.
 
-    Training adds special tokens at the end; those change no number of the others.
+    Training adds special tokens at the end, which do not change the ids of the others.
     """
     shared = ours.keys() & theirs.keys()
     differ = sorted(token for token in shared if ours[token] != theirs[token])
@@ -268,8 +268,8 @@ def _begins_twice(ids: Any, bos: int | None) -> bool:
     return bos is not None and len(ids) > 1 and ids[0].as_py() == bos and ids[1].as_py() == bos
 
 
-def faults_of_reference(vocabulary: int | None, ref_vocabulary: int | None) -> list[str]:
-    """Policy and reference must give probabilities to the same tokens."""
+def find_vocabulary_issues(vocabulary: int | None, ref_vocabulary: int | None) -> list[str]:
+    """Check that policy and reference have the same number of token ids."""
     if None in (vocabulary, ref_vocabulary) or vocabulary == ref_vocabulary:
         return []
     return [

@@ -3,18 +3,17 @@
 Built on `load`: a model is checked before its weights are read, and refused if they are missing or not finite.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..io.hashing import hash_file_samples
 from .load import add_adapter, base_of, check_model, has_adapter, opening, refuse_weights_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file of weights go into a fingerprint
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,5 @@ def fingerprint(name: str, model: Any) -> str | None:
     folder = Path(name)
     if not folder.is_dir():
         return getattr(getattr(model, "config", None), "_commit_hash", None)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for number in range(SAMPLES):
-                file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return f"sha256:{digest.hexdigest()[:16]}"
+    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
+    return f"sha256:{hash_file_samples(paths)[:16]}"

@@ -1,10 +1,10 @@
 """The one way to open a model: checked before it is loaded, with every weight from its files.
 
-1. A folder is checked first (`model_checks`). A name that looks like a path is never looked up on the hub.
-2. Code of a model runs only with `trust_remote_code`, and nobody is asked on the terminal. Files that would run code
-   when they are unpickled are refused.
+1. A folder is checked first (`checks.py`). A name that looks like a path is never looked up on the hub.
+2. Code of a model runs only with `trust_remote_code`, without a prompt on the terminal. Files that would run code when
+   they are unpickled are an error.
 3. A weight that is missing or has another shape is an error with its name: transformers would train on random numbers.
-4. `refuse_weights_not_finite` is for whoever is about to use a model: NaN weights answer with nothing.
+4. Call `refuse_weights_not_finite` before a model is used: NaN weights give empty answers.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import faults_of_model_folder, faults_of_place
+from .checks import find_model_folder_issues, find_path_issues
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,10 +33,10 @@ class ModelError(ValueError):
 
 
 def base_of(adapter: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Name and revision of the model below an adapter, as its configuration says.
+    """Name and revision of an adapter's base model, from its configuration.
 
     Raises:
-        ModelError: it says nothing.
+        ModelError: it names no base model.
     """
     from peft import PeftConfig
 
@@ -66,7 +66,7 @@ def check_model(
     reward: bool = False,
     base: str | None = None,
 ) -> None:
-    """All that can be known to be wrong with a local model or adapter before its weights are read.
+    """Check a local model or adapter before its weights are read.
 
     Args:
         name: folder or hub id; of a hub id nothing is known here.
@@ -77,11 +77,11 @@ def check_model(
         base: of an adapter, if another one than it names.
 
     Raises:
-        ModelError: with all faults.
+        ModelError: with all issues.
     """
-    faults = faults_of_model_folder(name, trust_remote_code=trust_remote_code, option=option, tokenizer=tokenizer)
-    if faults:
-        raise ModelError(" ".join(faults))
+    issues = find_model_folder_issues(name, trust_remote_code=trust_remote_code, option=option, tokenizer=tokenizer)
+    if issues:
+        raise ModelError(" ".join(issues))
     if not os.path.isdir(name):
         return
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
@@ -134,7 +134,7 @@ def load_tokenizer(
     if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
         with opening(adapter, "tokenizer"):
             return AutoTokenizer.from_pretrained(adapter, **options)
-    if faults := faults_of_place(name, option="model"):
+    if faults := find_path_issues(name, option="model"):
         raise ModelError(" ".join(faults))
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
         name, revision = base_of(name, revision)
@@ -184,14 +184,31 @@ def _refuse_weights_without_place(model: "PeftModel", name: str, revision: str |
     if further:
         raise ModelError(
             f"The files of the adapter {name} must fit its adapter_config.json and its base, got "
-            f"{_some(sorted(further))} without a place in the model. Fetch or save it again, or take the base that it "
-            "was made for."
+            f"{_some(sorted(further))} without a counterpart in the model. Fetch or save it again, or take the base "
+            "that it was made for."
         )
+
+
+def load_trainable(
+    adapter: str, *, revision: str | None = None, autocast: bool = True, **init_kwargs: Any
+) -> "PeftModel":
+    """Load the base model with its adapter, to train the adapter further.
+
+    Args:
+        adapter: Folder or hub id.
+        revision: Of the adapter.
+        autocast: Keep the adapter in float32 on a base of lower precision.
+        init_kwargs: For `from_pretrained` of the base, as TRL's `create_model_from_path` takes them.
+    """
+    base, base_revision = base_of(adapter, revision)
+    option = f"base model of {adapter}"
+    model = create_model(base, option=option, **{**init_kwargs, "revision": base_revision or "main"})
+    return add_adapter(model, adapter, is_trainable=True, revision=revision, autocast_adapter_dtype=autocast)
 
 
 @contextlib.contextmanager
 def opening(name: str, option: str) -> Iterator[None]:
-    """Whatever a library has to say against a model is one sentence with the model's name.
+    """Turn the errors of libraries that open a model into one sentence with the model's name.
 
     Raises:
         ModelError: in the place of errors of files and values.
@@ -275,8 +292,8 @@ def _check_weights(name: str, option: str, trust_remote_code: bool, reward: bool
         raise ModelError(f"{begin} with {_some(first)}. {end}")
     if found["unexpected_keys"] and not reward:
         logger.warning(
-            "%s holds weights that its model has no place for, and that are not used: %s. See that config.json is "
-            "that of these weights.",
+            "%s holds weights that its model does not have, and that are not used: %s. Check that config.json belongs "
+            "to these weights.",
             *(name, _some(sorted(found["unexpected_keys"]))),
         )
 
@@ -326,5 +343,5 @@ def _reason(error: BaseException) -> str:
     if "sentencepiece" in text:  # transformers' last resort for a tokenizer whose files it cannot find
         return "there are no files of a tokenizer that transformers can read. Save it there with `save_pretrained`."
     if "trust_remote_code" in text:  # theirs is long, and names the option at its end
-        return "it brings code of its own. Read that code, and set `trust_remote_code` if it may run."
+        return "it contains custom code. Read that code, and set `trust_remote_code` if it may run."
     return text if len(text) <= 400 else f"{text[:400]}…"

@@ -16,8 +16,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import Tensor
 
+from ..data.token_ids import ID_COLUMNS
 from ..logs import get_logger
-from .key import ID_COLUMNS, OWN_TOKENS
+from .key import OWN_TOKENS
 from .store import RefCache, RefCacheError, Shard
 
 logger = get_logger(__name__)
@@ -174,8 +175,7 @@ def _refuse_unshared_folder(cache: RefCache) -> None:
     together(look)
 
 
-# --- several processes
-# ------------------------------------------------------------------------------------------------
+# --- several processes -----------------------------------------------------------------------------------------------
 
 
 def on_main(work: Callable[[], Any]) -> Any:

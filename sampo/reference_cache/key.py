@@ -9,23 +9,21 @@ What no hash can see (another version of a library, code patched into a model) i
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..io.hashing import hash_files, hash_json
+
 SCHEMA = 1
 OWN_TOKENS = "tokens"  # as `targets` of a key
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 # of a model's config: what says where it came from or what else it can do, and nothing about its log-probs
 _NOT_ABOUT_VALUES = (
@@ -70,22 +68,7 @@ class RefKey:
     @property
     def digest(self) -> str:
         """Name of the cache: 24 hex digits over all fields."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:24]
-
-
-def data_hash(dataset: Dataset) -> str:
-    """Hash of the token ids of all rows in their order; of nothing else, and not of `datasets`' random fingerprint.
-
-    Args:
-        dataset: with `prompt_ids`, `chosen_ids` and `rejected_ids`.
-    """
-    total = hashlib.sha256()
-    for batch in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        for name in ID_COLUMNS:
-            ids = batch.column(name).combine_chunks()
-            for numbers in (pc.list_value_length(ids), ids.flatten()):
-                total.update(numbers.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-    return total.hexdigest()
+        return hash_json(self.as_dict())[:24]
 
 
 def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "no") -> dict[str, Any] | None:
@@ -96,13 +79,13 @@ def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "
         settings: with which it would be loaded, `dtype` and `attn_implementation` among them.
         arithmetic: type to which autocast changes the arithmetic, or `no`.
     """
-    hashed = files_hash(folder)
+    hashed = hash_model_files(folder)
     if hashed is None:
         return None
     return {
         "weights": hashed,
         "config": str(sorted((k, str(v)) for k, v in settings.items())),
-        "compute_dtype": str(settings["dtype"]) + _in_words(arithmetic),
+        "compute_dtype": str(settings["dtype"]) + _describe_autocast(arithmetic),
         "attention": str(settings["attn_implementation"]),
     }
 
@@ -117,19 +100,19 @@ def identity_of_model(model, arithmetic: str = "no", adapter: str = "ref") -> di
     """
     attention = model.config.get_text_config()._attn_implementation
     return {
-        "weights": weights_hash(model, adapter),
-        "config": config_hash(model, adapter),
-        "compute_dtype": str(model.dtype).removeprefix("torch.") + _in_words(arithmetic),
+        "weights": hash_weights(model, adapter),
+        "config": hash_config(model, adapter),
+        "compute_dtype": str(model.dtype).removeprefix("torch.") + _describe_autocast(arithmetic),
         # the pair stream registers itself in the place of `sdpa`, which it computes
         "attention": "sdpa" if attention.startswith("sampo") else attention,
     }
 
 
-def _in_words(arithmetic: str) -> str:
+def _describe_autocast(arithmetic: str) -> str:
     return "" if arithmetic == "no" else f" in {arithmetic}"
 
 
-def files_hash(folder: str | Path) -> str | None:
+def hash_model_files(folder: str | Path) -> str | None:
     """Hash of a model's files in a local folder, without loading it; None where that is not all the model is.
 
     A folder with an adapter speaks of a base model elsewhere, and one without safetensors may hold anything.
@@ -138,14 +121,11 @@ def files_hash(folder: str | Path) -> str | None:
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not weights or not (folder / "config.json").is_file() or (folder / "adapter_config.json").exists():
         return None
-    total = hashlib.sha256()
-    for path in [folder / "config.json", *weights]:
-        with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return f"files:{total.hexdigest()}"
+    named = [(path.name, path) for path in [folder / "config.json", *weights]]
+    return f"files:{hash_files(named)}"
 
 
-def weights_hash(model, adapter: str = "ref") -> str:
+def hash_weights(model, adapter: str = "ref") -> str:
     """Hash of the parameters with which a model is the reference.
 
     Under ZeRO-3 and FSDP2 each process holds a part of each parameter: then all processes must call this.
@@ -162,13 +142,13 @@ def weights_hash(model, adapter: str = "ref") -> str:
     return f"tensors:{total.hexdigest()}"
 
 
-def config_hash(model, adapter: str = "ref") -> str:
+def hash_config(model, adapter: str = "ref") -> str:
     """Hash of a model's config, and of that adapter's if it has it, without what has no influence on log-probs."""
     parts = [_plain(model.config.to_dict())]
     if is_peft_model(model) and adapter in model.peft_config:
         settings = model.peft_config[adapter].to_dict()
         parts.append({k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "inference_mode")})
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_stable).encode()).hexdigest()
+    return hash_json(parts, default=_stable)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

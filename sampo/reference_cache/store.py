@@ -29,7 +29,8 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..io.files import SEAL, Content, content_of, fault_of_contents, remove_left_overs, sealed, unsealed, write_whole
+from ..io.files import remove_left_overs, write_whole
+from ..io.hashing import SEAL, Content, find_changed_file, hash_content, seal, unseal
 from ..io.schemas import WrongFile, named, parse_json, typed
 from .key import OWN_TOKENS, SCHEMA, RefKey
 
@@ -145,7 +146,7 @@ class RefCache:
             stream.write_table(table)
         whole = sink.getvalue().to_pybytes()
         write_whole(self._path(shard), whole)
-        tokens, content = sum(map(len, chosen)) + sum(map(len, rejected)), content_of(whole)
+        tokens, content = sum(map(len, chosen)) + sum(map(len, rejected)), hash_content(whole)
         return {"index": shard.number, "sha256": content.sha256, "bytes": content.size, "tokens": tokens}
 
     def record(self, written: list[dict[str, Any]]) -> None:
@@ -225,14 +226,14 @@ class RefCache:
         return manifest
 
     def _write_manifest(self, manifest: "RefManifest") -> None:
-        write_whole(self.manifest_path, sealed(asdict(manifest)))
+        write_whole(self.manifest_path, seal(asdict(manifest)))
 
     def _verify(self, shard: Shard, manifest: "RefManifest") -> bool:
         """Whether the shard is there and whole."""
         entry, path = manifest.shards.get(str(shard.number)), self._path(shard)
         if entry is None or not path.exists():
             return False
-        if fault := fault_of_contents(self.folder, {path.name: Content(entry.bytes, entry.sha256)}):
+        if fault := find_changed_file(self.folder, {path.name: Content(entry.bytes, entry.sha256)}):
             raise RefCacheError(f"{path} must be what its manifest names, and {fault}. {_cure(path)}")
         return True
 
@@ -286,7 +287,7 @@ def read_manifest(path: Path) -> RefManifest | None:
             if content.get("schema") != SCHEMA:
                 raise ValueError(f"it must be a manifest of schema {SCHEMA}, got {str(content.get('schema'))[:20]}")
             # caches of earlier versions have no checksum of the manifest, and the same content
-            return typed(RefManifest, unsealed(content) if SEAL in content else content, complete=True)
+            return typed(RefManifest, unseal(content) if SEAL in content else content, complete=True)
     except (OSError, WrongFile) as error:
         raise RefCacheError(str(error)) from None
 

@@ -29,10 +29,11 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
 from ..config import SamPOConfig
+from ..data.token_ids import ID_COLUMNS, hash_token_ids
 from ..logs import get_logger
 from ..models.load import create_model
 from .fill import Progress, ScoreRows, Sides, fill, on_main, split_rows, title
-from .key import ID_COLUMNS, OWN_TOKENS, RefKey, data_hash, identity_of_files, identity_of_model
+from .key import OWN_TOKENS, RefKey, identity_of_files, identity_of_model
 from .store import (
     CHOSEN,
     END,
@@ -155,7 +156,7 @@ class CachedReferenceTrainer(DPOTrainer):
             self.ref_identity = self._identify_reference()
         return RefKey(
             **self.ref_identity,
-            data=on_main(lambda: data_hash(dataset)),
+            data=on_main(lambda: hash_token_ids(dataset)),
             max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode,
             storage_dtype=self.args.ref_cache_dtype,

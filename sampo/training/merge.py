@@ -1,7 +1,7 @@
-"""Adapters: load one to train it on, and merge one into its base with a check of what that changes.
+"""Merge an adapter into its base, with a check of what that changes.
 
 A merge is checked in float32: log-probs of some texts from base + adapter, and from the merged weights as they were
-saved. So the difference is what saving in `dtype` has rounded away, and nothing that a forward pass in bf16 adds.
+saved. So the difference is what saving in `dtype` has rounded away, without the rounding of a forward pass in bf16.
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT = "sampo_merge.json"  # what a merge has found, beside the merged weights
+REPORT = "sampo_merge.json"  # the report, beside the merged weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # Largest change of a token's log-prob that a merge may make, in nats. In float32 only the order of sums differs; the
@@ -41,7 +41,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Merge:
-    """What a merge has done.
+    """The report of a merge.
 
     Attributes:
         adapter: Folder or hub id of the adapter.
@@ -67,29 +67,14 @@ class Merge:
     difference_max: float
     bound: float | None
 
-    def in_words(self) -> str:
-        """One line for people."""
+    def describe(self) -> str:
+        """Describe the report in one line."""
         bound = "no bound" if self.bound is None else f"bound {self.bound:g}"
         return (
             f"{self.tokens} tokens compared: the adapter moves a log-prob by {self.adapter_effect_mean:.2g} nats on "
             f"average and {self.adapter_effect_max:.2g} at most, merging into {self.dtype} changes it by "
             f"{self.difference_mean:.2g} on average and {self.difference_max:.2g} at most ({bound})."
         )
-
-
-def load_trainable(adapter: str, *, revision: str | None = None, autocast: bool = True, **init_kwargs) -> "PeftModel":
-    """The base model with its adapter, to be trained on.
-
-    Args:
-        adapter: Folder or hub id.
-        revision: Of the adapter.
-        autocast: Keep the adapter in float32 on a base of lower precision.
-        init_kwargs: For `from_pretrained` of the base, as TRL's `create_model_from_path` takes them.
-    """
-    base, base_revision = base_of(adapter, revision)
-    option = f"base model of {adapter}"
-    model = create_model(base, option=option, **{**init_kwargs, "revision": base_revision or "main"})
-    return add_adapter(model, adapter, is_trainable=True, revision=revision, autocast_adapter_dtype=autocast)
 
 
 def merge(
@@ -104,8 +89,7 @@ def merge(
 ) -> Merge:
     """Merge an adapter into its base, check the result and save it as an ordinary model folder with its tokenizer.
 
-    Everything is computed on the CPU in float32, 4 bytes a parameter. The folder is written aside and renamed: it is
-    whole or absent.
+    Everything is computed on the CPU in float32, 4 bytes a parameter. The folder is written atomically.
 
     Args:
         adapter: Folder or hub id of a PEFT adapter that can be merged (LoRA, DoRA, …).
@@ -119,7 +103,7 @@ def merge(
 
     Raises:
         ValueError: the adapter cannot be merged, or `out` is in use.
-        ArithmeticError: the merged weights say something else than base + adapter; `out` is not written.
+        ArithmeticError: the log-probs of the merged weights differ from those of base + adapter; `out` is not written.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
@@ -129,33 +113,33 @@ def merge(
     check_model(adapter, option="adapter", base=base)
     if os.path.isdir(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
         raise ValueError(
-            f"`adapter` must be a folder with an adapter, got {adapter}, which holds a whole model. There is nothing "
-            "to merge."
+            f"`adapter` must be a folder with an adapter, got {adapter}, which holds a complete model. There is "
+            "nothing to merge."
         )
     named, revision = base_of(adapter)
     if base is not None and base != named:
-        logger.info("The adapter names %s as its base; it is merged into %s, as asked.", named, base)
+        logger.info("The adapter names %s as its base; it is merged into %s, as requested.", named, base)
         revision = None
     revision = base_revision or revision
     with new_folder(out) as aside:
         report = _merge_into(aside, adapter, base or named, revision, dtype, texts, quantization_config)
-        _judge(report)
+        _check_report(report)
         (aside / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _judge(report: Merge) -> None:
+def _check_report(report: Merge) -> None:
     if report.bound is None:
-        logger.warning("Weights were rounded to a few bits, in this merge or before it. %s", report.in_words())
+        logger.warning("Weights were rounded to a few bits, in this merge or before it. %s", report.describe())
     elif not report.difference_max <= report.bound:  # NaN too
         raise ArithmeticError(
-            f"The merged model must say what base and adapter say together, got: {report.in_words()} Nothing was "
-            "written. See that no adapted layer shares its weights with another, as tied embeddings do; for "
+            f"The merged model must give the log-probs of base and adapter together, got: {report.describe()} Nothing "
+            "was written. Check that no adapted layer shares its weights with another, as tied embeddings do; for "
             "`bfloat16`, try `float32`."
         )
     elif report.dtype != "float32" and report.difference_mean > 0.1 * report.adapter_effect_mean:
         logger.warning(
-            "What rounding to %s changes is %.0f %% of what the adapter changes. `float32` keeps the adapter whole.",
+            "What rounding to %s changes is %.0f %% of what the adapter changes. `float32` keeps all of the adapter.",
             *(report.dtype, 100 * report.difference_mean / max(report.adapter_effect_mean, 1e-30)),
         )
 
@@ -163,7 +147,7 @@ def _judge(report: Merge) -> None:
 def token_logps(model: "PreTrainedModel | PeftModel", tokenizer: Any, texts: Sequence[str]) -> "Tensor":
     """Log-probs in nats of each token but the first; `(tokens,)` float32.
 
-    To the texts comes a row of tokens drawn from the whole vocabulary.
+    A row of tokens drawn from the entire vocabulary is added to the texts.
     """
     import torch
 
@@ -178,30 +162,38 @@ def token_logps(model: "PreTrainedModel | PeftModel", tokenizer: Any, texts: Seq
     return torch.cat(found)
 
 
-def _merge_into(folder: Path, adapter: str, base: str, revision: str | None, dtype, texts, quantization) -> Merge:
+def _merge_into(
+    folder: Path,
+    adapter: str,
+    base: str,
+    revision: str | None,
+    dtype: str,
+    texts: Sequence[str],
+    quantization: Any,
+) -> Merge:
     """Merge, save in `folder`, load what was saved, compare."""
     processor = _processor(adapter, base, revision)
     tokenizer = getattr(processor, "tokenizer", processor)
     _refuse_another_vocabulary(_trained_with(adapter, base, tokenizer), base, revision)
-    model = _with_adapter(_load(base, revision, quantization), adapter)
+    model = _with_adapter(_load_float32(base, revision, quantization), adapter)
     refuse_weights_not_finite(model.named_parameters(), f"{base} with {adapter}")
     stays_quantized = quantization is None and bool(getattr(model.config, "quantization_config", None))
     with model.disable_adapter():
         plain = token_logps(model, tokenizer, texts)
     adapted = token_logps(model, tokenizer, texts)
-    saved_in = "quantised weights" if stays_quantized else _save(model, folder, dtype, base, revision)
+    saved_in = "quantised weights" if stays_quantized else _save_merged(model, folder, dtype, base, revision)
     if stays_quantized:
         model.merge_and_unload().save_pretrained(folder)
     processor.save_pretrained(folder)
     del model  # at any time one copy of the weights
 
     effect = (adapted - plain).abs()
-    difference = (adapted - token_logps(_load(str(folder)), tokenizer, texts)).abs()
+    difference = (adapted - token_logps(_load_float32(str(folder)), tokenizer, texts)).abs()
     return Merge(
         adapter=str(adapter),
         base=base,
         dtype=saved_in,
-        quantized=None if quantization is None else _named(quantization),
+        quantized=None if quantization is None else _describe_quantization(quantization),
         tokens=len(effect),
         adapter_effect_mean=effect.mean().item(),
         adapter_effect_max=effect.max().item(),
@@ -230,7 +222,7 @@ def _holds_tokenizer(adapter: str) -> bool:
 
 
 def _refuse_another_vocabulary(tokenizer: Any, base: str, revision: str | None) -> None:
-    """The tokenizer that comes with the adapter must be that of the base: token numbers mean what they meant."""
+    """Raise if the tokenizer of the adapter is not that of the base: token ids must keep their meaning."""
     from transformers import AutoConfig, AutoTokenizer
 
     with opening(base, "base"):
@@ -255,13 +247,13 @@ def _refuse_another_vocabulary(tokenizer: Any, base: str, revision: str | None) 
         )
 
 
-def _named(quantization: "BitsAndBytesConfig") -> str:
+def _describe_quantization(quantization: "BitsAndBytesConfig") -> str:
     if quantization.load_in_8bit:
         return "8bit"
     return f"4bit {quantization.bnb_4bit_quant_type}{' nested' if quantization.bnb_4bit_use_double_quant else ''}"
 
 
-def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str | None) -> str:
+def _save_merged(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str | None) -> str:
     """Merge and save in `dtype`; returns its name."""
     import torch
     from transformers import AutoConfig
@@ -276,7 +268,7 @@ def _save(model: "PeftModel", folder: Path, dtype: str, base: str, revision: str
     return dtype
 
 
-def _load(name: str, revision: str | None = None, quantization=None) -> "PreTrainedModel":
+def _load_float32(name: str, revision: str | None = None, quantization: Any = None) -> "PreTrainedModel":
     """The model in float32 on the CPU; if asked for with the weights that quantising leaves of it."""
     options: dict[str, Any] = {"dtype": "float32", "device_map": {"": "cpu"}, "revision": revision or "main"}
     if quantization is None:

@@ -1,16 +1,15 @@
-"""What the card of a trained model says beside TRL's draft: method, data, options, length, versions, command."""
+"""Sections of a model card beside TRL's draft: method, data, options, length, versions, command."""
 
-import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..io.command_line import format_argv
 from ..io.files import write_whole
+from ..io.versions import versions
 from .description import describe_method, describe_reference
 
 _NO_BASE = "This model is a fine-tuned version of [None](https://huggingface.co/None)"
@@ -19,8 +18,6 @@ _OPTIONS = (
     *("weight_decay", "max_grad_norm", "max_length", "truncation_mode", "seed", "bf16", "fp16"),
 )
 _ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
-_HIDDEN = "HIDDEN"
-_SECRET = re.compile(r"token|key|secret|password", re.IGNORECASE)
 _LENGTH = re.compile(r"^(eval_)?(\w+_)?(length/|length_gap/|length_penalty/|accuracies/|dpo/)|rewards/accuracies$")
 
 
@@ -51,11 +48,11 @@ def write_card(trainer: Any, folder: Path, write_draft: Callable[..., None], dat
 
 
 def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequence[str] = ()) -> str:
-    """TRL's draft with the base model's name in place of `None`, and sections of its own at the end.
+    """TRL's draft with the base model's name instead of `None`, and further sections at the end.
 
     Args:
         draft: The card as TRL writes it.
-        trainer: Has trained, or is about to.
+        trainer: The trainer, before or after training.
         sections: Heading -> text, which come first.
         argv: Command line of this process.
     """
@@ -63,7 +60,7 @@ def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequen
     base = f"a fine-tuned version of `{name}`" if name else "fine-tuned from a model that was made in memory"
     text = draft.replace(_NO_BASE, f"This model is {base}")
     text = text.replace('model="None"', f'model="{trainer.hub_model_id or Path(str(trainer.args.output_dir)).name}"')
-    lines = f"\n- sampo: {__version__}\n- PEFT: {version('peft')}\n- Accelerate: {version('accelerate')}"
+    lines = f"\n- sampo: {__version__}\n- PEFT: {versions()['peft']}\n- Accelerate: {versions()['accelerate']}"
     text = re.sub(r"(\n- Tokenizers: [^\n]*)", lambda found: found[0] + lines, text, count=1)
     if hasattr(trainer.model, "peft_config"):
         text = text.replace("library_name: transformers", "library_name: peft", 1)
@@ -71,13 +68,13 @@ def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequen
         **sections,
         "Options": describe_options(trainer),
         "Length": describe_length(trainer.state.log_history),
-        "Command": describe_command(argv),
+        "Command": f"```bash\n{command}\n```" if (command := format_argv(argv)) else "",
     }
     return text.rstrip() + "\n" + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items() if body)
 
 
 def describe_options(trainer: Any) -> str:
-    """A table of what decides the result of the training."""
+    """A table of the options that determine the result of the training."""
     args = trainer.args
     values = {name: getattr(args, name) for name in _OPTIONS}
     length = {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
@@ -95,34 +92,6 @@ def describe_length(log: Sequence[dict[str, Any]]) -> str:
     last = {name: value for entry in log for name, value in entry.items() if _LENGTH.search(name)}
     rows = {f"`{name}`": f"{value:.4g}" for name, value in last.items() if isinstance(value, int | float)}
     return _table(("metric", "last value"), rows) if rows else ""
-
-
-def describe_command(argv: Sequence[str]) -> str:
-    """The command line as others can use it: folders of this machine by their last part, secrets left out."""
-    if not argv or not argv[0] or "ipykernel" in argv[0]:
-        return ""
-    program = Path(argv[0])
-    words = ["python", program.name]
-    if program.name == "sampo":
-        words = ["sampo"]
-    elif program.match("sampo/commands/*.py"):
-        words = ["sampo", program.stem]
-    hides = False
-    for word in argv[1:]:
-        name, equals, value = word.partition("=")
-        is_option = name.startswith("-")
-        if hides and not is_option:
-            words.append(_HIDDEN)
-        elif is_option and equals:
-            words.append(f"{name}={_HIDDEN if _SECRET.search(name) else _last_part(value)}")
-        else:
-            words.append(_last_part(word))
-        hides = is_option and not equals and bool(_SECRET.search(name))
-    return f"```bash\n{shlex.join(words)}\n```"
-
-
-def _last_part(word: str) -> str:
-    return Path(word).name if os.path.isabs(word) else word
 
 
 def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is refused before a model is loaded: launches that would not train together, data that cannot be used."""
+"""Checks before a model is loaded: launches whose processes would not train together, data that cannot be used."""
 
 import importlib.util
 import logging
@@ -10,15 +10,15 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor
 
-from ..checkpointing.files import fault_of_output_folder
+from ..checkpointing.files import find_output_folder_issue
 from ..config import SamPOConfig
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts
 from ..data.validate import check_preferences
 from ..logs import get_logger, show_logs
-from ..models.checks import faults_of_reference, faults_of_tokens
+from ..models.checks import find_token_issues, find_vocabulary_issues
 from ..models.load import check_model
-from ..old_options import faults_of_arguments
+from ..old_options import find_old_argument_issues
 from .engines import uses_prompt_learning
 
 logger = get_logger(__name__)
@@ -45,7 +45,7 @@ def check_before_loading(
         ValueError: missing packages, an unusable output folder, data that cannot be used.
         RuntimeError: several processes were launched, and each sees itself alone.
     """
-    if faults := faults_of_arguments(unknown, SamPOConfig.__dataclass_fields__):
+    if faults := find_old_argument_issues(unknown, SamPOConfig.__dataclass_fields__):
         raise TypeError(" ".join(faults))
     if not isinstance(args, SamPOConfig):
         raise TypeError(
@@ -54,9 +54,9 @@ def check_before_loading(
         )
     show_logs(logging.INFO if args.log_level == "passive" else args.get_process_log_level())
     refuse_separate_processes(args)
-    if faults := faults_of_packages(args):
+    if faults := find_package_issues(args):
         raise ValueError(" ".join(faults))
-    if fault := fault_of_output_folder(str(args.output_dir)):
+    if fault := find_output_folder_issue(str(args.output_dir)):
         raise ValueError(fault)
     if processing_class is None:
         processing_class = find_processor(model, args, train_dataset, eval_dataset)
@@ -83,8 +83,8 @@ def check_tokens(trainer: Any) -> None:
         for name, dataset in {"train": trainer.train_dataset, **sets}.items()
         if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names
     }
-    faults = faults_of_tokens(known, vocabulary=sizes[0], tokenizer=trainer._tokenizer)
-    faults += faults_of_reference(sizes[0], sizes[-1])
+    faults = find_token_issues(known, vocabulary=sizes[0], tokenizer=trainer._tokenizer)
+    faults += find_vocabulary_issues(sizes[0], sizes[-1])
     if faults:
         raise ValueError(" ".join(faults))
 
@@ -111,7 +111,7 @@ def check_micro_batches(trainer: Any) -> None:
 
 
 def refuse_separate_processes(args: SamPOConfig) -> None:
-    """Processes that do not know of each other.
+    """Raise if several launched processes do not train together.
 
     Raises:
         RuntimeError: several were launched, and each sees itself alone.
@@ -126,11 +126,11 @@ def refuse_separate_processes(args: SamPOConfig) -> None:
         )
 
 
-def refuse_another_engine(accelerator) -> None:
-    """On the CPU accelerate turns FSDP into DDP, or into separate runs, without a word.
+def refuse_another_engine(accelerator: Any) -> None:
+    """Raise where accelerate has silently replaced FSDP or DeepSpeed, as it does on the CPU.
 
     Raises:
-        RuntimeError: the launch asked for FSDP or DeepSpeed, and accelerate took something else.
+        RuntimeError: the launch asked for FSDP or DeepSpeed, and accelerate uses another engine.
     """
     for engine, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
         asked = os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
@@ -171,8 +171,8 @@ _OPTIMISERS = {  # part of the name in `optim`: what is imported, what is to be 
 }
 
 
-def faults_of_packages(options: Any) -> list[str]:
-    """Options that need a package which is not installed: transformers would say so after the model is loaded.
+def find_package_issues(options: Any) -> list[str]:
+    """Find options that need a missing package: transformers would raise only after the model is loaded.
 
     Args:
         options: With the attributes `report_to`, `optim` and `use_liger_kernel` of transformers' arguments.
@@ -185,7 +185,7 @@ def faults_of_packages(options: Any) -> list[str]:
         needs.append(("use_liger_kernel: true", "liger_kernel", "liger-kernel"))
     missing = [(option, package) for option, module, package in needs if importlib.util.find_spec(module) is None]
     return [
-        *faults_of_loggers(options.report_to),
+        *find_logger_issues(options.report_to),
         *(
             f"`{option}` needs a package that is not installed. `pip install {package}`, or choose another value."
             for option, package in missing
@@ -193,8 +193,8 @@ def faults_of_packages(options: Any) -> list[str]:
     ]
 
 
-def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
-    """Loggers that are asked for and cannot be used: transformers would say so after the model is loaded.
+def find_logger_issues(report_to: str | list[str] | None) -> list[str]:
+    """Find loggers in `report_to` that cannot be used: transformers would raise only after the model is loaded.
 
     Args:
         report_to: As in transformers.
@@ -202,12 +202,12 @@ def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
     from transformers.integrations import integration_utils
 
     asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    faults = []
+    issues = []
     for name in asked:
         if name in ("all", "none"):
             continue
         if name not in _LOGGERS:
-            faults.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
+            issues.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
             continue
         look_for, package = _LOGGERS[name]
         if getattr(integration_utils, f"is_{look_for}_available")():
@@ -216,16 +216,16 @@ def faults_of_loggers(report_to: str | list[str] | None) -> list[str]:
             needs = f"a package that is not installed. `pip install {package}`, or set"
         else:
             needs = "a job of Kubeflow Trainer, got none (KUBEFLOW_TRAINER_SERVER_URL is not set). Set"
-        faults.append(f"`report_to: {name}` needs {needs} `report_to: none`.")
-    return faults
+        issues.append(f"`report_to: {name}` needs {needs} `report_to: none`.")
+    return issues
 
 
-def _each_dataset(train_dataset, eval_dataset) -> list:
+def _each_dataset(train_dataset: Any, eval_dataset: Any) -> list:
     return [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
 
 
-def check_data(args: SamPOConfig, train_dataset, eval_dataset, processing_class=None) -> None:
-    """All faults of the rows, before a model is loaded; of messages also what the chat template makes of them.
+def check_data(args: SamPOConfig, train_dataset: Any, eval_dataset: Any, processing_class: Any = None) -> None:
+    """All issues of the rows, before a model is loaded; of messages also what the chat template makes of them.
 
     Raises:
         PreferenceDataError: missing columns or bad rows.
@@ -239,14 +239,14 @@ def check_data(args: SamPOConfig, train_dataset, eval_dataset, processing_class=
             "`random`; `pair_stream: auto` does without padding in any order."
         )
     for dataset in _each_dataset(train_dataset, eval_dataset):
-        if isinstance(dataset, Dataset | IterableDataset):  # of other types TRL says what it thinks of them
+        if isinstance(dataset, Dataset | IterableDataset):  # TRL checks other types
             check_preferences(dataset, chat_template_of=processing_class)
 
 
-def find_processor(model, args: SamPOConfig, train_dataset, eval_dataset):
+def find_processor(model: Any, args: SamPOConfig, train_dataset: Any, eval_dataset: Any) -> Any:
     """The tokenizer or processor that TRL would load, where messages are to be looked at before the model is loaded.
 
-    None where TRL has to find it: it then says what is wrong.
+    None where TRL has to load it, and then raises the error.
     """
     if not isinstance(model, str) or not any(map(_holds_messages, _each_dataset(train_dataset, eval_dataset))):
         return None
@@ -259,13 +259,13 @@ def find_processor(model, args: SamPOConfig, train_dataset, eval_dataset):
         return None
 
 
-def _holds_messages(dataset) -> bool:
+def _holds_messages(dataset: Any) -> bool:
     if not isinstance(dataset, Dataset) or "chosen" not in dataset.column_names or not len(dataset):
         return False
     return isinstance(dataset.with_format(None)[0]["chosen"], list)
 
 
-def refuse_without_end_token(train_dataset, processing_class, args: SamPOConfig) -> None:
+def refuse_without_end_token(train_dataset: Any, processing_class: Any, args: SamPOConfig) -> None:
     """`keep_end_token` and `balance_end_token` with a chat template that ends no turn.
 
     Raises:

@@ -7,14 +7,12 @@ reference are the model of the round before. What is ours:
 2. Round k trains with `seed` + k − 1, so that order of data and random subsets are new in each round; what divides
    the data (`eval_fraction`, shards) keeps the first seed.
 3. An adapter is merged at the end of a round, and the next round starts from the merged model with a new adapter.
-4. `iterate_state.json` remembers what is done. A round that has finished is never run again; one that was interrupted
-   goes on from its last whole checkpoint.
+4. `iterate_state.json` remembers what is done. A finished round is never run again; an interrupted one
+   resumes from its last complete checkpoint.
 
 Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import shlex
@@ -22,16 +20,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpointing.files import TrainerState, numbered_checkpoints
-from ..io.files import sealed, unsealed, write_whole
+from ..io.files import write_whole
+from ..io.hashing import hash_files, hash_json, seal, unseal
 from ..io.locks import alone_in
 from ..io.schemas import WrongFile, named, parse_json, read_json, typed
+from ..io.versions import versions
 
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
@@ -39,7 +39,6 @@ DATA = ("full", "shards")
 REFERENCES = ("previous", "initial")
 OF_THE_MACHINE = ("gpu_ids", "main_process_port")  # launcher's options that change nothing in the weights
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
-PACKAGES = ("sampo-dpo", "trl", "transformers", "torch", "peft", "datasets", "accelerate")
 
 
 Status = Literal["waiting", "training", "merging", "failed", "finished"]
@@ -49,7 +48,7 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a round tha
 
 
 class RefusedIteration(ValueError):
-    """The rounds cannot be run as asked; the text says why."""
+    """The rounds cannot be run with these options; the text gives the reason."""
 
 
 class RoundFailed(RuntimeError):
@@ -66,23 +65,23 @@ class RoundFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: everything that, if it were another, would make these other rounds.
+    """The plan of all rounds: everything that determines their results.
 
     Attributes:
         rounds: number of rounds.
         data: `full` (each round sees all training pairs) or `shards` (each one a part of the prompts).
         reference: `previous` (the model that the round starts from) or `initial` (the one that round 1 starts from).
-        output_dir: where the rounds lie.
+        output_dir: folder of the rounds.
         model: what round 1 starts from.
         revision: its revision on the hub.
         seed: of round 1.
         dtype: of the weights in training.
         use_peft: whether a round trains an adapter, which is merged at its end.
-        quantization: the options, as words, if it is trained on weights that are quantised on loading.
+        quantization: the words of the options, if the weights are quantised on loading.
         recipe: options of the YAML file.
         words: options of the command line, as typed.
         launch: options for the launcher.
-        inputs: hashes of what lies on this machine: the model's weights, the data.
+        inputs: hashes of local inputs: the model's weights, the data.
     """
 
     rounds: int
@@ -110,7 +109,7 @@ class Plan:
         return self.folder / f"round-{number}"
 
     def model_after(self, number: int) -> str:
-        """The whole model after round 1, 2, …; after none, what the first starts from."""
+        """The complete model after round 1, 2, …; for 0, the model that round 1 starts from."""
         if number == 0:
             return self.model
         folder = self.round_folder(number)
@@ -134,7 +133,7 @@ class Plan:
         return words
 
     def merge_command(self, number: int) -> list[str] | None:
-        """The command that makes a whole model of the round's adapter; None where a round trains all weights."""
+        """The command that merges the round's adapter; None where a round trains all weights."""
         if not self.use_peft:
             return None
         words = ["sampo", "merge", str(self.round_folder(number)), "--base", self.model_after(number - 1)]
@@ -150,18 +149,18 @@ class Plan:
 
 @dataclass
 class Round:
-    """What is known of a round; times in seconds.
+    """The state of a round; times in seconds.
 
     Attributes:
         number: 1, 2, …
-        status: what is being done, or how it has ended.
-        commands: what gives this round's model, one line each, from the model of the round before.
+        status: the current step, or how the round has ended.
+        commands: the commands of this round, one line each.
         config_sha256: of the recipe and the commands.
-        model: the whole model at its end.
+        model: the complete model at its end.
         model_sha256: of that model's weights.
         started: time of the first attempt, UTC.
-        seconds: spent, over all attempts that were not killed together with us.
-        attempts: the command line of each launch, those that went on from a checkpoint among them.
+        seconds: spent in all attempts, except those that were killed together with this process.
+        attempts: the command line of each launch, including resumed ones.
         metrics: `first` and `last` line of the training log, last `eval`, `merge`, and the number of `steps`.
         versions: of the packages that matter.
     """
@@ -181,12 +180,12 @@ class Round:
 
 @dataclass
 class State:
-    """What `iterate_state.json` holds."""
+    """The content of `iterate_state.json`."""
 
     plan: Plan
     rounds: list[Round]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if [one.number for one in self.rounds] != list(range(1, self.plan.rounds + 1)):
             raise ValueError(f"`rounds` must be the {self.plan.rounds} rounds of the plan in their order")
 
@@ -195,9 +194,9 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     """Run all rounds that are not finished.
 
     Args:
-        plan: What to do.
-        say: Takes each line of what is being done.
-        after: Is called with each round that has finished now.
+        plan: The plan.
+        say: Called with each line of progress.
+        after: Called with each round that finishes in this call.
 
     Raises:
         RefusedIteration: the folder belongs to other rounds.
@@ -206,7 +205,7 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     with alone_in(plan.folder) as lock:
-        rounds = _take_up(plan)
+        rounds = restore_rounds(plan)
         write_whole(plan.folder / RECIPE, _as_yaml(plan.recipe))
         for one in rounds:
             if one.status == "finished":
@@ -219,18 +218,18 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     return rounds
 
 
-def _take_up(plan: Plan) -> list[Round]:
+def restore_rounds(plan: Plan) -> list[Round]:
     """The rounds as the state file knows them, or new ones."""
     path = plan.folder / STATE
-    saved = _read_state(path)
+    saved = read_state(path)
     if saved is not None:
         rounds = saved.rounds
-        changes = list(_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
+        changes = list(describe_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
         if not changes:
             return rounds
         if any(one.status == "finished" for one in rounds) or _has_begun(plan.round_folder(1)):
             raise RefusedIteration(
-                f"{path} must be of the same rounds to go on with them, got changes: {'; '.join(changes)}. Undo them, "
+                f"{path} must be of the same rounds to continue them, got changes: {'; '.join(changes)}. Undo them, "
                 "or set another `output_dir`."
             )
     elif any(plan.round_folder(number).exists() for number in range(1, plan.rounds + 1)):
@@ -239,22 +238,22 @@ def _take_up(plan: Plan) -> list[Round]:
             "`output_dir`, or remove them."
         )
     rounds = [_plan_round(plan, number) for number in range(1, plan.rounds + 1)]
-    _save(plan, rounds)
+    save_state(plan, rounds)
     return rounds
 
 
 def _plan_round(plan: Plan, number: int) -> Round:
     commands = plan.commands(number)
-    digest = hashlib.sha256(json.dumps([plan.recipe, commands], sort_keys=True).encode()).hexdigest()
+    digest = hash_json([plan.recipe, commands])
     return Round(number, commands=commands, config_sha256=digest, model=plan.model_after(number))
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Iterator[str]:
-    """What differs, in words."""
+def describe_changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Iterator[str]:
+    """Describe each difference."""
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
         if name in ("recipe", "launch", "inputs") and not begin:
-            yield from _changes(was or {}, now or {}, f"{name}: ")
+            yield from describe_changes(was or {}, now or {}, f"{name}: ")
         elif was != now and begin == "inputs: ":
             yield f"{name} has other content than before"
         elif was != now and not (begin == "launch: " and name in OF_THE_MACHINE):
@@ -262,7 +261,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Itera
 
 
 def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
-    """What the round starts from must be what the round before has left."""
+    """Raise if the model that the round starts from has changed since the round before."""
     if number == 1:
         return
     before = rounds[number - 2]
@@ -270,50 +269,51 @@ def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
     if found != before.model_sha256:
         raise RefusedIteration(
             f"{before.model} must be as round {before.number} left it, got "
-            f"{'other weights' if found else 'no weights'}. Put it back, or remove {plan.folder} to begin again."
+            f"{'other weights' if found else 'no weights'}. Put it back, or remove {plan.folder} to start again."
         )
 
 
 def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str], None], lock: int) -> None:
-    """Train, merge, note what came out; whatever of it is done already is left alone."""
+    """Train, merge and store the results; finished steps are skipped."""
     one.started = one.started or datetime.now(UTC).isoformat(timespec="seconds")
-    one.versions = _versions()
+    one.versions = versions()
     folder = plan.round_folder(one.number)
     if not _is_trained(folder):
         again = ["--resume", "auto"] if _has_begun(folder) else []
         _step(plan, rounds, one, "training", [*plan.train_command(one.number), *again], say, lock)
     merge = plan.merge_command(one.number)
-    if merge is not None and not Path(one.model).is_dir():  # it is whole or absent
+    if merge is not None and not Path(one.model).is_dir():  # it is complete or absent
         _step(plan, rounds, one, "merging", merge, say, lock)
     one.metrics = read_metrics(folder, Path(one.model))
     one.model_sha256 = hash_model(one.model)
     if not one.model_sha256:
         raise RoundFailed(f"Round {one.number} has ended without weights in {one.model}.", 1)
     one.status = "finished"
-    _save(plan, rounds)
+    save_state(plan, rounds)
     say(f"round {one.number} of {plan.rounds} finished after {one.seconds:.0f} s: {one.model}")
 
 
-def _step(plan, rounds: list[Round], one: Round, status: Status, command: list[str], say, lock: int) -> None:
-    """One launch, with the state before and after it on the disk."""
+def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: list[str], say: Any, lock: int) -> None:
+    """Run one command, and save the state before and after it."""
     one.status = status
     one.attempts.append(shlex.join(command))
-    _save(plan, rounds)
+    save_state(plan, rounds)
     say(f"round {one.number} of {plan.rounds}, {status}: {one.attempts[-1]}")
     began = time.monotonic()
     status_code = _launch(command, lock)
     one.seconds = round(one.seconds + time.monotonic() - began, 1)
     if status_code != 0:
         one.status = "failed"
-        _save(plan, rounds)
+        save_state(plan, rounds)
         if status_code in STOPPED:
             raise RoundFailed(
-                f"Round {one.number} was stopped while {status}. The same `sampo iterate` goes on from there.",
+                f"Round {one.number} was stopped while {status}. The same `sampo iterate` command continues from "
+                "there.",
                 status_code,
             )
         raise RoundFailed(
-            f"Round {one.number} must end with status 0, got {status_code} while {status}. Once the cause is gone, "
-            "the same `sampo iterate` goes on from there.",
+            f"Round {one.number} must end with status 0, got {status_code} while {status}. Fix the cause; the same "
+            "`sampo iterate` command then continues from there.",
             status_code if status_code > 0 else 128 - status_code,
         )
 
@@ -334,17 +334,17 @@ def _launch(command: list[str], lock: int) -> int:
         while True:
             try:
                 return process.wait()
-            except KeyboardInterrupt:  # the terminal has told the process too
+            except KeyboardInterrupt:  # the process gets the signal from the terminal too
                 continue
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-# --- what a round has left -------------------------------------------------------------------------------------------
+# --- results of a round ---------------------------------------------------------------------------------------------
 
 
 def _is_trained(folder: Path) -> bool:
-    """Whether a training has come to its end: the last thing it writes is the state, after the model."""
+    """Whether a training has finished: it writes its state last, after the model."""
     return _read(folder / "trainer_state.json", TrainerState) is not None
 
 
@@ -353,7 +353,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:
-    """The lines of a round's log that tell most, and what merging has changed."""
+    """The first and last line of a round's log, the last evaluation, and the report of the merge."""
     state = _read(folder / "trainer_state.json", TrainerState) or TrainerState([], 0)
     log = [{name: value for name, value in entry.items() if _is_number(value)} for entry in state.log_history]
     trained = [entry for entry in log if "loss" in entry]
@@ -374,42 +374,32 @@ def _is_number(value: Any) -> bool:
 def hash_model(folder: str | Path) -> str:
     """SHA-256 of a folder's weights; empty where there is none."""
     paths = {path for pattern in WEIGHTS for path in Path(folder).glob(pattern)} if Path(folder).is_dir() else set()
-    return hash_files(path for path in paths if path.name != "training_args.bin")
+    return _hash_paths(path for path in paths if path.name != "training_args.bin")
 
 
-def hash_files(paths) -> str:
-    """SHA-256 over names and contents of files, in the order of their names; empty for no files."""
-    digest, names = hashlib.sha256(), []
-    for path in sorted(paths):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        names.append(path.name)
-        digest.update(f"{path.name}\n{content}\n".encode())
-    return digest.hexdigest() if names else ""
+def hash_data(place: Path) -> str:
+    """SHA-256 of a file, or of all files below a folder; empty where there is none."""
+    return _hash_paths([place] if place.is_file() else (path for path in place.rglob("*") if path.is_file()))
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
-            continue
-    return found
+def _hash_paths(paths: Iterable[Path]) -> str:
+    found = sorted(paths)
+    return hash_files([(path.name, path) for path in found], separator="\n") if found else ""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _save(plan: Plan, rounds: list[Round]) -> None:
-    write_whole(plan.folder / STATE, sealed(asdict(State(plan, rounds))))
+def save_state(plan: Plan, rounds: list[Round]) -> None:
+    """Write what is done of the rounds into `iterate_state.json`."""
+    write_whole(plan.folder / STATE, seal(asdict(State(plan, rounds))))
 
 
-def _read_state(path: Path) -> State | None:
-    """What is remembered of the rounds; None where nothing is."""
+def read_state(path: Path) -> State | None:
+    """Read the state of the rounds; None if there is no file."""
     try:
         with named(path, "Restore it, or move it and the rounds away"):
-            return typed(State, unsealed(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
+            return typed(State, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
     except FileNotFoundError:
         return None
     except (OSError, WrongFile) as error:
@@ -417,7 +407,7 @@ def _read_state(path: Path) -> State | None:
 
 
 def _read(path: Path, kind: Any) -> Any:
-    """What the file holds; None where it is not there or not whole."""
+    """The content of a file; None if it is missing or damaged."""
     try:
         return read_json(path, kind, ignore_unknown=True)
     except (OSError, WrongFile):

@@ -19,8 +19,8 @@ from tiny import make_model, make_pairs, save_model
 from transformers import TrainerCallback
 
 from sampo.checkpointing import files as checkpoints
-from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_whole_checkpoint
-from sampo.checkpointing.fingerprint import FREE, ROUNDING, data_hash, weights_hash
+from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_complete_checkpoint
+from sampo.checkpointing.fingerprint import FREE, ROUNDING, describe_data, hash_weight_samples
 from sampo.checkpointing.resume import Preempted, ResumeRefusedError
 from sampo.commands import train
 
@@ -194,9 +194,9 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_refused_by_name(finished, tmp_path, damage):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     do, reason = DAMAGES[damage]
-    assert find_whole_checkpoint(folder).path == folder / "checkpoint-4"
+    assert find_complete_checkpoint(folder).path == folder / "checkpoint-4"
     do(folder / "checkpoint-4")
-    found = find_whole_checkpoint(folder)
+    found = find_complete_checkpoint(folder)
     assert found.path == folder / "checkpoint-2"
     assert list(found.skipped) == [folder / "checkpoint-4"]
     assert re.search(reason, found.skipped[folder / "checkpoint-4"])
@@ -213,8 +213,8 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_which_it_skips_an
         seen, _ = run(model, folder, resume=True, max_steps=4, save_steps=2)
     assert [line["step"] for line in seen] == [2, 3, 3]
     assert "checkpoint-4 is skipped: scheduler.pt is missing." in caplog.text
-    assert f"Going on from {folder / 'checkpoint-2'}." in caplog.text
-    assert find_whole_checkpoint(folder).path == folder / "checkpoint-4"  # written anew over the damaged one
+    assert f"Resuming from {folder / 'checkpoint-2'}." in caplog.text
+    assert find_complete_checkpoint(folder).path == folder / "checkpoint-4"  # written anew over the damaged one
 
 
 @pytest.mark.parametrize("last", ["4", "nowhere"])
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_is_a_link_is_gone_on_from_and_replaced_as_a_link(mode
     (folder / STAGING).symlink_to(elsewhere)
     before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
     options = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
-    assert find_whole_checkpoint(folder).path == folder / f"checkpoint-{'4' if last == '4' else '2'}"
+    assert find_complete_checkpoint(folder).path == folder / f"checkpoint-{'4' if last == '4' else '2'}"
     seen, _ = run(model, folder, resume=str(folder / "checkpoint-2"), **options)
     assert [line["step"] for line in seen] == [2, 3, 3]
     left = [path for path in folder.iterdir() if path.name.startswith(("checkpoint-", "_"))]
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_is_a_link_is_gone_on_from_and_replaced_as_a_link(mode
 
 def test_without_a_whole_checkpoint_true_is_refused_and_auto_begins(model, tmp_path):
     with pytest.raises(
-        ResumeRefusedError, match=r"needs a whole checkpoint in `output_dir`, got none in .*`resume_from"
+        ResumeRefusedError, match=r"needs a complete checkpoint in `output_dir`, got none in .*`resume_from"
     ):
         run(model, tmp_path, resume=True)
     seen, _ = run(model, tmp_path, resume="auto", max_steps=1)
@@ -258,11 +258,11 @@ def test_what_a_killed_process_had_written_whole_gets_its_name_and_what_is_half_
     (folder / STAGING).mkdir()
     (folder / "checkpoint-4").rename(folder / STAGING / "checkpoint-4")
     checkpoints.finish_interrupted(folder)
-    assert find_whole_checkpoint(folder).path == folder / "checkpoint-4"
+    assert find_complete_checkpoint(folder).path == folder / "checkpoint-4"
 
     (folder / "checkpoint-4").rename(folder / STAGING / "checkpoint-4")
     (folder / STAGING / "checkpoint-4" / MANIFEST).unlink()
-    found = find_whole_checkpoint(folder)
+    found = find_complete_checkpoint(folder)
     assert found.path == folder / "checkpoint-2"
     assert found.skipped == {folder / STAGING / "checkpoint-4": "it was still being written when its run ended"}
     run(model, folder, resume=True, max_steps=4, save_steps=2)
@@ -271,7 +271,7 @@ def test_what_a_killed_process_had_written_whole_gets_its_name_and_what_is_half_
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_older_checkpoints_go_only_when_the_new_one_is_whole(model, tmp_path, limit, monkeypatch):
-    """Looked at whenever a folder gets or loses its name: at least one whole checkpoint is always there."""
+    """Looked at whenever a folder gets or loses its name: at least one complete checkpoint is always there."""
     there = []
     rename = os.rename
 
@@ -306,16 +306,15 @@ def test_the_best_checkpoint_is_found_under_its_name(model, tmp_path):
     trainer.train()
     best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     assert trainer.state.best_model_checkpoint == str(best)
-    assert find_whole_checkpoint(tmp_path).path == tmp_path / "checkpoint-3"
+    assert find_complete_checkpoint(tmp_path).path == tmp_path / "checkpoint-3"
     saved = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == str(best)
-    assert checkpoints.fault_of(best) is None
+    assert checkpoints.find_checkpoint_issue(best) is None
 
 
 FULL_DISK = """
 import os, shutil, subprocess, sys
-sys.path.insert(0, {tests!r})
-sys.path.insert(0, {here!r})
+sys.path[:0] = {paths!r}
 import test_resume
 test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}), "Make room, and")
 """
@@ -334,13 +333,13 @@ def run_until_full(model, folder, fill, advice):
     with pytest.raises(CheckpointNotSavedError) as failed:
         trainer.train()
     said = str(failed.value)
-    assert said.startswith("checkpoint-3 must be written whole, got ")
-    assert f"checkpoint-2 in {folder}/run stay as they are. {advice} go on with `resume_from_check" in said
+    assert said.startswith("checkpoint-3 must be written completely, got ")
+    assert f"checkpoint-2 in {folder}/run are unchanged. {advice} resume with `resume_from_check" in said
     assert ("MB are free now" in said) == ("Make room" in said)
     left = Path(folder) / "run"
     assert [path.name for path in checkpoints.numbered_checkpoints(left)] == ["checkpoint-2"]
     assert not (left / STAGING).exists()
-    assert find_whole_checkpoint(left).path == left / "checkpoint-2"
+    assert find_complete_checkpoint(left).path == left / "checkpoint-2"
 
 
 def fill_disk(folder):
@@ -360,8 +359,8 @@ def test_a_file_that_cannot_grow_ends_in_one_error_and_the_former_checkpoint_sta
 def test_a_full_disk_ends_in_one_error_and_the_former_checkpoint_stays(model, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    here = Path(__file__).parent
-    code = FULL_DISK.format(tests=str(here.parent / "support"), here=str(here), model=model, folder=str(folder))
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    code = FULL_DISK.format(paths=paths, model=model, folder=str(folder))
     mount = f'mount -t tmpfs -o size=4m tmpfs {folder} || exit 9; exec {sys.executable} -c "$0"'
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount, code], capture_output=True, text=True, timeout=300)
     if done.returncode == 9 or "unshare" in done.stderr:
@@ -390,7 +389,7 @@ def test_a_run_that_has_changed_is_refused_and_the_change_is_named(model, finish
     with pytest.raises(ResumeRefusedError) as refused:
         run(model, finished, resume=True, **{"max_steps": 4, "save_steps": 2} | options)
     assert named in str(refused.value)
-    assert "Set this back, or begin anew in another `output_dir`" in str(refused.value)
+    assert "Restore it, or start a new run in another `output_dir`" in str(refused.value)
 
 
 def test_another_model_is_refused_though_it_has_the_same_shape(finished, tmp_path):
@@ -433,23 +432,26 @@ def test_the_hash_of_the_data_is_that_of_the_token_lists_whatever_the_arrow_tabl
     from datasets import Dataset, concatenate_datasets
 
     rows = [{"prompt_ids": [i], "chosen_ids": [1] * i, "rejected_ids": [2, i]} for i in range(7)]
-    plain = data_hash(Dataset.from_list(rows))
+    plain = describe_data(Dataset.from_list(rows))
     shuffled = Dataset.from_list(rows[::-1]).select(range(6, -1, -1))
     chunked = concatenate_datasets([Dataset.from_list(rows[:3]), Dataset.from_list(rows[3:])])
     assert (
-        plain == data_hash(shuffled) == data_hash(chunked) == data_hash(Dataset.from_list(rows).add_column("x", rows))
+        plain
+        == describe_data(shuffled)
+        == describe_data(chunked)
+        == describe_data(Dataset.from_list(rows).add_column("x", rows))
     )
     moved = [dict(row) for row in rows]
     moved[0]["chosen_ids"], moved[1]["chosen_ids"] = [1], []  # the same tokens, in other rows
-    assert data_hash(Dataset.from_list(moved)) != plain != data_hash(Dataset.from_list(rows[::-1]))
+    assert describe_data(Dataset.from_list(moved)) != plain != describe_data(Dataset.from_list(rows[::-1]))
 
 
 def test_the_hash_of_the_weights_sees_any_tensor():
     one, same = make_model(), make_model()
-    assert weights_hash([one]) == weights_hash([same]) != weights_hash([one, same])
+    assert hash_weight_samples([one]) == hash_weight_samples([same]) != hash_weight_samples([one, same])
     with torch.no_grad():
         next(reversed(list(same.parameters()))).add_(1e-3)
-    assert weights_hash([one]) != weights_hash([same])
+    assert hash_weight_samples([one]) != hash_weight_samples([same])
 
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------
@@ -607,7 +609,7 @@ def test_sigterm_to_a_launcher_of_two_processes_saves_one_checkpoint_and_the_sam
         said = process.communicate(timeout=120)[1]
         assert process.returncode != 0, said[-3000:]
     (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
-    assert checkpoints.fault_of(checkpoint) is None
+    assert checkpoints.find_checkpoint_issue(checkpoint) is None
     step = checkpoints.step_of(checkpoint)
     done = subprocess.run([*command, str(step + 2)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,7 @@
 """Each file in bad_inputs/ is one thing that a user can get wrong, and exactly what `sampo train` then says.
 
 Such a file has a text `what`, the `files` of the case (beside a good `pairs.jsonl`), the `model` by its name below
-(else a good one), `config` and `options` of the command, and what it `says`. `python
+(else a good one), `config` and `options` of the command, and what it `says`. `PYTHONPATH=tests/support python
 tests/commands/test_bad_inputs.py` runs all cases, writes what is said now into the files, and leaves it to you to read
 the difference.
 """
@@ -29,7 +29,7 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import train
-from sampo.models.checks import faults_of_tokens
+from sampo.models.checks import find_token_issues
 
 CASES = sorted(Path(__file__).with_name("bad_inputs").glob("*.yaml"))
 GOOD = [{"prompt": f"w{i} w1 ", "chosen": f"w2 w{i} w3 ", "rejected": f"w4 w{i} "} for i in range(4)]
@@ -257,9 +257,9 @@ def test_token_faults_are_those_of_a_loop_over_the_rows(seed):
     doubled = [i for i, row in enumerate(rows) if row["prompt_ids"][:2] == [bos, bos]]
     data = {"train": Dataset.from_list(rows)}
     assert len(doubled) > 10
-    (fault,) = faults_of_tokens(data, vocabulary=bos + 1, tokenizer=tokenizer)
+    (fault,) = find_token_issues(data, vocabulary=bos + 1, tokenizer=tokenizer)
     assert f"got two in {len(doubled)} of 2500 pairs of the train data, first at rows {doubled[:10]} of" in fault
-    _, fault = faults_of_tokens(data, vocabulary=bos, tokenizer=tokenizer)
+    _, fault = find_token_issues(data, vocabulary=bos, tokenizer=tokenizer)
     assert f"got the token id {bos} ('<s>') and a model that knows the ids below {bos}" in fault
 
 

@@ -316,7 +316,7 @@ def test_resume_true_goes_on_from_the_last_checkpoint(words, tmp_path):
 @pytest.mark.parametrize(("more", "warned"), [([], True), (["--use_peft"], False)])
 def test_tiny_steps_on_bfloat16_weights_are_warned_of(words, more, warned, caplog):
     parsed = make_parser().parse_args_and_config([*words, "--dtype", "bfloat16", *more])
-    train._warn_of_lost_updates(parsed[1], parsed[2])
+    train.warn_of_lost_updates(parsed[1], parsed[2])
     assert ("rounded away" in caplog.text) == warned
 
 

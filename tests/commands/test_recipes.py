@@ -8,7 +8,8 @@ import yaml
 from tiny import make_tokenizer
 
 from sampo.commands.iterate import make_plan
-from sampo.commands.options import HELD_OUT, ITERATE_OPTIONS, make_parser
+from sampo.commands.option_checks import HELD_OUT
+from sampo.commands.options import ITERATE_OPTIONS, make_parser
 from sampo.commands.recipes import find_recipe, recipes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,7 @@ from sampo.data.tokenize import tokenize_pairs
 from sampo.data.validate import check_preferences
 from sampo.evaluation.answers.prompts import check_prompts, load_prompts
 from sampo.evaluation.models import Texts
-from sampo.models.checks import faults_of_tokenizer
+from sampo.models.checks import find_tokenizer_issues
 from sampo.weighting import fingerprints, last_end_tokens
 
 ALPACA = Path(__file__).resolve().parents[3] / "shared" / "data" / "alpaca_eval_gpt4_pairs.jsonl.gz"
@@ -152,7 +152,7 @@ def test_a_template_that_never_ends_is_stopped_in_any_thread_and_work_goes_on(mo
     )
     assert end_token_ids(tokenizer) == [1]  # EOS has to do
     monkeypatch.setattr("sampo.models.checks.LIMIT", 0.3)
-    assert "must come to an end" in faults_of_tokenizer(tokenizer)[0]
+    assert "must terminate" in find_tokenizer_issues(tokenizer)[0]
 
 
 def never_end():

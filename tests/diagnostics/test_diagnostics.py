@@ -22,11 +22,12 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 from sampo import SamPOConfig, SamPOTrainer, cli
 from sampo.commands import lazy_model
 from sampo.data.end_tokens import most_common_end_token
+from sampo.data.token_ids import hash_token_ids
 from sampo.data.tokenize import tokenize_pairs
 from sampo.diagnostics.findings import CLASSES, Finding, PairScores, findings, groups, read_scores
 from sampo.diagnostics.pair_scores import METHODS, ScoreKey, cached_reference, score_pairs
 from sampo.io import records as results
-from sampo.reference_cache.key import RefKey, data_hash
+from sampo.reference_cache.key import RefKey
 from sampo.reference_cache.store import RefCache
 from sampo.scoring.scorer import ModelScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
@@ -58,7 +59,7 @@ def key_of(data, **changes):
 def ref_cache(folder, data):
     fields_ = {"weights": "w", "config": "c", "compute_dtype": "float32", "attention": "sdpa"}
     about = {"max_length": MAX_LENGTH, "truncation_mode": "keep_start", "storage_dtype": "float32"}
-    return RefCache(Path(folder), RefKey(**fields_, data=data_hash(data), **about), len(data))
+    return RefCache(Path(folder), RefKey(**fields_, data=hash_token_ids(data), **about), len(data))
 
 
 def computed(folder, data, policy, reference=None, *, pair_stream="true", rows_per_shard=5, batch_size=3, **changes):

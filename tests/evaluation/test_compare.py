@@ -123,13 +123,13 @@ def test_systems_that_never_differ_take_no_part_in_the_adjustment(folder, tmp_pa
     assert duels[1]["p_holm"] == pytest.approx(min(1.0, 2 * duels[1]["p_value"]))
 
 
-def test_files_hold_every_number_with_what_it_depends_on(folder, tmp_path):
-    found = compare(folder, "--n", "50", "--seed", "3", out=tmp_path / "c")
-    with open(tmp_path / "c.csv", newline="") as file:
+def test_files_hold_every_number_with_what_it_depends_on(folder, monkeypatch):
+    found = compare(folder, "--n", "50", "--seed", "3", out=folder / "c")
+    with open(folder / "c.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row, whole in zip(rows, found["systems"], strict=True):
         assert {k: v for k, v in row.items() if v} == {k: str(v) for k, v in whole.items() if v not in (None, "")}
-    kept = results.read(tmp_path / "c.records.jsonl")
+    kept = results.read(folder / "c.records.jsonl")
     by_key = {(r.name, r.config.get("system")): r for r in kept if "first" not in r.config}
     for row in found["systems"][:3]:
         record = by_key["win_rate", row["system"]]
@@ -141,8 +141,9 @@ def test_files_hold_every_number_with_what_it_depends_on(folder, tmp_path):
     adjusted = [record.value for record in kept if record.name == "paired/p_holm"]
     assert adjusted == [duel["p_holm"] for duel in found["duels"]]
     assert kept[0].command == found["command"]
+    monkeypatch.chdir(folder)
     assert main(found["command"].split()[1:]) == 0  # and gives the same again
-    assert json.loads((tmp_path / "c.json").read_text()) == found
+    assert json.loads((folder / "c.json").read_text()) == found
 
 
 def test_n_prompts_are_drawn_by_the_seed_and_the_same_for_all(folder, tmp_path):

@@ -14,11 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from kill_campaign import _start_server
+from kill_campaign import start_server
 from processes import environment
 from tiny import make_pairs, save_model
 
-from sampo.checkpointing.files import STAGING, find_whole_checkpoint
+from sampo.checkpointing.files import STAGING, find_complete_checkpoint
 from sampo.commands import audit, cache, compare, diagnose, train
 from sampo.io import locks
 from sampo.io import records as results
@@ -334,7 +334,7 @@ def start(model: str, folder: str, name: str, patience: float) -> None:
 def run_double_starts(model, folder, trials, seed):
     """Whether each second start was refused; all that finish must equal a run that was alone."""
     context, rng = multiprocessing.get_context("forkserver"), random.Random(seed)
-    _start_server()
+    start_server()
 
     def process(place, name, patience):
         place.mkdir(exist_ok=True)
@@ -358,7 +358,7 @@ def run_double_starts(model, folder, trials, seed):
         done = [end for end in ends if "refused" not in end]
         assert done
         assert all(end == expected for end in done)
-        assert find_whole_checkpoint(place / "run").path == place / "run" / "checkpoint-25"
+        assert find_complete_checkpoint(place / "run").path == place / "run" / "checkpoint-25"
         assert not (place / "run" / STAGING).exists()
         assert not (place / "run" / LOCK).exists()
         refused.append(len(done) == 1)
@@ -447,7 +447,7 @@ def test_a_killed_launcher_takes_its_processes_along_and_the_same_command_goes_o
     command = [sys.executable, "-m", "sampo.cli", *words]
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
-        wait_until(lambda: find_whole_checkpoint(out).path is not None, 120)
+        wait_until(lambda: find_complete_checkpoint(out).path is not None, 120)
         workers = children_of(process.pid)
         assert len(workers) == 2
         process.kill()
@@ -455,5 +455,5 @@ def test_a_killed_launcher_takes_its_processes_along_and_the_same_command_goes_o
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not any(map(is_alive, workers))
-    assert "Going on from" in done.stderr
-    assert find_whole_checkpoint(out).path == out / "checkpoint-60"
+    assert "Resuming from" in done.stderr
+    assert find_complete_checkpoint(out).path == out / "checkpoint-60"

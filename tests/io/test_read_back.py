@@ -12,10 +12,10 @@ import pytest
 import yaml
 from tiny import save_model
 
-from sampo.checkpointing.files import MANIFEST, RunRecord, fault_of, write_manifest
+from sampo.checkpointing.files import MANIFEST, RunRecord, find_checkpoint_issue, write_manifest
 from sampo.checkpointing.resume import LOG_WINDOW, LogWindow
 from sampo.commands import cache
-from sampo.commands.iterate import _summary
+from sampo.commands.iterate import summarise_round
 from sampo.commands.launch import launch_command
 from sampo.commands.options import make_parser
 from sampo.data.issues import PreferenceDataError
@@ -26,9 +26,9 @@ from sampo.evaluation.judging import judges, rule_judges, templates
 from sampo.evaluation.judging.endpoint_judge import EndpointJudge
 from sampo.evaluation.results import judged
 from sampo.io import records as results
-from sampo.io.files import SEAL, sealed
+from sampo.io.hashing import SEAL, seal
 from sampo.io.schemas import WrongFile, WrongShape, parse_json, parse_yaml, read_json, read_yaml, typed
-from sampo.models.checks import faults_of_model_folder
+from sampo.models.checks import find_model_folder_issues
 from sampo.reference_cache import store as ref_logps
 from sampo.reference_cache.store import About, RefCacheError, RefManifest, ShardEntry
 from sampo.training import rounds as iterate
@@ -174,7 +174,7 @@ def manifest_of_checkpoint(folder):
     write_manifest(folder, RunRecord({"`seed`": 7, "the training data": "abc"}, {"`bf16`": True}, {"`max_steps`": 4}))
 
     def read():
-        fault = fault_of(folder)
+        fault = find_checkpoint_issue(folder)
         assert fault is None or isinstance(fault, str)
 
     return folder / MANIFEST, read
@@ -189,11 +189,11 @@ def log_window(folder):
 def iterate_state(folder):
     plan = Plan(2, "full", "previous", str(folder), "m", "main", 1, "float32", False, recipe={"beta": 0.1, "x": [1]})
     rounds = [Round(1, "finished", ["a"], metrics={"steps": 3, "last": {"loss": 1.0}}), Round(2)]
-    iterate._save(plan, rounds)
+    iterate.save_state(plan, rounds)
 
     def read():
-        state = iterate._read_state(folder / STATE)
-        list(iterate._changes(asdict(state.plan), asdict(plan)))
+        state = iterate.read_state(folder / STATE)
+        list(iterate.describe_changes(asdict(state.plan), asdict(plan)))
 
     return folder / STATE, read
 
@@ -202,7 +202,9 @@ def trainer_state(folder):
     log = [{"loss": 0.6, "step": 1}, {"eval_loss": 0.5, "eval_rewards/margins": 0.1}, {"loss": 0.5, "step": 2}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log, "global_step": 2, "epoch": 1.0}))
     (folder / "sampo_merge.json").write_text('{"dtype": "float32"}')
-    return folder / "trainer_state.json", lambda: _summary(Round(1, metrics=iterate.read_metrics(folder, folder)))
+    return folder / "trainer_state.json", lambda: summarise_round(
+        Round(1, metrics=iterate.read_metrics(folder, folder))
+    )
 
 
 def reference_cache(folder):
@@ -211,7 +213,7 @@ def reference_cache(folder):
     manifest = RefManifest(ref_logps.SCHEMA, key, 20, 4, "2026-01-01", about, {"0": ShardEntry("ab", 100, 7)})
     place = folder / ("a" * 24)
     place.mkdir()
-    (place / "manifest.json").write_text(sealed(asdict(manifest)))
+    (place / "manifest.json").write_text(seal(asdict(manifest)))
 
     def read():
         assert cache.run(["--ref_cache_dir", str(folder), "--ls"]) == 0
@@ -226,7 +228,7 @@ def diagnosis(folder):
         **{"truncation_mode": "keep_start", "end_ids": [1], "end_id": 1},
     )
     (folder / "rows.parquet").write_bytes(b"rows")
-    known = {"rows.parquet": pair_scores.content_of(b"rows")}
+    known = {"rows.parquet": pair_scores.hash_content(b"rows")}
     pair_scores._write_manifest(folder, key, known)
     return folder / pair_scores.MANIFEST, lambda: pair_scores._known_shards(folder, key)
 
@@ -335,7 +337,7 @@ def model_config(folder):
     save_model(folder)
 
     def read():
-        assert all(isinstance(fault, str) for fault in faults_of_model_folder(str(folder)))
+        assert all(isinstance(fault, str) for fault in find_model_folder_issues(str(folder)))
 
     return folder / "config.json", read
 
@@ -344,7 +346,7 @@ def weight_index(folder):
     save_model(folder)
     index = {"metadata": {"total_size": 1}, "weight_map": {"lm_head.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder / "model.safetensors.index.json", lambda: faults_of_model_folder(str(folder))
+    return folder / "model.safetensors.index.json", lambda: find_model_folder_issues(str(folder))
 
 
 KINDS = [
@@ -411,7 +413,7 @@ def changed(path, content, rng):
         return b"\n".join(lines) + b"\n"
     value = spoiled(json.loads(content), rng)
     if SEAL in json.loads(content) and rng.random() < 0.8:  # as if it had been written so
-        return sealed({name: one for name, one in value.items() if name != SEAL}).encode()
+        return seal({name: one for name, one in value.items() if name != SEAL}).encode()
     return json.dumps(value).encode()
 
 

@@ -110,7 +110,7 @@ def test_a_chat_template(tmp_path, model, marker, capsys):
     template = f"{{{{ cycler.__init__.__globals__.os.mkdir('{marker}') }}}}"
     template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert train.start(words(tmp_path, model, chat_template=template)) == 2
-    assert "The chat template must not reach for Python" in capsys.readouterr().err
+    assert "The chat template must not access Python" in capsys.readouterr().err
 
 
 def test_data_that_come_with_a_script_or_as_a_pickle(tmp_path, model, marker, capsys):

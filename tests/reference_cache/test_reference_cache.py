@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import cache as command
 from sampo.commands import train
-from sampo.io.files import SEAL, sealed, unsealed
-from sampo.reference_cache import key as ref_key
+from sampo.data.token_ids import hash_token_ids
+from sampo.io.hashing import SEAL, seal, unseal
 from sampo.reference_cache import store as ref_logps
 from sampo.reference_cache import trainer as cached_reference
-from sampo.reference_cache.key import RefKey, data_hash, files_hash, weights_hash
+from sampo.reference_cache.key import RefKey, hash_config, hash_model_files, hash_weights
 from sampo.reference_cache.store import CHOSEN, END, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
 from sampo.training.description import describe_reference
 from sampo.weighting import WEIGHTINGS
@@ -380,11 +380,11 @@ def test_every_field_of_the_key_has_a_test_and_a_part_in_the_digest():
 
 def test_a_row_that_moves_is_other_data():
     data = Dataset.from_list([example([1, 2], [3], [4]), example([1], [2, 3], [4])])
-    assert data_hash(data) != data_hash(data.select([1, 0]))
+    assert hash_token_ids(data) != hash_token_ids(data.select([1, 0]))
     # the same numbers with the border between two rows elsewhere
     moved = Dataset.from_list([example([1, 2, 1], [3], [4]), example([], [2, 3], [4])])
-    assert data_hash(data) != data_hash(moved)
-    assert data_hash(data) == data_hash(data.select([1, 0]).select([1, 0]).add_column("other", [1, 2]))
+    assert hash_token_ids(data) != hash_token_ids(moved)
+    assert hash_token_ids(data) == hash_token_ids(data.select([1, 0]).select([1, 0]).add_column("other", [1, 2]))
 
 
 SAME = [
@@ -414,24 +414,24 @@ def test_a_ref_adapter_is_part_of_the_weights_and_its_scale_of_the_config(model_
         for name, parameter in peft.named_parameters():
             if ".default." in name:
                 peft.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-        return weights_hash(peft), ref_key.config_hash(peft)
+        return hash_weights(peft), hash_config(peft)
 
     one, same, other, scaled = hashes(1), hashes(1), hashes(2), hashes(1, lora_alpha=16)
     assert one == same
     assert (one[0] != other[0], one[1] == other[1]) == (True, True)
     assert (one[0] == scaled[0], one[1] != scaled[1]) == (True, True)
-    assert one[0] != weights_hash(load(model_folder))
+    assert one[0] != hash_weights(load(model_folder))
 
 
 def test_the_files_of_a_model_are_hashed_where_they_are_all_of_it(model_folder, tmp_path):
     copy = tmp_path / "copy"
     load(model_folder).save_pretrained(copy)
-    assert files_hash(copy) == files_hash(model_folder)
+    assert hash_model_files(copy) == hash_model_files(model_folder)
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
-    assert files_hash(copy) != files_hash(model_folder)
+    assert hash_model_files(copy) != hash_model_files(model_folder)
     (copy / "adapter_config.json").write_text("{}")
-    assert files_hash(copy) is None
-    assert files_hash(tmp_path / "nothing") is None
+    assert hash_model_files(copy) is None
+    assert hash_model_files(tmp_path / "nothing") is None
 
 
 def test_the_cache_lies_where_it_is_asked_for_or_in_the_users_folder(monkeypatch, tmp_path):
@@ -498,11 +498,11 @@ import torch
 torch.set_num_threads(1)
 from tiny import make_pairs, training_options
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.reference_cache import store as ref_logps
+from sampo.reference_cache import store
 
-ref_logps.ROWS_PER_SHARD = 4
+store.ROWS_PER_SHARD = 4
 done = []
-original = ref_logps.{function}
+original = store.{function}
 
 def counted(*args):
     done.append(1)
@@ -510,7 +510,7 @@ def counted(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
 
-ref_logps.{function} = counted
+store.{function} = counted
 options = training_options({out!r}, precompute_ref_log_probs=True, ref_cache_dir={root!r})
 SamPOTrainer(model={model!r}, args=SamPOConfig(**options), train_dataset=make_pairs(20))
 """
@@ -558,7 +558,7 @@ def filled(model_folder, root, monkeypatch):
 
 def resealed(text):
     """As if the manifest had been written so."""
-    return sealed({name: value for name, value in json.loads(text).items() if name != SEAL})
+    return seal({name: value for name, value in json.loads(text).items() if name != SEAL})
 
 
 def flip_a_bit(path):
@@ -612,7 +612,7 @@ def test_without_a_manifest_nothing_is_trusted_and_all_is_computed(filled):
 def test_a_manifest_without_a_checksum_of_its_own_is_that_of_an_earlier_version(filled):
     folder, before, again = filled
     manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps(unsealed(json.loads(manifest.read_text()))))
+    manifest.write_text(json.dumps(unseal(json.loads(manifest.read_text()))))
     trainer = again()
     assert (trainer.ref_caches[0].computed, columns(trainer)) == (0, before)
 

@@ -59,7 +59,7 @@ class Runs:
         self.model, self.folder, self.processes, self.options = model, folder, processes, options
         self.context = multiprocessing.get_context("forkserver")
         self.launches = 0
-        _start_server()
+        start_server()
 
     def start(self) -> list:
         """Start all processes of a launch."""
@@ -98,7 +98,7 @@ class Runs:
         return json.loads((self.folder / "outcome.0").read_text())
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """The process that imports everything once and is forked for each launch."""
     before = os.environ.get("PYTHONPATH")
     # up to Python 3.12 the server knows no `sys.path` but this

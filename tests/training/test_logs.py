@@ -12,7 +12,7 @@ from transformers.integrations import integration_utils
 
 from sampo.cli import main
 from sampo.logs import get_logger, show_logs
-from sampo.training.preflight import _LOGGERS, faults_of_loggers
+from sampo.training.preflight import _LOGGERS, find_logger_issues
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SCRIPT = """
@@ -112,7 +112,7 @@ def test_a_logger_without_its_package_is_refused_in_one_sentence_and_one_with_it
     look_for, package = _LOGGERS[name]
     for there in (True, False):
         monkeypatch.setattr(integration_utils, f"is_{look_for}_available", lambda there=there: there)
-        faults = faults_of_loggers([name])
+        faults = find_logger_issues([name])
         assert len(faults) == (not there)
     assert faults[0].startswith(f"`report_to: {name}` needs")
     assert f"`pip install {package}`" in faults[0] or not package
@@ -120,9 +120,13 @@ def test_a_logger_without_its_package_is_refused_in_one_sentence_and_one_with_it
 
 def test_none_all_and_unknown_loggers():
     assert (
-        faults_of_loggers(None) == faults_of_loggers([]) == faults_of_loggers("none") == faults_of_loggers("all") == []
+        find_logger_issues(None)
+        == find_logger_issues([])
+        == find_logger_issues("none")
+        == find_logger_issues("all")
+        == []
     )
-    assert "got 'wandbb'" in faults_of_loggers("wandbb")[0]
+    assert "got 'wandbb'" in find_logger_issues("wandbb")[0]
 
 
 @pytest.mark.parametrize("command", [["train"], ["iterate", "--rounds", "2"], ["cache"]], ids=" ".join)

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.config import BATCH_LOSSES, LOSS_TYPES
+from sampo.config_checks import BATCH_LOSSES, LOSS_TYPES
 from sampo.scoring.packing import lay_out
 from sampo.training.micro_batches import group_pairs, pair_tokens, put_pairs, take_pairs
 

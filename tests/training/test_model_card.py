@@ -10,7 +10,6 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 from trl import DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer, __version__
-from sampo.training.model_card import describe_command
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -92,22 +91,3 @@ def test_a_model_from_memory_and_a_data_set_of_the_hub(tmp_path):
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "This model is fine-tuned from a model that was made in memory on the [someone/pairs](" in text
     assert ModelCard(text).data.datasets == "someone/pairs"
-
-
-COMMANDS = {
-    ("/usr/bin/sampo", "train", "--config", "/home/me/a.yaml"): "sampo train --config a.yaml",
-    ("/x/sampo/commands/train.py", "--beta", "0.1"): "sampo train --beta 0.1",
-    ("run.py", "--hub_token", "hf_secret", "--beta=0.1"): "python run.py --hub_token HIDDEN --beta=0.1",
-    ("run.py", "--hub_token=hf_secret", "--data=/home/me/d"): "python run.py --hub_token=HIDDEN --data=d",
-    ("run.py", "--api-key", "--beta", "1"): "python run.py --api-key --beta 1",
-    ("run.py", "two words"): "python run.py 'two words'",
-}
-
-
-@pytest.mark.parametrize("argv", list(COMMANDS), ids=" ".join)
-def test_the_command_hides_secrets_and_folders(argv):
-    assert describe_command(argv) == f"```bash\n{COMMANDS[argv]}\n```"
-
-
-def test_a_notebook_has_no_command():
-    assert describe_command(["/x/ipykernel_launcher.py", "-f", "k.json"]) == describe_command([]) == ""

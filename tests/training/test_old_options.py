@@ -9,7 +9,7 @@ import yaml
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import train
 from sampo.commands.options import make_parser
-from sampo.config import LOSS_TYPES
+from sampo.config_checks import LOSS_TYPES
 from sampo.old_options import OLD_LOSSES, OLD_OPTIONS
 
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}

@@ -403,6 +403,6 @@ def test_a_round_that_fails_says_so_and_may_be_corrected_before_it_has_trained(p
     assert "Round 1 must end with status 0, got 2 while training" in said
     assert state_of(place / "failed")["rounds"][0]["status"] == "failed"
     plan, _ = make_plan({"rounds": 1}, ["--config", write_recipe(place, "failed")])
-    from sampo.training.rounds import _take_up
+    from sampo.training.rounds import restore_rounds
 
-    assert [one.status for one in _take_up(plan)] == ["waiting"]
+    assert [one.status for one in restore_rounds(plan)] == ["waiting"]

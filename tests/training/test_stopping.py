@@ -62,7 +62,7 @@ def test_ctrl_c_saves_a_checkpoint_ends_with_130_and_the_command_goes_on(folder,
     stopped = stop_after_a_step([*command, "--max_steps", "100000"], signal.SIGINT)
     assert stopped.returncode == 130, stopped.stderr[-2000:]
     (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
-    assert f"{checkpoint.name} is saved. The same command with `--resume auto` goes on." in stopped.stdout
+    assert f"{checkpoint.name} is saved. The same command with `--resume auto` continues." in stopped.stdout
     assert "Traceback" not in stopped.stderr
     step = checkpoints.step_of(checkpoint)
     done = subprocess.run([*command, "--max_steps", str(step + 1)], capture_output=True, text=True, env=environment())
@@ -116,7 +116,7 @@ def test_the_command_of_the_kubernetes_template_goes_on_when_it_is_started_again
     assert stopped.returncode == 128 + number, stopped.stderr[-2000:]
     assert "Traceback" not in stopped.stderr
     (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out")
-    assert checkpoints.fault_of(checkpoint) is None
+    assert checkpoints.find_checkpoint_issue(checkpoint) is None
     if number == signal.SIGINT:
         return
     step = checkpoints.step_of(checkpoint)
@@ -160,10 +160,12 @@ def test_ctrl_c_in_a_round_is_waited_for_and_the_same_command_goes_on(folder, tm
     command = [*SAMPO, "iterate", "--rounds", "1", *options(folder, tmp_path / "out", max_steps=100000)]
     stopped = stop_after_a_step(command, signal.SIGINT)
     assert stopped.returncode == 130, stopped.stderr[-2000:]
-    assert "Round 1 was stopped while training. The same `sampo iterate` goes on from there." in stopped.stderr
+    assert (
+        "Round 1 was stopped while training. The same `sampo iterate` command continues from there." in stopped.stderr
+    )
     assert "Traceback" not in stopped.stderr
     (checkpoint,) = checkpoints.numbered_checkpoints(tmp_path / "out" / "round-1")
-    assert checkpoints.fault_of(checkpoint) is None
+    assert checkpoints.find_checkpoint_issue(checkpoint) is None
 
 
 def test_what_fails_in_every_process_is_said_by_the_first_alone(folder, tmp_path):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.config import LOSS_TYPES
+from sampo.config_checks import LOSS_TYPES
 from sampo.data.end_tokens import end_token_ids
 from sampo.training.run_state import RunState
 from sampo.weighting import WEIGHTINGS, draw_keys, token_weights

@@ -12,7 +12,7 @@ from tiny import make_pairs, save_model, training_options
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from sampo.config import LOSS_TYPES
+from sampo.config_checks import LOSS_TYPES
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ parser needs no new request. A reply that cannot be read is asked for again, at 
 together.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ...io.hashing import hash_json
 from ...io.journal import Journal
 from ...io.schemas import named, typed
 from ..answers.answers import prompt_text
@@ -106,7 +105,7 @@ class EndpointJudge:
     def key(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Hash of the complete request: URL, model, all options, template, prompt, both answers, their order."""
         request = {"url": self.endpoint.url, "model": self.endpoint.model, "messages": messages, **self.options}
-        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        return hash_json(request)
 
     def estimate(self, comparisons: Sequence[Comparison]) -> RequestEstimate:
         """What [`judge`] would ask for, without asking."""

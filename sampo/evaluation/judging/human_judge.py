@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from ...io.files import write_whole
+from ...io.hashing import hash_file
 from ..answers.answers import prompt_text
 from .judges import ONCE, ORDERS, Comparison, Pair, Progress, Verdict
 
@@ -30,7 +31,7 @@ class HumanJudge:
     name = "human"
 
     def __init__(self, path: str | Path):
-        self.about = {"annotations": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}
+        self.about = {"annotations": hash_file(path)[:16]}
         self._given: dict[tuple[str, str, str], list[float]] = {}
         rows = _read_csv(Path(path))
         names = rows.fieldnames or ()

@@ -16,6 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from ...io.hashing import hash_json
 from ...io.schemas import read_yaml
 from .verdict_text import read_verdict
 
@@ -75,7 +76,7 @@ class JudgePrompt:
     def hash(self) -> str:
         """Sixteen hex digits of all that a verdict depends on."""
         parts = [self.system, self.user, self.reply, self.prefix, dict(self.verdicts)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_json(parts)[:16]
 
     def messages(self, prompt: str, answer_a: str, answer_b: str) -> list[dict[str, str]]:
         """What the judge is sent.

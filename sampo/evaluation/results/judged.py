@@ -9,7 +9,6 @@ Beside `judgements.jsonl`, one row per prompt and order, lie
 """
 
 import csv
-import hashlib
 import io
 import json
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...io.files import write_whole
+from ...io.hashing import hash_file
 from ...io.records import lines
 from ...io.schemas import WrongFile, read_json
 from ...stats.intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
@@ -74,7 +74,7 @@ class JudgedFile:
 
 def content_hash(path: str | Path) -> str:
     """Sixteen hex digits of what a file holds."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return hash_file(path)[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

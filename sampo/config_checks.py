@@ -1,0 +1,214 @@
+"""What is allowed in a `SamPOConfig`: the values of each option, and which options go together.
+
+Each function returns sentences, one for each issue, in the order of the options.
+"""
+
+import math
+from typing import Any
+
+from .old_options import OLD_LOSSES
+from .weighting import WEIGHTINGS, Weighting
+
+MASK_SHARINGS = ("shared", "independent")
+SAMPLED_SIDES = ("both", "rejected")
+PAIR_STREAMS = ("auto", "true", "false")
+TRUNCATION_MODES = ("keep_start", "keep_end")  # TRL's
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's
+REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
+
+# TRL 1.16's losses by what they do with the two scores. A contract test compares the union with TRL's own list.
+MARGIN_LOSSES = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop"})  # a function of β·(S_w − S_l) alone
+COUNT_LOSSES = frozenset({"ipo", "sigmoid_norm"})  # divide each score by its number of selected tokens
+SIDE_LOSSES = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired"})
+BATCH_LOSSES = frozenset({"aot", "aot_unpaired"})  # among them, those that compare the pairs of a batch
+LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
+
+
+def find_range_issues(config: Any) -> list[str]:
+    """Find options of a `SamPOConfig` that are wrong by themselves."""
+    rows = [*_own_range_rows(config), *_trl_range_rows(config)]
+    issues = [f"`{name}` must be {must}, got {getattr(config, name)!r}." for name, holds, must in rows if not holds]
+    if config.token_weighting not in WEIGHTINGS:
+        issues[0] += " Plain DPO is `all`."
+    if config.activation_offloading and config.device.type == "cpu":
+        issues.append("`activation_offloading` moves activations to the CPU, got a run on the CPU. Unset it.")
+    unknown = [name for name in config.loss_type if name not in LOSS_TYPES]
+    if unknown:
+        now = "".join(f" `{name}`: {OLD_LOSSES[name]}" for name in unknown if name in OLD_LOSSES)
+        issues.append(f"`loss_type` must be among {sorted(LOSS_TYPES)}, got {unknown}.{now}")
+    return issues
+
+
+def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
+    """(option, holds, what it must be) of the options that `SamPOConfig` adds."""
+    scale, tokens = config.length_penalty_scale, config.max_tokens_per_forward
+    gamma, rate = config.decay_gamma, config.length_penalty_lr
+    return [
+        *(
+            (name, getattr(config, name) in values, f"one of {list(values)}")
+            for name, values in (
+                ("token_weighting", sorted(WEIGHTINGS)),
+                ("sampled_sides", SAMPLED_SIDES),
+                ("mask_sharing", MASK_SHARINGS),
+                ("pair_stream", PAIR_STREAMS),
+                ("ref_cache_dtype", REF_CACHE_DTYPES),
+            )
+        ),
+        ("ref_cache_check", _is_count(config.ref_cache_check, 0), "a whole number of at least 0"),
+        ("mask_samples", _is_count(config.mask_samples, 1), "a whole number of at least 1"),
+        ("max_tokens_per_forward", tokens is None or _is_count(tokens, 1), "a whole number of at least 1"),
+        ("decay_gamma", _is_finite(gamma) and 0 < gamma <= 1, "in (0, 1]"),
+        (
+            "length_penalty",
+            config.learns_length_penalty or _is_finite(config.length_penalty),
+            "a finite number or `learned`",
+        ),
+        ("length_penalty_scale", scale is None or (_is_finite(scale) and scale > 0), "a positive number of tokens"),
+        ("length_penalty_lr", _is_finite(rate) and rate > 0, "positive"),
+        ("length_penalty_start", _is_finite(config.length_penalty_start), "a finite number per token"),
+    ]
+
+
+def _trl_range_rows(config: Any) -> list[tuple[str, bool, str]]:
+    """The same of options of TRL and transformers, which do not check them."""
+    epochs, noise = config.num_train_epochs, config.neftune_noise_alpha
+    return [
+        ("beta", _is_finite(config.beta) and config.beta > 0, "positive and finite"),
+        (
+            "learning_rate",
+            _is_finite(config.learning_rate) and config.learning_rate >= 0,
+            "finite and not negative",
+        ),
+        *(
+            (name, getattr(config, name) >= 1, "at least 1")
+            for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        ),
+        ("max_length", config.max_length is None or config.max_length >= 2, "at least 2 tokens, or unset"),
+        (
+            "num_train_epochs",
+            config.max_steps > 0 or (_is_finite(epochs) and epochs > 0),
+            "positive where `max_steps` is not",
+        ),
+        ("truncation_mode", config.truncation_mode in TRUNCATION_MODES, f"one of {list(TRUNCATION_MODES)}"),
+        ("f_divergence_type", config.f_divergence_type in DIVERGENCES, f"one of {list(DIVERGENCES)}"),
+        ("neftune_noise_alpha", noise is None or noise >= 0, "at least 0"),
+    ]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+def find_combination_issues(config: Any) -> list[str]:
+    """Find options of a `SamPOConfig` that do not go together; docs/concepts.md gives the reason of each row."""
+    if config.token_weighting not in WEIGHTINGS:
+        return []
+    method = WEIGHTINGS[config.token_weighting]
+    table = [*_method_rows(config, method), *_loss_rows(config, method)]
+    return [message for wrong, message in table if wrong]
+
+
+def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
+    """(wrong, message) of the options that only some methods have."""
+    name = config.token_weighting
+
+    def methods(flag: str) -> list[str]:
+        return [n for n, w in WEIGHTINGS.items() if getattr(w, flag)]
+
+    return [
+        (
+            config.sampled_sides != "both" and not method.thins,
+            f"`sampled_sides: {config.sampled_sides}` needs a method that downsamples the longer response "
+            f"{methods('thins')}, got `token_weighting: {name}`.",
+        ),
+        (
+            config.keep_end_token and not method.can_keep_end,
+            f"`keep_end_token` is for {methods('can_keep_end')}, got `token_weighting: {name}`.",
+        ),
+        (
+            config.balance_end_token
+            and config.max_tokens_per_forward is not None
+            and not config.precompute_ref_log_probs,
+            "`balance_end_token` needs a live reference for complete batches, got `max_tokens_per_forward: "
+            f"{config.max_tokens_per_forward}`. Set `precompute_ref_log_probs: true`, or unset one of them.",
+        ),
+        (
+            config.length_penalty_start != 0 and not config.learns_length_penalty,
+            f"`length_penalty_start: {config.length_penalty_start}` is for `length_penalty: learned`, got "
+            f"`{config.length_penalty}`.",
+        ),
+        (
+            config.mask_sharing == "independent" and not method.random,
+            f"`mask_sharing: independent` needs random subsets {methods('random')}, got `token_weighting: {name}`.",
+        ),
+        (
+            config.mask_samples != 1 and not method.random,
+            f"`mask_samples: {config.mask_samples}` needs random subsets {methods('random')}, got "
+            f"`token_weighting: {name}`.",
+        ),
+        (
+            not config.is_plain_dpo and config.ld_alpha is not None,
+            f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
+            f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, or use `all` alone.",
+        ),
+    ]
+
+
+def _loss_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
+    """(wrong, message) of losses, divergences, WPO and the length penalty."""
+    name, losses = config.token_weighting, set(config.loss_type)
+    subset = method.subset and not config.balance_end_token
+    name += " with balance_end_token" if config.balance_end_token else ""
+    divergence = config.f_divergence_type != "reverse_kl"
+    not_of_margin = sorted((losses & LOSS_TYPES) - {"sft"} - MARGIN_LOSSES)
+    return [
+        (
+            not subset and bool(losses & COUNT_LOSSES),
+            f"`loss_type: {sorted(losses & COUNT_LOSSES)}` divides by the number of selected tokens, which has no "
+            f"meaning for the fractional weights of `token_weighting: {name}`. Use a subset method.",
+        ),
+        (
+            not subset and divergence,
+            f"`f_divergence_type: {config.f_divergence_type}` needs a likelihood ratio, and the fractional weights "
+            f"of `token_weighting: {name}` do not give one. Use `reverse_kl` or a subset method.",
+        ),
+        (
+            not subset and config.use_weighting,
+            f"`use_weighting` (WPO) has no meaning for the fractional weights of `token_weighting: {name}`.",
+        ),
+        (
+            (not config.is_plain_dpo or config.max_tokens_per_forward is not None)
+            and config.use_weighting
+            and "sft" in losses,
+            "`use_weighting` (WPO) together with `loss_type: sft` is defined for `token_weighting: all` without "
+            "`max_tokens_per_forward` only, because `sft` sees all chosen tokens and the WPO weights only the "
+            "selected ones.",
+        ),
+        (
+            config.max_tokens_per_forward is not None and bool(losses & BATCH_LOSSES),
+            f"`max_tokens_per_forward` needs losses that are means over the pairs, got "
+            f"{sorted(losses & BATCH_LOSSES)}, which sort the rows of a batch.",
+        ),
+        (
+            config.has_length_penalty and bool(not_of_margin),
+            f"`length_penalty: {config.length_penalty}` needs a loss that is a function of the margin "
+            f"{sorted(MARGIN_LOSSES)}, got {not_of_margin}.",
+        ),
+        (
+            config.learns_length_penalty and losses == {"sft"},
+            "`length_penalty: learned` needs a preference loss to learn from, got only `sft`.",
+        ),
+        (
+            config.has_length_penalty and divergence,
+            f"`length_penalty: {config.length_penalty}` needs `f_divergence_type: reverse_kl`, got "
+            f"`{config.f_divergence_type}`: it is added to the margin of log-ratios.",
+        ),
+        (
+            config.has_length_penalty and config.use_weighting,
+            f"`length_penalty: {config.length_penalty}` with `use_weighting` (WPO) has no source that defines it.",
+        ),
+    ]
