@@ -46,6 +46,20 @@ def old_options() -> str:
     return "\n".join(lines)
 
 
+def package_diagram() -> str:
+    """The imports between the packages of `sampo`."""
+    import packages
+
+    return packages.package_diagram()
+
+
+def module_map() -> str:
+    """Every module of `sampo` with the first sentence of its docstring."""
+    import packages
+
+    return packages.module_map()
+
+
 LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "correlation")
 
 
@@ -337,6 +351,7 @@ PARTS = {
         "speed": speed,
         "benchmark": benchmark,
     },
+    **{"package_diagram": package_diagram, "module_map": module_map},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "hard_prompts": hard_prompts, "merging": merging},
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
