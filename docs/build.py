@@ -23,7 +23,7 @@ def methods() -> str:
 
 
 def options() -> str:
-    """What `SamPOConfig` adds to TRL's config."""
+    """The options that `SamPOConfig` adds to TRL's config."""
     from trl import DPOConfig
 
     from sampo import SamPOConfig
@@ -38,7 +38,7 @@ def options() -> str:
 
 
 def old_options() -> str:
-    """What TRL, transformers and alignment-handbook have dropped, and what replaces it."""
+    """Options that TRL, transformers and alignment-handbook have dropped, and their replacements."""
     from sampo.old_options import OLD_OPTIONS
 
     lines = ["| option | what to do |", "|---|---|"]
@@ -113,21 +113,21 @@ def benchmark() -> str:
 
 
 def coverage() -> str:
-    """How often the intervals of an evaluation hold the truth."""
+    """Coverage of the intervals of an evaluation."""
     from interval_coverage import coverage_table
 
     return coverage_table(_simulated())
 
 
 def hard_prompts() -> str:
-    """How far control of length errs where hard prompts have longer answers."""
+    """Bias of length control if hard prompts have longer answers."""
     from interval_coverage import difficulty_table
 
     return difficulty_table(_simulated())
 
 
 def overlap() -> str:
-    """How far control of length errs where lengths hardly overlap."""
+    """Bias of length control if lengths hardly overlap."""
     from interval_coverage import overlap_table
 
     return overlap_table(_simulated())
@@ -139,12 +139,12 @@ def audit() -> str:
 
 
 def audit_faults() -> str:
-    """Its faults, by kind."""
+    """Its issues, by kind."""
     return _audited().fault_list()
 
 
 def audit_cuts() -> str:
-    """What `max_length` cuts there."""
+    """What `max_length` truncates there."""
     return _audited().cut_table()
 
 
@@ -163,8 +163,8 @@ def _audited() -> Any:
 
 
 def lab_judged() -> str:
-    """The lab's models by the truth and by a ruler, from the records of benchmarks/lab_judged.py."""
-    return _judged("lab_judged.jsonl", {"lab": "the truth", "longer": "a ruler"}, empty="lab")
+    """The lab's models by true quality and by a ruler, from the records of benchmarks/lab_judged.py."""
+    return _judged("lab_judged.jsonl", {"lab": "true quality", "longer": "a ruler"}, empty="lab")
 
 
 def real_judged() -> str:
@@ -176,7 +176,7 @@ def real_judged() -> str:
     )
     records = results.read(ROOT / "docs" / "evaluation" / "real_judged.jsonl")
     (accuracy,) = (record for record in records if record.name == "judge_accuracy")
-    agrees = f"The judge agrees with people on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
+    agrees = f"The judge agrees with human preferences on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
     return f"{table}\n\n{agrees} `{accuracy.command}`"
 
 
@@ -221,7 +221,7 @@ def _measured() -> list:
 
 
 def campaign() -> str:
-    """What came of the runs that were killed, from the records of tests/support/kill_campaign.py."""
+    """Results of the runs that were killed, from the records of tests/support/kill_campaign.py."""
     from sampo.io import records as results
 
     runs: dict[str, dict[str, results.Record]] = {}
@@ -229,11 +229,11 @@ def campaign() -> str:
         runs.setdefault(record.command, {})[record.name] = record
     columns = {
         "kills": "kills",
-        "kills_in_save": "of which in a save",
+        "kills_in_save": "of which during a save",
         "kills_before_training": "before the first step of a launch",
         "steps": "steps of the run",
-        "steps_again": "steps begun again",
-        "half_checkpoints": "half checkpoints found",
+        "steps_again": "repeated steps",
+        "half_checkpoints": "incomplete checkpoints found",
         "differences": "differences",
     }
     lines = [f"| command | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
@@ -259,7 +259,7 @@ def memory_formula() -> str:
     return "\n".join(lines)
 
 
-FITS_GB = 72.0  # of an 80 GB GPU, with a tenth to spare
+FITS_GB = 72.0  # leaves a tenth of an 80 GB GPU free
 
 
 def memory() -> str:
@@ -376,7 +376,7 @@ def main() -> None:
         elif new != old:
             path.write_text(new, encoding="utf-8")
     if stale:
-        sys.exit(f"{', '.join(stale)} differ from what the code says: run `python docs/build.py`.")
+        sys.exit(f"{', '.join(stale)} must match the code, and do not: run `python docs/build.py`.")
 
 
 if __name__ == "__main__":

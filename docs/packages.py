@@ -1,4 +1,4 @@
-"""The packages of `sampo` as a graph, read from the import statements. docs/build.py draws it in docs/architecture.md."""
+"""The packages of `sampo` as a graph, read from the import statements. docs/architecture.md shows it."""
 
 import ast
 from pathlib import Path
@@ -56,7 +56,9 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 
 def package_diagram() -> str:
     """The reduced graph as a Mermaid diagram: an arrow points from a package to one that it imports."""
-    lines = [f"    {a} --> {b}" for a, imports in sorted(reduce_graph(package_graph()).items()) for b in sorted(imports)]
+    lines = [
+        f"    {a} --> {b}" for a, imports in sorted(reduce_graph(package_graph()).items()) for b in sorted(imports)
+    ]
     return "\n".join(["```mermaid", "graph LR", *lines, "```"])
 
 
