@@ -39,7 +39,7 @@ def methods() -> str:
 
 
 def options() -> str:
-    """What `SamPOConfig` adds to TRL's config."""
+    """The options that `SamPOConfig` adds to TRL's config."""
     from trl import DPOConfig
 
     from sampo import SamPOConfig
@@ -54,10 +54,24 @@ def options() -> str:
 
 
 def old_options() -> str:
-    """What TRL, transformers and alignment-handbook have dropped, and what replaces it."""
+    """Options that TRL, transformers and alignment-handbook have dropped, and their replacements."""
     from sampo.old_options import OLD_OPTIONS
 
     return table(["option", "what to do"], [[f"`{name}`", OLD_OPTIONS[name]()] for name in sorted(OLD_OPTIONS)])
+
+
+def package_diagram() -> str:
+    """The imports between the packages of `sampo`."""
+    import packages
+
+    return packages.package_diagram()
+
+
+def module_map() -> str:
+    """Every module of `sampo` with the first sentence of its docstring."""
+    import packages
+
+    return packages.module_map()
 
 
 LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "correlation")
@@ -107,21 +121,21 @@ def benchmark() -> str:
 
 
 def coverage() -> str:
-    """How often the intervals of an evaluation contain the true value."""
+    """Coverage of the intervals of an evaluation."""
     from interval_coverage import coverage_table
 
     return coverage_table(read("interval_coverage.jsonl"))
 
 
 def hard_prompts() -> str:
-    """Error of the length control where hard prompts have longer answers."""
+    """Bias of length control if hard prompts have longer answers."""
     from interval_coverage import difficulty_table
 
     return difficulty_table(read("interval_coverage.jsonl"))
 
 
 def overlap() -> str:
-    """Error of the length control where lengths hardly overlap."""
+    """Bias of length control if lengths hardly overlap."""
     from interval_coverage import overlap_table
 
     return overlap_table(read("interval_coverage.jsonl"))
@@ -181,8 +195,8 @@ def audit_columns() -> str:
 
 
 def lab_judged() -> str:
-    """The lab's models judged by the truth and by length, from the records of benchmarks/lab_judged.py."""
-    return _judged("lab_judged.jsonl", {"lab": "the truth", "longer": "a ruler"}, empty="lab")
+    """The lab's models judged by true quality and by length, from the records of benchmarks/lab_judged.py."""
+    return _judged("lab_judged.jsonl", {"lab": "true quality", "longer": "a ruler"}, empty="lab")
 
 
 def real_judged() -> str:
@@ -192,7 +206,7 @@ def real_judged() -> str:
     )
     records = read("real_model_judged.jsonl")
     (accuracy,) = (record for record in records if record.name == "judge_accuracy")
-    agrees = f"The judge agrees with people on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
+    agrees = f"The judge agrees with human preferences on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
     return f"{judged}\n\n{agrees} `{accuracy.command}`"
 
 
@@ -227,11 +241,11 @@ def campaign() -> str:
         runs.setdefault(record.command, {})[record.name] = record
     columns = {
         "kills": "kills",
-        "kills_in_save": "of which in a save",
+        "kills_in_save": "of which during a save",
         "kills_before_training": "before the first step of a launch",
         "steps": "steps of the run",
-        "steps_again": "steps begun again",
-        "half_checkpoints": "half checkpoints found",
+        "steps_again": "repeated steps",
+        "half_checkpoints": "incomplete checkpoints found",
         "differences": "differences",
     }
     rows = [[f"`{command}`", *(f"{numbers[name].value:.0f}" for name in columns)] for command, numbers in runs.items()]
@@ -255,7 +269,7 @@ def memory_formula() -> str:
     return table(["engine", *parts, "reference"], rows)
 
 
-FITS_GB = 72.0  # of an 80 GB GPU, with a tenth to spare
+FITS_GB = 72.0  # leaves a tenth of an 80 GB GPU free
 
 
 def memory() -> str:
@@ -333,6 +347,7 @@ PARTS = {
         "speed": speed,
         "benchmark": benchmark,
     },
+    **{"package_diagram": package_diagram, "module_map": module_map},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "hard_prompts": hard_prompts, "merging": merging},
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
@@ -357,7 +372,7 @@ def main() -> None:
         elif new != old:
             path.write_text(new, encoding="utf-8")
     if stale:
-        sys.exit(f"{', '.join(stale)} differ from what the code says: run `python docs/build.py`.")
+        sys.exit(f"{', '.join(stale)} must match the code, and do not: run `python docs/build.py`.")
 
 
 if __name__ == "__main__":

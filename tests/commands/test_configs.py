@@ -107,7 +107,7 @@ def test_fsdp_gets_version_2_and_a_whole_state_dict(name):
 
 
 @pytest.mark.parametrize("name", GPU)
-def test_the_twin_of_two_machines_differs_in_their_number_alone(name):
+def test_the_counterpart_of_two_machines_differs_in_their_number_alone(name):
     one, two = read(ACCELERATE[name]), read(ACCELERATE[f"{name}_2nodes"])
     assert {key for key in {*one, *two} if one.get(key) != two.get(key)} == {
         *("num_machines", "num_processes", "main_process_port")
@@ -116,7 +116,7 @@ def test_the_twin_of_two_machines_differs_in_their_number_alone(name):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_twin_of_the_cpu_differs_in_device_size_and_precision_alone(stage):
+def test_the_counterpart_of_the_cpu_differs_in_device_size_and_precision_alone(stage):
     gpu, cpu = read(ACCELERATE[f"zero{stage}"]), read(ACCELERATE[f"cpu_zero{stage}"])
     assert {key for key in gpu if gpu[key] != cpu[key]} == {"num_processes", "use_cpu", "mixed_precision"}
 

@@ -1,4 +1,4 @@
-"""Every recipe is a case here: it goes through the real parser, and its remarks and its twin are looked at."""
+"""Every recipe is a case here: it goes through the real parser, and its remarks and its counterpart are looked at."""
 
 import re
 from pathlib import Path
@@ -111,21 +111,23 @@ def test_no_recipe_trains_on_held_out_data(name):
 
 
 @pytest.mark.parametrize("name", [name for name in SINGLE if "/sampo" in name])
-def test_the_dpo_twin_differs_in_method_and_place_alone(name):
-    ours, twin = read(name), read(name.replace("/sampo", "/dpo"))
-    assert list(ours) == list(twin)
-    assert {key for key in ours if ours[key] != twin[key]} == {"token_weighting", "output_dir"}
+def test_the_dpo_counterpart_differs_in_method_and_place_alone(name):
+    ours, counterpart = read(name), read(name.replace("/sampo", "/dpo"))
+    assert list(ours) == list(counterpart)
+    assert {key for key in ours if ours[key] != counterpart[key]} == {"token_weighting", "output_dir"}
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in SINGLE])
-def test_a_variant_differs_from_its_twin_in_what_its_name_says(name):
+def test_a_variant_differs_from_its_counterpart_in_what_its_name_says(name):
     kind = kind_of(name)
-    twin, keys = VARIANTS[kind]
-    ours, theirs = read(name), read(name.replace(kind, twin))
+    counterpart, keys = VARIANTS[kind]
+    ours, theirs = read(name), read(name.replace(kind, counterpart))
     differ = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     assert differ - {"num_train_epochs"} == keys | {"output_dir"}
-    stated = " ".join("\n".join(header(name)).split("# Deviations")[0].split("# Twin:")[1].replace("#", " ").split())
-    assert stated.startswith(f"{RECIPES[name].name.replace(kind, twin)} ")
+    stated = " ".join(
+        "\n".join(header(name)).split("# Deviations")[0].split("# Compare:")[1].replace("#", " ").split()
+    )
+    assert stated.startswith(f"{RECIPES[name].name.replace(kind, counterpart)} ")
     assert set(re.findall(r"`(\w+)`", stated)) == differ
 
 
@@ -165,7 +167,7 @@ def test_a_value_that_is_not_the_default_has_a_remark(name):
 
 
 @every_recipe
-def test_the_header_gives_command_cost_and_twin(name):
+def test_the_header_gives_command_cost_and_counterpart(name):
     text = "\n".join(header(name))
     file, command = f"recipes/{name}.yaml", "iterate" if name in ITERATIVE else "train"
     assert f"# Command:    sampo {command} --config {file}" in text
@@ -175,7 +177,7 @@ def test_the_header_gives_command_cost_and_twin(name):
         assert (ROOT / re.search(r"--config_file (\S+)", text)[1]).is_file()
     if name in SINGLE:
         here, there = ("sampo", "dpo") if "/sampo" in name else ("dpo", "sampo")
-        assert f"# Twin:       {RECIPES[name].name.replace(here, there)}" in text
+        assert f"# Compare:    {RECIPES[name].name.replace(here, there)}" in text
     assert len(max(RECIPES[name].read_text().splitlines(), key=len)) <= 119
 
 

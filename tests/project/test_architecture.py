@@ -1,13 +1,16 @@
 """The direction of imports, and what an install without extras can do."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "sampo"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "docs"))
+from packages import imported_packages, reachable, reduce_graph  # noqa: E402
+
+PACKAGE = ROOT / "sampo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Which package may import which, in the order of the data: those that import nobody first. `commands` may import
 # everything, and nothing but `cli` imports `commands`. docs/architecture.md draws these arrows.
@@ -42,29 +45,27 @@ ARROWS = {
 }
 
 
-def imported_parts(path: Path) -> set[str]:
-    """Parts of the package that a module imports, by their name below `sampo`."""
-    parts = set()
-    here = path.relative_to(PACKAGE).with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = list(here[: len(here) - node.level])
-            target = base + (node.module.split(".") if node.module else [])
-            parts |= {target[0]} if target else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sampo":
-            parts |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            parts |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sampo.")}
-    return parts - {"__version__"}
-
-
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_arrows_point_one_way(path):
     part = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if part in ("commands", "__init__"):
         return
     assert part in ARROWS, f"say in this test what `{part}` may import"
-    assert imported_parts(path) <= ARROWS[part] | {part}
+    assert imported_packages(path) <= ARROWS[part] | {part}
+
+
+def test_the_diagram_omits_exactly_the_arrows_that_a_longer_path_implies():
+    graph = {"a": {"b", "c", "d"}, "b": {"c"}, "c": set(), "d": {"c"}}
+    reduced = reduce_graph(graph)
+    assert reduced == {"a": {"b", "d"}, "b": {"c"}, "c": set(), "d": {"c"}}
+    assert {node: reachable(reduced, node) for node in graph} == {node: reachable(graph, node) for node in graph}
+
+
+def test_architecture_describes_every_package_and_top_level_module():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    parts = {path.stem for path in PACKAGE.iterdir() if (path.suffix == ".py" and path.stem != "__init__")}
+    parts |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert not {part for part in parts if f"\n| `{part}` |" not in page}
 
 
 def run(code: str) -> subprocess.CompletedProcess:

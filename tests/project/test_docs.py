@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,46 @@ def test_papers_has_an_entry_for_every_source_in_the_registry():
         if identifier not in papers or (f"`{name}`" not in papers and f"`token_weighting: {name}`" not in papers)
     }
     assert not missing, f"add to docs/papers.md: {missing}"
+
+
+def test_every_arxiv_id_has_an_entry_in_papers():
+    papers = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    folders = ("docs", "recipes", "notebooks", "sampo", "benchmarks")
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".yaml", ".py")
+    ]
+    missing = {
+        f"{path.relative_to(ROOT)}: {identifier}"
+        for path in [ROOT / "README.md", *files]
+        for identifier in re.findall(r"(?i)arxiv[: \n#]+(\d{4}\.\d{5})", path.read_text(encoding="utf-8"))
+        if identifier not in papers
+    }
+    assert not missing, f"add to docs/papers.md: {sorted(missing)}"
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part, None)
+        return found is not None
+    return False
+
+
+def test_modules_and_files_that_the_documents_name_exist():
+    missing = set()
+    for path in [*DOCUMENTS, ROOT / "AGENTS.md"]:
+        text = path.read_text(encoding="utf-8")
+        names = set(re.findall(r"`(sampo(?:\.\w+)+)", text)) - {"sampo.weightings"}  # a group of entry points
+        missing |= {f"{path.name}: {name}" for name in names if not resolves(name)}
+        files = re.findall(r"`((?:sampo|tests|benchmarks|scripts|docs|configs|notebooks)/[\w./-]+\.\w+)`", text)
+        missing |= {f"{path.name}: {name}" for name in files if not (ROOT / name).exists()}
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## Unreleased")[1].split("\n## ")[0]
+    for row in re.findall(r"^\| `sampo.*\| (.*) \|$", changes, re.MULTILINE):  # old modules | new modules
+        missing |= {f"CHANGELOG.md: {name}" for name in re.findall(r"`(sampo[\w.]+)`", row) if not resolves(name)}
+    assert not missing
