@@ -79,8 +79,8 @@ def effective_coins(scores: np.ndarray) -> float:
 
     A tie, the mean of two orders or of several samples, and a judge's probability all vary less than a coin with the
     same mean. The ratio of the two variances is taken with one coin more in numerator and denominator: without
-    that, scores that happen to be all equal would count as infinitely many. For scores of 0 and 1 the answer is their
-    number.
+    that, scores that happen to be all equal would count as infinitely many. For scores of 0 and 1 the
+    result is their number.
     """
     n, rate = len(scores), float(np.mean(scores))
     coin = rate * (1 - rate)

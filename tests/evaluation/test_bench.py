@@ -273,7 +273,7 @@ def test_all_five_run_offline_with_a_model_and_show_their_shots(model, data, tmp
     assert {name: r.n for name, r in scores.items()} == {name: 6 if name == "mmlu" else 3 for name in scores}
     shown = capsys.readouterr().out
     assert "ifeval, truthfulqa: the harness fixes the number of shots" in shown
-    assert "this is a trial, no result" in shown
+    assert "this is a trial, not a result" in shown
 
 
 def test_the_names_of_the_command_are_those_of_the_benchmarks():

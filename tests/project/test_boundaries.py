@@ -69,9 +69,10 @@ def test_a_margin_of_exactly_0_is_not_right():
 
 
 MODULES = (
-    *("evaluation.win_rate", "evaluation.intervals", "evaluation.length_control", "evaluation.verbosity"),
-    *("evaluation.summary", "evaluation.comparing", "evaluation.metrics", "evaluation.alpaca_eval"),
-    *("audit.bias", "audit.audit", "diagnostics"),
+    *("stats.intervals", "stats.bootstrap", "evaluation.results.win_rate", "evaluation.results.length_control"),
+    *("evaluation.results.verbosity", "evaluation.results.summary", "evaluation.results.comparing"),
+    *("evaluation.results.metrics", "evaluation.results.alpaca_eval", "audit.bias", "audit.audit"),
+    *("diagnostics.findings", "diagnostics.pair_scores"),
 )
 
 
