@@ -142,10 +142,10 @@ def audit_columns() -> str:
 
 
 def _audited() -> Any:
-    from sampo.audit.report import Audited
+    from sampo.audit.report import AuditTables
     from sampo.io import records as results
 
-    return Audited(results.read(ROOT / "docs" / "audit" / "records.jsonl"))
+    return AuditTables(results.read(ROOT / "docs" / "audit" / "records.jsonl"))
 
 
 def lab_judged() -> str:

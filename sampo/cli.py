@@ -12,7 +12,7 @@ COMMANDS = {
     "iterate": ("commands.iterate", "Iterative SamPO: several rounds of training, each from the model of the last"),
     "merge": ("commands.merge", "merge an adapter into its base model, and check that it says the same"),
     "cache": ("commands.cache", "compute the reference log-probs of a training run ahead; list and delete them"),
-    "audit": ("commands.audit", "look at preference data: faults, lengths, what length alone explains"),
+    "audit": ("commands.audit", "check preference data: issues, lengths, what length alone explains"),
     "diagnose": ("commands.diagnose", "what length says about a model, trained or not: every weighting's pressure"),
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),

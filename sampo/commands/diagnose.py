@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.issues import ON_BAD_ROWS
 from .lazy_model import LazyModel
 from .pair_options import add_treatment, treatment_of
 
 logger = logging.getLogger(__name__)
 
-ON_BAD_ROWS = ("error", "drop")
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...io.files import write_whole
 from ..answers.answers import prompt_text
-from .judges import ONCE, ORDERS, Comparison, Pair, Progress, Verdict
+from .judges import ONCE, ORDERS, AnswerPair, Comparison, Progress, Verdict
 
 SHEET = ("prompt_id", "prompt", "answer_a", "answer_b", "preferred")
 FORMULA = ("=", "+", "-", "@")  # what begins a formula
@@ -103,7 +103,7 @@ def _cell(text: str) -> str:
     return f"'{text}" if text.lstrip()[:1] in FORMULA and text.strip() else text
 
 
-def write_sheet(path: str | Path, pairs: Sequence[Pair], seed: int = 0) -> None:
+def write_sheet(path: str | Path, pairs: Sequence[AnswerPair], seed: int = 0) -> None:
     """A CSV for people to fill in `preferred` (A, B or tie); which side the system is on is drawn for each pair."""
     text = io.StringIO()
     table = csv.writer(text)
