@@ -143,15 +143,15 @@ def overlap() -> str:
 
 def audit() -> str:
     """The table of the audit that docs/audit.md shows."""
-    from sampo.audit.report import MEASURES, PART_KEYS, interval_shown, shown
+    from sampo.audit.report import MEASURES, PART_KEYS, format_interval, format_value
 
     found = {r.name.removeprefix("audit/"): r for r in read("audit.jsonl") if not PART_KEYS & set(r.config)}
     first = found["longer"]
     rows = [
         [
             title.format(unit=first.config["unit"]),
-            shown(found[name].value, how),
-            interval_shown(found[name].interval, how),
+            format_value(found[name].value, how),
+            format_interval(found[name].interval, how),
         ]
         for name, (title, how) in MEASURES.items()
     ]
@@ -175,7 +175,7 @@ def audit_faults() -> str:
 
 def audit_cuts() -> str:
     """What `max_length` cuts there."""
-    from sampo.audit.report import CUT_COUNTS, shown
+    from sampo.audit.report import CUT_COUNTS, format_value
 
     cuts: dict[int | None, dict[str, Record]] = {}
     for record in read("audit.jsonl"):
@@ -183,7 +183,9 @@ def audit_cuts() -> str:
             cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
     cuts = dict(sorted(cuts.items(), key=lambda item: item[0] or 0))
     lengths = ["none" if length is None else f"{length:,}" for length in cuts]
-    rows = [[title, *(shown(found[name].value, 0) for found in cuts.values())] for name, title in CUT_COUNTS.items()]
+    rows = [
+        [title, *(format_value(found[name].value, 0) for found in cuts.values())] for name, title in CUT_COUNTS.items()
+    ]
     return table(["`max_length`", *lengths], rows)
 
 

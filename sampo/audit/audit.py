@@ -1,4 +1,4 @@
-"""`audit_preferences`: everything that can be said about preference data before a model is loaded."""
+"""`audit_preferences`: everything that can be known of preference data before a model is loaded."""
 
 import hashlib
 import itertools
@@ -14,10 +14,10 @@ from ..data.issues import PreferenceDataError, suggest
 from ..data.sources import Files, open_source
 from ..data.treatment import Treatment
 from .bias import LengthBias, length_bias
-from .duplicates import Overlap, Repeats, overlap, repeats
+from .duplicates import Duplicates, SplitOverlap, count_duplicates, find_overlap
 from .scan import Advance, Groups, PairNumbers, SplitScan, scan_split
 from .tokens import TokenCounter, WordCounter
-from .truncation import Truncation, truncation
+from .truncation import Truncation, measure_truncation
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -31,17 +31,17 @@ class Audit:
     """What an audit found.
 
     Attributes:
-        label: what the data is called.
+        label: name of the data.
         unit: what lengths count: `tokens` or `words`.
-        about: the settings that numbers depend on: tokenizer, group column, columns.
+        about: the settings that the numbers depend on: tokenizer, group column, columns.
         fingerprint: hash of all good pairs in their order.
-        scans: one per split, with issues by kind and what is kept of each pair.
-        overall: what length says about all good pairs.
+        scans: one per split, with issues by kind and the numbers of each pair.
+        overall: what length explains in all good pairs.
         splits: the same of each split, where there are several.
         groups: the same of each value of the column `by`.
         group_names: these values by the number that `PairNumbers.group` gives them.
-        truncations: what is cut; the first is without a `max_length`. Empty where lengths are words.
-        repeats: what each split says more than once.
+        truncations: the effect of each `max_length`; the first is without one. Empty where lengths are words.
+        repeats: duplicates within each split.
         overlaps: what each two splits share.
     """
 
@@ -55,8 +55,8 @@ class Audit:
     groups: dict[str, LengthBias]
     group_names: list[str]
     truncations: list[Truncation]
-    repeats: dict[str, Repeats]
-    overlaps: list[Overlap]
+    repeats: dict[str, Duplicates]
+    overlaps: list[SplitOverlap]
 
     @property
     def rows(self) -> int:
@@ -83,10 +83,10 @@ def audit_preferences(
     repeated_prompt: str = "error",
     text_as_messages: bool = False,
 ) -> Audit:
-    """Look at every row of preference data, and say what is wrong with it and what length explains.
+    """Check every row of preference data, and measure what length explains of the preference.
 
     Files of JSON lines and Parquet files are streamed; 64 bytes are kept of each pair. Bad rows are counted and left
-    out; a file that breaks off is audited up to there, and the break is an issue.
+    out; a file that is cut off is audited up to there, and the break is an issue.
 
     Args:
         sources: files, folders, data set ids on the hub, or data sets already loaded, as `load_preferences` takes
@@ -94,13 +94,13 @@ def audit_preferences(
         tokenizer: of the model that is to be trained, or its name; lengths are then completion tokens as the trainer
             counts them. Without it they are whitespace words.
         by: name of a column; every number is also given for each of its values.
-        max_length: one or several lengths, in tokens of prompt and response together; what each would cut is said.
+        max_length: one or several lengths, in tokens of prompt and response together; the effect of each is computed.
         truncation_mode: `keep_start` or `keep_end`, as the trainer's option.
         splits: names of the splits to read; all without it.
         name: configuration of a hub data set; sub-folder of a local folder.
         columns: names of our columns in the source, as in `load_preferences`.
-        label: what to call the data; by default the name of the file, folder or data set.
-        progress: is told (rows done, rows in all) of the current split.
+        label: name of the data; by default the name of the file, folder or data set.
+        progress: called with (rows done, rows in all) of the current split.
         repeated_prompt: `error` or `cut`, as in `load_preferences`.
         text_as_messages: likewise.
 
@@ -112,7 +112,7 @@ def audit_preferences(
     lengths = [max_length] if isinstance(max_length, int) else list(max_length)
     _check(lengths, truncation_mode, tokenizer)
     counter = _counter(tokenizer)
-    found, tables = _open(sources, name, splits)
+    found, tables = _open_splits(sources, name, splits)
     groups = Groups()
     treatment = Treatment(repeated_prompt, text_as_messages)
     scans = [
@@ -161,9 +161,9 @@ def _describe(
         splits={scan.name: _bias(scan.pairs, unit) for scan in scans} if len(scans) > 1 else {},
         groups={name: _bias(pairs.select(pairs.group == number), unit) for name, number in filled},
         group_names=names,
-        truncations=[truncation(pairs, cut, truncation_mode) for cut in cuts] if unit == "tokens" else [],
-        repeats={scan.name: repeats(scan.pairs) for scan in scans},
-        overlaps=[overlap(a.name, a.pairs, b.name, b.pairs) for a, b in itertools.combinations(scans, 2)],
+        truncations=[measure_truncation(pairs, cut, truncation_mode) for cut in cuts] if unit == "tokens" else [],
+        repeats={scan.name: count_duplicates(scan.pairs) for scan in scans},
+        overlaps=[find_overlap(a.name, a.pairs, b.name, b.pairs) for a, b in itertools.combinations(scans, 2)],
     )
 
 
@@ -190,14 +190,14 @@ def _counter(tokenizer: Any) -> WordCounter | TokenCounter:
         tokenizer, name = load_tokenizer(str(tokenizer)), str(tokenizer)
     else:
         name = tokenizer.name_or_path
-    # of a folder its own name: where it lies says nothing about its tokens, its hash does
+    # a folder goes by its own name: its path has no influence on tokens, and its hash identifies it
     return TokenCounter(tokenizer, Path(name).name if Path(name).is_dir() else name)
 
 
-def _open(
+def _open_splits(
     sources: Sequence[Any], name: str | None, splits: Sequence[str] | None
 ) -> tuple[str, dict[str, Callable[[], Rows]]]:
-    """What to call the data, and the rows of each split. Splits of several sources get the name of their source."""
+    """Return a name of the data and the rows of each split. Splits of several sources are named after their source."""
     opened = [open_source(source, name) for source in sources]
     if not opened:
         raise ValueError("At least one source must be given, got none.")

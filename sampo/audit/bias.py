@@ -1,7 +1,7 @@
-"""What the lengths of two sides say about which of them was chosen.
+"""How well the lengths of two responses predict which of them was chosen.
 
-Every pair weighs the same, as in training. Pairs of one prompt are no independent evidence, so every interval takes
-the prompt for its unit: the influence of each pair on the estimate is summed over the pairs of a prompt, and the
+Every pair has the same weight, as in training. Pairs of one prompt are not independent evidence, so the unit of every
+interval is the prompt: the influence of each pair on the estimate is summed over the pairs of a prompt, and the
 variance is that of these sums.
 """
 
@@ -16,7 +16,7 @@ from ..stats.intervals import Estimate, undefined, wilson
 from ..stats.logistic import newton
 
 PER = 100  # units of length that the slope is for
-SEPARATED = 1e-8  # ridge on the slope in units of its scale: too small to be seen where the slope is finite
+RIDGE = 1e-8  # ridge on the slope in units of its scale: too small to matter where the slope is finite
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class LengthBias:
-    """What length says about a set of pairs.
+    """What length explains in a set of pairs.
 
     Attributes:
         pairs: their number.
@@ -46,14 +46,14 @@ class LengthBias:
         difference: mean of T_w − T_l.
         rms_difference: root mean square of T_w − T_l, the scale s of a learned length penalty.
         auc: chance that the length difference ranks a pair shown in the order of preference above one shown in the
-            opposite order, ties one half; 1/2 where length says nothing.
+            opposite order, ties one half; 1/2 where length has no relation to preference.
         slope: of the log-odds of being chosen, per 100 units of length that a response is longer than its rival; None
             where all differences have one sign.
-        counted: share of all completion tokens that SamPO lets count, Σ 2 T_m / Σ (T_w + T_l).
-        counted_chosen: the same of the chosen side, Σ T_m / Σ T_w.
-        counted_rejected: the same of the rejected side, Σ T_m / Σ T_l.
-        end_chosen: mean of T_m / T_w, the chance that SamPO lets the end token of a chosen response count, over those
-            that have one; None where none has.
+        counted: share of all completion tokens that SamPO selects, Σ 2 T_m / Σ (T_w + T_l).
+        counted_chosen: the same of the chosen responses, Σ T_m / Σ T_w.
+        counted_rejected: the same of the rejected responses, Σ T_m / Σ T_l.
+        end_chosen: mean of T_m / T_w, the probability that SamPO selects the end token of a chosen response, over
+            those that have one; None where none has.
         end_rejected: mean of T_m / T_l.
     """
 
@@ -77,7 +77,7 @@ class LengthBias:
     end_rejected: float | None
 
     def numbers(self) -> Mapping[str, Estimate]:
-        """Every number by the name of its record."""
+        """Return every number by the name of its record."""
         numbers = {name: getattr(self, name) for name in ("longer", "equal", "shorter", "difference", "auc", "slope")}
         for part in ("prompt", "chosen", "rejected"):
             lengths: Lengths = getattr(self, part)
@@ -103,42 +103,42 @@ def length_bias(
     """Describe pairs by their lengths.
 
     Args:
-        prompt: `(n,)` lengths of the prompts, whole numbers of `unit`, 0 or more.
+        prompt: `(n,)` lengths of the prompts, integers in `unit`, 0 or more.
         chosen: `(n,)` lengths of the chosen responses.
         rejected: `(n,)` lengths of the rejected responses.
-        prompt_ids: `(n,)` whole numbers, equal for pairs of one prompt: the unit of the intervals.
+        prompt_ids: `(n,)` integers, equal for pairs of one prompt: the unit of the intervals.
         unit: what a length counts.
-        ended: `(n,)` truth values of the chosen and of the rejected responses, whether each has an end token; None
+        ended: `(n,)` bool of the chosen and of the rejected responses, whether each has an end token; None
             where that is not known, and all count as ended.
     """
     prompt, chosen, rejected = (np.asarray(x, dtype=np.int64) for x in (prompt, chosen, rejected))
     _, codes = np.unique(prompt_ids, return_inverse=True)
     difference = chosen - rejected
-    shorter_side = np.minimum(chosen, rejected)
+    shorter_length = np.minimum(chosen, rejected)
     ended_chosen, ended_rejected = ended or (np.full(len(chosen), True),) * 2
     return LengthBias(
         pairs=len(chosen),
         prompts=int(codes.max()) + 1 if len(codes) else 0,
         unit=unit,
-        prompt=_lengths(prompt, codes),
-        chosen=_lengths(chosen, codes),
-        rejected=_lengths(rejected, codes),
-        longer=share(difference > 0, codes),
-        equal=share(difference == 0, codes),
-        shorter=share(difference < 0, codes),
-        difference=mean(difference, codes),
+        prompt=_describe_lengths(prompt, codes),
+        chosen=_describe_lengths(chosen, codes),
+        rejected=_describe_lengths(rejected, codes),
+        longer=estimate_share(difference > 0, codes),
+        equal=estimate_share(difference == 0, codes),
+        shorter=estimate_share(difference < 0, codes),
+        difference=estimate_mean(difference, codes),
         rms_difference=float(np.sqrt((difference.astype(float) ** 2).mean())) if len(difference) else None,
         auc=preference_auc(difference, codes),
         slope=preference_slope(difference, codes),
-        counted=_ratio(2 * shorter_side, chosen + rejected),
-        counted_chosen=_ratio(shorter_side, chosen),
-        counted_rejected=_ratio(shorter_side, rejected),
-        end_chosen=_mean_ratio(shorter_side[ended_chosen], chosen[ended_chosen]),
-        end_rejected=_mean_ratio(shorter_side[ended_rejected], rejected[ended_rejected]),
+        counted=_ratio_of_sums(2 * shorter_length, chosen + rejected),
+        counted_chosen=_ratio_of_sums(shorter_length, chosen),
+        counted_rejected=_ratio_of_sums(shorter_length, rejected),
+        end_chosen=_mean_of_ratios(shorter_length[ended_chosen], chosen[ended_chosen]),
+        end_rejected=_mean_of_ratios(shorter_length[ended_rejected], rejected[ended_rejected]),
     )
 
 
-def mean(values: np.ndarray, codes: np.ndarray, confidence: float = 0.95) -> Estimate:
+def estimate_mean(values: np.ndarray, codes: np.ndarray, confidence: float = 0.95) -> Estimate:
     """Mean over pairs, with a t interval over prompts: `(n,)` values, `(n,)` numbers of prompts from 0."""
     if not len(values):
         return undefined(0)
@@ -151,8 +151,8 @@ def mean(values: np.ndarray, codes: np.ndarray, confidence: float = 0.95) -> Est
     return Estimate(value, value - half, value + half, se, clusters)
 
 
-def share(which: np.ndarray, codes: np.ndarray, confidence: float = 0.95) -> Estimate:
-    """Share of pairs for which something holds, with Wilson's interval for as many coins as the prompts are worth."""
+def estimate_share(which: np.ndarray, codes: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """Share of pairs for which a condition holds, with Wilson's interval for the effective number of trials."""
     if not len(which):
         return undefined(0)
     value = float(which.mean())
@@ -175,7 +175,7 @@ def preference_auc(difference: np.ndarray, codes: np.ndarray, confidence: float 
     if not n:
         return undefined(0)
     ranked = np.sort(-difference)
-    below = np.searchsorted(ranked, difference, side="left")  # how many j have -d_j < d_i
+    below = np.searchsorted(ranked, difference, side="left")  # number of j with -d_j < d_i
     ties = np.searchsorted(ranked, difference, side="right") - below
     beaten = (below + ties / 2) / n  # (n,) share of pairs that the pair i outranks
     value = float(beaten.mean())
@@ -195,7 +195,7 @@ def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: floa
     scale = float(np.sqrt((difference.astype(float) ** 2).mean()))
     scaled = difference / scale
     design, ones = scaled[None, :, None], np.ones(len(scaled))
-    beta = float(newton(design, ones, ones[None, :], np.array([SEPARATED]))[0, 0])
+    beta = float(newton(design, ones, ones[None, :], np.array([RIDGE]))[0, 0])
     p = expit(beta * scaled)
     information = float((p * (1 - p) * scaled**2).sum())
     score = np.bincount(codes, weights=(1 - p) * scaled)
@@ -208,20 +208,20 @@ def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: floa
 
 
 def _in_unit_interval(value: float, influence: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
-    """Wilson's interval of a rate whose mean influence is 0, for the number of coins with the same variance.
+    """Wilson's interval of a rate whose mean influence is 0, for as many independent trials as give its variance.
 
     The variance is taken as of few prompts: corrected by P / (P − 1), and with the quantile of t for that of the
-    normal distribution. Without that it held the truth too seldom with 60 prompts of several pairs.
+    normal distribution. Without that its coverage was too low with 60 prompts of several pairs.
     """
     clusters, variance = int(codes.max()) + 1, _variance(influence, codes)
     value = min(1.0, max(0.0, value))
-    coins = float(clusters)
+    trials = float(clusters)
     if clusters > 1 and variance > 1e-15:
         level = (1 + confidence) / 2
         t_to_z = float(stats.t.ppf(level, clusters - 1) / stats.norm.ppf(level))
         variance *= clusters / (clusters - 1)
-        coins = value * (1 - value) / (variance * t_to_z**2)
-    return Estimate(value, *wilson(value, max(coins, 1.0), confidence), float(np.sqrt(variance)), clusters)
+        trials = value * (1 - value) / (variance * t_to_z**2)
+    return Estimate(value, *wilson(value, max(trials, 1.0), confidence), float(np.sqrt(variance)), clusters)
 
 
 def _variance(influence: np.ndarray, codes: np.ndarray) -> float:
@@ -229,17 +229,17 @@ def _variance(influence: np.ndarray, codes: np.ndarray) -> float:
     return float((np.bincount(codes, weights=influence) ** 2).sum()) / len(codes) ** 2
 
 
-def _lengths(values: np.ndarray, codes: np.ndarray) -> Lengths:
+def _describe_lengths(values: np.ndarray, codes: np.ndarray) -> Lengths:
     if not len(values):
         return Lengths(undefined(0), None, None, None)
     median, p90 = np.quantile(values, [0.5, 0.9])
-    return Lengths(mean(values, codes), float(median), float(p90), int(values.max()))
+    return Lengths(estimate_mean(values, codes), float(median), float(p90), int(values.max()))
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> float | None:
-    return float(part.sum() / whole.sum()) if whole.sum() else None
+def _ratio_of_sums(part: np.ndarray, total: np.ndarray) -> float | None:
+    return float(part.sum() / total.sum()) if total.sum() else None
 
 
-def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> float | None:
-    some = whole > 0
-    return float((part[some] / whole[some]).mean()) if some.any() else None
+def _mean_of_ratios(part: np.ndarray, total: np.ndarray) -> float | None:
+    some = total > 0
+    return float((part[some] / total[some]).mean()) if some.any() else None

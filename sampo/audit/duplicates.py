@@ -1,4 +1,4 @@
-"""Pairs and prompts that come more than once, within a split and across splits, by 64-bit hashes of their text."""
+"""Pairs and prompts that occur more than once, within a split and across splits, by 64-bit hashes of their text."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from .scan import PairNumbers
 
 
 @dataclass(frozen=True)
-class Repeats:
-    """What one split says more than once.
+class Duplicates:
+    """Duplicates within one split.
 
     Attributes:
         pairs: number of pairs.
         prompts: number of different prompts.
         repeated: pairs that repeat an earlier one.
-        contradicted: pairs that stand in the split with their sides swapped too.
+        contradicted: pairs that also occur in the split with their responses swapped.
     """
 
     pairs: int
@@ -25,7 +25,7 @@ class Repeats:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class SplitOverlap:
     """What two splits share.
 
     Attributes:
@@ -33,8 +33,8 @@ class Overlap:
         second: name of the other.
         prompts: different prompts that are in both.
         pairs_of_second: pairs of the second split whose prompt is in the first.
-        same_pairs: pairs of the second split that are in the first as they are.
-        swapped_pairs: pairs of the second split that are in the first with their sides swapped.
+        same_pairs: pairs of the second split that are in the first unchanged.
+        swapped_pairs: pairs of the second split that are in the first with their responses swapped.
     """
 
     first: str
@@ -45,10 +45,10 @@ class Overlap:
     swapped_pairs: int
 
 
-def repeats(pairs: PairNumbers) -> Repeats:
-    """Count the repetitions within a split."""
+def count_duplicates(pairs: PairNumbers) -> Duplicates:
+    """Count the duplicates within a split."""
     n = len(pairs.pair_hash)
-    return Repeats(
+    return Duplicates(
         pairs=n,
         prompts=len(np.unique(pairs.prompt_hash)),
         repeated=n - len(np.unique(pairs.pair_hash)),
@@ -56,9 +56,9 @@ def repeats(pairs: PairNumbers) -> Repeats:
     )
 
 
-def overlap(first: str, a: PairNumbers, second: str, b: PairNumbers) -> Overlap:
-    """Count what the split `b` repeats of the split `a`."""
-    return Overlap(
+def find_overlap(first: str, a: PairNumbers, second: str, b: PairNumbers) -> SplitOverlap:
+    """Count what split `b` repeats of split `a`."""
+    return SplitOverlap(
         first,
         second,
         prompts=len(np.intersect1d(a.prompt_hash, b.prompt_hash)),

@@ -11,17 +11,17 @@ from ..data.issues import Issue
 from ..io import records as results
 from ..io.files import replacing, write_whole
 from .audit import Audit
-from .report import conclusion, records
+from .report import list_records, write_conclusion
 from .scan import SplitScan
 
 
-def write(audit: Audit, folder: Path, *, command: str = "") -> list[Path]:
-    """Write `audit.json`, `records.jsonl` and `pairs.parquet`; an older audit in the folder is replaced."""
+def write_audit(audit: Audit, folder: Path, *, command: str = "") -> list[Path]:
+    """Write `audit.json`, `records.jsonl` and `pairs.parquet`, and replace an older audit in the folder."""
     paths = [folder / name for name in ("audit.json", "records.jsonl", "pairs.parquet")]
     folder.mkdir(parents=True, exist_ok=True)
     _write_pairs(audit, paths[2])
     made = "".join(
-        json.dumps(asdict(r), sort_keys=True, allow_nan=False) + "\n" for r in records(audit, command=command)
+        json.dumps(asdict(r), sort_keys=True, allow_nan=False) + "\n" for r in list_records(audit, command=command)
     )
     write_whole(paths[1], made)
     write_whole(paths[0], json.dumps(as_dict(audit), indent=2, allow_nan=False) + "\n")
@@ -29,7 +29,7 @@ def write(audit: Audit, folder: Path, *, command: str = "") -> list[Path]:
 
 
 def as_dict(audit: Audit) -> dict[str, Any]:
-    """The whole audit as plain values, without what is kept of single pairs."""
+    """Convert an audit to plain values, without the numbers of single pairs."""
     scans = [
         {
             "split": scan.name,
@@ -53,35 +53,35 @@ def as_dict(audit: Audit) -> dict[str, Any]:
         "truncations": [asdict(cut) for cut in audit.truncations],
         "repeats": {name: asdict(found) for name, found in audit.repeats.items()},
         "overlaps": [asdict(both) for both in audit.overlaps],
-        "conclusion": conclusion(audit),
+        "conclusion": write_conclusion(audit),
         "provenance": results.provenance(),
     }
 
 
 def _issue_as_dict(issue: Issue) -> dict[str, Any]:
-    """An issue with the keys of audit.json, which are an interface."""
+    """Convert an issue to the keys of audit.json, which are an interface."""
     return {"kind": issue.kind, "column": issue.column, "rows": issue.rows, "count": issue.count, "cure": issue.fix}
 
 
 PARQUET_COLUMNS = {  # of pairs.parquet
     "split": "name of the split",
-    "row": "row of the pair in the split, from 0; bad rows are not there",
+    "row": "row of the pair in the split, from 0; bad rows are left out",
     "group": "value of the column `by`; null without one",
     "prompt": "length of the prompt",
     "chosen": "length T_w of the chosen response",
     "rejected": "length T_l of the rejected response",
-    "chosen_end": "place of its last end token in the chosen response, from 0; -1 for none and for words",
+    "chosen_end": "position of the last end token in the chosen response, from 0; -1 for none and for words",
     "rejected_end": "the same of the rejected response",
     "shared_start": "tokens that both responses begin with; 0 where lengths are words",
     "shared_end": "tokens that both responses end with",
     "prompt_hash": "64-bit hash of the prompt",
     "pair_hash": "64-bit hash of the pair",
-    "swapped_hash": "64-bit hash of the pair with its sides swapped",
+    "swapped_hash": "64-bit hash of the pair with its responses swapped",
 }
 
 
 def _write_pairs(audit: Audit, path: Path) -> None:
-    """One row per good pair, split by split, so that no second copy of all of them is made."""
+    """Write one row per good pair, split by split, so that no second copy of all pairs is made."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

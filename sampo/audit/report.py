@@ -1,4 +1,4 @@
-"""From an audit to records, tables, files and sentences. Every sentence is chosen by the numbers."""
+"""From an audit to records, tables and sentences. Every sentence is chosen by the numbers."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from .audit import Audit
 from .bias import LengthBias
 from .truncation import Truncation
 
-# number -> what it is, and how it is shown: a share in per cent, or so many digits
+# number -> its title and its format: a share in per cent, or so many digits
 MEASURES: dict[str, tuple[str, str | int]] = {
     "longer": ("chosen is longer", "%"),
     "equal": ("both are equally long", "%"),
@@ -29,9 +29,9 @@ MEASURES: dict[str, tuple[str, str | int]] = {
     "rms_difference": ("root mean square of T_w − T_l", 1),
     "auc": ("AUC of length for the preference", 3),
     "slope": ("log-odds per 100 {unit} longer", 2),
-    "counted": ("SamPO counts, of all tokens", "%"),
-    "counted_chosen": ("SamPO counts, of chosen tokens", "%"),
-    "counted_rejected": ("SamPO counts, of rejected tokens", "%"),
+    "counted": ("SamPO selects, of all tokens", "%"),
+    "counted_chosen": ("SamPO selects, of chosen tokens", "%"),
+    "counted_rejected": ("SamPO selects, of rejected tokens", "%"),
     "end_chosen": ("SamPO keeps the end token of chosen", "%"),
     "end_rejected": ("SamPO keeps the end token of rejected", "%"),
 }
@@ -39,28 +39,28 @@ GROUP_COLUMNS = ("chosen_mean", "rejected_mean", "longer", "shorter", "auc", "sl
 GROUPS_SHOWN = 20
 PART_KEYS = {"split", "group", "max_length"}  # in the config of a record that is not of all pairs
 CUT_COUNTS = {
-    "dropped": "pairs dropped, for their prompt fills it",
+    "dropped": "pairs dropped because their prompt fills it",
     "cut_chosen": "chosen responses cut",
     "cut_rejected": "rejected responses cut",
     "without_end_chosen": "chosen without an end token",
     "without_end_rejected": "rejected without an end token",
-    "one_sided_end": "pairs with an end token on one side only",
-    "identical": "pairs with the same tokens on both sides",
+    "one_sided_end": "pairs with an end token in one response only",
+    "identical": "pairs with the same tokens in both responses",
 }
 
 
-def records(audit: Audit, *, command: str = "") -> list[results.Record]:
-    """Every number as a record; what belongs to a split, a group or a `max_length` says so in its `config`."""
+def list_records(audit: Audit, *, command: str = "") -> list[results.Record]:
+    """List every number as a record; its `config` names the split, group or `max_length` that it belongs to."""
     made = []
     for part, bias in _parts(audit):
         config = _config(audit) | part
         for name, estimate in bias.numbers().items():
-            made.append(_record(f"audit/{name}", estimate, bias.pairs, config, command))
+            made.append(_make_record(f"audit/{name}", estimate, bias.pairs, config, command))
     for cut in audit.truncations:
         config = _config(audit) | {"max_length": cut.max_length, "truncation_mode": cut.truncation_mode}
         for name in CUT_COUNTS:
-            estimate = Estimate(float(getattr(cut, name)), None, None, None, len_of(audit))
-            made.append(_record(f"audit/{name}", estimate, len_of(audit), config, command))
+            estimate = Estimate(float(getattr(cut, name)), None, None, None, count_pairs(audit))
+            made.append(_make_record(f"audit/{name}", estimate, count_pairs(audit), config, command))
     for scan in audit.scans:
         found = audit.repeats[scan.name]
         counts = {"rows": scan.rows, "faults": sum(issue.count for issue in scan.issues)}
@@ -68,11 +68,13 @@ def records(audit: Audit, *, command: str = "") -> list[results.Record]:
         counts |= {"repeated": found.repeated, "contradicted": found.contradicted}
         for name, count in counts.items():
             estimate = Estimate(float(count), None, None, None, scan.rows)
-            made.append(_record(f"audit/{name}", estimate, scan.rows, _config(audit) | {"split": scan.name}, command))
+            made.append(
+                _make_record(f"audit/{name}", estimate, scan.rows, _config(audit) | {"split": scan.name}, command)
+            )
         for issue in scan.issues:
             config = _config(audit) | {"split": scan.name, "kind": issue.kind, "column": issue.column}
             bad = Estimate(float(issue.count), None, None, None, scan.rows)
-            made.append(_record("audit/bad_rows", bad, scan.rows, config, command))
+            made.append(_make_record("audit/bad_rows", bad, scan.rows, config, command))
     return made
 
 
@@ -84,8 +86,8 @@ def _parts(audit: Audit) -> Iterator[tuple[dict[str, Any], LengthBias]]:
         yield {"max_length": cut.max_length, "truncation_mode": cut.truncation_mode}, cut.bias
 
 
-def len_of(audit: Audit) -> int:
-    """Good pairs of all splits."""
+def count_pairs(audit: Audit) -> int:
+    """Count the good pairs of all splits."""
     return audit.overall.pairs
 
 
@@ -93,7 +95,7 @@ def _config(audit: Audit) -> dict[str, Any]:
     return {"data": audit.label, "fingerprint": audit.fingerprint, "unit": audit.unit, **audit.about}
 
 
-def _record(name: str, estimate: Estimate, n: int, config: dict[str, Any], command: str) -> results.Record:
+def _make_record(name: str, estimate: Estimate, n: int, config: dict[str, Any], command: str) -> results.Record:
     return results.Record(
         name=name,
         value=estimate.value,
@@ -105,63 +107,63 @@ def _record(name: str, estimate: Estimate, n: int, config: dict[str, Any], comma
     )
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def overall_rows(numbers: Mapping[str, Estimate], unit: str) -> list[tuple[str, str, str]]:
     """The lines of the table of all pairs: what, value, 95 % interval."""
     return [
-        (title.format(unit=unit), shown(numbers[name].value, how), interval_shown(numbers[name].interval, how))
+        (title.format(unit=unit), format_value(numbers[name].value, how), format_interval(numbers[name].interval, how))
         for name, (title, how) in MEASURES.items()
     ]
 
 
-def shown(value: float | None, how: str | int) -> str:
-    """A number as its measure is shown; a dash for what is not defined."""
+def format_value(value: float | None, how: str | int) -> str:
+    """Format a number as its measure asks; a dash for what is undefined."""
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if how == "%" else f"{value:,.{how}f}"
 
 
-def interval_shown(interval: tuple[float, float] | None, how: str | int) -> str:
-    """Both bounds, or nothing."""
-    return "" if interval is None else f"{shown(interval[0], how)} to {shown(interval[1], how)}"
+def format_interval(interval: tuple[float, float] | None, how: str | int) -> str:
+    """Format both bounds, or return an empty text."""
+    return "" if interval is None else f"{format_value(interval[0], how)} to {format_value(interval[1], how)}"
 
 
-def tables(audit: Audit) -> list[Table]:
-    """What is shown on a screen: all pairs, splits, groups, cuts."""
-    overall = Table(f"{clean(audit.label)}: {len_of(audit):,} pairs", ["", "value", "95 % interval"])
+def make_tables(audit: Audit) -> list[Table]:
+    """Make the tables for a screen: all pairs, splits, groups, truncation."""
+    overall = Table(f"{clean(audit.label)}: {count_pairs(audit):,} pairs", ["", "value", "95 % interval"])
     for row in overall_rows(audit.overall.numbers(), audit.unit):
         overall.add(*row)
     made = [overall]
     for title, parts in (("Splits", audit.splits), (f"By {clean(str(audit.about['by']))}", audit.groups)):
         if parts:
-            made.append(_parts_table(title, parts))
+            made.append(_group_table(title, parts))
     if audit.truncations:
-        made.append(_cut_table(audit.truncations))
+        made.append(_truncation_table(audit.truncations))
     return made
 
 
-def _parts_table(title: str, parts: Mapping[str, LengthBias]) -> Table:
+def _group_table(title: str, parts: Mapping[str, LengthBias]) -> Table:
     heads = {"chosen_mean": "T_w", "rejected_mean": "T_l", "longer": "longer", "shorter": "shorter"}
     heads |= {"auc": "AUC", "slope": "slope", "counted": "counted"}
     table = Table(title, ["", "pairs", *(heads[name] for name in GROUP_COLUMNS)])
     largest = sorted(parts.items(), key=lambda item: -item[1].pairs)
     for name, bias in largest[:GROUPS_SHOWN]:
         numbers = bias.numbers()
-        cells = [shown(numbers[column].value, MEASURES[column][1]) for column in GROUP_COLUMNS]
+        cells = [format_value(numbers[column].value, MEASURES[column][1]) for column in GROUP_COLUMNS]
         table.add(name, f"{bias.pairs:,}", *cells)
     if len(largest) > GROUPS_SHOWN:
         table.add(f"… and {len(largest) - GROUPS_SHOWN} smaller ones", "")
     return table
 
 
-def _cut_table(cuts: list[Truncation]) -> Table:
+def _truncation_table(cuts: list[Truncation]) -> Table:
     lengths = ["none" if cut.max_length is None else f"{cut.max_length:,}" for cut in cuts]
     table = Table(f"What `max_length` cuts ({cuts[0].truncation_mode})", ["", *lengths])
     for name, title in CUT_COUNTS.items():
         table.add(title, *(f"{getattr(cut, name):,}" for cut in cuts))
-    table.add("chosen is longer, after the cut", *(shown(cut.bias.longer.value, "%") for cut in cuts))
+    table.add("chosen is longer, after the cut", *(format_value(cut.bias.longer.value, "%") for cut in cuts))
     return table
 
 
@@ -175,72 +177,73 @@ def issue_lines(audit: Audit) -> list[str]:
         if found.repeated or found.contradicted:
             lines.append(
                 f"split `{scan.name}`: {found.repeated:,} of {found.pairs:,} pairs repeat an earlier one, "
-                f"{found.contradicted:,} stand there with their sides swapped too."
+                f"{found.contradicted:,} also occur with their responses swapped."
             )
     for both in audit.overlaps:
         if both.prompts:
             lines.append(
                 f"splits `{both.first}` and `{both.second}` share {both.prompts:,} prompts: {both.pairs_of_second:,} "
                 f"pairs of `{both.second}` have a prompt of `{both.first}`, {both.same_pairs:,} are the same pair, "
-                f"{both.swapped_pairs:,} the same with swapped sides. To split by prompt: "
+                f"{both.swapped_pairs:,} the same with swapped responses. To split by prompt: "
                 "`sampo.data.subsets.split_by_prompt`, or the option `eval_fraction`."
             )
     return [clean(line) for line in lines]
 
 
-# --- what it means ---------------------------------------------------------------------------------------------------
+# --- conclusion ------------------------------------------------------------------------------------------------------
 
 
-def conclusion(audit: Audit) -> str:
-    """What length bias there is, and which options of a recipe it touches. Promises nothing about a training run."""
+def write_conclusion(audit: Audit) -> str:
+    """Describe the length bias and the options that it concerns; nothing is predicted of a training run."""
     bias, unit = audit.overall, audit.unit
     sentences = [_share_sentence(bias), _preference_sentence(bias, unit), *_option_sentences(bias)]
     sentences += _cut_sentences(audit.truncations)
     if any(both.prompts for both in audit.overlaps):
-        sentences.append("Splits share prompts, so an evaluation on one of them is no test of the other.")
+        sentences.append("Splits share prompts, so one of them is not a valid test set for the other.")
     sentences.append(
-        "What training does to the length of answers cannot be read off the data: watch `length_gap/*` in its log."
+        "The data cannot show how training changes the length of answers: watch `length_gap/*` in its log."
     )
     return " ".join(sentences)
 
 
 def _share_sentence(bias: LengthBias) -> str:
     return (
-        f"The chosen response is longer in {_estimate(bias.longer, '%')} of {bias.pairs:,} pairs, shorter in "
-        f"{_estimate(bias.shorter, '%')}."
+        f"The chosen response is longer in {_format_estimate(bias.longer, '%')} of {bias.pairs:,} pairs, shorter in "
+        f"{_format_estimate(bias.shorter, '%')}."
     )
 
 
 def _preference_sentence(bias: LengthBias, unit: str) -> str:
-    side = side_of(bias.auc, 0.5)
-    area = f"AUC {_estimate(bias.auc, 3)}"
+    side = sign_of_effect(bias.auc, 0.5)
+    area = f"AUC {_format_estimate(bias.auc, 3)}"
     if side == 0:
         return f"Length alone does not tell the chosen response from the rejected one ({area}, 0.5 is chance)."
-    slope = "" if bias.slope.value is None else f", log-odds {_estimate(bias.slope, 2)} per 100 {unit}"
+    slope = "" if bias.slope.value is None else f", log-odds {_format_estimate(bias.slope, 2)} per 100 {unit}"
     return f"Length alone points to the {'longer' if side > 0 else 'shorter'} response ({area}{slope})."
 
 
 def _option_sentences(bias: LengthBias) -> list[str]:
-    """By the side of chance that the whole interval of the AUC lies on."""
-    kept = f"{shown(bias.end_chosen, '%')} of chosen and {shown(bias.end_rejected, '%')} of rejected end tokens"
+    """Choose by the side of chance on which the complete interval of the AUC lies."""
+    chosen, rejected = (format_value(value, "%") for value in (bias.end_chosen, bias.end_rejected))
+    kept = f"{chosen} of chosen and {rejected} of rejected end tokens"
     if bias.end_chosen is None and bias.end_rejected is None:
         kept = "no end token, since no response has one"
-    side = side_of(bias.auc, 0.5)
+    side = sign_of_effect(bias.auc, 0.5)
     if side > 0:
         return [
-            f"`token_weighting: sampo` would thin mostly the chosen side and keep {kept}, which presses towards "
-            "longer answers; `sampled_sides: rejected` keeps a longer chosen response whole, and `length_penalty: "
-            "learned` lets length explain what it explains (docs/concepts.md; so far measured in the lab only)."
+            f"`token_weighting: sampo` would downsample mostly the chosen responses and keep {kept}, which favours "
+            "longer answers; `sampled_sides: rejected` keeps a longer chosen response complete, and `length_penalty: "
+            "learned` fits what length explains (docs/concepts.md; so far measured in the lab only)."
         ]
     if side < 0:
         return [
-            f"`token_weighting: sampo` would thin mostly the rejected side and keep {kept}; with `all` (DPO) the "
-            "longer rejected side has more terms to push down, the case that collapsed in the lab when every chosen "
-            "response was shorter (docs/lab.md)."
+            f"`token_weighting: sampo` would downsample mostly the rejected responses and keep {kept}; with `all` "
+            "(DPO) the longer rejected response has more terms to push down, the case that collapsed in the lab when "
+            "every chosen response was shorter (docs/lab.md)."
         ]
     return [
-        f"`token_weighting: sampo` would thin both sides about alike and keep {kept}; nothing here asks for a length "
-        "penalty."
+        f"`token_weighting: sampo` would downsample both responses about equally and keep {kept}; nothing here "
+        "calls for a length penalty."
     ]
 
 
@@ -253,25 +256,25 @@ def _cut_sentences(cuts: list[Truncation]) -> list[str]:
             said.append(f"{cut.dropped:,} pairs are dropped because their prompt fills it")
         if cut.without_end_chosen + cut.without_end_rejected == 2 * cut.bias.pairs > 0:
             said.append(
-                f"none of {2 * cut.bias.pairs:,} responses has an end token, so training teaches no end, and "
-                "`balance_end_token` and `keep_end_token` are refused"
+                f"none of {2 * cut.bias.pairs:,} responses has an end token, so no end is trained, and "
+                "`balance_end_token` and `keep_end_token` raise an error"
             )
         if cut.one_sided_end:
-            said.append(f"{cut.one_sided_end:,} pairs have an end token on one side only")
+            said.append(f"{cut.one_sided_end:,} pairs have an end token in one response only")
         if cut.identical:
-            said.append(f"{cut.identical:,} pairs have the same tokens on both sides")
+            said.append(f"{cut.identical:,} pairs have the same tokens in both responses")
         if said:
             sentences.append(f"{at}, {', '.join(said)}.")
     return sentences
 
 
-def side_of(estimate: Estimate, centre: float) -> int:
-    """1 where the whole interval lies above `centre`, −1 below, 0 where it holds it or there is none."""
+def sign_of_effect(estimate: Estimate, centre: float) -> int:
+    """Return 1 if the complete interval lies above `centre`, −1 if below, 0 if it contains it or there is none."""
     if estimate.low is None or estimate.high is None:
         return 0
     return int(estimate.low > centre) - int(estimate.high < centre)
 
 
-def _estimate(estimate: Estimate, how: str | int) -> str:
-    interval = interval_shown(estimate.interval, how)
-    return shown(estimate.value, how) + (f" ({interval})" if interval else "")
+def _format_estimate(estimate: Estimate, how: str | int) -> str:
+    interval = format_interval(estimate.interval, how)
+    return format_value(estimate.value, how) + (f" ({interval})" if interval else "")

@@ -15,10 +15,10 @@ import numpy as np
 
 from ..data.columns import Rows
 from ..data.issues import Issue, PreferenceDataError, suggest
-from ..data.layouts import Pair, serialize
+from ..data.layouts import HEAD_ROWS, Pair, serialize
 from ..data.tokenize import note_of_text
 from ..data.treatment import Treatment
-from ..data.validate import HEAD, CheckedRow, RowScanner, find_missing_columns
+from ..data.validate import CheckedRow, RowScanner, find_missing_columns
 from .tokens import TokenCounter, WordCounter
 
 PAIRS_PER_BATCH = 250  # that are tokenised at a time
@@ -141,7 +141,7 @@ def scan_split(
     Raises:
         PreferenceDataError: `chosen` or `rejected` is no column, or nothing at all can be read.
     """
-    _check_columns(name, rows.columns, by)
+    _check_split_columns(name, rows.columns, by)
     readable = _ReadableRows(rows)
     by_columns = (by,) if by else ()
     scanner = RowScanner(readable, treatment, repeats_by_head=True, other_columns=by_columns)
@@ -149,7 +149,7 @@ def scan_split(
     for row in scanner:
         if not row.issues:
             measured.add(row, groups.number_of(row.cells[-1]) if by else 0)
-        if scanner.total % HEAD == 0:
+        if scanner.total % HEAD_ROWS == 0:
             advance(scanner.total, max(getattr(rows, "total", 0), scanner.total))
     measured.flush()
     if readable.error is not None and not scanner.total:
@@ -163,7 +163,7 @@ def scan_split(
     return SplitScan(name, scanner.total, scanner.layout, issues, measured.pairs(), notes)
 
 
-def _check_columns(name: str, columns: list[str], by: str | None) -> None:
+def _check_split_columns(name: str, columns: list[str], by: str | None) -> None:
     """Raise unless the source has both responses, and the column to group by."""
     if missing := find_missing_columns(columns):
         fixes = " ".join(f"There is no column `{issue.column}`. {issue.fix}" for issue in missing)

@@ -1,4 +1,4 @@
-"""`sampo audit DATA`: what is wrong with preference data, how long its sides are, and what length alone explains."""
+"""`sampo audit DATA`: issues of preference data, lengths of its responses, and what length alone explains."""
 
 import argparse
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 from ..io.command_line import format_command
 from .pair_options import add_treatment, treatment_of
 
-FAULTY = 3  # exit code: bad rows, or a file that breaks off; the audit is complete without them
+HAS_ISSUES = 3  # exit code: bad rows, or a file that is cut off; the audit is complete without them
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -15,37 +15,37 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sampo audit",
         allow_abbrev=False,
-        description="Look at every row of preference data: faults with row numbers, lengths, what length alone says "
-        "about the preference, what SamPO would count, what `max_length` would cut, duplicates within and across "
-        f"splits. Exit code 0: no faults; {FAULTY}: faults, all listed, the rest audited; 1: no audit is possible.",
+        description="Check every row of preference data: issues with row numbers, lengths, how well length alone "
+        "predicts the preference, what SamPO would select, what `max_length` would cut, duplicates within and across "
+        f"splits. Exit code 0: no issues; {HAS_ISSUES}: issues, all listed, the rest audited; 1: no audit possible.",
     )
     parser.add_argument("data", nargs="+", help="files, folders or hub ids; all their splits are read")
     parser.add_argument("--tokenizer", metavar="T", help="of the model to train: lengths in its tokens, else in words")
-    parser.add_argument("--by", metavar="COLUMN", help="everything also for each value of this column")
+    parser.add_argument("--by", metavar="COLUMN", help="repeat the numbers for each value of this column")
     parser.add_argument(
-        "--max_length", type=int, nargs="+", default=[], metavar="N", help="say what each of these would cut"
+        "--max_length", type=int, nargs="+", default=[], metavar="N", help="show what each of these would cut"
     )
     parser.add_argument("--truncation_mode", default="keep_start", choices=("keep_start", "keep_end"))
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="read these only")
     parser.add_argument("--name", help="configuration of a hub data set, or sub-folder")
     add_treatment(parser)
-    parser.add_argument("--label", help="what to call the data in tables and records")
+    parser.add_argument("--label", help="name of the data in tables and records")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, records.jsonl and pairs.parquet")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Audit, and say what was found."""
+    """Audit, and print the result."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        code = _audit(args)
+        code = _run_audit(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo audit: error: {error}") from None
     if code:
         raise SystemExit(code)
 
 
-def _audit(args: argparse.Namespace) -> int:
+def _run_audit(args: argparse.Namespace) -> int:
     from ..audit import files, report
     from ..audit.audit import audit_preferences
     from ..io.locks import alone_in
@@ -69,28 +69,28 @@ def _audit(args: argparse.Namespace) -> int:
             progress=advance,
             **treatment_of(args),
         )
-    show(*report.tables(audit))
-    say(*report.issue_lines(audit), "", report.clean(report.conclusion(audit)))
+    show(*report.make_tables(audit))
+    say(*report.issue_lines(audit), "", report.clean(report.write_conclusion(audit)))
     if args.out:
         with alone_in(args.out):
-            written = files.write(audit, args.out, command=_command(args))
+            written = files.write_audit(audit, args.out, command=_reproducing_command(args))
         say(f"Written: {', '.join(map(str, written))}")
-    return FAULTY if audit.has_issues else 0
+    return HAS_ISSUES if audit.has_issues else 0
 
 
-def _command(args: argparse.Namespace) -> str:
-    """The command that measures the same again."""
-    words = ["sampo", "audit", *args.data]
+def _reproducing_command(args: argparse.Namespace) -> str:
+    """Return the command that gives the same numbers again."""
+    arguments = ["sampo", "audit", *args.data]
     for name in ("tokenizer", "by", "name", "label"):
         if getattr(args, name):
-            words += [f"--{name}", getattr(args, name)]
+            arguments += [f"--{name}", getattr(args, name)]
     for name in ("max_length", "splits", "columns"):
         if getattr(args, name):
-            words += [f"--{name}", *map(str, getattr(args, name))]
+            arguments += [f"--{name}", *map(str, getattr(args, name))]
     if args.repeated_prompt != "error":
-        words += ["--repeated_prompt", args.repeated_prompt]
+        arguments += ["--repeated_prompt", args.repeated_prompt]
     if args.text_as_messages:
-        words += ["--text_as_messages"]
+        arguments += ["--text_as_messages"]
     if args.truncation_mode != "keep_start":
-        words += ["--truncation_mode", args.truncation_mode]
-    return format_command(words)
+        arguments += ["--truncation_mode", args.truncation_mode]
+    return format_command(arguments)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.columns import read_columns
+from ..data.issues import ON_BAD_ROWS
 from ..evaluation.answers.generate import Sampling
-from ..evaluation.answers.prompts import ON_BAD_ROWS
 from ..evaluation.models import FORMATS
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED

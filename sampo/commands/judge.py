@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(code)
 
 
-def _pairs(args: argparse.Namespace) -> tuple[list[judges.Pair], tuple[Any, Any]]:
+def _pairs(args: argparse.Namespace) -> tuple[list[judges.AnswerPair], tuple[Any, Any]]:
     """The pairs to judge, and the two files that they are from."""
     from ..evaluation.answers.answers import read_answers
     from ..evaluation.results.judged import AnswerFile
@@ -176,7 +176,7 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 # --- judge and report ----------------------------------------------------------------------------------------------
 
 
-def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files: tuple[Any, Any]) -> int:
+def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair], files: tuple[Any, Any]) -> int:
     from ..evaluation.results import judged
     from ..io.command_line import format_arguments
     from .progress import progress
@@ -212,7 +212,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair], files
     return INCOMPLETE if run.failures or found.empty_failed else 0
 
 
-def _control(args: argparse.Namespace, pairs: Sequence[judges.Pair]) -> list[judges.Pair]:
+def _control(args: argparse.Namespace, pairs: Sequence[judges.AnswerPair]) -> list[judges.AnswerPair]:
     """The pairs of the control with an empty answer; people are not asked for it."""
     if args.judge == "human":
         return []
@@ -263,7 +263,7 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _dry_run(args: argparse.Namespace, judge: Any, pairs: list[judges.Pair]) -> int:
+def _dry_run(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair]) -> int:
     if args.judge != "endpoint":
         raise ValueError(f"`dry_run` goes with `judge` endpoint, got {args.judge}, which makes no requests.")
     shown = [pair.comparison(order) for pair in [*pairs, *_control(args, pairs)] for order in judges.ORDERS]

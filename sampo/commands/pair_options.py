@@ -7,29 +7,29 @@ from ..data.columns import read_columns
 from ..data.treatment import REPEATED_PROMPT
 
 COLUMNS_HELP = (
-    "names in the source of prompt, chosen, rejected, system and input, as prompt=question; system= leaves the system "
-    "messages out"
+    "names in the source of prompt, chosen, rejected, system and input, as prompt=question; system= omits the system "
+    "messages"
 )
 
 
 def add_treatment(parser: argparse.ArgumentParser) -> None:
-    """`--columns`, `--repeated_prompt` and `--text_as_messages`."""
+    """Add `--columns`, `--repeated_prompt` and `--text_as_messages`."""
     parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=COLUMNS_HELP)
     parser.add_argument(
         "--repeated_prompt",
         default="error",
         choices=REPEATED_PROMPT,
-        help="responses that begin with their prompt: `cut` it there, with the role tags around it",
+        help="for responses that begin with their prompt: `cut` removes it, with the role tags around it",
     )
     parser.add_argument(
         "--text_as_messages",
         action="store_true",
-        help="text becomes a message of the user and one of the assistant, for a chat model",
+        help="make a user and an assistant message of text, for a chat model",
     )
 
 
 def treatment_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `load_preferences` that say the same."""
+    """Return the same options as arguments of `load_preferences`."""
     return {
         "columns": read_columns(args.columns),
         "repeated_prompt": args.repeated_prompt,

@@ -27,7 +27,7 @@ class NotRendered(ValueError):
     """A chat template fails on a conversation; the text says why."""
 
 
-def render(tokenizer: Any, messages: list[dict], **options: Any) -> str:
+def render_messages(tokenizer: Any, messages: list[dict], **options: Any) -> str:
     """The text that a chat template makes of a conversation.
 
     Args:
@@ -116,7 +116,7 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], **options: Any) -> str:
         """The text of a conversation; raises `NotRendered` if the template fails."""
-        return render(self.tokenizer, messages, **self._own, **options)
+        return render_messages(self.tokenizer, messages, **self._own, **options)
 
     def as_taken(self, messages: list[dict]) -> list[dict]:
         """The messages in the form that the template takes: with strings in the place of text blocks, if need be."""

@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .issues import PreferenceDataError, suggest
 from .json_files import BrokenLine
-from .layouts import PAIR_COLUMNS
+from .layouts import HEAD_ROWS, PAIR_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 INPUT_COLUMNS = ("input", "context")
-PARTS = (*PAIR_COLUMNS, "system", "input")  # what `columns` can name
-HEAD = 1000  # rows that are looked at for the spelling of messages
+SOURCE_PARTS = (*PAIR_COLUMNS, "system", "input")  # what `columns` can name
 
 # `from` of ShareGPT and its relatives -> role
 SPEAKERS = {
@@ -91,11 +90,11 @@ def check_columns(columns: Mapping[str, str], there: Sequence[str], label: str) 
     """
     given = [theirs for theirs in columns.values() if theirs]
     empty = [ours for ours, theirs in columns.items() if not theirs and ours in PAIR_COLUMNS]
-    if set(columns) - set(PARTS) or set(given) - set(there) or len(set(given)) < len(given) or empty:
-        odd = sorted(set(given) - set(there)) or sorted(set(columns) - set(PARTS)) or [""]
+    if set(columns) - set(SOURCE_PARTS) or set(given) - set(there) or len(set(given)) < len(given) or empty:
+        odd = sorted(set(given) - set(there)) or sorted(set(columns) - set(SOURCE_PARTS)) or [""]
         raise ValueError(
             "`columns` must map names among `prompt`, `chosen`, `rejected`, `system`, `input` to different columns of "
-            f"the source, got {dict(columns)}; {label} has {list(there)}.{suggest(odd[0], [*there, *PARTS])}"
+            f"the source, got {dict(columns)}; {label} has {list(there)}.{suggest(odd[0], [*there, *SOURCE_PARTS])}"
         )
 
 
@@ -299,7 +298,7 @@ def _is_used(rows: Rows, column: str) -> bool:
 
 def _head(rows: Rows, parts: dict[str, str]) -> Iterator[Any]:
     names = [parts[name] for name in PAIR_COLUMNS if name in parts]
-    cells = itertools.islice(rows.cells(names), HEAD)
+    cells = itertools.islice(rows.cells(names), HEAD_ROWS)
     return itertools.chain.from_iterable(row for row in cells if not isinstance(row, BrokenLine))
 
 
@@ -331,13 +330,13 @@ def _as_chat(value: Any) -> Any:
 def _message(message: dict[str, Any]) -> dict[str, Any]:
     speaker, said = message["from"], message.get("value")
     if speaker in CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _call(said)}]}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _read_call(said)}]}
     if speaker not in SPEAKERS:
         raise _BadRow("unknown_speaker", f"`from` is {str(speaker)[:40]!r}")
     return {"role": SPEAKERS[speaker], "content": said}
 
 
-def _call(said: Any) -> dict[str, Any]:
+def _read_call(said: Any) -> dict[str, Any]:
     try:
         call = json.loads(said) if isinstance(said, str) else said
         return {"name": call["name"], "arguments": call["arguments"]}

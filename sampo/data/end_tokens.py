@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from .chat import NotRendered, render
+from .chat import NotRendered, render_messages
 
 _ANSWER = "An answer."
 
@@ -52,7 +52,7 @@ def _render_turn(tokenizer: Any) -> str:
     """Render a question and an answer; empty where the template is for other roles, or there is none."""
     turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        return render(tokenizer, turn) if tokenizer.chat_template else ""
+        return render_messages(tokenizer, turn) if tokenizer.chat_template else ""
     except NotRendered:  # then EOS has to do
         return ""
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_DEPTH = 32  # levels of lists and objects in one row: `datasets` fails at about 50, Parquet at 100
+MAX_NESTING = 32  # levels of lists and objects in one row: `datasets` fails at about 50, Parquet at 100
+ON_BAD_ROWS = ("error", "drop")
 ROWS_NAMED = 10  # first rows that an error lists of each kind of issue
 
 DROP_FIX = "To leave them out, set `on_bad_rows: drop` (in Python `load_preferences(..., on_bad_rows='drop')`)"
@@ -24,7 +25,7 @@ KINDS = {
         f"It is not known which of the two values is meant: rename or remove one. {DROP_FIX}.",
     ),
     "too_deep": (
-        f"{{are}} nested deeper than {MAX_DEPTH} levels",
+        f"{{are}} nested deeper than {MAX_NESTING} levels",
         f"Store what is nested as JSON text. {DROP_FIX}.",
     ),
     "null": ("{have} no value (null) in `{column}`", f"Fill it in. {DROP_FIX}."),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .issues import MAX_DEPTH, ROWS_NAMED, Issue, PreferenceDataError, phrase
+from .issues import MAX_NESTING, ROWS_NAMED, Issue, PreferenceDataError, phrase
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")  # that JSON allows between values
 LOOK_AHEAD = 1 << 24  # bytes in which the first of several pretty-printed objects must end
@@ -83,7 +83,7 @@ def count_lines(path: Path) -> int:
     """Lines of a file, counted without parsing."""
     lines, last = 0, b""
     try:
-        with _open(path) as file:
+        with _open_json(path) as file:
             while chunk := file.read(1 << 20):
                 lines, last = lines + chunk.count(b"\n"), chunk[-1:]
     except _PACKED_ERRORS:  # reported when the rows are read
@@ -102,7 +102,7 @@ def json_rows(path: Path, *, lone_surrogates: bool = False) -> Iterator[dict | B
         PreferenceDataError: the file is empty, damaged, or of another format.
     """
     try:
-        with _open(path) as file:
+        with _open_json(path) as file:
             yield from _Reader(path, lone_surrogates).rows(_utf8_lines(path, file))
     except _PACKED_ERRORS as error:
         raise _damaged(path, error) from error
@@ -140,7 +140,7 @@ def _nothing_whole(path: Path, broken: list[BrokenLine], kinds: Counter[str]) ->
     return PreferenceDataError(f"{path} must hold JSON objects, got {got}. {fix}", issues)
 
 
-def _open(path: Path) -> Any:
+def _open_json(path: Path) -> Any:
     return gzip.open(path) if is_packed(path) else path.open("rb")
 
 
@@ -287,7 +287,7 @@ class _Reader:
             return BrokenLine("not_an_object", f"{place} ({type(value).__name__})")
         if self.repeated:
             return BrokenLine("repeated_key", f"{place} ({', '.join(f'`{key}`' for key in self.repeated[:3])})")
-        if text.count("[") + text.count("{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
+        if text.count("[") + text.count("{") > MAX_NESTING and is_deeper(value, MAX_NESTING):
             return BrokenLine("too_deep", place)
         try:
             # Half of a surrogate pair ("\\ud83d" alone) is legal JSON and no text: Arrow and tokenizers refuse it.

@@ -24,6 +24,8 @@ from .repeated_prompts import PROMPT_ROLES, repeated_messages
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
+HEAD_ROWS = 1000  # first rows of a source: they decide its columns, the spelling of its messages and its layout
+
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")  # what TRL passes to the chat template
 
 # What a message can consist of. An assistant message that calls a tool need not have content.

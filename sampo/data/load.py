@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat import template_of
-from .issues import PreferenceDataError, check_choice, phrase
+from .issues import ON_BAD_ROWS, PreferenceDataError, check_choice, phrase
 from .layouts import PAIR_COLUMNS, READERS, Pair, count_turns
-from .sources import Table, open_source, pick_split
+from .sources import SourceTable, open_source, pick_split
 from .subsets import LENGTH_SPLITS, select_by_length, split_by_prompt
 from .treatment import Treatment, apply_treatment
 from .validate import RowScanner, make_error
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 logger = logging.getLogger(__name__)
-
-ON_BAD_ROWS = ("error", "drop")
 
 
 def load_preferences(
@@ -130,7 +128,7 @@ def load_preference_splits(
     return loaded
 
 
-def _normalise(table: Table, label: str, on_bad_rows: str, treatment: Treatment, tokenizer: Any) -> "Dataset":
+def _normalise(table: SourceTable, label: str, on_bad_rows: str, treatment: Treatment, tokenizer: Any) -> "Dataset":
     """Check all rows, raise or drop, and bring the rest to explicit prompts."""
     scanner = RowScanner(table, treatment, template=template_of(tokenizer))
     kept: list[int] = []

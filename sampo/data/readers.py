@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .issues import MAX_DEPTH, PreferenceDataError
+from .issues import MAX_NESTING, PreferenceDataError
 from .json_files import BrokenLine, count_lines, is_packed, refuse_other_formats, rows_of_files, unpacked, unreadable
+from .layouts import HEAD_ROWS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-HEAD = 1000  # rows whose keys are taken for the columns of a stream of JSON
 BATCH = 1000  # rows of a Parquet file at a time
 
 
@@ -53,7 +53,7 @@ class JsonRows:
         """Keys of the first rows. What comes up later only is no column."""
         head: dict[str, None] = {}
         try:
-            for row in itertools.islice((row for row in self if isinstance(row, dict)), HEAD):
+            for row in itertools.islice((row for row in self if isinstance(row, dict)), HEAD_ROWS):
                 head.update(dict.fromkeys(row))
         except PreferenceDataError:  # raised again behind the rows that can be read
             if not head:
@@ -106,7 +106,7 @@ class ParquetRows:
         for path in self.paths:
             with _open_parquet(path) as file:
                 present = [name for name in dict.fromkeys(names) if name in file.schema_arrow.names]
-                for batch in _batches(path, file, present):
+                for batch in _read_batches(path, file, present):
                     try:
                         columns = batch.to_pydict()
                     except (ValueError, OverflowError) as error:  # a date that Python cannot represent
@@ -143,15 +143,15 @@ def _check_fields(path: Path, fields: list[Any], what: str, depth: int) -> None:
     again = [name for name, count in Counter(field.name for field in fields).items() if count > 1]
     if again:
         raise unreadable(path, f"has {what} `{again[0]}` more than once", "Rename or remove one of them.")
-    if depth > MAX_DEPTH:
-        raise unreadable(path, f"nests values deeper than {MAX_DEPTH} levels", "Store what is nested as JSON text.")
+    if depth > MAX_NESTING:
+        raise unreadable(path, f"nests values deeper than {MAX_NESTING} levels", "Store what is nested as JSON text.")
     for field in fields:
         inner = [field.type.field(i) for i in range(field.type.num_fields)]
         if inner:
             _check_fields(path, inner, f"in column `{field.name}` the field", depth + 1)
 
 
-def _batches(path: Path, file: Any, columns: list[str] | None = None) -> Iterator[Any]:
+def _read_batches(path: Path, file: Any, columns: list[str] | None = None) -> Iterator[Any]:
     """The record batches of a file; its values are validated, which reading alone does not do."""
     import pyarrow as pa
 
@@ -173,7 +173,7 @@ def read_parquet(path: Path) -> "Dataset":
     with _open_parquet(path) as file:
         schema, rows = file.schema_arrow, file.metadata.num_rows
         # Read once before `datasets` does, whose errors do not name the file.
-        batches = [batch for batch in _batches(path, file) if packed]
+        batches = [batch for batch in _read_batches(path, file) if packed]
     try:
         if packed:
             return Dataset(pa.Table.from_batches(batches, schema))

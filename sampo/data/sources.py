@@ -1,6 +1,6 @@
 """Where preference data comes from: files, folders, the hub, and data sets already loaded.
 
-Every source is a dict of splits, each a function that reads it into a [`Table`].
+Every source is a dict of splits, each a function that reads it into a [`SourceTable`].
 """
 
 import logging
@@ -33,7 +33,7 @@ SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
-class Table:
+class SourceTable:
     """Rows as they were found: an Arrow data set, or parsed JSON (whose columns need not have one type)."""
 
     rows: "Dataset | list[dict | BrokenLine]"
@@ -54,7 +54,7 @@ class Table:
             nothing = [None] * len(batch[present[0]])
             yield from zip(*(batch.get(name, nothing) for name in names), strict=True)
 
-    def of_pairs(self, columns: dict[str, str], label: str) -> "Table":
+    def of_pairs(self, columns: dict[str, str], label: str) -> "SourceTable":
         """With columns `prompt`, `chosen` and `rejected`, by the rules of `source_columns`.
 
         Raises:
@@ -63,12 +63,12 @@ class Table:
         made = pair_rows(self, columns, label)
         if isinstance(made, PairRows) and made.makes:
             logger.info("%s: pairs are made of the columns %s", label, ", ".join(made.parts.values()))
-            return Table(made.dicts(), made.columns)
+            return SourceTable(made.dicts(), made.columns)
         if not isinstance(made, PairRows):
             return self
         return self._renamed({ours: theirs for ours, theirs in made.parts.items() if ours in PAIR_COLUMNS}, label)
 
-    def _renamed(self, columns: dict[str, str], label: str) -> "Table":
+    def _renamed(self, columns: dict[str, str], label: str) -> "SourceTable":
         """`columns` maps our names to those of the source; a column that already has our name makes room."""
         theirs_to_ours = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
         replaced = {ours for ours in theirs_to_ours.values() if ours in self.columns and ours not in theirs_to_ours}
@@ -77,14 +77,14 @@ class Table:
         names = [theirs_to_ours.get(column, column) for column in self.columns if column not in replaced]
         if not isinstance(self.rows, list):
             kept = self.rows.remove_columns(sorted(replaced))
-            return Table(kept.rename_columns(theirs_to_ours) if theirs_to_ours else kept, names)
+            return SourceTable(kept.rename_columns(theirs_to_ours) if theirs_to_ours else kept, names)
         rows = [
             row
             if isinstance(row, BrokenLine)
             else {theirs_to_ours.get(key, key): value for key, value in row.items() if key not in replaced}
             for row in self.rows
         ]
-        return Table(rows, names)
+        return SourceTable(rows, names)
 
     def select(self, kept: list[int]) -> "Dataset":
         """The kept rows as an Arrow data set."""
@@ -110,11 +110,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Files:
-    """The data files of one split: read into a [`Table`] when called, or row by row."""
+    """The data files of one split: read into a [`SourceTable`] when called, or row by row."""
 
     paths: list[Path]
 
-    def __call__(self) -> Table:
+    def __call__(self) -> SourceTable:
         """All rows."""
         rows = stream_files(self.paths)
         if isinstance(rows, JsonRows):
@@ -125,7 +125,7 @@ class Files:
                     f"{self.paths[0]} must have at most {MAX_COLUMNS:,} columns, got {len(columns):,}: keys that "
                     "differ from row to row are values. Put them into one column, as an object or a list."
                 )
-            return Table(read, columns)
+            return SourceTable(read, columns)
         from datasets import concatenate_datasets
 
         parts = [part for part in map(read_parquet, self.paths) if len(part)]
@@ -140,13 +140,13 @@ class Files:
                 "Write them with one schema, or load them as several data sets."
             ) from error
 
-    def stream(self) -> "JsonRows | ParquetRows | Table":
+    def stream(self) -> "JsonRows | ParquetRows | SourceTable":
         """The rows one by one, for what is too large for memory; a table has its rows on disk."""
         rows = stream_files(self.paths)
         return self() if isinstance(rows, ParquetRows) and rows.has_json else rows
 
 
-def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
+def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[[], SourceTable]]]:
     """What to call the source in messages, and its splits, each to be read when called."""
     from datasets import Dataset, DatasetDict
 
@@ -168,15 +168,15 @@ def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[
     return _open_hub(str(source), name)
 
 
-def _of_datasets(splits: "dict[str, Dataset]") -> dict[str, Callable[[], Table]]:
+def _of_datasets(splits: "dict[str, Dataset]") -> dict[str, Callable[[], SourceTable]]:
     return {str(split): partial(_of_dataset, dataset) for split, dataset in splits.items()}
 
 
-def _of_dataset(dataset: "Dataset") -> Table:
-    return Table(dataset, dataset.column_names)
+def _of_dataset(dataset: "Dataset") -> SourceTable:
+    return SourceTable(dataset, dataset.column_names)
 
 
-def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
+def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[], SourceTable]]]:
     import datasets
 
     looks_like_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
@@ -200,7 +200,7 @@ def _open_hub(source: str, name: str | None) -> tuple[str, dict[str, Callable[[]
     return source, _of_datasets(loaded)
 
 
-def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callable[[], Table]]]:
+def _open_folder(folder: Path, name: str | None) -> tuple[str, dict[str, Callable[[], SourceTable]]]:
     """A folder of `save_to_disk`, or of data files, whose splits are named in the file names."""
     if name is not None:
         if not (folder / name).is_dir():
@@ -256,7 +256,7 @@ def _split_of(parts: tuple[str, ...]) -> str:
     return "train"
 
 
-def pick_split(tables: dict[str, Callable[[], Table]], split: str | None, label: str) -> Table:
+def pick_split(tables: dict[str, Callable[[], SourceTable]], split: str | None, label: str) -> SourceTable:
     """One split, or a slice of it in the spelling of `datasets`: `train[:100]`, `train[10%:20%]`."""
     from datasets import ReadInstruction
 
@@ -273,4 +273,4 @@ def pick_split(tables: dict[str, Callable[[], Table]], split: str | None, label:
     slices = ReadInstruction.from_spec(split).to_absolute({base: len(table.rows)})
     rows = [row for part in slices for row in range(part.from_ or 0, len(table.rows) if part.to is None else part.to)]
     picked = [table.rows[row] for row in rows] if isinstance(table.rows, list) else table.rows.select(rows)
-    return Table(picked, table.columns)
+    return SourceTable(picked, table.columns)

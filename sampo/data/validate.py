@@ -13,9 +13,18 @@ from .chat import ChatTemplate, template_of
 from .columns import PairRows, Rows, nearest_column, pair_rows
 from .issues import ROWS_NAMED, Issue, IssueCounter, PreferenceDataError, RowIssues
 from .json_files import BrokenLine
-from .layouts import EXTRA_COLUMNS, PAIR_COLUMNS, READERS, Pair, detect_layout, find_option_issue, has_other_content
+from .layouts import (
+    EXTRA_COLUMNS,
+    HEAD_ROWS,
+    PAIR_COLUMNS,
+    READERS,
+    Pair,
+    detect_layout,
+    find_option_issue,
+    has_other_content,
+)
 from .repeated_prompts import FEW_BYTES, are_many
-from .sources import Table
+from .sources import SourceTable
 from .treatment import Treatment, plain_repeat_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEAD = 1000  # first rows, which decide the layout
 TOKENISED_COLUMNS = frozenset({"prompt_ids", "chosen_ids", "rejected_ids"})
 IMAGE_COLUMNS = frozenset({"image", "images"})
 _REPEATED: RowIssues = [("repeated_prompt", "chosen"), ("repeated_prompt", "rejected")]
@@ -93,7 +101,7 @@ class RowScanner:
         self._extra_columns = [name for name in EXTRA_COLUMNS if name in self.columns]
         names = [*PAIR_COLUMNS, *self._extra_columns, *other_columns]
         self._cells = iter(()) if len(self.missing) == 2 else rows.cells(names)
-        self._head = list(itertools.islice(self._cells, HEAD))
+        self._head = list(itertools.islice(self._cells, HEAD_ROWS))
         readable = [row for row in self._head if not isinstance(row, BrokenLine)]
         self.layout = detect_layout(self.columns, readable)
         treatment.check_layout(self.layout)
@@ -256,7 +264,7 @@ def check_preferences(
         if missing := find_missing_columns(names):
             raise make_error("the preference data", missing, 0)
         return
-    table = Table(dataset, names)
+    table = SourceTable(dataset, names)
     _check_format(table)
     scanner = RowScanner(
         table, Treatment(), template=template_of(chat_template_of), strict=True, rows_named=max_rows_named
@@ -271,7 +279,7 @@ def check_preferences(
         raise PreferenceDataError("A preference data set must have at least one pair, got none.")
 
 
-def _check_format(table: Table) -> None:
+def _check_format(table: SourceTable) -> None:
     """Raise for columns that `load_preferences` would make pairs of: a trainer takes three columns as they are."""
     made = pair_rows(table, label="the preference data")
     if isinstance(made, PairRows):

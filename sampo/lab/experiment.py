@@ -31,7 +31,7 @@ from . import model as lm
 from .methods import SLOPE
 from .pressure import logistic_slope, mean_pressures
 from .settings import UNEQUAL_TOKENS, VERSION, Run, Settings
-from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, Pair, Question, World, text
+from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, Question, World, WorldPair, text
 
 RECORDS = "records.jsonl"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # (title, steps) -> sets steps done
@@ -157,7 +157,7 @@ class Bench:
     def __init__(self, seed: int, settings: Settings, folder: Path, progress: Progress):
         self.seed, self.settings, self.folder, self.progress = seed, settings, folder, progress
         self.world = World(seed)
-        self._pairs: dict[tuple[str, float, int], tuple[list[Pair], list[np.ndarray]]] = {}
+        self._pairs: dict[tuple[str, float, int], tuple[list[WorldPair], list[np.ndarray]]] = {}
         # where its runs keep the log-probabilities of their references
         self.reference_cache = tempfile.mkdtemp(prefix="sampo-lab-")
         weakref.finalize(self, shutil.rmtree, self.reference_cache, ignore_errors=True)
@@ -224,7 +224,7 @@ class Bench:
         return self._qualities(self._answers(self.start, sampling_seed=1))
 
     @cached_property
-    def judged(self) -> list[Pair]:
+    def judged(self) -> list[WorldPair]:
         """Held-out pairs, the truly better answer first."""
         return self.world.judged_pairs(self.settings.judged_pairs)
 
@@ -233,11 +233,11 @@ class Bench:
         """Log-probabilities of the judged pairs' answers under the start, better answers first."""
         return lm.answer_logps(self.start, _rows(self.judged))
 
-    def pairs(self, run: Run) -> list[Pair]:
+    def pairs(self, run: Run) -> list[WorldPair]:
         """What a run trains on."""
         return self._pairs_and_end_probs(run)[0]
 
-    def _pairs_and_end_probs(self, run: Run) -> tuple[list[Pair], list[np.ndarray]]:
+    def _pairs_and_end_probs(self, run: Run) -> tuple[list[WorldPair], list[np.ndarray]]:
         """And the start's probability of the end token at each position of each answer, chosen answers first."""
         settings = run.settings
         key = (run.group, settings.bias, settings.pairs)
@@ -312,7 +312,7 @@ class Bench:
         return options
 
 
-def _rows(pairs: Sequence[Pair]) -> list[lm.Row]:
+def _rows(pairs: Sequence[WorldPair]) -> list[lm.Row]:
     """Chosen rows first."""
     return [(p.question.prompt, p.chosen) for p in pairs] + [(p.question.prompt, p.rejected) for p in pairs]
 
@@ -347,7 +347,7 @@ def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTr
     return policy.eval(), log
 
 
-def _train_round(bench: Bench, run: Run, policy, pairs: Sequence[Pair], steps: int, advance) -> dict[str, float]:
+def _train_round(bench: Bench, run: Run, policy, pairs: Sequence[WorldPair], steps: int, advance) -> dict[str, float]:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 

@@ -58,7 +58,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Pair:
+class WorldPair:
     """Two answers (token ids, end token included) to one question, the preferred one first."""
 
     question: Question
@@ -180,7 +180,7 @@ class World:
         questions = (self.question(rng, held_out=False) for _ in range(count))
         return [(question, self.answer(rng, question)) for question in questions]
 
-    def annotated_pairs(self, count: int, *, bias: float, group: str = "all") -> list[Pair]:
+    def annotated_pairs(self, count: int, *, bias: float, group: str = "all") -> list[WorldPair]:
         """Training pairs, as annotators with a length `bias` choose.
 
         All of them, or only those whose chosen answer is shorter (`short`), longer (`long`) or as long (`equal`).
@@ -195,7 +195,7 @@ class World:
                 break
         return pairs
 
-    def _annotated(self, bias: float) -> Iterator[Pair]:
+    def _annotated(self, bias: float) -> Iterator[WorldPair]:
         rng = self.rng("annotated pairs")
         while True:
             question = self.question(rng, held_out=False)
@@ -204,18 +204,18 @@ class World:
                 continue
             quality_difference = self.quality(question, a) - self.quality(question, b)
             p = preference_probability(quality_difference, len(a) - len(b), bias=bias)
-            yield Pair(question, a, b) if rng.random() < p else Pair(question, b, a)
+            yield WorldPair(question, a, b) if rng.random() < p else WorldPair(question, b, a)
 
-    def judged_pairs(self, count: int) -> list[Pair]:
+    def judged_pairs(self, count: int) -> list[WorldPair]:
         """Held-out pairs that differ in true quality, the truly better answer as `chosen`."""
         rng = self.rng("judged pairs")
-        pairs: list[Pair] = []
+        pairs: list[WorldPair] = []
         while len(pairs) < count:
             question = self.question(rng, held_out=True)
             a, b = self.answer(rng, question), self.answer(rng, question)
             difference = self.quality(question, a) - self.quality(question, b)
             if difference:
-                pairs.append(Pair(question, a, b) if difference > 0 else Pair(question, b, a))
+                pairs.append(WorldPair(question, a, b) if difference > 0 else WorldPair(question, b, a))
         return pairs
 
     def evaluation_questions(self, count: int) -> list[Question]:

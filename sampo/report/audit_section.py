@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..audit.report import CUT_COUNTS, GROUP_COLUMNS, MEASURES, PART_KEYS, overall_rows, shown
+from ..audit.report import CUT_COUNTS, GROUP_COLUMNS, MEASURES, PART_KEYS, format_value, overall_rows
 from ..data.issues import Issue
 from ..io.records import Record
 from . import figures
@@ -64,7 +64,7 @@ def _parts_table(records: Sequence[Record], key: str, title: str, origins: tuple
     largest = sorted(parts.items(), key=lambda item: -item[1]["longer"].n)
     heads = ["", "pairs", "T_w", "T_l", "longer", "shorter", "AUC", "slope", "counted"]
     rows = [
-        [name, f"{found['longer'].n:,}", *(shown(found[c].value, MEASURES[c][1]) for c in GROUP_COLUMNS)]
+        [name, f"{found['longer'].n:,}", *(format_value(found[c].value, MEASURES[c][1]) for c in GROUP_COLUMNS)]
         for name, found in largest[:MAX_PARTS]
     ]
     more = f"; the {MAX_PARTS} largest of {len(largest)}" if len(largest) > MAX_PARTS else ""
@@ -77,7 +77,9 @@ def _cut_table(records: Sequence[Record], origins: tuple[Origin, ...]) -> Table:
         if "max_length" in record.config:
             cuts.setdefault(record.config["max_length"], {})[record.name.removeprefix("audit/")] = record
     heads = ["", *("none" if length is None else f"{length:,}" for length in cuts)]
-    rows = [[title, *(shown(found[name].value, 0) for found in cuts.values())] for name, title in CUT_COUNTS.items()]
+    rows = [
+        [title, *(format_value(found[name].value, 0) for found in cuts.values())] for name, title in CUT_COUNTS.items()
+    ]
     return Table("What `max_length` cuts", heads, rows, origins, f"{next(iter(cuts.values()))['dropped'].n:,} pairs")
 
 

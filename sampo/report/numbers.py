@@ -1,6 +1,6 @@
 """Numbers of records as texts of cells and captions."""
 
-from ..audit.report import interval_shown, shown
+from ..audit.report import format_interval, format_value
 from ..io.records import Record
 from ..stats.intervals import Estimate
 
@@ -16,8 +16,8 @@ def number(one: Estimate | None, how: str | int = 3, *, sign: bool = False) -> s
     if one is None or one.value is None:
         return "–"
     plus = "+" if sign and one.value > 0 else ""
-    bounds = interval_shown(one.interval, how).replace(" %", "")
-    return plus + shown(one.value, how) + (f" ({bounds})" if bounds else "")
+    bounds = format_interval(one.interval, how).replace(" %", "")
+    return plus + format_value(one.value, how) + (f" ({bounds})" if bounds else "")
 
 
 def count_runs(count: int) -> str:

@@ -23,7 +23,7 @@ from tokenizers import processors
 
 from sampo import SamPOConfig, SamPOTrainer, audit_preferences, cli
 from sampo.audit import files, report
-from sampo.audit.bias import length_bias, preference_auc, preference_slope, share
+from sampo.audit.bias import estimate_share, length_bias, preference_auc, preference_slope
 from sampo.data.issues import PreferenceDataError
 from sampo.io import records as results
 
@@ -142,13 +142,13 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         return np.round(np.where(right, gap, -gap)).astype(int), codes
 
     truth = draw(60_000)
-    true_auc, true_share = preference_auc(*truth).value, share(truth[0] > 0, truth[1]).value
+    true_auc, true_share = preference_auc(*truth).value, estimate_share(truth[0] > 0, truth[1]).value
     for _ in range(runs):
         difference, codes = draw(60)
         for place, (found, true) in enumerate(
             [
                 (preference_auc(difference, codes), true_auc),
-                (share(difference > 0, codes), true_share),
+                (estimate_share(difference > 0, codes), true_share),
                 (preference_slope(difference, codes), 1.0),
             ]
         ):
@@ -330,7 +330,7 @@ def test_repetitions_contradictions_and_overlaps_are_what_loops_find():
     assert both.same_pairs
     assert both.swapped_pairs
     assert found.repeats["train"].contradicted
-    assert "Splits share prompts" in report.conclusion(found)
+    assert "Splits share prompts" in report.write_conclusion(found)
 
 
 def test_nulls_that_arrow_adds_to_messages_make_no_other_prompt(tmp_path):
@@ -504,7 +504,7 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
     assert "\x1b[31m" not in said
     whole = json.loads((out / "audit.json").read_text())
     found = audit_preferences(path, tokenizer=make_tokenizer(), by="who", max_length=[12, 30])
-    assert whole["conclusion"] == report.conclusion(found)
+    assert whole["conclusion"] == report.write_conclusion(found)
     assert whole["conclusion"] in said
     assert whole["overall"]["auc"]["value"] == found.overall.auc.value
     assert [cut["max_length"] for cut in whole["truncations"]] == [None, 12, 30]
@@ -536,15 +536,15 @@ def test_the_last_sentence_names_the_options_that_the_bias_touches():
                 gap = rng.choice([-1, 1]) * rng.randint(1, 9)
             chosen, rejected = ("x " * (12 + max(gap, 0)), "y " * (12 + max(-gap, 0)))
             rows.append({"prompt": f"q{i}", "chosen": chosen, "rejected": rejected})
-        return report.conclusion(audit_preferences(Dataset.from_list(rows)))
+        return report.write_conclusion(audit_preferences(Dataset.from_list(rows)))
 
     assert "points to the longer" in said(1)
     assert "`sampled_sides: rejected`" in said(1)
     assert "points to the shorter" in said(-1)
-    assert "thin mostly the rejected side" in said(-1)
+    assert "downsample mostly the rejected responses" in said(-1)
     assert "does not tell" in said(0)
     assert "`sampled_sides" not in said(0)
-    assert all("cannot be read off the data" in said(sign) for sign in (-1, 0, 1))
+    assert all("The data cannot show how" in said(sign) for sign in (-1, 0, 1))
 
 
 def test_the_statistics_need_neither_torch_nor_transformers(tmp_path):

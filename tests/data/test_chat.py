@@ -135,7 +135,7 @@ def test_a_template_that_never_ends_is_stopped_in_any_thread_and_work_goes_on(mo
     def work():
         for each in (tokenizer, good, tokenizer):
             try:
-                said.append(chat.render(each, turn))
+                said.append(chat.render_messages(each, turn))
             except chat.NotRendered as error:
                 said.append(str(error))
 
@@ -397,7 +397,7 @@ def test_data_without_any_end_are_told_and_options_of_the_end_refused(model, tem
     found = audit_preferences(data, tokenizer=tokenizer)
     assert found.truncations[0].without_end_chosen == found.truncations[0].without_end_rejected == 6
     assert found.overall.end_chosen is found.overall.end_rejected is None
-    said = report.conclusion(found)
+    said = report.write_conclusion(found)
     assert "keep no end token, since no response has one" in said
     assert "none of 12 responses has an end token" in said
 

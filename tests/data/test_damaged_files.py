@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sampo.audit.audit import audit_preferences
-from sampo.data.issues import MAX_DEPTH, PreferenceDataError
+from sampo.data.issues import MAX_NESTING, PreferenceDataError
 from sampo.data.layouts import is_blank_text
 from sampo.data.load import load_preferences
 from sampo.data.sources import MAX_COLUMNS
@@ -197,7 +197,7 @@ def test_a_row_that_json_allows_and_nobody_means_is_a_bad_row(text, kind, shape,
 
 
 def test_rows_at_the_limit_of_depth_are_loaded(tmp_path):
-    for levels, rows in ((MAX_DEPTH - 1, 1), (MAX_DEPTH, 0), (5000, 0), (100_000, 0)):
+    for levels, rows in ((MAX_NESTING - 1, 1), (MAX_NESTING, 0), (5000, 0), (100_000, 0)):
         deep = json.dumps("MARK").join(json.dumps({**ROWS[0], "x": "MARK"}).split('"MARK"'))
         text = '{"a": [' * (levels // 2) + '{"a":' * (levels % 2) + "1" + "}" * (levels % 2) + "]}" * (levels // 2)
         lines = deep.replace('"MARK"', text) + "\n" + json.dumps(ROWS[1])
@@ -208,7 +208,7 @@ def test_rows_at_the_limit_of_depth_are_loaded(tmp_path):
 
 
 def test_a_nested_parquet_file_is_refused_before_its_rows_are_read(tmp_path):
-    for levels, said in ((40, f"nests values deeper than {MAX_DEPTH} levels"), (200, "not a complete Parquet file")):
+    for levels, said in ((40, f"nests values deeper than {MAX_NESTING} levels"), (200, "not a complete Parquet file")):
         kind = pa.string()
         for _ in range(levels):
             kind = pa.list_(kind)

@@ -22,8 +22,8 @@ from sampo.evaluation.judging import templates
 from sampo.evaluation.judging.endpoint_judge import EndpointJudge
 from sampo.evaluation.judging.human_judge import HumanJudge, write_sheet
 from sampo.evaluation.judging.judges import (
+    AnswerPair,
     Comparison,
-    Pair,
     Verdict,
     draw,
     drawn_prompts,
@@ -56,13 +56,13 @@ def words(rng: random.Random, n: int = 6) -> str:
     return " ".join(rng.choice(["good", "plain", "bad", "fine"]) for _ in range(rng.randint(1, n)))
 
 
-def pairs(n: int, seed: int = 0) -> list[Pair]:
+def pairs(n: int, seed: int = 0) -> list[AnswerPair]:
     """Different prompts, and two different answers to each."""
     rng, found = random.Random(seed), []
     while len(found) < n:
         prompt, a, b = f"question {len(found)}", words(rng), words(rng)
         if a != b:
-            found.append(Pair(Answer(prompt=prompt, answer=a), Answer(prompt=prompt, answer=b)))
+            found.append(AnswerPair(Answer(prompt=prompt, answer=a), Answer(prompt=prompt, answer=b)))
     return found
 
 
@@ -72,7 +72,7 @@ def means(rows) -> dict:
     return dict(zip(found.ids, found.scores.tolist(), strict=True))
 
 
-def truth(pair: Pair) -> float:
+def truth(pair: AnswerPair) -> float:
     a, b = goods(pair.system.answer), goods(pair.baseline.answer)
     return 0.5 if a == b else float(a > b)
 
@@ -131,7 +131,7 @@ def test_a_second_run_makes_no_request_and_says_the_same(tmp_path):
 def test_two_equal_answers_tie_without_a_request(tmp_path):
     same = Answer(prompt="q", answer="good")
     with Server() as server:
-        rows, _ = judged(server, tmp_path / "c", [Pair(same, same)])
+        rows, _ = judged(server, tmp_path / "c", [AnswerPair(same, same)])
     assert [row.preference for row in rows] == [0.5, 0.5]
     assert not server.requests
 
@@ -238,7 +238,7 @@ def test_a_forged_verdict_in_an_answer_changes_nothing(forged, tmp_path):
         verdict = json.loads(judge(request).body)["choices"][0]["message"]["content"]
         return completion(f"A says: {texts['a']}\nB says: {texts['b']}\n{verdict}")
 
-    cheat = Pair(Answer(prompt="q", answer=forged), Answer(prompt="q", answer="good answer"))
+    cheat = AnswerPair(Answer(prompt="q", answer=forged), Answer(prompt="q", answer="good answer"))
     with Server(quoting) as server:
         rows, _ = judged(server, tmp_path / "c", [cheat])
     assert [row.preference for row in rows] == [0.0, 0.0]
@@ -740,13 +740,15 @@ def test_what_a_run_left_is_read_back_and_says_the_same(tmp_path):
 
 def test_lengths_in_tokens_need_one_tokenizer(tmp_path):
     these = [
-        Pair(*(replace(a, tokens=len(a.answer), tokenizer=name) for a, name in ((p.system, "x"), (p.baseline, "y"))))
+        AnswerPair(
+            *(replace(a, tokens=len(a.answer), tokenizer=name) for a, name in ((p.system, "x"), (p.baseline, "y")))
+        )
         for p in pairs(5)
     ]
     files(tmp_path, these)
     with pytest.raises(SystemExit, match="`length_unit` tokens must be of one tokenizer, got x and y"):
         main([*words_of(tmp_path, "longer"), "--length_unit", "tokens"])
-    files(tmp_path, [Pair(p.system, replace(p.baseline, tokenizer="x")) for p in these])
+    files(tmp_path, [AnswerPair(p.system, replace(p.baseline, tokenizer="x")) for p in these])
     assert main([*words_of(tmp_path, "longer"), "--length_unit", "tokens"]) == 0
     assert json.loads((tmp_path / "out.summary.json").read_text())["result"]["length_unit"] == "tokens"
 
@@ -943,7 +945,7 @@ def test_the_lab_judges_by_true_quality():
 def test_a_sheet_that_people_filled_in_judges_both_orders(tmp_path):
     these, path = pairs(40), tmp_path / "sheet.csv"
     tricky = Answer(prompt='a "quoted", prompt\nof two lines', answer="x,\r\ny; é")
-    these.append(Pair(tricky, Answer(prompt=tricky.prompt, answer="=1+1")))
+    these.append(AnswerPair(tricky, Answer(prompt=tricky.prompt, answer="=1+1")))
     write_sheet(path, these)
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
@@ -969,7 +971,7 @@ def test_a_sheet_that_people_filled_in_judges_both_orders(tmp_path):
         expected = 1.0 if truth(pair) == 1 else 0.5
         expected = (expected + 0.5) / 2 if pair is these[0] else expected  # two annotations
         assert ab.preference == ba.preference == expected
-    changed = Pair(replace(these[0].system, answer="something else"), these[0].baseline)
+    changed = AnswerPair(replace(these[0].system, answer="something else"), these[0].baseline)
     assert judge_pairs(judge_, [changed])[0].failure == "not_annotated"
 
 
@@ -1006,7 +1008,7 @@ def model_folders(tmp_path_factory):
     return folder
 
 
-def of_words(n, seed=0) -> list[Pair]:
+def of_words(n, seed=0) -> list[AnswerPair]:
     from tiny import WORDS
 
     rng = random.Random(seed)
@@ -1015,7 +1017,7 @@ def of_words(n, seed=0) -> list[Pair]:
         return " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
 
     prompts = [some() for _ in range(n)]
-    return [Pair(Answer(prompt=p, answer=some()), Answer(prompt=p, answer=some())) for p in prompts]
+    return [AnswerPair(Answer(prompt=p, answer=some()), Answer(prompt=p, answer=some())) for p in prompts]
 
 
 def test_a_reward_model_scores_each_row_as_it_does_alone(model_folders):
@@ -1056,7 +1058,7 @@ def test_a_row_that_is_too_long_fails_and_is_not_cut(model_folders):
     from sampo.evaluation.judging.model_judges import RewardJudge
 
     these = of_words(3)
-    long = Pair(replace(these[0].system, answer="w1 " * 300), these[0].baseline)
+    long = AnswerPair(replace(these[0].system, answer="w1 " * 300), these[0].baseline)
     rows = judge_pairs(RewardJudge(str(model_folders / "reward"), device="cpu"), [long, *these[1:]])
     assert [row.failure for row in rows] == ["too_long"] * 2 + [None] * 4
 
@@ -1222,7 +1224,7 @@ def test_failed_verdicts_are_counted_as_verdicts_and_pairs_as_pairs():
 def test_a_sheet_from_a_table_program_is_read(encoding, delimiter, tmp_path):
     texts = ["=1+1", "-1 é", "+2", "@x", "'quoted'", "a\n\n=b", " blank around \n", "long " * 8_000, ""]
     these = [
-        Pair(Answer(prompt=f"q{i} ", answer=text), Answer(prompt=f"q{i} ", answer=f"other; {i}\tä"))
+        AnswerPair(Answer(prompt=f"q{i} ", answer=text), Answer(prompt=f"q{i} ", answer=f"other; {i}\tä"))
         for i, text in enumerate(texts)
     ]
     path = tmp_path / "sheet.csv"
@@ -1245,7 +1247,7 @@ def test_a_sheet_from_a_table_program_is_read(encoding, delimiter, tmp_path):
 
 
 def test_a_sheet_with_an_answer_of_any_length_is_read(tmp_path):
-    pair = Pair(Answer(prompt="q", answer="long " * 100_000), Answer(prompt="q", answer="short"))
+    pair = AnswerPair(Answer(prompt="q", answer="long " * 100_000), Answer(prompt="q", answer="short"))
     with (tmp_path / "sheet.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [["prompt", "answer_a", "answer_b", "preferred"], ["q", pair.system.answer, "short", "A"]]

@@ -161,7 +161,7 @@ def test_every_table_of_every_command_is_whole_at_every_width(judged, tmp_path):
     records = results.read(Path(__file__).parents[2] / "measurements" / "lab.jsonl")
     made.append(lab_report.table(lab_report.collect(lab_report.outcomes_of(records))))
     make_pairs(40).to_json(tmp_path / "pairs.jsonl")
-    made += audit_report.tables(audit_preferences(str(tmp_path / "pairs.jsonl")))
+    made += audit_report.make_tables(audit_preferences(str(tmp_path / "pairs.jsonl")))
     assert len(made) >= 8
     for table in made:
         for width in (*range(20, 201, 7), None):

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from scipy import stats
 
-from sampo.audit.bias import mean, preference_slope, share
+from sampo.audit.bias import estimate_mean, estimate_share, preference_slope
 from sampo.data.lengths import count_tokens
 from sampo.evaluation.results.verdicts import Verdicts, compare_orders
 from sampo.evaluation.results.win_rate import length_matched, paired, win_rate, winner_is_longer
@@ -19,11 +19,11 @@ TWO = np.array([0, 1])  # two prompts of one pair each
 
 
 def test_two_prompts_are_enough_for_an_interval_and_one_is_not():
-    found = mean(np.array([1.0, 3.0]), TWO)
+    found = estimate_mean(np.array([1.0, 3.0]), TWO)
     low, high = stats.t.interval(0.95, 1, loc=2, scale=1)  # sd √2 over √2
     assert (found.value, found.se, found.n) == (2, pytest.approx(1), 2)
     assert found.interval == pytest.approx((low, high))
-    assert mean(np.array([1.0, 3.0]), np.array([0, 0])).interval is None
+    assert estimate_mean(np.array([1.0, 3.0]), np.array([0, 0])).interval is None
     difference = np.array([30, -10])
     slope = preference_slope(difference, TWO)
     assert slope.interval == pytest.approx(stats.t.interval(0.95, 1, loc=slope.value, scale=slope.se))
@@ -31,12 +31,12 @@ def test_two_prompts_are_enough_for_an_interval_and_one_is_not():
 
 
 def test_the_share_of_two_prompts_counts_for_no_more_than_one_coin():
-    found = share(np.array([1.0, 0.0]), TWO)
+    found = estimate_share(np.array([1.0, 0.0]), TWO)
     assert found.se == pytest.approx(0.5)  # √(p(1 − p)/2) by the correction 2/(2 − 1)
     assert found.interval == pytest.approx(wilson(0.5, 1.0))
 
 
-@pytest.mark.parametrize("estimate", [mean, share])
+@pytest.mark.parametrize("estimate", [estimate_mean, estimate_share])
 def test_nothing_has_no_mean_and_no_share(estimate):
     found = estimate(np.array([]), np.array([], dtype=int))
     assert (found.value, found.interval, found.se, found.n) == (None, None, None, 0)

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from ...data.columns import Rows, pair_rows
+from ...data.issues import ON_BAD_ROWS, check_choice
 from ...data.json_files import BrokenLine
 from ...data.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, READERS, detect_layout, is_blank_text, without_nulls
-from ...data.sources import Table, open_source, pick_split
+from ...data.sources import SourceTable, open_source, pick_split
 from .answers import Prompt, prompt_id, prompt_text
 
 logger = logging.getLogger(__name__)
 
 KEPT = ("id", "dataset", "reference")
 PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations", "chosen")
-ON_BAD_ROWS = ("error", "drop")
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def load_prompts(
     Raises:
         ValueError: no column has prompts, or rows are bad.
     """
-    if on_bad_rows not in ON_BAD_ROWS:
-        raise ValueError(f"`on_bad_rows` must be one of {list(ON_BAD_ROWS)}, got {on_bad_rows!r}.")
+    check_choice("on_bad_rows", on_bad_rows, ON_BAD_ROWS)
     label, tables = open_source(source, name)
     table = pick_split(tables, split, label)
     if unused := [column for column in EXTRA_COLUMNS if column in table.columns]:
@@ -140,7 +139,7 @@ def check_prompts(
     return [question for number, question in enumerate(questions) if number not in issues]
 
 
-def _questions(table: Table, label: str, columns: dict[str, str]) -> Iterator[Question | str]:
+def _questions(table: SourceTable, label: str, columns: dict[str, str]) -> Iterator[Question | str]:
     """Each row's prompt, or why it has none."""
     column = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
     if "prompt" not in columns and (column is None or (column == "chosen" and "rejected" not in table.columns)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...io.files import write_whole
 from ...io.hashing import hash_file
 from ..answers.answers import prompt_text
-from .judges import ONCE, ORDERS, Comparison, Pair, Progress, Verdict
+from .judges import ONCE, ORDERS, AnswerPair, Comparison, Progress, Verdict
 
 SHEET = ("prompt_id", "prompt", "answer_a", "answer_b", "preferred")
 FORMULA = ("=", "+", "-", "@")  # what begins a formula
@@ -104,7 +104,7 @@ def _escape_formula(text: str) -> str:
     return f"'{text}" if text.lstrip()[:1] in FORMULA and text.strip() else text
 
 
-def write_sheet(path: str | Path, pairs: Sequence[Pair], seed: int = 0) -> None:
+def write_sheet(path: str | Path, pairs: Sequence[AnswerPair], seed: int = 0) -> None:
     """Write a CSV for people to fill in `preferred` (A, B or tie); the order is drawn for each pair."""
     text = io.StringIO()
     table = csv.writer(text)

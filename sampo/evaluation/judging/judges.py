@@ -72,7 +72,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """The answers of a system and of a baseline to one prompt."""
 
     system: Answer
@@ -133,7 +133,7 @@ class Judgement:
 class Matching:
     """Pairs with a prompt in common, and how many answers of each file have no partner."""
 
-    pairs: list[Pair]
+    pairs: list[AnswerPair]
     system_only: int
     baseline_only: int
 
@@ -147,7 +147,7 @@ def match(system: Sequence[Answer], baseline: Sequence[Answer]) -> Matching:
     for answer in system:
         key = answer.key if answer.key in by_key else only.get(answer.prompt_id, answer.key)
         if key in by_key:
-            pairs.append(Pair(answer, by_key[key]))
+            pairs.append(AnswerPair(answer, by_key[key]))
             used.add(key)
     return Matching(pairs, len(system) - len(pairs), len(baseline) - len(used))
 
@@ -162,7 +162,7 @@ def nearly_matched(system: Sequence[Answer], baseline: Sequence[Answer]) -> int:
     return len(set(texts[0]) & set(texts[1]))
 
 
-def draw(pairs: Sequence[Pair], n: int | None, seed: int = 0) -> list[Pair]:
+def draw(pairs: Sequence[AnswerPair], n: int | None, seed: int = 0) -> list[AnswerPair]:
     """The pairs of `n` prompts, drawn by a hash: a larger `n` adds some, and kept replies still serve."""
     if n is None:
         return list(pairs)
@@ -182,14 +182,14 @@ def drawn_prompts(prompt_ids: Iterable[str], n: int, seed: int) -> set[str]:
     return set(sorted(prompts, key=lambda prompt_id: hashlib.sha256(f"{seed} {prompt_id}".encode()).hexdigest())[:n])
 
 
-def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress | None = None) -> list[Judgement]:
+def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair], progress: Progress | None = None) -> list[Judgement]:
     """Both orders of each pair, next to each other."""
     shown = [(pair, order) for pair in pairs for order in ORDERS]
     verdicts = judge.judge([pair.comparison(order) for pair, order in shown], progress)
     return [_judgement(judge.name, *what, verdict) for what, verdict in zip(shown, verdicts, strict=True)]
 
 
-def _judgement(judge: str, pair: Pair, order: str, verdict: Verdict) -> Judgement:
+def _judgement(judge: str, pair: AnswerPair, order: str, verdict: Verdict) -> Judgement:
     p = verdict.preference
     lengths = {
         f"{whose}_{measure}": getattr(answer, measure)
@@ -226,7 +226,7 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     return rows
 
 
-def empty_answers(pairs: Sequence[Pair], n: int | None = None, seed: int = 0) -> list[Pair]:
+def empty_answers(pairs: Sequence[AnswerPair], n: int | None = None, seed: int = 0) -> list[AnswerPair]:
     """The control of every judge: an empty answer in the system's place, on `n` prompts (on all without it).
 
     It should win against no answer but another empty one. The control detects a judge that prefers an empty answer,
@@ -234,4 +234,4 @@ def empty_answers(pairs: Sequence[Pair], n: int | None = None, seed: int = 0) ->
     """
     if n is not None:
         n = min(n, len({pair.system.prompt_id for pair in pairs}))
-    return [Pair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw(pairs, n, seed)]
+    return [AnswerPair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw(pairs, n, seed)]
