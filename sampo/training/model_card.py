@@ -84,17 +84,19 @@ def describe_options(trainer: Any) -> str:
         values["adapter"] = adapter.peft_type
         values |= {name: getattr(adapter, name) for name in _ADAPTER if getattr(adapter, name, None)}
     rows = {**values, **length, "pairs per step": pairs, "processes": args.world_size}
-    return _table(("option", "value"), {f"`{name}`" if " " not in name else name: v for name, v in rows.items()})
+    return _format_table(
+        ("option", "value"), {f"`{name}`" if " " not in name else name: v for name, v in rows.items()}
+    )
 
 
 def describe_length(log: Sequence[dict[str, Any]]) -> str:
     """The last value of each metric that length goes into, of training and of evaluation."""
     last = {name: value for entry in log for name, value in entry.items() if _LENGTH.search(name)}
     rows = {f"`{name}`": f"{value:.4g}" for name, value in last.items() if isinstance(value, int | float)}
-    return _table(("metric", "last value"), rows) if rows else ""
+    return _format_table(("metric", "last value"), rows) if rows else ""
 
 
-def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
+def _format_table(head: tuple[str, str], rows: dict[str, Any]) -> str:
     def cell(value: Any) -> str:
         value = getattr(value, "value", value)  # of an enum
         if isinstance(value, set | frozenset):
