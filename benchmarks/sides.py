@@ -173,7 +173,7 @@ def ours(work: Workload, **more) -> Side:
     return Side(work, make_trainer(work, SamPOTrainer, config))
 
 
-PIECES = {"max_tokens_per_forward": 512}
+MICRO_BATCHES = {"max_tokens_per_forward": 512}
 STREAM = {"pair_stream": "true"}
 CACHED = {"precompute_ref_log_probs": True}
 SILENT = {"log_token_statistics": False}
@@ -186,7 +186,7 @@ SIDES: dict[str, Callable[[Workload], Side]] = {
     "DPO, stream": partial(ours, token_weighting="all", **STREAM),
     "DPO, stream, reference cached": partial(ours, token_weighting="all", **STREAM, **CACHED),
     "SamPO, stream": partial(ours, token_weighting="sampo", **STREAM),
-    "SamPO, stream, pieces of 512 tokens": partial(ours, token_weighting="sampo", **STREAM, **PIECES),
+    "SamPO, stream, pieces of 512 tokens": partial(ours, token_weighting="sampo", **STREAM, **MICRO_BATCHES),
     "SamPO, stream, no statistics": partial(ours, token_weighting="sampo", **STREAM, **SILENT),
     "SamPO, stream, reference cached": partial(ours, token_weighting="sampo", **STREAM, **CACHED),
     "SamPO, stream, cached, no statistics": partial(ours, token_weighting="sampo", **STREAM, **CACHED, **SILENT),

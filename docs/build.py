@@ -9,10 +9,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from sampo.io import records as results
-from sampo.io.records import Record
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `sampo` and `studies` of this checkout
+sys.path.insert(1, str(ROOT / "benchmarks"))  # scripts, no part of the package
+
+from sampo.io import records as results  # noqa: E402
+from sampo.io.records import Record  # noqa: E402
+
 MEASUREMENTS = ROOT / "measurements"  # the records; README.md there says what measured each file
 
 
@@ -202,7 +205,7 @@ def lab_judged() -> str:
 
 
 def real_judged() -> str:
-    """The real model's answers judged by a model and by length, from benchmarks/real_model_judged.py."""
+    """The real model's answers judged by a model and by length: benchmarks/real_model_judged.py."""
     judged = _judged(
         "real_model_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
     )
@@ -364,7 +367,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # `studies` and scripts, no part of the package
     stale = []
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")

@@ -144,7 +144,7 @@ def paired(first: dict[int, float], second: dict[int, float]) -> Spread | None:
     return over_seeds([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
 
 
-def at_equal(cells: Sequence[Cell], name: str, *, by: str, level: float) -> float | None:
+def interpolate(cells: Sequence[Cell], name: str, *, by: str, level: float) -> float | None:
     """A number where `by` reaches `level`, interpolated along the runs of one method and seed.
 
     Runs are ordered by the logarithm of `by`, which must be positive; where `level` lies outside their range nothing
@@ -157,15 +157,15 @@ def at_equal(cells: Sequence[Cell], name: str, *, by: str, level: float) -> floa
     return float(np.interp(np.log(level), np.log(x), y))
 
 
-def grid_at_equal(
+def interpolate_grid(
     study: Study, method: str, group: str, name: str, *, level: float, by: str = "kl"
 ) -> dict[int, float]:
-    """`at_equal` over the method's grid of learning rate and beta, one value per seed that has one."""
-    values = {seed: at_equal(cells, name, by=by, level=level) for seed, cells in study.grid(method, group).items()}
+    """`interpolate` over the method's grid of learning rate and beta, one value per seed that has one."""
+    values = {seed: interpolate(cells, name, by=by, level=level) for seed, cells in study.grid(method, group).items()}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def whole_grids(study: Study, method: str, group: str) -> dict[int, dict[tuple[float, float], Cell]]:
+def complete_grids(study: Study, method: str, group: str) -> dict[int, dict[tuple[float, float], Cell]]:
     """Of each seed in which the grid of a method is whole its runs by learning rate and beta."""
     grids = {seed: {(c.learning_rate, c.beta): c for c in cells} for seed, cells in study.grid(method, group).items()}
     return {seed: cells for seed, cells in grids.items() if cells.keys() >= set(GRID)}
@@ -177,7 +177,7 @@ def tuned(study: Study, method: str, group: str) -> dict[int, Cell]:
     So a seed has no part in the choice of what it is measured by, and every method has the same cells to choose from.
     Seeds in which the grid is not whole do not count; of a single one nothing is chosen.
     """
-    grids = whole_grids(study, method, group)
+    grids = complete_grids(study, method, group)
 
     def best_without(seed: int) -> tuple[float, float]:
         others = [cells for other, cells in grids.items() if other != seed]
@@ -194,7 +194,7 @@ def first_reaching(study: Study, method: str, group: str, win_rate: float) -> di
     says nothing.
     """
     found = {}
-    for seed, cells in whole_grids(study, method, group).items():
+    for seed, cells in complete_grids(study, method, group).items():
         runs = [{**study.starts[seed], "kl": 0.0}, *(cell.numbers for cell in cells.values())]
         points = sorted((max(run["kl"], 0.0) ** 0.5, run["win_rate"], run["tokens"]) for run in runs)
         for (d0, wins0, tokens0), (d1, wins1, tokens1) in pairwise(points):

@@ -19,7 +19,7 @@ from .analysis import (
     Spread,
     Study,
     first_reaching,
-    grid_at_equal,
+    interpolate_grid,
     paired,
     prediction,
     tuned,
@@ -32,7 +32,7 @@ HALF_STOPS = 0.5  # or share of answers that end
 MARGIN = 0.02  # of win rate: a loss that is worth less is none
 OURS, BALANCED = "sampo_rejected_learned", "rejected_learned_balanced"
 _AT_THE_SAME = (("sampo", "dpo"), (OURS, "dpo"), (OURS, "dpo_learned"), (BALANCED, "dpo"))  # KL, or win rate
-LEAN = 0.1  # correlation of margin and length difference that counts as none
+UNCORRELATED = 0.1  # correlation of margin and length difference that counts as none
 
 
 class Finding(NamedTuple):
@@ -88,12 +88,12 @@ def within(spread: Spread | None, bound: float) -> str:
     return FAILS if spread.low > bound or spread.high < -bound else OPEN
 
 
-def both(*verdicts: str) -> str:
+def combine(*verdicts: str) -> str:
     """All of them."""
     return FAILS if FAILS in verdicts else HOLDS if set(verdicts) == {HOLDS} else OPEN
 
 
-def words(spread: Spread | None, digits: int = 1) -> str:
+def describe(spread: Spread | None, digits: int = 1) -> str:
     """Mean, interval and number of seeds."""
     if spread is None:
         return "not measured"
@@ -125,25 +125,25 @@ def _claims_of_the_paper(study: Study) -> list[Claim]:
     def lengthens(bias: float) -> tuple[str, str]:
         tokens = study.values("tokens", lambda c: _mixed(c, "dpo", bias))
         spread = paired(tokens, study.start("tokens"))
-        return above(spread), f"DPO minus start: {words(spread)} tokens"
+        return above(spread), f"DPO minus start: {describe(spread)} tokens"
 
     def shorter(group: str) -> tuple[str, str]:
         tokens = _difference(study, "sampo", "dpo", group, "tokens")
         wins = _difference(study, "sampo", "dpo", group, "win_rate")
-        return both(below(tokens), above(wins, -MARGIN)), f"{words(tokens)} tokens; win rate {words(wins, 3)}"
+        return combine(below(tokens), above(wins, -MARGIN)), f"{describe(tokens)} tokens; win rate {describe(wins, 3)}"
 
     def better(group: str) -> tuple[str, str]:
         wins = _difference(study, "sampo", "dpo", group, "win_rate")
-        return above(wins), f"win rate {words(wins, 3)}"
+        return above(wins), f"win rate {describe(wins, 3)}"
 
-    def no_lean(group: str) -> tuple[str, str]:
+    def uncorrelated(group: str) -> tuple[str, str]:
         spread = paired(study.headline("sampo", group, "correlation"), dict.fromkeys(study.starts, 0.0))
-        return within(spread, LEAN), f"correlation {words(spread, 2)}"
+        return within(spread, UNCORRELATED), f"correlation {describe(spread, 2)}"
 
     def iterated(group: str) -> tuple[str, str]:
         wins = _difference(study, "sampo_iterative", "sampo", group, "win_rate")
         tokens = _difference(study, "sampo_iterative", "sampo", group, "tokens")
-        return above(wins), f"win rate {words(wins, 3)}; {words(tokens)} tokens"
+        return above(wins), f"win rate {describe(wins, 3)}; {describe(tokens)} tokens"
 
     source = "arXiv 2406.10957"
     return [
@@ -165,8 +165,8 @@ def _claims_of_the_paper(study: Study) -> list[Claim]:
         Claim(
             "SamPO takes length out of the implicit reward.",
             source,
-            f"The correlation of margin and length difference on held-out pairs lies within ±{LEAN}.",
-            _of_groups(no_lean),
+            f"The correlation of margin and length difference on held-out pairs lies within ±{UNCORRELATED}.",
+            _of_groups(uncorrelated),
         ),
         _collapse_claim(study, source),
         *_subset_claims(study, source),
@@ -209,7 +209,7 @@ def _subset_claims(study: Study, source: str) -> list[Claim]:
         def judge(group: str) -> tuple[str, str]:
             wins = _difference(study, "sampo", other, group, "win_rate")
             tokens = _difference(study, "sampo", other, group, "tokens")
-            return above(wins), f"SamPO minus the other: win rate {words(wins, 3)}; {words(tokens)} tokens"
+            return above(wins), f"SamPO minus the other: win rate {describe(wins, 3)}; {describe(tokens)} tokens"
 
         return judge
 
@@ -234,7 +234,7 @@ def _beta_claim(study: Study, source: str) -> Claim:
             )
 
         spread = paired(at(0.05), at(0.3))
-        return below(spread), f"tokens at beta 0.05 minus 0.3: {words(spread)}"
+        return below(spread), f"tokens at beta 0.05 minus 0.3: {describe(spread)}"
 
     return Claim(
         "SamPO's answers are shortest with a small beta.",
@@ -267,7 +267,7 @@ def _at_least_as_good(numbers: Numbers, ours: str, other: str) -> list[Finding]:
         wins, tokens, kl = (
             paired(numbers(ours, group, name), numbers(other, group, name)) for name in ("win_rate", "tokens", "kl")
         )
-        return above(wins, -MARGIN), f"win rate {words(wins, 3)}; {words(tokens)} tokens; KL {words(kl)}"
+        return above(wins, -MARGIN), f"win rate {describe(wins, 3)}; {describe(tokens)} tokens; KL {describe(kl)}"
 
     return _of_groups(judge)
 
@@ -275,7 +275,7 @@ def _at_least_as_good(numbers: Numbers, ours: str, other: str) -> list[Finding]:
 def _claims_of_the_combination(study: Study) -> list[Claim]:
     def accurate(group: str) -> tuple[str, str]:
         spread = _difference(study, OURS, "dpo", group, "accuracy")
-        return above(spread), f"accuracy {words(spread, 3)}"
+        return above(spread), f"accuracy {describe(spread, 3)}"
 
     names = {"dpo": "DPO", "sampo": "SamPO", "rdpo_02": "R-DPO .02", "dpo_learned": "the penalty alone"}
     names |= {"sampo_rejected": "the sampling alone"}
@@ -299,13 +299,13 @@ def _claims_of_the_combination(study: Study) -> list[Claim]:
 
 
 def _claims_of_the_end_token(study: Study) -> list[Claim]:
-    def calmer(changed: str, plain: str) -> Callable[[str], tuple[str, str]]:
+    def changes_length_less(changed: str, plain: str) -> Callable[[str], tuple[str, str]]:
         def judge(group: str) -> tuple[str, str]:
             tokens = _difference(study, changed, plain, group, "tokens")
             wins = _difference(study, changed, plain, group, "win_rate")
             spread = paired(*(_change_of_length(study, name, group) for name in (changed, plain)))
-            evidence = f"change of length {words(spread)}; {words(tokens)} tokens; win rate {words(wins, 3)}"
-            return both(below(spread), above(wins, -MARGIN)), evidence
+            evidence = f"change of length {describe(spread)}; {describe(tokens)} tokens; win rate {describe(wins, 3)}"
+            return combine(below(spread), above(wins, -MARGIN)), evidence
 
         return judge
 
@@ -322,7 +322,7 @@ def _claims_of_the_end_token(study: Study) -> list[Claim]:
                 "sampo",
                 f"The absolute change of length against the start, of {STUDY_METHODS[changed].title} minus "
                 f"{STUDY_METHODS[plain].title}, lies below 0, and the difference of win rates above -{MARGIN}.",
-                _of_groups(calmer(changed, plain)),
+                _of_groups(changes_length_less(changed, plain)),
             )
             for what, changed, plain in changes
         ),
@@ -358,13 +358,13 @@ def _claims_of_tuned_methods(study: Study) -> list[Claim]:
 def _claims_at_equal_kl(study: Study) -> list[Claim]:
     def judge(ours: str, other: str, group: str, level: float) -> Finding | None:
         def difference(name: str) -> Spread | None:
-            values = (grid_at_equal(study, method, group, name, level=level) for method in (ours, other))
+            values = (interpolate_grid(study, method, group, name, level=level) for method in (ours, other))
             return paired(*values)
 
         wins, tokens = difference("win_rate"), difference("tokens")
         if wins is None:
             return None
-        evidence = f"win rate {words(wins, 3)}; {words(tokens)} tokens"
+        evidence = f"win rate {describe(wins, 3)}; {describe(tokens)} tokens"
         return Finding(f"`{group}` at KL {level:g}", above(wins, -MARGIN), evidence)
 
     def findings(ours: str, other: str) -> list[Finding]:
@@ -392,7 +392,7 @@ def _claims_at_equal_win_rate(study: Study) -> list[Claim]:
         def of_group(group: str) -> tuple[str, str]:
             (tokens, kl), (tokens_of_other, kl_of_other) = change(ours, group), change(other, group)
             spread = paired(tokens, tokens_of_other)
-            return below(spread), f"change of length {words(spread)}; KL {words(paired(kl, kl_of_other))}"
+            return below(spread), f"change of length {describe(spread)}; KL {describe(paired(kl, kl_of_other))}"
 
         return of_group
 
@@ -413,7 +413,7 @@ def _claims_at_equal_win_rate(study: Study) -> list[Claim]:
 def _claims_of_the_pressure(study: Study) -> list[Claim]:
     def predicts(name: str, where: Callable[[Cell], bool]) -> tuple[str, str]:
         spread = prediction(study, name, where)
-        return below(spread), f"rank correlation {words(spread, 2)}"
+        return below(spread), f"rank correlation {describe(spread, 2)}"
 
     def of_group(group: str) -> Callable[[Cell], bool]:
         return lambda cell: cell.group == group

@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sampo.io.files import replacing
 from sampo.lab.methods import STUDY_METHODS
@@ -16,13 +17,13 @@ from .analysis import (
     Cell,
     Spread,
     Study,
+    complete_grids,
     first_reaching,
     frontier,
-    grid_at_equal,
+    interpolate_grid,
     over_seeds,
     paired,
     tuned,
-    whole_grids,
 )
 from .claims import Claim, claims
 from .plan import BIAS_METHODS, BIASES, PENALTY_BIASES, PENALTY_METHODS, PENALTY_RATES, PENALTY_STARTS
@@ -46,7 +47,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def spread_text(spread: Spread | None, digits: int, *, sign: bool = False) -> str:
+def format_spread(spread: Spread | None, digits: int, *, sign: bool = False) -> str:
     """Mean and interval."""
     if spread is None:
         return NONE
@@ -55,7 +56,7 @@ def spread_text(spread: Spread | None, digits: int, *, sign: bool = False) -> st
     return text if spread.low is None else f"{text} [{spread.low:{form}}, {spread.high:{form}}]"
 
 
-def mean_sd(values: Sequence[float], digits: int) -> str:
+def format_mean(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation over seeds."""
     if not values:
         return NONE
@@ -80,12 +81,12 @@ def about(study: Study) -> str:
 def headline(study: Study) -> str:
     """Every method on every group."""
     head = ["trained on", "method", "seeds", *(title for title, _ in COLUMNS.values())]
-    numbers = [mean_sd(list(study.start(name).values()), digits) for name, (_, digits) in COLUMNS.items()]
+    numbers = [format_mean(list(study.start(name).values()), digits) for name, (_, digits) in COLUMNS.items()]
     rows = [[NONE, "start", str(len(study.starts)), *numbers]]
     for group in STUDY_GROUPS:
         for method in _methods_of(study, group):
             found = {name: list(study.headline(method, group, name).values()) for name in COLUMNS}
-            cells = [mean_sd(found[name], digits) for name, (_, digits) in COLUMNS.items()]
+            cells = [format_mean(found[name], digits) for name, (_, digits) in COLUMNS.items()]
             rows.append([f"`{group}`", STUDY_METHODS[method].title, str(len(found["tokens"])), *cells])
     return table(head, rows)
 
@@ -106,7 +107,7 @@ def against_dpo(study: Study) -> str:
                     (paired(study.headline(method, group, name), study.headline("dpo", group, name)), digits)
                     for name, (_, digits) in names.items()
                 ]
-                cells = [spread_text(spread, digits, sign=True) for spread, digits in spreads]
+                cells = [format_spread(spread, digits, sign=True) for spread, digits in spreads]
                 rows.append([f"`{group}`", STUDY_METHODS[method].title, *cells])
     return table(["trained on", "method", *(title for title, _ in names.values())], rows)
 
@@ -118,8 +119,8 @@ def equal_kl(study: Study) -> str:
         for method in _methods_of(study, group):
             cells = []
             for level in KL_LEVELS:
-                wins = over_seeds(list(grid_at_equal(study, method, group, "win_rate", level=level).values()))
-                tokens = over_seeds(list(grid_at_equal(study, method, group, "tokens", level=level).values()))
+                wins = over_seeds(list(interpolate_grid(study, method, group, "win_rate", level=level).values()))
+                tokens = over_seeds(list(interpolate_grid(study, method, group, "tokens", level=level).values()))
                 text = NONE if wins is None or tokens is None else f"{wins.mean:.3f} / {tokens.mean:.1f} ({wins.n})"
                 cells.append(text)
             if any(cell != NONE for cell in cells):
@@ -134,10 +135,10 @@ def equal_win_rate(study: Study) -> str:
     rows = []
     for group, level in WIN_RATES.items():
         for method in _methods_of(study, group):
-            seeds = len(whole_grids(study, method, group))
+            seeds = len(complete_grids(study, method, group))
             there = first_reaching(study, method, group, level).values()
             if seeds:
-                numbers = [mean_sd([numbers[name] for numbers in there], 1) for name in ("tokens", "kl")]
+                numbers = [format_mean([numbers[name] for numbers in there], 1) for name in ("tokens", "kl")]
                 reached = f"{len(there)} of {seeds}"
                 rows.append([f"`{group}`", f"{level:g}", STUDY_METHODS[method].title, reached, *numbers])
     if not rows:
@@ -154,9 +155,9 @@ def at_best(study: Study) -> str:
             best = tuned(study, method, group)
             if not best:
                 continue
-            numbers = [mean_sd([c.numbers[n] for c in best.values()], d) for n, d in _AT_BEST.items()]
+            numbers = [format_mean([c.numbers[n] for c in best.values()], d) for n, d in _AT_BEST.items()]
             against = [
-                spread_text(
+                format_spread(
                     paired(*({s: c.numbers[n] for s, c in cells.items()} for cells in (best, dpo))), d, sign=True
                 )
                 for n, d in _AT_BEST.items()
@@ -240,7 +241,7 @@ def penalties(study: Study) -> str:
                     where = _changed(method, bias, start, rate)
                     found = {name: list(study.values(name, where).values()) for name in names}
                     if found["tokens"]:
-                        cells = [mean_sd(found[name], digits) for name, digits in names.items()]
+                        cells = [format_mean(found[name], digits) for name, digits in names.items()]
                         title = STUDY_METHODS[method].title
                         rows.append([f"{bias:g}", title, str(start), f"{rate:g}", str(len(found["tokens"])), *cells])
     head = ["bias", "method", "start", "rate", "seeds", "tokens", "win rate", "accuracy", "corr. with length"]
@@ -316,7 +317,7 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
     return written
 
 
-def legend_below(figure, handles: Mapping[str, object]) -> None:
+def legend_below(figure: Any, handles: Mapping[str, object]) -> None:
     """A legend below the panels, in as many columns as the figure has room for."""
     for ncols in range(min(4, len(handles)), 0, -1):
         place = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
@@ -326,7 +327,7 @@ def legend_below(figure, handles: Mapping[str, object]) -> None:
         legend.remove()
 
 
-def draw_frontier(panels, study: Study) -> None:
+def draw_frontier(panels: Sequence[Any], study: Study) -> None:
     """Tokens against true quality: a point per method and cell of the grid, means over seeds, per group."""
     for axes, group in zip(panels, GROUPS, strict=True):
         for (method, rate, beta), (tokens, quality, _, _) in _grid_means(study, group).items():
@@ -342,7 +343,7 @@ def draw_frontier(panels, study: Study) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_prediction(panels, study: Study) -> None:
+def draw_prediction(panels: Sequence[Any], study: Study) -> None:
     """Length pressure before training against the change of length after it, a point per run, per group."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -366,7 +367,7 @@ def draw_prediction(panels, study: Study) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_biases(panels, study: Study) -> None:
+def draw_biases(panels: Sequence[Any], study: Study) -> None:
     """Tokens and win rate by annotators' bias, means over seeds."""
     for axes, name, title in zip(panels, ("tokens", "win_rate"), ("tokens per answer", "win rate"), strict=True):
         for method in BIAS_METHODS:

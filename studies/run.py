@@ -8,13 +8,14 @@
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from sampo.io.command_line import format_command
 from sampo.io.files import write_whole
 from sampo.io.locks import FolderInUseError, alone_in
-from sampo.lab.settings import Settings
+from sampo.lab.settings import Run, Settings
 
 from .plan import SEEDS, study_plan
 
@@ -46,8 +47,8 @@ def main(args: argparse.Namespace) -> None:
             raise SystemExit(f"study: `--{name}` must be at least 1, got {getattr(args, name)}.")
     try:
         settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
-    except ValueError as fault:
-        raise SystemExit(f"study: {fault}") from None
+    except ValueError as error:
+        raise SystemExit(f"study: {error}") from None
     plan = study_plan(settings, seeds=args.seeds)
     try:
         with alone_in(args.out):
@@ -58,12 +59,12 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"study: error: {error}") from None
 
 
-def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> None:
+def _run(runs: Sequence[Run], n_planned: int, settings: Settings, args: argparse.Namespace) -> None:
     import datasets
     import torch
     import transformers
 
-    from sampo.lab.experiment import run_all, unmeasured, unseen
+    from sampo.lab.experiment import no_progress, run_all, unmeasured
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -71,7 +72,7 @@ def _run(runs, n_planned: int, settings: Settings, args: argparse.Namespace) -> 
     print(f"{len(runs)} runs of a plan of {n_planned} into {args.out}; finished ones are kept.", flush=True)
     began, measured = time.perf_counter(), 0
     missing = set(unmeasured(runs, args.out))
-    outcomes = run_all(runs, args.out, command=_command(args, settings), progress=unseen, jobs=args.jobs)
+    outcomes = run_all(runs, args.out, command=_command(args, settings), progress=no_progress, jobs=args.jobs)
     for done, (run, records) in enumerate(outcomes, 1):
         shown = {record.name: record.value for record in records}
         if run in missing:
@@ -96,8 +97,8 @@ def _report(folder: Path) -> None:
 
     try:
         study = Study(results.read(folder / RECORDS))
-    except ValueError as fault:
-        raise SystemExit(f"study: {fault}") from None
+    except ValueError as error:
+        raise SystemExit(f"study: {error}") from None
     if not study.cells:
         raise SystemExit(f"study: `--out` must hold finished runs to analyse, got none in {folder}.")
     text = "\n\n".join(f"## {name.replace('_', ' ')}\n\n{part(study)}" for name, part in PARTS.items())

@@ -8,31 +8,35 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..io.command_line import format_command
 from ..io.files import write_whole
 from ..io.locks import FolderInUseError, alone_in
+from ..io.records import Record
 from ..lab.methods import METHODS
-from ..lab.settings import GROUPS, Settings, plan
+from ..lab.settings import GROUPS, Run, Settings, plan
+
+if TYPE_CHECKING:
+    from ..lab.experiment import Progress
+
+Outcomes = list[tuple[Run, list[Record]]]
 
 DEFAULT_SEEDS = 3
 
 
-def make_parser(subparsers=None) -> argparse.ArgumentParser:
-    """The command's parser, alone or below `sampo`."""
-    about: dict[str, Any] = {
-        "description": "Train a tiny model with each method in a small world with ground truth, and measure what "
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog="sampo lab",
+        description="Train a tiny model with each method in a small world with ground truth, and measure what "
         "became of length and quality. Finished runs are kept in the output folder and not run again.",
-        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
-    }
-    if subparsers is None:
-        parser = argparse.ArgumentParser(prog="sampo lab", **about)
-    else:
-        parser = subparsers.add_parser("lab", help="measure the methods in a small world with ground truth", **about)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--fast", action="store_true", help="one seed")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds, {DEFAULT_SEEDS} without `--fast`")
     parser.add_argument("--out", type=Path, default=Path("lab-results"), metavar="DIR", help="records, table, figure")
@@ -65,8 +69,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"sampo lab: `--seeds` must be at least 1, got {seeds}.")
     try:
         settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if "help" in f.metadata})
-    except ValueError as fault:
-        raise SystemExit(f"sampo lab: {fault}") from None
+    except ValueError as error:
+        raise SystemExit(f"sampo lab: {error}") from None
 
     groups, methods = _choices(args)
     runs = plan(settings, seeds=seeds, groups=groups, methods=methods)
@@ -103,7 +107,7 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
     return format_command(words)
 
 
-def _run(runs, folder: Path, command: str):
+def _run(runs: Sequence[Run], folder: Path, command: str) -> Outcomes:
     """Every run with its records; a line for each as it ends."""
     import datasets
     import torch
@@ -134,12 +138,12 @@ def _run(runs, folder: Path, command: str):
     return sorted(outcomes, key=lambda outcome: runs.index(outcome[0]))
 
 
-def _progress():
+def _progress() -> "Progress":
     """A bar for people; for logs the line that each run prints at its end is enough."""
     from .shown import say
 
     @contextmanager
-    def bar(title: str, steps: int):
+    def bar(title: str, steps: int) -> Iterator[Callable[[int], None]]:
         from rich.progress import Progress
 
         with Progress(transient=True) as progress:
@@ -147,7 +151,7 @@ def _progress():
             yield lambda done: progress.update(task, completed=done)
 
     @contextmanager
-    def line(title: str, steps: int):
+    def line(title: str, steps: int) -> Iterator[Callable[[int], None]]:
         began = time.perf_counter()
         yield lambda done: None
         say(f"{title}: {steps} steps in {time.perf_counter() - began:.0f} s")
@@ -155,7 +159,7 @@ def _progress():
     return bar if sys.stdout.isatty() else line
 
 
-def _show(outcomes, folder: Path, command: str) -> None:
+def _show(outcomes: Outcomes, folder: Path, command: str) -> None:
     from ..lab import report
     from .shown import say, show
 

@@ -1,7 +1,7 @@
 """Runs of the lab: each method through the real trainer from the same start, measured against the truth.
 
-A run is (seed, group of pairs, method). Everything it depends on is in its `config`; a finished run is written at once
-and not repeated. Numbers differ from seed to seed by more than their intervals say, which know one seed only.
+A run is (seed, group of pairs, method). Everything it depends on is in its `config`. A finished run is
+written at once and not repeated. An interval covers one seed; the spread between seeds is wider.
 """
 
 import copy
@@ -19,7 +19,7 @@ from functools import cached_property
 from multiprocessing import connection
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from .pressure import logistic_slope, mean_pressures
 from .settings import UNEQUAL_TOKENS, VERSION, Run, Settings
 from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, Question, World, WorldPair, text
 
+if TYPE_CHECKING:
+    from ..config import SamPOConfig
+
 RECORDS = "records.jsonl"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # (title, steps) -> sets steps done
 
@@ -40,10 +43,10 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  
 def run_all(
     runs: Sequence[Run], folder: Path, *, command: str, progress: Progress, jobs: int = 1
 ) -> Iterator[tuple[Run, list[results.Record]]]:
-    """Yield each run with its records: first those that are known, then the others as they are finished.
+    """Yield each run with its records: first the runs that are recorded, then the others as they finish.
 
-    New records are appended to the folder's file by this process alone, those of a run in one piece and as soon as
-    they are there. With `jobs` > 1 so many processes measure, each with one thread.
+    Only this process appends records to the folder's file, all those of a run at once and as soon as it finishes. With
+    `jobs` > 1, that many processes measure, each with one thread.
     """
     path = folder / RECORDS
     known = _known(path)
@@ -59,7 +62,7 @@ def run_all(
 
 
 def unmeasured(runs: Sequence[Run], folder: Path) -> list[Run]:
-    """Those whose records are not in the folder."""
+    """The runs whose records are not in the folder."""
     known = _known(folder / RECORDS)
     return [run for run in runs if not _is_complete(run, known)]
 
@@ -73,7 +76,7 @@ def _known(path: Path) -> dict[str, dict[str, results.Record]]:
 
 
 def _is_complete(run: Run, known: dict[str, dict[str, results.Record]]) -> bool:
-    # what is written last, for a writer that was killed may have left the others
+    # the record that is written last: a killed writer may have left the others
     last = "train_seconds" if run.group else "kl"
     return last in known.get(results.config_key(run.config), {})
 
@@ -95,7 +98,7 @@ def _measure_all(
         workers.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: "Benches"  # of a process that measures for another one
+_worker: "Benches"  # of a worker process
 
 
 def _begin_work(folder: Path) -> None:
@@ -107,11 +110,11 @@ def _begin_work(folder: Path) -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    _worker = Benches(folder, unseen)
+    _worker = Benches(folder, no_progress)
 
 
 def _end_with_parent() -> None:
-    """A process pool's workers would wait for ever for work from a parent that was killed."""
+    """End this worker when its parent is killed; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -123,8 +126,8 @@ def _measure_in_worker(run: Run) -> list["Number"]:
 
 
 @contextmanager
-def unseen(title: str, steps: int) -> Iterator[Callable[[int], None]]:
-    """Progress that nobody looks at."""
+def no_progress(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+    """Progress that is not shown."""
     yield lambda done: None
 
 
@@ -138,7 +141,7 @@ class Number(NamedTuple):
 
 
 class Benches:
-    """The bench of the last run, for most runs need the same one as the run before."""
+    """Keeps the bench of the last run, because most runs need the same one as the run before."""
 
     def __init__(self, folder: Path, progress: Progress):
         self.folder, self.progress = folder, progress
@@ -163,13 +166,13 @@ class Bench:
         weakref.finalize(self, shutil.rmtree, self.reference_cache, ignore_errors=True)
 
     def serves(self, run: Run) -> bool:
-        """Whether what is shared is the same for this run: methods, and the pairs to train on, may differ."""
+        """Whether a run can use this bench. Its method and its training pairs may differ."""
         mine, others = self.settings, run.settings
         same = mine.of_sampling == others.of_sampling and mine.judged_pairs == others.judged_pairs
         return self.seed == run.seed and same
 
     def measure(self, run: Run) -> list[Number]:
-        """Train if the run is not the start, and measure."""
+        """Train, unless the run is the start, and measure."""
         if not run.group:
             return self._measure_answers(self.start, sampling_seed=2)
         began = time.perf_counter()
@@ -189,7 +192,7 @@ class Bench:
 
     @cached_property
     def start_folder(self) -> Path:
-        """The supervised start on disk, trained if it is not there yet."""
+        """Folder of the supervised start, which is trained if it does not exist."""
         key = results.config_key({"lab_version": VERSION, **self.settings.of_start, "seed": self.seed})
         folder = self.folder / f"sft-seed{self.seed}-{key}"
         if folder.exists():
@@ -215,12 +218,12 @@ class Bench:
 
     @cached_property
     def questions(self) -> list[Question]:
-        """What every model is asked."""
+        """The questions that every model answers."""
         return self.world.evaluation_questions(self.settings.questions)
 
     @cached_property
     def start_quality(self) -> np.ndarray:
-        """True quality of the start's own answers, which every model is compared with."""
+        """True quality of the start's answers, with which every model is compared."""
         return self._qualities(self._answers(self.start, sampling_seed=1))
 
     @cached_property
@@ -234,11 +237,11 @@ class Bench:
         return lm.answer_logps(self.start, _rows(self.judged))
 
     def pairs(self, run: Run) -> list[WorldPair]:
-        """What a run trains on."""
+        """The training pairs of a run."""
         return self._pairs_and_end_probs(run)[0]
 
     def _pairs_and_end_probs(self, run: Run) -> tuple[list[WorldPair], list[np.ndarray]]:
-        """And the start's probability of the end token at each position of each answer, chosen answers first."""
+        """The pairs, and the start's end-token probability at each position of each answer, chosen answers first."""
         settings = run.settings
         key = (run.group, settings.bias, settings.pairs)
         if key not in self._pairs:
@@ -299,13 +302,13 @@ class Bench:
         return [mean_number(name, scale * values, clusters) for name, values in pressures.items()]
 
     def beta_factor(self, run: Run) -> float:
-        """By what a method's beta is multiplied: the mean length of the answers it trains on, or 1."""
+        """The factor of a method's beta: the mean length of its training answers, or 1."""
         if not run.definition.beta_per_token:
             return 1.0
         return float(np.mean([len(answer) for _, answer in _rows(self.pairs(run))]))
 
     def options(self, run: Run) -> dict[str, Any]:
-        """Those of `SamPOConfig`, with what has to be measured first."""
+        """Options of `SamPOConfig`, with the values that depend on the pairs."""
         options = dict(run.definition.options)
         if options.get("length_penalty_start") == SLOPE:
             options["length_penalty_start"] = logistic_slope([pair.length_difference for pair in self.pairs(run)])
@@ -336,25 +339,31 @@ def mean_number(name: str, values: np.ndarray, clusters: Sequence[int]) -> Numbe
 
 
 def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTrainedModel, dict[str, float]]:
-    """One run of `SamPOTrainer`, or one after another: the trained policy, and the trainer's last log."""
+    """Run `SamPOTrainer` once per round; returns the trained policy and the last log of the trainer."""
     pairs, rounds = bench.pairs(run), run.definition.rounds
     policy, done = bench.load_start(), 0
     for i in range(rounds):
         begin, end = (len(pairs) * j // rounds for j in (i, i + 1))
         steps = run.settings.steps * (i + 1) // rounds - done
-        log = _train_round(bench, run, policy, pairs[begin:end], steps, lambda step, done=done: advance(done + step))
+
+        def report(step: int, done: int = done) -> None:
+            advance(done + step)
+
+        log = _train_round(bench, run, policy, pairs[begin:end], steps, report)
         done += steps
     return policy.eval(), log
 
 
-def _train_round(bench: Bench, run: Run, policy, pairs: Sequence[WorldPair], steps: int, advance) -> dict[str, float]:
+def _train_round(
+    bench: Bench, run: Run, policy: PreTrainedModel, pairs: Sequence[WorldPair], steps: int, advance: Callable[[int], None]
+) -> dict[str, float]:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
     from ..trainer import SamPOTrainer
 
     class Steps(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             advance(state.global_step)
 
     data = [
@@ -381,8 +390,8 @@ def _train_round(bench: Bench, run: Run, policy, pairs: Sequence[WorldPair], ste
     return trainer.state.log_history[-1]
 
 
-def _arguments(bench: Bench, run: Run, steps: int, output_dir: str):
-    """The trainer's options; those that only save time change results by rounding."""
+def _arguments(bench: Bench, run: Run, steps: int, output_dir: str) -> "SamPOConfig":
+    """Options of the trainer. Those that save time change results by rounding alone."""
     from ..config import SamPOConfig
 
     settings, options = run.settings, bench.options(run)

@@ -1,4 +1,4 @@
-"""What the lab compares: a name for people, and the options of `SamPOConfig`. No torch here."""
+"""The methods of the lab: a title, and options of `SamPOConfig`. This module does not import torch."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ class Method(NamedTuple):
     """One method.
 
     Attributes:
-        title: its name in tables.
+        title: the name in tables.
         options: of `SamPOConfig`.
-        beta_per_token: beta is multiplied by the mean length of a training answer, so that it means the same for a
-            mean over tokens as for a sum.
+        beta_per_token: beta is multiplied by the mean length of a training answer, so that a mean
+            over tokens has the scale of a sum.
         rounds: of iterative training, each on its share of pairs and steps, from the model of the last one, which is
             also its reference.
     """

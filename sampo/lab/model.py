@@ -1,4 +1,4 @@
-"""The tiny language model of the lab: tokenizer, supervised start, sampling, and what it says about given answers.
+"""The tiny language model of the lab: tokenizer, supervised start, sampling, and log-probabilities of given answers.
 
 A row is a prompt and an answer. All prompts have the same length and batches are padded on the right, so a causal
 model needs no attention mask anywhere. B rows, T answer tokens (padded), V words.
@@ -20,7 +20,7 @@ from .world import BOS, EOS, PAD, PROMPT_TOKENS, WORDS
 Row = tuple[list[int], list[int]]  # prompt ids, answer ids
 MAX_POSITIONS = 160
 IGNORED = -100
-# transformers 5.24 calls it `cache`, and will forget the other name in 5.40
+# transformers 5.24 names it `cache`; 5.40 removes the other name
 _CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
@@ -67,8 +67,8 @@ def train_supervised(
 ) -> LlamaForCausalLM:
     """The supervised start: AdamW, 30 steps of warm-up and a cosine, batches drawn at random.
 
-    Batches are not sorted by length: with a loss that is a mean over tokens, that would weigh the end tokens of short
-    answers more than those of long ones and teach the model to be brief (measured: 15 tokens instead of 20).
+    Batches are not sorted by length: with a loss that is a mean over tokens, that would weight the end tokens of short
+    answers more than those of long ones and shorten the answers (measured: 15 tokens instead of 20).
     """
     model = build_model(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)

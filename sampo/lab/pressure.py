@@ -1,4 +1,4 @@
-"""What can be said of a method and its pairs before training: where its loss pushes length."""
+"""Length pressure of a method on its pairs before training."""
 
 from collections.abc import Sequence
 from typing import Any

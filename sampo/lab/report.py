@@ -1,10 +1,10 @@
-"""From the records of the lab to its table, its figure and its sentences. Nothing here is known beforehand."""
+"""Table, figure and sentences of the lab, computed from its records."""
 
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..io.files import replacing
 from ..io.records import Record
@@ -33,7 +33,7 @@ COLOURS = (
     "#009e73",
     "#cc79a7",
     "#e69f00",
-)  # of the methods; told apart by the colour-blind
+)  # of the methods; distinct for colour-blind readers
 FIGURE_SIZE = (9.0, 3.4)  # inches
 LEGEND = (
     "tokens: mean length of a sampled answer, end token included. stops: share of answers that end before the cap. "
@@ -82,7 +82,7 @@ class Line:
 
 
 def outcomes_of(records: Iterable[Record]) -> list[tuple[Run, list[Record]]]:
-    """Runs with their records, from the records of one experiment; of those that were made twice the last counts."""
+    """Runs with their records, from the records of one experiment; the last of those with the same run counts."""
     found: dict[tuple[str, str, int], dict[str, Record]] = {}
     for record in records:
         config = record.config
@@ -168,14 +168,14 @@ def findings(lines: Sequence[Line]) -> list[str]:
         found = {line.method: line for line in lines if line.group == group}
         if "dpo" in found:
             baseline = found.pop("dpo")
-            sentences += [_against(line, baseline, n_seeds) for line in found.values()]
-            sentences += [_lean([baseline, *found.values()])] if group == "all" else []
+            sentences += [_compare(line, baseline, n_seeds) for line in found.values()]
+            sentences += [_describe_accuracy([baseline, *found.values()])] if group == "all" else []
     if n_seeds == 1:
         sentences.append("This is one seed: a difference of a few tokens can change its sign with another.")
     return sentences
 
 
-def _against(line: Line, baseline: Line, n_seeds: int) -> str:
+def _compare(line: Line, baseline: Line, n_seeds: int) -> str:
     differences = [a - b for a, b in zip(line.values("tokens"), baseline.values("tokens"), strict=True)]
     mean = statistics.mean(differences)
     same_sign = sum((d > 0) == (mean > 0) for d in differences)
@@ -191,7 +191,7 @@ def _against(line: Line, baseline: Line, n_seeds: int) -> str:
     )
 
 
-def _lean(lines: Sequence[Line]) -> str:
+def _describe_accuracy(lines: Sequence[Line]) -> str:
     parts = []
     for line in lines:
         shorter, longer = line.mean("accuracy_better_shorter"), line.mean("accuracy_better_longer")
@@ -204,7 +204,7 @@ def _lean(lines: Sequence[Line]) -> str:
 
 
 def weak_start(lines: Sequence[Line]) -> str | None:
-    """A warning where the start knows too little for quality to mean something."""
+    """A warning if the start knows too few facts for quality to be meaningful."""
     low = [quality for quality in lines[0].values("quality") if quality <= MIN_QUALITY]
     if not low:
         return None
@@ -259,7 +259,7 @@ def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
-def _mark(axes, line: Line, name: str, x: float, colour: str, *, in_legend: bool) -> None:
+def _mark(axes: Any, line: Line, name: str, x: float, colour: str, *, in_legend: bool) -> None:
     values, stops = line.values(name), statistics.mean(line.values("stops"))
     mean = statistics.mean(values)
     label = line.title if in_legend else None

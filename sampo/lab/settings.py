@@ -1,4 +1,4 @@
-"""What can be set in the lab, and the list of runs that follows. No torch here, for the command line reads this."""
+"""Settings of the lab, and the list of runs that follows from them. No torch: the command line imports this."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,7 +35,7 @@ class Settings:
     batch_size: int = 32
     max_tokens: int = 120
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "pairs", "sft_steps", "questions", "judged_pairs", "learning_rate", "beta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")

@@ -1,8 +1,8 @@
-"""A small world in which the true quality of an answer is known, so that length and quality can be told apart.
+"""A small world in which the true quality of an answer is known, so that length and quality can be measured apart.
 
 A question asks for one to four attributes of an entity. An answer states facts and wraps them in filler. How many of
-the facts a writer knows and how much filler they write are independent; annotators prefer the better answer and, a
-little, the longer one. Whatever a method does to length beyond that, it does by itself.
+the facts a writer knows and how much filler they write are independent; annotators prefer the better answer and, to a
+small degree, the longer one. Any further change of length comes from the method.
 
     prompt      <bos> e3 a1 a5 <nil> <nil> ?      always 7 tokens, so that nothing needs left padding
     answer      a1 v7 . f2 f9 f4 . a5 v0 . <eos>
@@ -28,7 +28,7 @@ ATTRIBUTE, ENTITY, VALUE, FILLER = (WORDS.index(word) for word in ("a0", "e0", "
 
 MAX_ASKED = 4
 PROMPT_TOKENS = MAX_ASKED + 3
-MAX_ANSWER_TOKENS = 88  # longer answers are drawn again
+MAX_ANSWER_TOKENS = 88  # longer answers are redrawn
 QUALITY_SLOPE = 1.5  # annotators' log-odds per unit of true quality
 EXTRA_RATE = 0.08  # of a repeated and of an unasked fact, per sentence of filler and once more
 
@@ -87,14 +87,14 @@ def _pick(rng: np.random.Generator, options: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class World:
-    """The facts and the filler language, both drawn from `seed`, and everything that is written in them."""
+    """The facts and the filler language, both drawn from `seed`, and all questions and answers that use them."""
 
     seed: int
     facts: np.ndarray = field(init=False)  # (entities, attributes), the value of each
     successors: np.ndarray = field(init=False)  # (fillers, 4), likeliest first
     openers: list[int] = field(init=False)  # filler words that may open a sentence
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rng = self.rng("world")
         object.__setattr__(self, "facts", rng.integers(VALUES, size=(ENTITIES, ATTRIBUTES)))
         successors = np.stack([rng.permutation(FILLERS)[:4] for _ in range(FILLERS)])
@@ -102,7 +102,7 @@ class World:
         object.__setattr__(self, "openers", rng.permutation(FILLERS)[:6].tolist())
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """A generator of its own for each purpose: more of one kind of draw does not change another kind."""
+        """A separate generator for each purpose, so that more draws of one kind do not change those of another."""
         return np.random.default_rng([self.seed, crc32(purpose.encode())])
 
     def question(self, rng: np.random.Generator, *, held_out: bool) -> Question:
@@ -140,7 +140,7 @@ class World:
     def _padding(
         self, rng: np.random.Generator, question: Question, facts: list[list[int]], *, sentences: int
     ) -> list[list[int]]:
-        """Sentences that earn nothing: filler, repeats of own facts, true facts that nobody asked for."""
+        """Sentences without value: filler, repeats of own facts, true facts that nobody asked for."""
         padding = [self._filler(rng) for _ in range(sentences)]
         unasked = [a for a in range(ATTRIBUTES) if a not in question.attributes]
         for _ in range(sentences + 1):
@@ -163,7 +163,7 @@ class World:
         """The true quality: distinct requested facts stated rightly, minus distinct facts stated wrongly.
 
         A statement is an attribute directly followed by a value. Filler, repeats, true facts that nobody asked for
-        and a missing end token cost nothing, so length as such is neither good nor bad.
+        and a missing end token do not count, so length alone is neither good nor bad.
         """
         statements = {
             (first - ATTRIBUTE, second - VALUE)

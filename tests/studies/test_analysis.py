@@ -14,16 +14,16 @@ from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Settings
 from studies.analysis import (
     Spread,
     Study,
-    at_equal,
     first_reaching,
     frontier,
-    grid_at_equal,
+    interpolate,
+    interpolate_grid,
     over_seeds,
     paired,
     prediction,
     tuned,
 )
-from studies.claims import FAILS, HOLDS, OPEN, Claim, Finding, above, below, both, claims, collapsed, within
+from studies.claims import FAILS, HOLDS, OPEN, Claim, Finding, above, below, claims, collapsed, combine, within
 from studies.page import PARTS, write_figures
 from studies.plan import study_plan
 
@@ -109,7 +109,7 @@ def naive_at_equal(points, level):
 def test_numbers_at_equal_kl_lie_on_the_line_between_the_neighbours(study, level):
     found = 0
     for method, group in (("dpo", "all"), ("sampo", "short"), ("rdpo_02", "long")):
-        values = grid_at_equal(study, method, group, "win_rate", level=level)
+        values = interpolate_grid(study, method, group, "win_rate", level=level)
         for seed in range(4):
             cells = [
                 c
@@ -121,7 +121,9 @@ def test_numbers_at_equal_kl_lie_on_the_line_between_the_neighbours(study, level
             assert values.get(seed) == (None if expected is None else pytest.approx(expected))
             found += expected is not None
     assert found > 0 or level in (0.4, 9.0)
-    assert at_equal(study.cells[:1], "win_rate", by="kl", level=study.cells[0].numbers["kl"]) is None  # of one point
+    assert (
+        interpolate(study.cells[:1], "win_rate", by="kl", level=study.cells[0].numbers["kl"]) is None
+    )  # of one point
 
 
 def test_each_seed_is_measured_in_the_cell_that_is_best_in_the_others(runs, study):
@@ -246,7 +248,7 @@ def test_verdicts_follow_the_interval_and_need_three_seeds(spread, is_above, is_
 
 
 def test_a_conjunction_fails_with_one_part_and_is_open_with_an_open_one():
-    assert [both(HOLDS, HOLDS), both(HOLDS, FAILS), both(OPEN, FAILS), both(HOLDS, OPEN)] == [
+    assert [combine(HOLDS, HOLDS), combine(HOLDS, FAILS), combine(OPEN, FAILS), combine(HOLDS, OPEN)] == [
         HOLDS,
         FAILS,
         FAILS,

@@ -13,7 +13,7 @@ import torch
 
 from sampo import SamPOConfig
 from sampo.io import records as results
-from sampo.lab.experiment import RECORDS, run_all, unmeasured, unseen
+from sampo.lab.experiment import RECORDS, no_progress, run_all, unmeasured
 from sampo.lab.methods import SLOPE, STUDY_METHODS
 from sampo.lab.pressure import logistic_slope, mean_weights
 from sampo.lab.settings import GROUPS, SFT, Run, Settings
@@ -99,7 +99,7 @@ def run_serially(runs, folder):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes of a parallel run have
     try:
-        return list(run_all(runs, folder, command="made here", progress=unseen))
+        return list(run_all(runs, folder, command="made here", progress=no_progress))
     finally:
         torch.set_num_threads(threads)
 
@@ -129,7 +129,7 @@ def test_rounds_of_iterative_training_are_runs_of_their_own(serial):
 
 
 def test_a_study_that_was_stopped_within_a_record_goes_on_where_it_was(serial, tmp_path):
-    going = run_all(FEW, tmp_path, command="made here", progress=unseen)
+    going = run_all(FEW, tmp_path, command="made here", progress=no_progress)
     stopped = [next(going)[0], next(going)[0]]
     going.close()
     path = tmp_path / RECORDS
