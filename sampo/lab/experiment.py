@@ -355,7 +355,12 @@ def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTr
 
 
 def _train_round(
-    bench: Bench, run: Run, policy: PreTrainedModel, pairs: Sequence[WorldPair], steps: int, advance: Callable[[int], None]
+    bench: Bench,
+    run: Run,
+    policy: PreTrainedModel,
+    pairs: Sequence[WorldPair],
+    steps: int,
+    advance: Callable[[int], None],
 ) -> dict[str, float]:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
