@@ -810,7 +810,7 @@ def test_the_code_of_the_document_runs_and_prints_what_it_says(tmp_path, monkeyp
 
 def test_the_document_names_every_kind_of_fault():
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    documented = re.findall(r"^\| `(\w+)` \|", text.split("## Complaints")[1].split("## Length")[0], re.MULTILINE)
+    documented = re.findall(r"^\| `(\w+)` \|", text.split("## Issues and fixes")[1].split("## Length")[0], re.MULTILINE)
     assert sorted(documented) == sorted(["kind", *KINDS, "missing_column", "unreadable_file"])
 
 
