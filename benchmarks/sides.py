@@ -115,7 +115,7 @@ def with_compact_head(model, *, labels: Tensor, fused_lm_head: bool = True, **kw
     """TRL's call of a model, with sampo's compact head for its padded rows; `labels` is `(2B, L)`."""
     targets = labels[:, 1:]
     labelled = (targets != -100).nonzero(as_tuple=True)  # the state at a position predicts the next token
-    return lm_head.score_places(model, model.base_model, labelled, labelled, targets, **kwargs)
+    return lm_head.score_positions(model, model.base_model, labelled, labelled, [targets], **kwargs)[0]
 
 
 def authors(work: Workload) -> Side:

@@ -1,7 +1,7 @@
 """Preference optimisation without training for length: SamPO and related methods, on TRL's `DPOTrainer`."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module `sampo` has no attribute `{name}`; it has {sorted(_PUBLIC)}.")
     return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -336,6 +336,6 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         if self.is_world_process_zero():
             self._write_card(Path(str(self.args.output_dir)), *args, **kwargs)
 
-    def _write_card(self, folder: Path, model_name: Any = None, dataset_name: str | None = None, tags: Any = None):
+    def _write_card(self, folder: Path, model_name: Any = None, dataset_name: Any = None, tags: Any = None) -> None:
         draft = partial(super().create_model_card, model_name, tags=tags)
         write_card(self, folder, draft, dataset_name or self.dataset_name)

@@ -60,7 +60,7 @@ class LogWindow:
     num_tokens: int
     carried: dict[str, float]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.loss_sums:
             raise ValueError("`loss_sums` must hold a number for each process, got none")
 
@@ -136,7 +136,7 @@ class SaveOnSignal(TrainerCallback):
             self.received = int(flag.item())
         return bool(self.received)
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102, transformers' own interface
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102, transformers'
         if self._asked_for(args):
             name = "Ctrl-C" if self.received == signal.SIGINT else "SIGTERM"
             now = " Ctrl-C once more stops at once." if self.received == signal.SIGINT else ""
@@ -144,11 +144,11 @@ class SaveOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = self.stopped = True
             control.should_evaluate = False  # there may be seconds left
 
-    def on_save(self, args, state, control, **kwargs):  # noqa: D102
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if not self.stopped and self._asked_for(args):  # the signal came during the save
             control.should_training_stop = self.stopped = True
 
-    def on_epoch_end(self, args, state, control, **kwargs):  # noqa: D102
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if self.stopped:
             control.should_save = control.should_evaluate = control.should_log = False
 
@@ -206,7 +206,7 @@ class ResumableTrainer(Trainer):
 
     # --- going on ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *rest, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
         """As in transformers, from a complete checkpoint.
 
         Args:
@@ -225,7 +225,7 @@ class ResumableTrainer(Trainer):
         with self._alone_in_output_dir():
             return self._train_alone(resume_from_checkpoint, *rest, **kwargs)
 
-    def _train_alone(self, resume_from_checkpoint: str | bool | None, *rest, **kwargs):
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *rest: Any, **kwargs: Any) -> Any:
         checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._log_window = None
         if checkpoint is not None:
@@ -341,7 +341,7 @@ class ResumableTrainer(Trainer):
         if not known and has_length(loader.dataset):
             loader.remainder = len(loader.dataset) % (self.args.train_batch_size * self.accelerator.num_processes)
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._log_window is not None:
             self._restore_log_window(self._log_window)
             self._log_window = None
@@ -353,7 +353,7 @@ class ResumableTrainer(Trainer):
 
     # --- saving --------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, checkpoints.STAGING) if self._staging else folder
 
@@ -380,7 +380,7 @@ class ResumableTrainer(Trainer):
             f"{last}, with a lower `learning_rate` or `max_grad_norm`, or with bf16 or fp32 in place of fp16."
         )
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.refuse_weights_not_finite(f"checkpoint-{self.state.global_step}")
         target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staged = target.parent / checkpoints.STAGING / target.name

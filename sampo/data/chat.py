@@ -28,7 +28,7 @@ class NotRendered(ValueError):
 
 
 def render_messages(tokenizer: Any, messages: list[dict], **options: Any) -> str:
-    """The text that a chat template makes of a conversation.
+    """Return the text that a chat template makes of a conversation.
 
     Args:
         tokenizer: with `apply_chat_template`.
@@ -48,7 +48,7 @@ def render_messages(tokenizer: Any, messages: list[dict], **options: Any) -> str
 
 
 def join_text_blocks(messages: list[dict]) -> list[dict]:
-    """The messages with content of text blocks as one string, block under block; other content stays."""
+    """Join content of text blocks to one string, with line breaks between blocks; other content stays."""
     return [
         {**message, "content": "\n".join(block["text"] or "" for block in message["content"])}
         if isinstance(message.get("content"), list) and all(map(is_text_block, message["content"]))
@@ -57,10 +57,10 @@ def join_text_blocks(messages: list[dict]) -> list[dict]:
     ]
 
 
-def with_strings_for_template(dataset: Any, tokenizer: Any, label: str) -> Any:
-    """The pairs with strings in the place of content blocks of text, where the chat template does not take blocks.
+def join_blocks_for_template(dataset: Any, tokenizer: Any, label: str) -> Any:
+    """Replace content blocks of text by strings, if the chat template does not take blocks.
 
-    Other data sets, streams among them, are returned as they are.
+    Other data sets, including streams, are returned unchanged.
     """
     from datasets import Dataset
 
@@ -72,13 +72,13 @@ def with_strings_for_template(dataset: Any, tokenizer: Any, label: str) -> Any:
         return dataset
 
     def join(batch: dict[str, list]) -> dict[str, list]:
-        return {name: [template.as_taken(messages) for messages in batch[name]] for name in names}
+        return {name: [template.adapt_blocks(messages) for messages in batch[name]] for name in names}
 
     if template.takes_blocks:
         return dataset
     joined = dataset.with_format(None).map(join, batched=True, desc="Joining blocks of text")
     if joined.features != dataset.features:
-        logger.info("%s: content blocks of text joined to strings, for the chat template takes no blocks", label)
+        logger.info("%s: content blocks of text joined to strings, because the chat template takes no blocks", label)
     return joined
 
 
@@ -93,7 +93,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: with a chat template.
-        template: in place of the tokenizer's own.
+        template: replaces the tokenizer's own.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None):
@@ -115,17 +115,17 @@ class ChatTemplate:
         return self._takes_blocks
 
     def render(self, messages: list[dict], **options: Any) -> str:
-        """The text of a conversation; raises `NotRendered` if the template fails."""
+        """Render a conversation; raises `NotRendered` if the template fails."""
         return render_messages(self.tokenizer, messages, **self._own, **options)
 
-    def as_taken(self, messages: list[dict]) -> list[dict]:
-        """The messages in the form that the template takes: with strings in the place of text blocks, if need be."""
+    def adapt_blocks(self, messages: list[dict]) -> list[dict]:
+        """Return the messages as the template takes them: with strings instead of text blocks, if necessary."""
         if not any(isinstance(message.get("content"), list) for message in messages) or self.takes_blocks:
             return messages
         return join_text_blocks(messages)
 
-    def texts(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str, str]:
-        """The prompt alone, and the prompt with each response, as TRL renders them.
+    def render_pair(self, pair: Pair, extra: dict[str, Any]) -> tuple[str, str, str]:
+        """Render the prompt alone, and the prompt with each response, as TRL does.
 
         Args:
             pair: of messages.
@@ -134,7 +134,7 @@ class ChatTemplate:
         Raises:
             NotRendered: the template fails.
         """
-        prompt, *responses = map(self.as_taken, pair)
+        prompt, *responses = map(self.adapt_blocks, pair)
         options = _read_options(extra)
         alone = self.render_prompt(prompt, extra)
         chosen, rejected = (self.render(prompt + response, **options) for response in responses)
@@ -142,12 +142,12 @@ class ChatTemplate:
 
     def render_prompt(self, prompt: list[dict], extra: dict[str, Any]) -> str:
         """Render a prompt alone, up to where the answer begins; raises `NotRendered` if the template fails."""
-        return self.render(self.as_taken(prompt), add_generation_prompt=True, **_read_options(extra))
+        return self.render(self.adapt_blocks(prompt), add_generation_prompt=True, **_read_options(extra))
 
     def find_issue(self, pair: Pair, extra: dict[str, Any]) -> RowIssue | None:
         """Render a pair and find what is wrong with it."""
         try:
-            texts = self.texts(pair, extra)
+            texts = self.render_pair(pair, extra)
         except NotRendered as error:
             self.reasons.setdefault("not_rendered", str(error))
             return "not_rendered", ""
@@ -155,17 +155,17 @@ class ChatTemplate:
 
     def find_issue_in_texts(self, pair: Pair, texts: tuple[str, str, str]) -> RowIssue | None:
         """Find the first message that the rendered texts do not show."""
-        prompt, *sides = pair
+        prompt, *responses = pair
         if kind := self.find_issue_in_prompt(prompt, texts[0]):
             return kind, "prompt"
-        for column, side, text in zip(("chosen", "rejected"), sides, texts[1:], strict=True):
-            if kind := _find_issue_in_message(self.as_taken(side)[-1], text):
+        for column, response, text in zip(("chosen", "rejected"), responses, texts[1:], strict=True):
+            if kind := _find_issue_in_message(self.adapt_blocks(response)[-1], text):
                 return kind, column
         return None
 
     def find_issue_in_prompt(self, prompt: list[dict], text: str) -> str | None:
         """Return the kind of issue of the first system or user message that the rendered prompt does not show."""
-        for message in self.as_taken(prompt):
+        for message in self.adapt_blocks(prompt):
             if message["role"] in PROMPT_ROLES and (kind := _find_issue_in_message(message, text)):
                 return "system_lost" if kind == "message_lost" and message["role"] != "user" else kind
         return None
@@ -181,7 +181,7 @@ def _read_options(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_of(tokenizer: Any) -> ChatTemplate | None:
-    """The template that messages go through, if the tokenizer has one; a processor's is for more than text."""
+    """Return the template that messages go through, if the tokenizer has one; a processor's is for more than text."""
     is_processor = hasattr(tokenizer, "tokenizer")
     return ChatTemplate(tokenizer) if not is_processor and getattr(tokenizer, "chat_template", None) else None
 
@@ -191,16 +191,16 @@ def _find_issue_in_message(message: dict, text: str) -> str | None:
     if isinstance(content, list) and str(content) in text:
         return "blocks_as_python"
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    said = [part["text"] for part in parts if is_text_block(part) and part["text"]]
-    return None if all(_is_shown(each, text) for each in said) else "message_lost"
+    expected = [part["text"] for part in parts if is_text_block(part) and part["text"]]
+    return None if all(_is_shown(each, text) for each in expected) else "message_lost"
 
 
-def _is_shown(said: str, text: str) -> bool:
-    """Whether a text stands in a rendered one: templates strip blanks, move reasoning about, and some write JSON."""
-    said = said.rsplit("</think>", 1)[-1].strip()
-    if said in text:
+def _is_shown(expected: str, text: str) -> bool:
+    """Whether a rendered text contains a text: templates strip blanks, move reasoning, and some write JSON."""
+    expected = expected.rsplit("</think>", 1)[-1].strip()
+    if expected in text:
         return True
-    return "".join(said.split()) in "".join(text.split()) or json.dumps(said)[1:-1] in text
+    return "".join(expected.split()) in "".join(text.split()) or json.dumps(expected)[1:-1] in text
 
 
 # --- a time limit on Python code, in any thread ---------------------------------------------------------------------
@@ -211,7 +211,7 @@ class _TooLong(BaseException):  # not an Exception: a template must not be able 
 
 
 class _Watchdog:
-    """One thread that looks at the deadlines of all others, and raises `_TooLong` in those that are late."""
+    """One thread that checks the deadlines of all others, and raises `_TooLong` in those that are late."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -237,7 +237,7 @@ _watchdog = _Watchdog()
 
 
 def _forget_threads() -> None:
-    """A forked process has none but its own."""
+    """Start anew in a forked process, which has no other threads."""
     global _watchdog
     _watchdog = _Watchdog()
 
@@ -247,7 +247,7 @@ os.register_at_fork(after_in_child=_forget_threads)
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Stop Python code that takes longer. Not by a signal: those reach the main thread only, and others use them.
+    """Stop Python code that takes longer. Not by a signal: it reaches the main thread only, and other code uses it.
 
     Raises:
         TimeoutError: it took longer.
@@ -263,6 +263,6 @@ def time_limit(seconds: float) -> Iterator[None]:
             with dog.lock:
                 in_time = dog.deadlines.pop(me, None) is not None
             if not in_time:
-                time.sleep(0)  # what was raised in this thread arrives here at the latest
+                time.sleep(0)  # an exception that was set in this thread is raised here at the latest
     except _TooLong:
         raise TimeoutError(f"it takes more than {seconds:g} seconds for one conversation") from None

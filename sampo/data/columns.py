@@ -1,6 +1,6 @@
 r"""From the columns of a source to `prompt`, `chosen` and `rejected`: names, system prompts, inputs, ShareGPT.
 
-What other collections put beside a pair is used by these rules, the same for loading, audit and generation:
+Other columns of a source are used by these rules, the same for loading, audit and generation:
 
 | in the source | becomes |
 |---|---|
@@ -11,7 +11,7 @@ What other collections put beside a pair is used by these rules, the same for lo
 | `{"from": "human", "value": …}` | `{"role": "user", "content": …}` (ShareGPT) |
 | one message as `chosen` or `rejected`, not in a list; text beside `conversations` | a list of one message |
 
-A [`PairRows`] stands in front of the rows of a source and makes these of them, one row at a time.
+A [`PairRows`] wraps the rows of a source and applies the rules, one row at a time.
 """
 
 import difflib
@@ -42,7 +42,7 @@ SPEAKERS = {
 CALLS = ("function_call", "tool_call")
 
 
-# Names that other collections give to the three columns: too far from ours for a comparison of spelling.
+# Names that other collections give to the three columns, which are not similar to ours in spelling.
 OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "context"),
     "chosen": ("chosen_response", "preferred", "accepted", "response_chosen", "winner", "better", "positive"),
@@ -64,29 +64,29 @@ class Rows(Protocol):
 
 
 class _BadRow(ValueError):
-    """A row that no pair can be made of: its kind of fault, and what there is."""
+    """A row that no pair can be made of: the kind of issue, and the reason."""
 
     def __init__(self, kind: str, what: str):
         super().__init__(what)
         self.kind = kind
 
 
-def read_columns(words: Sequence[str]) -> dict[str, str]:
-    """`["prompt=question"]`, as it stands on a command line, as a mapping of our names to those of the source.
+def read_columns(arguments: Sequence[str]) -> dict[str, str]:
+    """Parse `["prompt=question"]` of a command line to a mapping of our names to those of the source.
 
     Raises:
-        ValueError: a word is something else.
+        ValueError: an argument has another form.
     """
-    wrong = [word for word in words if word.count("=") != 1 or word.startswith("=")]
+    wrong = [each for each in arguments if each.count("=") != 1 or each.startswith("=")]
     if wrong:
         raise ValueError(f"`columns` must be given as OURS=THEIRS, such as prompt=question, got {wrong[0]!r}.")
-    return dict(word.split("=", 1) for word in words)
+    return dict(each.split("=", 1) for each in arguments)
 
 
 def check_columns(columns: Mapping[str, str], there: Sequence[str], label: str) -> None:
     """Raise unless `columns` names parts that we know, and different columns that are there.
 
-    An empty name says that a part is not to be used.
+    An empty name excludes a part.
     """
     given = [theirs for theirs in columns.values() if theirs]
     empty = [ours for ours, theirs in columns.items() if not theirs and ours in PAIR_COLUMNS]
@@ -99,11 +99,11 @@ def check_columns(columns: Mapping[str, str], there: Sequence[str], label: str) 
 
 
 def pair_rows(rows: Rows, columns: Mapping[str, str] | None = None, label: str = "the data") -> Rows:
-    """The rows with columns `prompt`, `chosen` and `rejected`, made by the rules above if there is anything to make.
+    """Return rows with columns `prompt`, `chosen` and `rejected`, made by the rules above if any applies.
 
     Args:
         rows: of a source.
-        columns: our names -> those of the source; an empty name for a part that is not to be used.
+        columns: our names -> those of the source; an empty name excludes a part.
         label: of the source, for messages.
 
     Raises:
@@ -121,16 +121,16 @@ def pair_rows(rows: Rows, columns: Mapping[str, str] | None = None, label: str =
 
 
 def pairs_of_stream(stream: "IterableDataset", columns: Mapping[str, str] | None = None) -> "IterableDataset":
-    """The same of a stream, whose first rows say what it has.
+    """Apply the same rules to a stream, whose first rows decide which apply.
 
     Raises:
         PreferenceDataError: of a row, when it is reached.
     """
     first = list(itertools.islice(stream, 100))
     names = list(stream.column_names or (first[0] if first else ()))
-    seen = _Listed(names, first)
-    made = pair_rows(seen, columns, "the stream")
-    if made is seen:
+    head = _Listed(names, first)
+    made = pair_rows(head, columns, "the stream")
+    if made is head:
         return stream
     assert isinstance(made, PairRows)
     maker, used = made, made.parts
@@ -138,8 +138,8 @@ def pairs_of_stream(stream: "IterableDataset", columns: Mapping[str, str] | None
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         try:
             pair = maker.make({part: row.get(theirs) for part, theirs in used.items()})
-        except _BadRow as fault:
-            what = f"A row of the stream is bad: {fault}. Load the data whole for a list of all."
+        except _BadRow as issue:
+            what = f"A row of the stream is bad: {issue}. Load the data without streaming for a list of all."
             raise PreferenceDataError(what) from None
         kept = {name: value for name, value in row.items() if name not in set(used.values())}
         return {**kept, **{name: value for name, value in zip(PAIR_COLUMNS, pair, strict=True) if name in used}}
@@ -149,19 +149,19 @@ def pairs_of_stream(stream: "IterableDataset", columns: Mapping[str, str] | None
 
 @dataclass(frozen=True)
 class _Listed:
-    """Rows that are at hand."""
+    """Rows in a list."""
 
     columns: list[str]
     rows: list[dict[str, Any]]
 
     def cells(self, names: list[str]) -> Iterator[tuple]:
-        """Of the columns, row by row."""
+        """The values of the named columns, row by row."""
         return (tuple(map(row.get, names)) for row in self.rows)
 
 
 @dataclass(frozen=True)
 class PairRows:
-    """The rows of a source with our three columns.
+    """The rows of a source, with our three columns.
 
     Attributes:
         rows: of the source.
@@ -177,14 +177,14 @@ class PairRows:
 
     @property
     def columns(self) -> list[str]:
-        """Ours first, then those of the source that none was made of."""
+        """Our columns first, then those of the source that are not used for them."""
         ours = [name for name in PAIR_COLUMNS if name in self.parts]
         used = {*self.parts.values(), *ours}
         return [*ours, *(name for name in self.rows.columns if name not in used)]
 
     @property
     def total(self) -> int:
-        """Number of rows, as the source has it."""
+        """Number of rows of the source."""
         return getattr(self.rows, "total", 0)
 
     def cells(self, names: list[str]) -> Iterator[Any]:
@@ -198,8 +198,8 @@ class PairRows:
                 continue
             try:
                 made = self.make(dict(zip(parts, row[: len(parts)], strict=True)))
-            except _BadRow as fault:
-                yield BrokenLine(fault.kind, f"row {number} ({fault})")
+            except _BadRow as issue:
+                yield BrokenLine(issue.kind, f"row {number} ({issue})")
                 continue
             found = dict(zip(PAIR_COLUMNS, made, strict=True)) | dict(zip(others, row[len(parts) :], strict=True))
             yield tuple(found.get(name) for name in names)
@@ -212,47 +212,47 @@ class PairRows:
         ]
 
     def make(self, cells: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-        """Prompt, chosen and rejected of a row; None for a part that the source does not have.
+        """Make prompt, chosen and rejected of a row; None for a part that the source does not have.
 
         Raises:
             _BadRow: they cannot be made.
         """
         prompt, chosen, rejected = (_as_chat(cells.get(name)) for name in PAIR_COLUMNS)
-        if _says(more := cells.get("input")):
+        if _is_filled(more := cells.get("input")):
             if not isinstance(prompt, str):
-                raise _BadRow("bad_input", "its prompt is no text that `input` could follow")
-            if self._whole(chosen) and self._whole(rejected):
-                raise _BadRow("bad_input", "its prompt is what the conversations share, which `input` is no part of")
+                raise _BadRow("bad_input", "its prompt is not text that `input` could follow")
+            if self._is_conversation(chosen) and self._is_conversation(rejected):
+                raise _BadRow("bad_input", "its prompt is what the conversations share, without `input`")
             prompt = f"{prompt}\n{_text('input', more)}"
-        system = _text("system", cells["system"]) if _says(cells.get("system")) else None
+        system = _text("system", cells["system"]) if _is_filled(cells.get("system")) else None
         if self.parts.get("prompt") == "conversations":  # LLaMA-Factory's responses may be text beside it
             chosen, rejected = (
-                [{"role": "assistant", "content": side}] if isinstance(side, str) else side
-                for side in (chosen, rejected)
+                [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+                for response in (chosen, rejected)
             )
         if self.text_as_messages and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             prompt = _as_turn(prompt)
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
         if system is None:
             return prompt, chosen, rejected
-        if isinstance(prompt, str) and not self._whole(chosen):
+        if isinstance(prompt, str) and not self._is_conversation(chosen):
             prompt = _as_turn(prompt)
         if prompt == []:
-            return prompt, chosen, rejected  # the check of the row says that it is empty
+            return prompt, chosen, rejected  # the row scanner reports that it is empty
         if isinstance(prompt, list):
             return _with_system(prompt, system), chosen, rejected
-        if self._whole(chosen) and self._whole(rejected):
+        if self._is_conversation(chosen) and self._is_conversation(rejected):
             return prompt, _with_system(chosen, system), _with_system(rejected, system)
-        raise _BadRow("bad_system", "there is no prompt that the system message could stand in front of")
+        raise _BadRow("bad_system", "there is no prompt to put the system message before")
 
     @staticmethod
-    def _whole(side: Any) -> bool:
+    def _is_conversation(response: Any) -> bool:
         """Whether a response is a conversation from its beginning."""
-        return isinstance(side, list) and bool(side) and side[0].get("role") != "assistant"
+        return isinstance(response, list) and bool(response) and response[0].get("role") != "assistant"
 
 
 def nearest_column(wanted: str, columns: list[str]) -> str | None:
-    """The column that is probably meant, by spelling or by a name that others give it."""
+    """Return the column that is probably meant, by spelling or by a name that other collections give it."""
     free = {column.lower(): column for column in columns if column not in PAIR_COLUMNS}
     known = [free[name] for name in OTHER_NAMES[wanted] if name in free]
     # 0.82: `prompts`, `Prompt`, `promt`, `choosen`, `reject` are near; `prompt_id` is not
@@ -292,8 +292,8 @@ def _find_parts(rows: Rows, columns: dict[str, str], label: str) -> dict[str, st
 
 
 def _is_used(rows: Rows, column: str) -> bool:
-    """Whether any cell says something; the first one ends the look."""
-    return any(_says(row[0]) for row in rows.cells([column]) if not isinstance(row, BrokenLine))
+    """Whether any cell is not empty; the search ends at the first."""
+    return any(_is_filled(row[0]) for row in rows.cells([column]) if not isinstance(row, BrokenLine))
 
 
 def _head(rows: Rows, parts: dict[str, str]) -> Iterator[Any]:
@@ -319,7 +319,7 @@ def _is_sharegpt(message: Any) -> bool:
 
 
 def _as_chat(value: Any) -> Any:
-    """Messages in our spelling, in a list; what is no message is left as it is."""
+    """Return messages in our spelling, in a list; any other value is returned unchanged."""
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, list) or not any(map(_is_sharegpt, value)):
@@ -328,24 +328,25 @@ def _as_chat(value: Any) -> Any:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    speaker, said = message["from"], message.get("value")
+    speaker, value = message["from"], message.get("value")
     if speaker in CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _read_call(said)}]}
+        call = {"type": "function", "function": _read_call(value)}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
     if speaker not in SPEAKERS:
         raise _BadRow("unknown_speaker", f"`from` is {str(speaker)[:40]!r}")
-    return {"role": SPEAKERS[speaker], "content": said}
+    return {"role": SPEAKERS[speaker], "content": value}
 
 
-def _read_call(said: Any) -> dict[str, Any]:
+def _read_call(value: Any) -> dict[str, Any]:
     try:
-        call = json.loads(said) if isinstance(said, str) else said
+        call = json.loads(value) if isinstance(value, str) else value
         return {"name": call["name"], "arguments": call["arguments"]}
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _BadRow("bad_call", "the call of a function is no JSON object with `name` and `arguments`") from None
+        raise _BadRow("bad_call", "the function call is not a JSON object with `name` and `arguments`") from None
 
 
 def _as_turn(prompt: str) -> list[Any]:
-    """A text prompt as messages: none of a blank one, which a system message must not hide."""
+    """Make messages of a text prompt: none of a blank one, which a system message must not hide."""
     return [{"role": "user", "content": prompt}] if prompt.strip() else []
 
 
@@ -358,11 +359,11 @@ def _with_system(messages: list[Any], system: str) -> list[Any]:
     return messages
 
 
-def _says(value: Any) -> bool:
+def _is_filled(value: Any) -> bool:
     return value is not None and not (isinstance(value, str) and not value.strip()) and value == value
 
 
 def _text(part: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise _BadRow(f"bad_{part}", f"`{part}` is no text but {type(value).__name__}")
+        raise _BadRow(f"bad_{part}", f"`{part}` is not text but {type(value).__name__}")
     return value

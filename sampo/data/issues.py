@@ -1,4 +1,4 @@
-"""What can be wrong with a row: the kinds of issues, what is said of each, how many rows have it, and the error."""
+"""What can be wrong with a row: the kinds of issues, their descriptions and counts, and the error that lists them."""
 
 import difflib
 from bisect import insort
@@ -136,7 +136,7 @@ class Issue:
 
     Attributes:
         kind: key of `KINDS`, or `missing_column` or `unreadable_file`.
-        column: name of the column, empty for an issue of the whole row.
+        column: name of the column, empty for an issue of the row itself.
         rows: the first rows that have it, counted from 0.
         count: number of all rows that have it.
         fix: what to do about it.

@@ -1,8 +1,8 @@
 """Rows of JSON files: one object a line, one list of objects, or objects one after the other (pretty-printed).
 
-The text is UTF-8, or UTF-16 or UTF-32, which RFC 4627 (section 3) lets a reader tell by the zeros of the first
-characters; a mark at the start may be there or not. Lines of UTF-8 are streamed; a list, pretty-printed objects and
-other encodings are read as a whole.
+The text is UTF-8, or UTF-16 or UTF-32, which RFC 4627 (section 3) distinguishes by the zeros of the first
+characters, with or without a byte order mark. Lines of UTF-8 are streamed; a list, pretty-printed objects and
+other encodings are read completely.
 """
 
 import gzip
@@ -125,10 +125,10 @@ def rows_of_files(paths: list[Path]) -> Iterator[dict | BrokenLine]:
             broken += [row] if len(broken) < ROWS_NAMED else []
         yield row
     if not found:
-        raise _nothing_whole(paths[0], broken, kinds)
+        raise _make_error_of_no_rows(paths[0], broken, kinds)
 
 
-def _nothing_whole(path: Path, broken: list[BrokenLine], kinds: Counter[str]) -> PreferenceDataError:
+def _make_error_of_no_rows(path: Path, broken: list[BrokenLine], kinds: Counter[str]) -> PreferenceDataError:
     fix = 'Write each row as an object, like {"prompt": …}, in UTF-8.'
     first = broken[0]
     got = f"none in {kinds.total():,} lines or elements: the first {phrase(first.kind, '', 1)}, {first.position}"
@@ -172,7 +172,7 @@ def _recoded(path: Path, content: bytes, encoding: str) -> io.BytesIO:
 
 
 class _Reader:
-    """Parses the text of one file. `json` keeps the last of two equal keys; here both are noted."""
+    """Parses the text of one file. `json` keeps the last of two equal keys; here both are recorded."""
 
     def __init__(self, path: Path, lone_surrogates: bool):
         self.path, self.lone_surrogates = path, lone_surrogates
@@ -186,7 +186,7 @@ class _Reader:
         return made
 
     def rows(self, lines: Iterable[bytes]) -> Iterator[dict | BrokenLine]:
-        """The first character tells a list from objects, since both go by the name `.json`."""
+        """Read lines; the first character distinguishes a list from objects, because both are called `.json`."""
         numbered = enumerate(lines, 1)
         first = next(((number, line) for number, line in numbered if line.strip()), None)
         if first is None:
@@ -215,54 +215,54 @@ class _Reader:
             return False
 
     def _line(self, line: bytes, number: int) -> dict | BrokenLine:
-        place, whole = f"{self.path.name}, line {number}", line.removesuffix(b"\n")
-        last = whole == line
+        position, content = f"{self.path.name}, line {number}", line.removesuffix(b"\n")
+        last = content == line
         try:
-            text = whole.decode("utf-8")
+            text = content.decode("utf-8")
             self.repeated.clear()
-            return self._row(self.decoder.decode(text.removeprefix("\ufeff")), place, text)
+            return self._row(self.decoder.decode(text.removeprefix("\ufeff")), position, text)
         except UnicodeDecodeError as error:
             cut_off = last and error.reason == "unexpected end of data"
-            return BrokenLine("bad_utf8", f"{place} (byte {error.start + 1})", cut_off)
+            return BrokenLine("bad_utf8", f"{position} (byte {error.start + 1})", cut_off)
         except json.JSONDecodeError as error:
             at_end = error.msg.startswith("Unterminated") or len(error.doc.rstrip()) - error.pos < len("-Infinity")
             cut_off = last and at_end and error.doc.lstrip().startswith("{")
-            return BrokenLine("broken_line", f"{place} ({_why_no_json(error, cut_off)})", cut_off)
+            return BrokenLine("broken_line", f"{position} ({_why_no_json(error, cut_off)})", cut_off)
         except RecursionError:
-            return BrokenLine("too_deep", place)
+            return BrokenLine("too_deep", position)
         except ValueError as error:  # a number of thousands of digits
-            return BrokenLine("broken_line", f"{place} ({str(error).split(';')[0]})")
+            return BrokenLine("broken_line", f"{position} ({str(error).split(';')[0]})")
 
     def _documents(self, content: bytes) -> Iterator[dict | BrokenLine]:
         """The elements of a list, or objects one after the other."""
         text = self._decoded(content)
-        place = _behind_blanks(text, 0)
-        listed = text[place] == "["
-        place = _behind_blanks(text, place + listed)
-        if listed and text.startswith("]", place):
+        start = _skip_blanks(text, 0)
+        listed = text[start] == "["
+        start = _skip_blanks(text, start + listed)
+        if listed and text.startswith("]", start):
             raise unreadable(self.path, "has no rows")
         line, counted = 1, 0
         for number in itertools.count():
-            line, counted = line + text.count("\n", counted, place), place
-            value, end = self._value(text, place, listed)
-            said = f"{self.path.name}, {f'element {number}' if listed else f'line {line}'}"
-            yield self._row(value, said, text[place:end])
-            place = _behind_blanks(text, end)
-            if listed and text.startswith(",", place):
-                place = _behind_blanks(text, place + 1)
+            line, counted = line + text.count("\n", counted, start), start
+            value, end = self._value(text, start, listed)
+            position = f"{self.path.name}, {f'element {number}' if listed else f'line {line}'}"
+            yield self._row(value, position, text[start:end])
+            start = _skip_blanks(text, end)
+            if listed and text.startswith(",", start):
+                start = _skip_blanks(text, start + 1)
             elif listed:
-                closed = text.startswith("]", place)
-                if not closed or _behind_blanks(text, place + 1) < len(text):
+                closed = text.startswith("]", start)
+                if not closed or _skip_blanks(text, start + 1) < len(text):
                     what = "Extra data" if closed else "Expecting ',' delimiter"
-                    raise self._incomplete(json.JSONDecodeError(what, text, place + closed), listed)
+                    raise self._incomplete(json.JSONDecodeError(what, text, start + closed), listed)
                 return
-            elif place == len(text):
+            elif start == len(text):
                 return
 
-    def _value(self, text: str, place: int, listed: bool) -> tuple[Any, int]:
+    def _value(self, text: str, start: int, listed: bool) -> tuple[Any, int]:
         self.repeated.clear()
         try:
-            return self.decoder.raw_decode(text, place)
+            return self.decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             raise self._incomplete(error, listed) from error
         except RecursionError as error:
@@ -271,9 +271,9 @@ class _Reader:
             raise unreadable(self.path, f"has a number that cannot be read ({str(error).split(';')[0]})") from error
 
     def _incomplete(self, error: json.JSONDecodeError, listed: bool) -> PreferenceDataError:
-        place = f"line {error.lineno}, column {error.colno}"
+        position = f"line {error.lineno}, column {error.colno}"
         what = "list" if listed else "object"
-        return unreadable(self.path, f"is not a complete JSON {what} ({error.msg.removesuffix(' at')} at {place})")
+        return unreadable(self.path, f"is not a complete JSON {what} ({error.msg.removesuffix(' at')} at {position})")
 
     def _decoded(self, content: bytes) -> str:
         try:
@@ -282,24 +282,24 @@ class _Reader:
             line = content[: error.start].count(b"\n") + 1
             raise unreadable(self.path, f"is not valid UTF-8 at line {line}; save it as UTF-8") from error
 
-    def _row(self, value: Any, place: str, text: str) -> dict | BrokenLine:
+    def _row(self, value: Any, position: str, text: str) -> dict | BrokenLine:
         if not isinstance(value, dict):
-            return BrokenLine("not_an_object", f"{place} ({type(value).__name__})")
+            return BrokenLine("not_an_object", f"{position} ({type(value).__name__})")
         if self.repeated:
-            return BrokenLine("repeated_key", f"{place} ({', '.join(f'`{key}`' for key in self.repeated[:3])})")
+            return BrokenLine("repeated_key", f"{position} ({', '.join(f'`{key}`' for key in self.repeated[:3])})")
         if text.count("[") + text.count("{") > MAX_NESTING and is_deeper(value, MAX_NESTING):
-            return BrokenLine("too_deep", place)
+            return BrokenLine("too_deep", position)
         try:
-            # Half of a surrogate pair ("\\ud83d" alone) is legal JSON and no text: Arrow and tokenizers refuse it.
+            # Half of a surrogate pair ("\\ud83d" alone) is legal JSON but not text: Arrow and tokenizers refuse it.
             if "\\u" in text and not self.lone_surrogates:
                 json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            return BrokenLine("bad_utf8", f"{place} (half a surrogate pair)")
+            return BrokenLine("bad_utf8", f"{position} (half a surrogate pair)")
         return value
 
 
 def is_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested in each other more than `limit` times; without recursion."""
+    """Whether lists and objects are nested more than `limit` times; computed without recursion."""
     level = [value]
     for _ in range(limit):
         level = [
@@ -314,7 +314,7 @@ def is_deeper(value: Any, limit: int) -> bool:
 
 
 def _take(size: int, line: bytes, rest: Iterator[bytes]) -> list[bytes]:
-    """A line, and as many of the next ones as come to `size` bytes."""
+    """Take a line, and as many of the next ones as add up to `size` bytes."""
     taken, total = [line], len(line)
     while total < size and (more := next(rest, None)) is not None:
         taken.append(more)
@@ -322,9 +322,9 @@ def _take(size: int, line: bytes, rest: Iterator[bytes]) -> list[bytes]:
     return taken
 
 
-def _behind_blanks(text: str, place: int) -> int:
-    found = _WHITESPACE.match(text, place)
-    return place if found is None else found.end()
+def _skip_blanks(text: str, start: int) -> int:
+    found = _WHITESPACE.match(text, start)
+    return start if found is None else found.end()
 
 
 def _why_no_json(error: json.JSONDecodeError, cut_off: bool) -> str:
@@ -332,5 +332,5 @@ def _why_no_json(error: json.JSONDecodeError, cut_off: bool) -> str:
     if start == "{'":
         return "Python, not JSON: write it with `json.dumps`"
     if start[:1] not in ("{", "[", '"') and "," in error.doc:
-        return "no JSON; if the file is CSV, load it with `datasets.load_dataset('csv', ...)` and give the data set"
+        return "not JSON; if the file is CSV, load it with `datasets.load_dataset('csv', ...)` and give the data set"
     return "the file ends inside it: cut off" if cut_off else f"{error.msg}, column {error.colno}"

@@ -64,8 +64,8 @@ def _read_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Pair, RowIs
     bad_columns = {column for _, column in issues}
     if "prompt" not in bad_columns:
         issues += [("bad_roles", "prompt")] if not _alternates(prompt) else []
-        for column, side in (("chosen", chosen), ("rejected", rejected)):
-            if column not in bad_columns and (kind := _find_completion_issue(prompt, side)):
+        for column, response in (("chosen", chosen), ("rejected", rejected)):
+            if column not in bad_columns and (kind := _find_completion_issue(prompt, response)):
                 issues.append((kind, column))
     if not issues and chosen == rejected:
         issues = [("identical", "rejected")]
@@ -104,8 +104,8 @@ def _read_transcripts(_: Any, chosen: Any, rejected: Any) -> tuple[Pair, RowIssu
     issues = _find_cell_issues(_find_text_issue, chosen=chosen, rejected=rejected)
     if issues:
         return failed, issues
-    sides = {"chosen": _split_transcript(chosen), "rejected": _split_transcript(rejected)}
-    for column, (prompt, completion) in sides.items():
+    parts = {"chosen": _split_transcript(chosen), "rejected": _split_transcript(rejected)}
+    for column, (prompt, completion) in parts.items():
         if prompt is None:
             issues.append(("not_a_transcript", column))
         elif completion is None:
@@ -114,14 +114,14 @@ def _read_transcripts(_: Any, chosen: Any, rejected: Any) -> tuple[Pair, RowIssu
             issues.append(("empty", column))
     if issues:
         return failed, issues
-    prompt, completion = sides["chosen"]
-    if prompt != sides["rejected"][0]:
+    prompt, completion = parts["chosen"]
+    if prompt != parts["rejected"][0]:
         return failed, [("prompt_not_shared", "prompt")]
     turns = [] if not prompt else _messages_of_transcript(prompt)
     return _read_messages(
         turns,
         [{"role": "assistant", "content": completion}],
-        [{"role": "assistant", "content": sides["rejected"][1]}],
+        [{"role": "assistant", "content": parts["rejected"][1]}],
     )
 
 
@@ -197,12 +197,12 @@ def has_other_content(messages: Any) -> bool:
 
 def detect_layout(columns: list[str], head: list[tuple]) -> str:
     """Return the layout of the data, by the majority of its first rows (`head`: prompt, chosen, rejected of each)."""
-    sides = [side for row in head for side in row[1:]]
-    messages = sum(isinstance(side, list) for side in sides)
-    text = [side for side in sides if isinstance(side, str)]
+    responses = [cell for row in head for cell in row[1:3]]
+    messages = sum(isinstance(cell, list) for cell in responses)
+    text = [cell for cell in responses if isinstance(cell, str)]
     form = "messages" if messages > len(text) else "text"
     if "prompt" not in columns:
-        begun = sum(_split_transcript(side)[0] is not None for side in text)
+        begun = sum(_split_transcript(cell)[0] is not None for cell in text)
         return "transcripts" if form == "text" and 2 * begun > len(text) else f"shared_{form}"
     prompts = Counter(type(row[0]) for row in head)
     return "text_beside_messages" if form == "messages" and prompts[str] > prompts[list] else form

@@ -1,7 +1,6 @@
 """Data files row by row: JSON and Parquet, each also packed with gzip.
 
-Parquet files are streamed: what is in memory is one batch, but for a packed one, which is read as a whole. JSON files
-are those of `json_files`.
+Parquet files are streamed, one batch in memory at a time; a packed one is read completely. `json_files` reads JSON.
 """
 
 import itertools
@@ -23,7 +22,7 @@ BATCH = 1000  # rows of a Parquet file at a time
 
 
 def data_suffix(path: Path, *, required: bool = True) -> str:
-    """Which kind of data file a name says; the empty text for none."""
+    """Return the suffix of a data file by its name; empty for none."""
     name = path.name.lower().removesuffix(".gz")
     suffix = next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), "")
     if required and not suffix:

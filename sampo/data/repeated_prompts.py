@@ -80,7 +80,7 @@ def are_many(rows: int, total: int) -> bool:
 
 
 def repeated_messages(prompt: Sequence[dict[str, Any]], completion: Sequence[dict[str, Any]]) -> int:
-    """How many messages at the start of the completion are those at the end of the prompt."""
+    """Count how many messages at the start of the completion are those at the end of the prompt."""
     for count in range(min(len(prompt), len(completion) - 1), 0, -1):
         if all(map(_same_message, prompt[-count:], completion[:count])):
             return count

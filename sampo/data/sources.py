@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 MAX_COLUMNS = 1000  # every row gets a cell in every column
 
-# Words in a file's name that say which split it belongs to; as the `datasets` library reads them.
+# Words in a file's name that name its split, as the `datasets` library reads them.
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -55,7 +55,7 @@ class SourceTable:
             yield from zip(*(batch.get(name, nothing) for name in names), strict=True)
 
     def of_pairs(self, columns: dict[str, str], label: str) -> "SourceTable":
-        """With columns `prompt`, `chosen` and `rejected`, by the rules of `source_columns`.
+        """Return the table with columns `prompt`, `chosen` and `rejected`, by the rules of `sampo.data.columns`.
 
         Raises:
             ValueError: `columns` names something else, or it is not clear what a column means.
@@ -94,9 +94,9 @@ class SourceTable:
         import pyarrow as pa
         from datasets import Dataset
 
-        whole = [row for row in (table[i] for i in kept) if isinstance(row, dict)]
-        assert len(whole) == len(kept)  # a broken line is a fault, and no faulty row is kept
-        rows = [{column: row.get(column) for column in self.columns} for row in whole]
+        complete = [row for row in (table[i] for i in kept) if isinstance(row, dict)]
+        assert len(complete) == len(kept)  # a broken line is an issue, and no row with an issue is kept
+        rows = [{column: row.get(column) for column in self.columns} for row in complete]
         try:
             # `use_json`: an extra column whose values have different types, or the arguments of different tools, must
             # neither fail nor be filled up with nulls.
@@ -147,7 +147,7 @@ class Files:
 
 
 def open_source(source: Any, name: str | None) -> tuple[str, dict[str, Callable[[], SourceTable]]]:
-    """What to call the source in messages, and its splits, each to be read when called."""
+    """Return a name of the source for messages, and its splits, each to be read when called."""
     from datasets import Dataset, DatasetDict
 
     if isinstance(source, Dataset):
@@ -243,7 +243,7 @@ def _load_from_disk(folder: Path) -> Any:
 
 
 def _split_of(parts: tuple[str, ...]) -> str:
-    """The split that a file of a folder belongs to, from its name, else from its folders; `train` if none says so."""
+    """Return the split of a file in a folder, from its name, else from its folders, else `train`."""
     stem = re.split(r"\.(?:jsonl?|parquet)", parts[-1], flags=re.IGNORECASE)[0]
     shard = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?", stem)
     if shard:

@@ -15,7 +15,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .chat import ChatTemplate, NotRendered, with_strings_for_template
+from .chat import ChatTemplate, NotRendered, join_blocks_for_template
 from .issues import RowIssue
 from .layouts import Pair
 from .lengths import TokenCounts, kept_ids
@@ -52,7 +52,7 @@ def tokenize_by_trl(
     """
     from datasets import Dataset
 
-    dataset = with_strings_for_template(dataset, tokenizer, f"{name} data")
+    dataset = join_blocks_for_template(dataset, tokenizer, f"{name} data")
     hide = _HideWarning()
     _TRL.addFilter(hide)
     try:
@@ -214,7 +214,7 @@ class PairTokenizer:
                 "chat model, or leave `tokenizer` out to count words."
             )
         try:
-            texts = self.template.texts(pair, extra)
+            texts = self.template.render_pair(pair, extra)
         except NotRendered as error:
             self.template.reasons.setdefault("not_rendered", str(error))
             return "not_rendered", ""

@@ -88,13 +88,13 @@ class Treatment:
 
 def find_heads(pair: Pair) -> dict[str, Response | None]:
     """Find what stands before the answer of each response, if that is the prompt again or a role tag."""
-    prompt, *sides = pair
+    prompt, *responses = pair
     if not isinstance(prompt, str):  # the last message before the answer
         prompt = next((m["content"] for m in reversed(prompt) if m["role"] in PROMPT_ROLES), None)
-        sides = [side[0].get("content") if side[0]["role"] == "assistant" else None for side in sides]
+        responses = [each[0].get("content") if each[0]["role"] == "assistant" else None for each in responses]
     return {
-        column: split_response(prompt, side) if isinstance(prompt, str) and isinstance(side, str) else None
-        for column, side in zip(("chosen", "rejected"), sides, strict=True)
+        column: split_response(prompt, response) if isinstance(prompt, str) and isinstance(response, str) else None
+        for column, response in zip(("chosen", "rejected"), responses, strict=True)
     }
 
 
@@ -110,17 +110,17 @@ def plain_repeat_bytes(pair: Pair) -> int:
 
 
 def _cut_messages(pair: Pair, columns: list[str]) -> tuple[Pair, RowIssues]:
-    prompt, *sides = pair
-    sides = [
-        side[repeated_messages(prompt, side) :] if column in columns else side
-        for column, side in zip(("chosen", "rejected"), sides, strict=True)
+    prompt, *responses = pair
+    responses = [
+        response[repeated_messages(prompt, response) :] if column in columns else response
+        for column, response in zip(("chosen", "rejected"), responses, strict=True)
     ]
-    return READERS["messages"](prompt, *sides)
+    return READERS["messages"](prompt, *responses)
 
 
 def _cut_heads(pair: Pair, found: dict[str, Response], issues: RowIssues) -> tuple[Pair, RowIssues]:
-    prompt, *sides = pair
-    columns = dict(zip(("chosen", "rejected"), sides, strict=True))
+    prompt, *responses = pair
+    columns = dict(zip(("chosen", "rejected"), responses, strict=True))
     if isinstance(prompt, str):
         heads = [found.get(column, Response("", text, False, False)) for column, text in columns.items()]
         cut = cut_texts(prompt, *heads)
@@ -159,9 +159,9 @@ def apply_treatment(dataset: "Dataset", treatment: Treatment, plain_repeats: boo
         desc="Cutting repeated prompts and role tags, making messages",
     )
     if treatment.cuts:
-        sides = zip(before["chosen"], dataset["chosen"], strict=True)
+        both = zip(before["chosen"], dataset["chosen"], strict=True)
         cut = sum(
-            (old.strip() != new[0]["content"]) if type(old) is not type(new) else old != new for old, new in sides
+            (old.strip() != new[0]["content"]) if type(old) is not type(new) else old != new for old, new in both
         )
         logger.info("%s: repeated prompts or role tags cut in %s of %s pairs", label, f"{cut:,}", f"{len(dataset):,}")
     if treatment.text_as_messages:

@@ -109,7 +109,7 @@ class RowScanner:
         self._is_text_only = not IMAGE_COLUMNS & set(self.columns)
         self._first_options: dict[str, Any] | None = None  # of the template, in the first good row
         self._repeating: list[int] = []  # rows whose responses both begin with their prompt, in plain text
-        self._n_telling = 0  # how many of them have a prompt long enough to prove something
+        self._n_conclusive = 0  # how many of them have a prompt long enough to prove something
         self._bad_when_cut: dict[int, RowIssues] = {}  # the same rows -> their issues without the prompt, if any
         self._by_head = repeats_by_head
         self.cuts_plain_repeats = repeats_by_head and self._repeats_prompts(readable)
@@ -139,7 +139,7 @@ class RowScanner:
         pair, issues = self.treatment.apply(*self._reader(*cells[:3]), plain_repeats=self.cuts_plain_repeats)
         if not issues and not self.cuts_plain_repeats and (size := plain_repeat_bytes(pair)):
             self._repeating.append(self.total)
-            self._n_telling += size >= FEW_BYTES
+            self._n_conclusive += size >= FEW_BYTES
             if self.treatment.cuts and not self._by_head:
                 _, issues_when_cut = self.treatment.apply(pair, [], plain_repeats=True)
                 if issues_when_cut:
@@ -149,8 +149,8 @@ class RowScanner:
     def _repeats_prompts(self, rows: list[tuple]) -> bool:
         """Whether so many of the first rows begin with their prompt in plain text that this is a mistake."""
         pairs = [self.treatment.apply(*self._reader(*row[:3])) for row in rows]
-        telling = sum(not issues and plain_repeat_bytes(pair) >= FEW_BYTES for pair, issues in pairs)
-        return are_many(telling, len(self._head))
+        conclusive = sum(not issues and plain_repeat_bytes(pair) >= FEW_BYTES for pair, issues in pairs)
+        return are_many(conclusive, len(self._head))
 
     def _find_template_issues(self, pair: Pair, extra: dict[str, Any]) -> RowIssues:
         """Find what prevents a good pair from being rendered."""
@@ -168,7 +168,7 @@ class RowScanner:
     @property
     def repeats_prompts(self) -> bool:
         """Whether so many of the rows read so far begin with their prompt in plain text that this is a mistake."""
-        return are_many(self._n_telling, self.total)
+        return are_many(self._n_conclusive, self.total)
 
     def settle_repeats(self) -> set[int]:
         """After all rows: count those that are bad because the data set repeats its prompts, and return them.

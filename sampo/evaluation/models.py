@@ -100,14 +100,14 @@ class Texts:
         if has_other_content(messages):
             return phrase("not_text", "prompt", 1)
         try:
-            text = self._chat_template.render(self._chat_template.as_taken(messages), add_generation_prompt=True)
+            text = self._chat_template.render(self._chat_template.adapt_blocks(messages), add_generation_prompt=True)
         except NotRendered as error:
             return f"{phrase('not_rendered', '', 1)}: {error}"
         kind = self._chat_template.find_issue_in_prompt(messages, text)
         return None if kind is None else phrase(kind, "prompt", 1)
 
     def _templated(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        text = self._chat_template.render(self._chat_template.as_taken(messages), **options)
+        text = self._chat_template.render(self._chat_template.adapt_blocks(messages), **options)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

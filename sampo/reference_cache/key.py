@@ -90,7 +90,7 @@ def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "
     }
 
 
-def identity_of_model(model, arithmetic: str = "no", adapter: str = "ref") -> dict[str, Any]:
+def identity_of_model(model: Any, arithmetic: str = "no", adapter: str = "ref") -> dict[str, Any]:
     """The same from a model at hand, not wrapped; under ZeRO-3 and FSDP2 all processes must call this.
 
     Args:
@@ -125,7 +125,7 @@ def hash_model_files(folder: str | Path) -> str | None:
     return f"files:{hash_files(named)}"
 
 
-def hash_weights(model, adapter: str = "ref") -> str:
+def hash_weights(model: Any, adapter: str = "ref") -> str:
     """Hash of the parameters with which a model is the reference.
 
     Under ZeRO-3 and FSDP2 each process holds a part of each parameter: then all processes must call this.
@@ -142,7 +142,7 @@ def hash_weights(model, adapter: str = "ref") -> str:
     return f"tensors:{total.hexdigest()}"
 
 
-def hash_config(model, adapter: str = "ref") -> str:
+def hash_config(model: Any, adapter: str = "ref") -> str:
     """Hash of a model's config, and of that adapter's if it has it, without what has no influence on log-probs."""
     parts = [_plain(model.config.to_dict())]
     if is_peft_model(model) and adapter in model.peft_config:
@@ -160,7 +160,7 @@ def _stable(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
-def _reference_tensors(model, adapter: str) -> Iterator[tuple[str, Tensor]]:
+def _reference_tensors(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by name, sorted; names are those of the base model without adapters."""
     adapters = set(model.peft_config) if is_peft_model(model) else set()
     base = model.get_base_model() if adapters else model

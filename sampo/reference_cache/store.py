@@ -268,7 +268,7 @@ class RefManifest:
     about: About
     shards: dict[str, ShardEntry]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rows_per_shard < 1:
             raise ValueError(f"`rows_per_shard` must be at least 1, got {self.rows_per_shard}")
 

@@ -104,7 +104,7 @@ class Segments:
 def sees(start: Tensor, prompt_start: Tensor, prompt_stop: Tensor) -> Callable:
     """`Segments.views` as FlexAttention wants it: (batch, head, query, key) → bool."""
 
-    def mask_mod(batch, head, query, key):
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (key >= start[query]) & (key <= query)
         return own | ((key >= prompt_start[query]) & (key < prompt_stop[query]))
 

@@ -188,7 +188,15 @@ def score_packed(
     return output
 
 
-def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, pair_stream=None, **kwargs):
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    pair_stream: Stream | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
     if pair_stream is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
@@ -212,7 +220,7 @@ def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
         raise RowsTooLong(f"a layer has a sliding window of {window} tokens, and a row has {stream.segments.longest}")
 
 
-def too_long(config, stream: Stream) -> str | None:
+def too_long(config: Any, stream: Stream) -> str | None:
     """Why a batch is too long for streams of a model with this config; None if it is not.
 
     Some models put a window into their mask and do not say so when they call the attention, and some change the
@@ -240,7 +248,7 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def why_not(model) -> str | None:
+def why_not(model: Any) -> str | None:
     """Why a model cannot take streams, as far as that can be known without running it; None if nothing is known."""
     peft = getattr(model, "active_peft_config", None)
     text = model.config.get_text_config()
@@ -253,11 +261,11 @@ def why_not(model) -> str | None:
     return None
 
 
-def install(model) -> None:
+def install(model: Any) -> None:
     """Let the model's attention take streams. Calls without a stream give what they gave before."""
     model.set_attn_implementation(NAME)
 
 
-def remove(model) -> None:
+def remove(model: Any) -> None:
     """Undo `install`."""
     model.set_attn_implementation("sdpa")

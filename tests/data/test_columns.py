@@ -362,7 +362,7 @@ def test_what_may_be_part_of_a_prompt_of_another_name_is_asked_for_and_never_los
 def test_an_input_beside_whole_conversations_is_an_error_for_they_are_the_prompt():
     sides = [[{"role": "user", "content": "Q?"}, {"role": "assistant", "content": text}] for text in "ab"]
     row = {"instruction": "Q?", "input": "Sky", "chosen": sides[0], "rejected": sides[1]}
-    with pytest.raises(PreferenceDataError, match="which `input` is no part of"):
+    with pytest.raises(PreferenceDataError, match="what the conversations share, without `input`"):
         load_preferences(Dataset.from_list([row]), columns={"prompt": "instruction"})
 
 

@@ -113,7 +113,7 @@ PYTHON = "".join(f"{row!r}\n" for row in ROWS).encode()
 FOREIGN = {  # name: (content, what is said)
     "python.jsonl": (PYTHON, r"python.jsonl, line 1 \(Python, not JSON: write it with `json.dumps`"),
     "single.jsonl": (PYTHON.splitlines()[0], r"single.jsonl, line 1 \(Python, not JSON"),
-    "csv.jsonl": (b"prompt,chosen,rejected\na,b,c\n", r"csv.jsonl, line 1 \(no JSON; if the file is CSV"),
+    "csv.jsonl": (b"prompt,chosen,rejected\na,b,c\n", r"csv.jsonl, line 1 \(not JSON; if the file is CSV"),
     "words.jsonl": (b"hello\nworld\n", r"words.jsonl, line 1 \(Expecting value"),
     "latin.jsonl": (b'{"prompt": "\xe9"}\n' * 3, r"latin.jsonl, line 1 \(byte 13\)"),
     "list.json": (b'["a", 3]', r"list.json, element 0 \(str\)"),
