@@ -121,9 +121,9 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
 
     return [
         (
-            config.sampled_sides != "both" and not method.thins,
+            config.sampled_sides != "both" and not method.downsamples,
             f"`sampled_sides: {config.sampled_sides}` needs a method that downsamples the longer response "
-            f"{methods('thins')}, got `token_weighting: {name}`.",
+            f"{methods('downsamples')}, got `token_weighting: {name}`.",
         ),
         (
             config.keep_end_token and not method.can_keep_end,

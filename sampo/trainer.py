@@ -8,16 +8,17 @@ What we rely on in TRL 1.16, pinned by tests/training/test_trl_contract.py:
 
 1. `DPOTrainer._compute_loss(model, inputs, return_outputs)` calls `model(**kw, labels=…, fused_lm_head=True)` once,
    sums `output.log_probs` over each row, and reads `input_ids`, `attention_mask` and `completion_mask` from `inputs`;
-   everything else in `inputs` goes to the model, with `use_cache=False` and, for a mixture of experts,
+   everything else in `inputs` is passed to the model, with `use_cache=False` and, for a mixture of experts,
    `output_router_logits=True`.
 2. If `self.precompute_ref_logps`, it takes the sums `ref_chosen_logps` and `ref_rejected_logps` from `inputs` and runs
    no reference.
-3. `DPOTrainer.compute_ref_log_probs(model, inputs)` does the same for a reference, with the adapter switched off or
+3. `DPOTrainer.compute_ref_log_probs(model, inputs)` does the same for a reference, with the adapter disabled or
    set to "ref" as needed, and returns the sums.
 4. `self.loss_types`, `self.loss_weights`, `self.beta`, `self.ld_alpha`, `self.aux_loss_enabled`, `self._tokenizer` and
    `self._total_train_tokens` mean what they say; `self._metrics[mode][name]` is a list to which each call of
-   `_compute_loss` appends and which `log` averages; `_compute_loss` talks to other processes through
-   `self.accelerator.gather` and `gather_for_metrics` alone.
+   `_compute_loss` appends and which `log` averages; `_compute_loss` communicates with other processes only through
+   `self.accelerator.gather` and `gather_for_metrics`, and uses `self` only for its attributes (`training.objective`
+   passes a view of the trainer).
 5. A model to which TRL has given its fused LM head (`add_fused_lm_head(model, outputs=…)`, which can be given again)
    takes `shift_labels`, and puts the head on `last_hidden_state` of what its `base_model` returns.
 6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and

@@ -1,22 +1,23 @@
-"""Which completion tokens count, and how much. Pure functions of tensors; read this first.
+"""Token weights: which completion tokens a method selects, and how much each weighs. Read this file first.
 
-Every method is one formula, `loss = f(β·(Σ_t w_t r_t(chosen) − Σ_t v_t r_t(rejected)))`, where r_t is the log-ratio
-log π(y_t) − log π_ref(y_t) of a completion token; a method is a choice of the weights w and v. Shapes: a batch of B
-pairs is 2B rows, chosen first; of L tokens in a row N = L − 1 are predicted, and `(2B, N)` tensors are aligned with
-the predicted tokens `input_ids[:, 1:]`. T is the number of completion tokens of a row, T_w that of a chosen and T_l of
-a rejected one, T_m = min(T_w, T_l).
+The functions are pure functions of tensors. Every method is one formula, `loss = f(β·(Σ_t w_t r_t(chosen) − Σ_t v_t
+r_t(rejected)))`, where r_t is the log-ratio log π(y_t) − log π_ref(y_t) of a completion token; a method is a choice of
+the weights w and v. Shapes: a batch of B pairs is 2B rows, chosen first; of L tokens in a row N = L − 1 are predicted,
+and `(2B, N)` tensors are aligned with the predicted tokens `input_ids[:, 1:]`. T is the number of completion tokens of
+a row, T_w that of a chosen and T_l of a rejected one, T_m = min(T_w, T_l).
 
-Where we leave the SamPO paper (arXiv 2406.10957), and its released code:
+Differences from the SamPO paper (arXiv 2406.10957) and its released code:
 
-1. The subset is drawn without replacement. The paper writes `y^t ~ Uniform(T_m, {y}^T)`; the code does the same as we.
+1. The subset is drawn without replacement. The paper writes `y^t ~ Uniform(T_m, {y}^T)`; its code also draws
+   without replacement.
 2. Policy and reference share the subset, as in Eq. 10. The released code draws twice; `mask_sharing: independent` in
    the trainer does so too.
-3. A subset is no draw from a generator but a hash of (seed, epoch, tokens of the row, position): the same after a
-   resume, for any batch size and on any number of processes.
-4. `keep_end_token`, `balance_end_token` and `sampled_sides: rejected` are ours (docs/concepts.md).
+3. A subset is a hash of (seed, epoch, tokens of the row, position), not a draw from a generator: it is the same after
+   a resume, for any batch size and on any number of processes.
+4. `keep_end_token`, `balance_end_token` and `sampled_sides: rejected` are not in the paper (docs/concepts.md).
 
-To add a method here: one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that dict. To
-add one from outside: `register_weighting` (docs/plugins.md).
+To add a method here, write one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that
+dict. To add one from outside, call `register_weighting` (docs/plugins.md).
 """
 
 import hashlib
@@ -30,21 +31,21 @@ from torch import Tensor
 from . import plugins
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
-_LEAST_SURPRISE = 0.01  # a reference that is surer of an end than by this is taken at this, or one token weighs all
+# Lower bound of 1 − p_end in `balance_end`; without it a reference with p_end near 1 gives an unbounded weight
+_MIN_CONTINUE_PROB = 0.01
 _INT64_MAX = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
 class PairTokens:
-    """What a weighting may look at.
+    """The inputs of a weighting.
 
     Attributes:
         mask: `(2B, N)` bool, the completion tokens.
-        budget: `(2B,)` int64, how many tokens a row may keep: T_m, or T where a side is not to be thinned.
-        forced: `(2B, N)` bool, tokens that always count (the end tokens under `keep_end_token`); at most one a row.
-        keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`).
-        log_ratios: `(2B, N)` float, without gradient; only for methods that need them.
-        gamma: factor of `decay`.
+        budget: `(2B,)` int64, how many tokens of a row are selected: T_m, or T if the response is not downsampled.
+        forced: `(2B, N)` bool, tokens that are always selected (the end tokens with `keep_end_token`); at most one per
+        row. keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`). log_ratios: `(2B, N)` float, without
+        gradient; only for methods that need them. gamma: factor of `decay`.
     """
 
     mask: Tensor
@@ -126,11 +127,11 @@ class Weighting:
         title: name in tables and on the model card.
         formula: weight of a completion token, for the docs.
         source: arXiv id and equation, or how it was derived.
-        subset: the weights are 0 or 1, so that counts and likelihood ratios keep their meaning.
-        thins: the weights keep T_m tokens of the longer side, so `sampled_sides` has a meaning.
-        random: the weights look at `keys`.
-        can_keep_end: `keep_end_token` has a meaning.
-        needs_log_ratios: the weights look at `log_ratios`.
+        subset: the weights are 0 or 1, so that token counts and likelihood ratios are defined.
+        downsamples: the weights select T_m tokens of the longer response, so `sampled_sides` is defined.
+        random: the weights depend on `keys`.
+        can_keep_end: `keep_end_token` is defined.
+        needs_log_ratios: the weights depend on `log_ratios`.
     """
 
     weights: Callable[[PairTokens], Tensor]
@@ -138,7 +139,7 @@ class Weighting:
     formula: str
     source: str
     subset: bool = False
-    thins: bool = False
+    downsamples: bool = False
     random: bool = False
     can_keep_end: bool = False
     needs_log_ratios: bool = False
@@ -152,7 +153,7 @@ WEIGHTINGS: dict[str, Weighting] = {
         "1 on a uniform random subset of T_m tokens",
         "arXiv 2406.10957, Eq. 10",
         subset=True,
-        thins=True,
+        downsamples=True,
         random=True,
         can_keep_end=True,
     ),
@@ -161,19 +162,21 @@ WEIGHTINGS: dict[str, Weighting] = {
         "SamPO in expectation",
         "T_m / T",
         "derived from arXiv 2406.10957, Eq. 10",
-        thins=True,
+        downsamples=True,
         can_keep_end=True,
     ),
     "mean_rescaled": Weighting(_mean_rescaled, "DPO-SANorm", "(T_w + T_l) / (2T)", "arXiv 2406.10957, Eq. 9"),
     "mean": Weighting(_mean, "length-normalised DPO", "1 / T", "arXiv 2405.14734, App. I"),
-    "prefix": Weighting(_prefix, "POET", "1 on the first T_m tokens", "arXiv 2506.09457", subset=True, thins=True),
+    "prefix": Weighting(
+        _prefix, "POET", "1 on the first T_m tokens", "arXiv 2506.09457", subset=True, downsamples=True
+    ),
     "top_k": Weighting(
         _top_k,
         "SamPO-TopK",
         "1 on the T_m tokens with the largest log-ratio",
         "arXiv 2406.10957, App. G",
         subset=True,
-        thins=True,
+        downsamples=True,
         can_keep_end=True,
         needs_log_ratios=True,
     ),
@@ -222,9 +225,9 @@ def token_weights(
         mask: `(2B, N)` bool, completion tokens, chosen rows first.
         end: `(2B, N)` bool, the end token of each completion (`last_end_tokens`); needed with `keep_end_token`.
         keys: `(2B, N)` int64 from `draw_keys`; needed by `sampo`.
-        log_ratios: `(2B, N)` float; needed by `top_k`. Choosing passes no gradient.
-        sampled_sides: `both`, or `rejected`: chosen rows keep all their tokens.
-        keep_end_token: the end token always counts.
+        log_ratios: `(2B, N)` float; needed by `top_k`. The selection passes no gradient.
+        sampled_sides: `both`, or `rejected`: all tokens of chosen rows are selected.
+        keep_end_token: the end token is always selected.
         gamma: factor of `decay`.
 
     Returns:
@@ -272,13 +275,13 @@ def length_pressure(weights: Tensor, end: Tensor, end_probs: Tensor) -> Tensor:
 
 
 def balance_end(weights: Tensor, end: Tensor, end_probs: Tensor) -> Tensor:
-    """The weights with the end token's such that the length pressure of every response is 0 under `end_probs`.
+    """The weights, with end tokens reweighted so that the length pressure of each response is 0 under `end_probs`.
 
     Σ_t w_t·(1[y_t = end] − p_end(t)) = 0 if the end token weighs Σ_{other t} w_t·p_end(t) / (1 − p_end(T)). A response
     without an end token keeps its weights.
 
     Args:
-        weights: `(2B, N)`, 0 outside the completion; what they are at the end token does not matter.
+        weights: `(2B, N)`, 0 outside the completion; the value at the end token is not used.
         end: `(2B, N)` bool, the end token of each completion (`last_end_tokens`).
         end_probs: `(2B, N)`, the reference's probability of the end token; any number where the weight is 0 and no
             response ends.
@@ -287,14 +290,14 @@ def balance_end(weights: Tensor, end: Tensor, end_probs: Tensor) -> Tensor:
         `(2B, N)`, ≥ 0.
     """
     others = (weights * end_probs).masked_fill(end, 0.0).sum(dim=1, keepdim=True)
-    return torch.where(end, others / (1 - end_probs).clamp(min=_LEAST_SURPRISE), weights)
+    return torch.where(end, others / (1 - end_probs).clamp(min=_MIN_CONTINUE_PROB), weights)
 
 
 def last_end_tokens(input_ids: Tensor, mask: Tensor, end_token_ids: Tensor) -> Tensor:
     """`(2B, N)` bool: the last token of each completion that is an end token.
 
-    That need not be its last token: ChatML templates put a newline after `<|im_end|>`. A completion that was cut
-    before its end token has none, and its row is all False.
+    This is not always its last token: ChatML templates put a newline after `<|im_end|>`. A completion that was
+    truncated before its end token has none, and its row is all False.
 
     Args:
         input_ids: `(2B, L)`.
@@ -341,7 +344,7 @@ def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: in
         attention_mask: `(2B, L)`, 1 for real tokens.
         seed: of the run.
         epoch: 0, 1, … in training, −1 in evaluation.
-        stream: tells draws of one epoch apart: `mask_samples`, and the reference's own draw.
+        stream: distinguishes the draws of one epoch: those of `mask_samples`, and the reference's own.
 
     Returns:
         `(2B, L − 1)` int64, ≥ 0: a function of (seed, epoch, stream, tokens of the row, position) and nothing else.

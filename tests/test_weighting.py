@@ -57,7 +57,7 @@ lengths_of_pairs = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), m
 ALLOWED = [
     (name, sides, keep_end)
     for name, method in WEIGHTINGS.items()
-    for sides in ("both", *["rejected"] * method.thins)
+    for sides in ("both", *["rejected"] * method.downsamples)
     for keep_end in (False, *[True] * method.can_keep_end)
 ]
 

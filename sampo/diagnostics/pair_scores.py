@@ -63,7 +63,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     method.name: method
     for name, weighting in WEIGHTINGS.items()
-    for sides in ("both", "rejected")[: 1 + weighting.thins]
+    for sides in ("both", "rejected")[: 1 + weighting.downsamples]
     for keeps in (False, True)[: 1 + weighting.can_keep_end]
     for method in [Method(name, sides, keeps)]
 }

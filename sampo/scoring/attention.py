@@ -1,9 +1,9 @@
-"""Attention over a stream of pairs: each token sees its prompt and, causally, its own branch, and nothing else.
+"""Attention over packed pairs: each token attends to its prompt and, causally, to its own branch.
 
-Two ways to compute the same. On CPU, `segments`: PyTorch's SDPA once for a prompt with its first branch and once for
+There are two implementations. On CPU, `segments`: PyTorch's SDPA once for a prompt with its first branch and once for
 each further branch. On CUDA, `flex`: FlexAttention once for the whole stream, compiled once a process for all lengths.
-The second has been tested on CPU only (its mask, its forward pass compiled and not, but no backward pass, which
-FlexAttention lacks there), and its speed has never been measured.
+The second was tested on CPU only (its mask, and its forward pass with and without compilation; FlexAttention has no
+backward pass there), and its speed was not measured.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-_BLOCK = 128  # tokens on a side of FlexAttention's blocks; its kernels want this size
+_BLOCK = 128  # tokens on a side of FlexAttention's blocks, the size that its kernels are made for
 _flex_has_run: set[tuple] = set()  # shapes of heads for which FlexAttention has run forward and backward
 
 
 class StreamRefused(RuntimeError):
-    """The model asks for something that the stream cannot do exactly; `reason` says what."""
+    """The model needs something that the packed forward cannot compute exactly; `reason` names it."""
 
     def __init__(self, reason: str):
         super().__init__(f"A pair stream must be exact, but {reason}. Set `pair_stream: false`.")
@@ -30,15 +30,15 @@ class StreamRefused(RuntimeError):
 
 @dataclass
 class Segments:
-    """Which tokens of a stream see which.
+    """Which tokens of a stream attend to which.
 
     Attributes:
         borders: one per prompt with its first branch, then one per further branch: (start, stop, prompt start, prompt
-            stop). The tokens start:stop attend causally to themselves, and all of them to the prompt's. They stand
-            in the order of the stream and leave no gap.
+            stop). The tokens start:stop attend causally to themselves, and all of them to the prompt's. They are in
+            the order of the stream, without gaps.
         device: where the stream is.
         way: `segments` or `flex`.
-        calls: how often the attention was called.
+        calls: number of calls of the attention.
     """
 
     borders: list[tuple[int, int, int, int]]
@@ -52,14 +52,14 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """How many tokens the one with the longest view sees, itself included."""
+        """The largest number of tokens that one token attends to, itself included."""
         return max(
             stop - start + (prompt_stop - prompt_start) * (start != prompt_start)
             for start, stop, prompt_start, prompt_stop in self.borders
         )
 
     def mask(self, n_prompt: int, n_branch: int) -> Tensor:
-        """`(n_branch, n_prompt + n_branch)` bool: the whole prompt, and the branch causally."""
+        """`(n_branch, n_prompt + n_branch)` bool: all of the prompt, and the branch causally."""
         key = (n_prompt, n_branch)
         if key not in self._masks:
             ones = torch.ones(n_branch, n_prompt + n_branch, dtype=torch.bool, device=self.device)
@@ -68,15 +68,15 @@ class Segments:
 
     @cached_property
     def views(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`(N,)` each: token q sees the tokens from the first to q, and from the second up to the third, excluded."""
+        """`(N,)` each: token q attends to the tokens first … q, and to second … third − 1."""
         borders = torch.tensor(self.borders, device=self.device)
         start, _, prompt_start, prompt_stop = borders.repeat_interleave(borders[:, 1] - borders[:, 0], dim=0).unbind(1)
-        # a prompt with its first branch is causal as a whole: its second range is empty
+        # a prompt and its first branch are one causal segment: the second range is empty
         return start.contiguous(), prompt_start.contiguous(), torch.minimum(prompt_stop, start)
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """`(1, 1, N, N)`. Built from the views, for `create_block_mask` would make N × N tensors on the way."""
+        """`(1, 1, N, N)`. Built from the views, because `create_block_mask` would allocate N × N tensors."""
         start, prompt_start, prompt_stop = self.views
         query = torch.arange(len(start), device=self.device)
         low = torch.arange(0, len(start), _BLOCK, device=self.device)  # keys low … high
@@ -84,7 +84,7 @@ class Segments:
         own, prompt = (query, start), (prompt_stop - 1, prompt_start)
         touched, covered = (
             torch.zeros(len(start), len(low), dtype=torch.bool, device=self.device) for _ in range(2)
-        )  # (N, N / 128), is any, and is each of a block's keys seen by the token
+        )  # (N, N / 128): does the token attend to any, and to all, of a block's keys
         for last, first in (own, prompt):
             last, first = last[:, None], first[:, None]
             touched |= (low <= last) & (high >= first) & (first <= last)
@@ -102,7 +102,7 @@ class Segments:
 
 
 def sees(start: Tensor, prompt_start: Tensor, prompt_stop: Tensor) -> Callable:
-    """`Segments.views` as FlexAttention wants it: (batch, head, query, key) → bool."""
+    """`Segments.views` as FlexAttention takes it: (batch, head, query, key) → bool."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (key >= start[query]) & (key <= query)
@@ -121,7 +121,7 @@ def attend(segments: Segments, query: Tensor, key: Tensor, value: Tensor, scale:
     """Softmax attention of a stream.
 
     Args:
-        segments: who sees whom.
+        segments: which tokens attend to which.
         query: `(1, heads, N, d)`.
         key: `(1, key heads, N, d)`.
         value: `(1, key heads, N, d)`.
@@ -158,7 +158,7 @@ def _by_flex_attention(
     shape = (query.size(1), key.size(1), query.size(3), query.dtype)
     try:
         if query.is_cuda and shape not in _flex_has_run:
-            # The first batch is compared without gradient; what cannot be compiled must show there, not in a step.
+            # The first batch is compared without gradient; a kernel that fails to compile must fail there.
             with torch.enable_grad():
                 copies = [x.detach().requires_grad_() for x in (query, key, value)]
                 flex(*copies, **settings).sum().backward()
@@ -166,13 +166,13 @@ def _by_flex_attention(
         return flex(query, key, value, **settings)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what a compiler raises has no common type, and there is nothing else inside
+    except Exception as error:  # errors of the compiler have no common type
         raise StreamRefused(f"FlexAttention failed with {describe(error)}") from error
 
 
 @cache
 def _flex_attention(device_type: str) -> Callable:
-    """Compiled for all lengths at once; on CPU, where it serves the tests only, as it is."""
+    """Compiled for all lengths at once; not compiled on CPU, where only tests use it."""
     if device_type == "cuda":
         return torch.compile(flex_attention, dynamic=True)
     return flex_attention

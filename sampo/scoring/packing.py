@@ -1,13 +1,13 @@
-"""Per-token log-probs of a batch of pairs with no padding, and each prompt computed once.
+"""Packing: a batch of pairs as one row without padding, with each prompt computed once (the *pair stream*).
 
 The batch is laid out as one row of N tokens: for each pair `prompt[:-1] | last prompt token + chosen[:-1] | last
-prompt token + rejected[:-1]`. Each branch starts with a copy of its own of the last prompt token, so every completion
-token is predicted inside its branch. Position ids restart with each branch; a branch attends to its prompt and,
+prompt token + rejected[:-1]`. Each branch starts with its own copy of the last prompt token, so every completion token
+is predicted inside its branch. Position ids restart with each branch; a branch attends to its prompt and,
 causally, to itself, never to the other branch or to another pair. Linear layers and norms cost N tokens; the LM head
 sees only the tokens that are to be scored, on every device. Prefix sharing for preference pairs: arXiv 2410.20305.
 
-transformers lets a library register an attention function, and hands extra keyword arguments of the forward down to
-it: no model code is touched. Ours is in `stream_attention`; calls without a stream go to the model's own.
+transformers lets a library register an attention function, and passes extra keyword arguments of the forward to it, so
+no model code is changed. The function is in `attention`; calls without a stream use the model's own attention.
 
 Example, with a prompt of the tokens 1 2 3:
 
@@ -30,12 +30,12 @@ from .attention import Segments, StreamRefused, attend
 from .lm_head import score_positions
 
 NAME = "sampo_pair_stream"
-# what some models hand to their attention function that changes its result, and that ours does not do
-_NOT_HONOURED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+# arguments of some models' attention that change its result, and that `attend` does not implement
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
 
 
 class RowsTooLong(StreamRefused):
-    """The model treats long rows differently, and this batch has one."""
+    """The model computes long rows differently, and this batch has one."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Stream:
     Attributes:
         input_ids: `(1, N)`.
         position_ids: `(1, N)`.
-        segments: which tokens see which.
+        segments: which tokens attend to which.
         positions: `(M,)` stream index of each of the M branch tokens.
         rows: `(M,)` its row in the `(2B, L − 1)` layout of TRL.
         columns: `(M,)` its column there.
@@ -70,18 +70,18 @@ def lay_out(
         input_ids: `(2B, L)`, chosen rows first, padded on the right.
         attention_mask: `(2B, L)`.
         completion_mask: `(2B, L)`.
-        needed: `(2B, L − 1)` bool, the completion tokens that may be scored; None for all. What comes after the last
-            of a row is left out, which is exact because attention is causal; a row without any gets no branch.
+        needed: `(2B, L − 1)` bool, the completion tokens that may be scored; None for all. Tokens after the last one
+            of a row are omitted, which is exact because attention is causal; a row without any gets no branch.
 
-    A pair whose rows do not begin with the same prompt (`truncation_mode: keep_end` can do that) shares nothing: each
-    of its rows gets a prompt of its own.
+    Rows of a pair that do not begin with the same prompt (possible with `truncation_mode: keep_end`) share nothing:
+    each gets its own prompt.
     """
     ids = input_ids.tolist()
     n_prompt = (attention_mask.sum(dim=1) - completion_mask.sum(dim=1)).tolist()
     in_completion = completion_mask[:, 1:].bool()
     stops = _stops(in_completion if needed is None else needed)
     if not any(stops):
-        n_prompt[0] = stops[0] = 1  # a model needs a token, if only one that nobody scores
+        n_prompt[0] = stops[0] = 1  # a model needs at least one token
     tokens: list[int] = []
     position_ids: list[int] = []
     borders: list[tuple[int, int, int, int]] = []
@@ -117,7 +117,7 @@ def lay_out(
 
 
 def _stops(needed: Tensor) -> list[int]:
-    """How many tokens of each row the needed ones depend on; 0 where none is needed."""
+    """The number of tokens of each row that the needed ones depend on; 0 where none is needed."""
     counts = torch.arange(1, needed.size(1) + 1, device=needed.device)  # column c is predicted by the tokens 0 … c
     return (needed * counts).amax(dim=1).tolist() if needed.size(1) else [0] * len(needed)
 
@@ -164,7 +164,7 @@ def score_packed(
     stream.segments.calls = 0
     router = {}
     if hasattr(backbone.config.get_text_config(), "output_router_logits"):
-        router["output_router_logits"] = False  # whatever the config says: the auxiliary loss is one of padded rows
+        router["output_router_logits"] = False  # the auxiliary loss is defined for padded rows only
     output = score_positions(
         model,
         backbone,
@@ -173,7 +173,7 @@ def score_packed(
         targets,
         input_ids=stream.input_ids,
         position_ids=stream.position_ids,
-        # a mask of four dimensions is handed on as it is; ours is in the stream
+        # a mask of four dimensions is passed on unchanged; the real mask is in the stream
         attention_mask=torch.zeros(1, 1, 1, 1, device=stream.input_ids.device),
         use_cache=False,
         pair_stream=stream,
@@ -197,7 +197,7 @@ def _attention(
     pair_stream: Stream | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
+    """The registered function of each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
     if pair_stream is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     _refuse(pair_stream, kwargs)
@@ -207,10 +207,10 @@ def _attention(
 
 
 def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
-    """Raise if a layer wants what `attend` does not do."""
-    asked = [f"`{name}`" for name in _NOT_HONOURED if kwargs.get(name) is not None]
+    """Raise if a layer needs what `attend` does not implement."""
+    asked = [f"`{name}`" for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if kwargs.get("is_causal") is False:
-        asked.append("what comes after a token")
+        asked.append("tokens after the query")
     if kwargs.get("dropout"):
         asked.append(f"dropout of {kwargs['dropout']}")
     if asked:
@@ -221,10 +221,10 @@ def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
 
 
 def too_long(config: Any, stream: Stream) -> str | None:
-    """Why a batch is too long for streams of a model with this config; None if it is not.
+    """Why a batch is too long for packing with a model of this config; None if it is not.
 
-    Some models put a window into their mask and do not say so when they call the attention, and some change the
-    rotary frequencies of all rows when one of them, padding included, is longer than a limit.
+    Some models put a window into their mask and do not pass it to the attention, and some change the rotary
+    frequencies of all rows when one of them, padding included, is longer than a limit.
     """
     text = config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size", "keep_window_size"):
@@ -249,7 +249,7 @@ AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def why_not(model: Any) -> str | None:
-    """Why a model cannot take streams, as far as that can be known without running it; None if nothing is known."""
+    """Why a model cannot take packed rows, as far as is known without running it; None if there is no reason."""
     peft = getattr(model, "active_peft_config", None)
     text = model.config.get_text_config()
     if peft is not None and peft.is_prompt_learning:
@@ -262,7 +262,7 @@ def why_not(model: Any) -> str | None:
 
 
 def install(model: Any) -> None:
-    """Let the model's attention take streams. Calls without a stream give what they gave before."""
+    """Register the attention for packed rows with a model. Calls without a stream do not change."""
     model.set_attn_implementation(NAME)
 
 

@@ -104,12 +104,14 @@ class Scorer:
     """Scores tokens of batches with one or several models, packed where that is exact.
 
     Args:
-        models: all that will score, not wrapped, with TRL's fused head: a policy, and its reference if that is
-        another. pair_stream: `auto`, `true` or `false`. refuse: a reason against packing that the caller knows of.
-        reduced: the models compute in less than float32, so that rounding is larger. head: `positions`: TRL's head
-        sees the scored positions alone. `labels`: the model is called with padded labels,
-            as TRL calls it, because its rows are not those of the batch or it is compiled; each target is a pass of
-            its own. `logits`: the model's own head, with whatever an adapter does to it.
+        models: all that will score, not wrapped, with TRL's fused head: a policy, and its reference if it is another
+            model.
+        pair_stream: `auto`, `true` or `false`.
+        refuse: a reason against packing that the caller knows of.
+        reduced: the models compute in less than float32, so that rounding is larger.
+        head: how padded rows are scored. `positions`: TRL's head gets the scored positions only. `labels`: the model
+            is called with padded labels, as TRL calls it, because it is compiled or its rows are not those of the
+            batch; each target is then a pass of its own. `logits`: the model's own head, with any adapter on it.
         unwrap: from the model that is called to the one that `models` holds.
         options: from the inputs of a batch to what the model's padded forward gets.
         autocast: entered around each pass.
@@ -134,7 +136,7 @@ class Scorer:
     ):
         self.models, self._head = list(models), head
         self.packing = Packing(pair_stream, models, refuse=refuse)
-        self._tolerance = 0.1 if reduced else 1e-4  # rounding is some hundredths in bf16, 1e-6 in float32
+        self._tolerance = 0.1 if reduced else 1e-4  # rounding is a few hundredths in bf16 and 1e-6 in float32
         self._unwrap, self._options, self._autocast, self._largest = unwrap, options, autocast, largest
 
     def __call__(self, model: Any, batch: Batch, positions: Tensor, *targets: Tensor, **more: Any) -> Scores:
@@ -291,7 +293,7 @@ class Packing:
         return self.on and id(model) not in self._compared
 
     def takes(self, batch: Batch) -> bool:
-        """Whether this batch is packed; not if a model treats rows of its length differently.
+        """Whether this batch is packed; not if a model computes rows of its length differently.
 
         Raises:
             ValueError: `true`, and the batch cannot be packed.
@@ -317,14 +319,14 @@ class Packing:
         padded_tokens: int,
         packed_tokens: int,
     ) -> None:
-        """Keep packing if both ways agree on a batch. A batch with rows that are too long leaves that to the next.
+        """Keep packing if both forwards agree on a batch. A batch with rows that are too long is skipped.
 
         Args:
             model: one of the models.
             packed: computes the log-probs of the batch's completion tokens by the packed forward, `(M,)` nats.
             padded: and by the padded forward, in the same order.
             tolerance: largest mean difference of a token. The largest difference of all says little: in bf16 a rare
-                token can be off by 0.3 for no other reason than rounding.
+                token can differ by 0.3 because of rounding alone.
             largest: of a number, the largest over all processes, so that all decide alike. Called exactly once.
             padded_tokens: tokens of the padded forward.
             packed_tokens: tokens of the packed forward.
@@ -337,10 +339,10 @@ class Packing:
         try:
             mine = (packed() - expected).abs().mean()
         except RowsTooLong:
-            padded()  # other processes may have computed the packed forward: as many forwards as they
+            padded()  # other processes may have run the packed forward: all run the same number of forwards
         except AssertionError:
-            raise  # our own mistake
-        except Exception as error:  # the padded forward ran, so it is packed rows that the model cannot take
+            raise  # a bug in packing, not in the model
+        except Exception as error:  # the padded forward ran, so the model cannot take packed rows
             mine, failure = expected.new_tensor(math.inf), error
         difference = largest(mine)
         if difference < 0:

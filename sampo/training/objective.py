@@ -1,10 +1,9 @@
 """TRL's loss of weighted log-probs: the only code that touches `DPOTrainer._compute_loss`.
 
-TRL's function gets, in place of a model, a callable that returns the policy's log-probs already weighted, a completion
-mask narrowed to the selected tokens, and the weighted reference sums through the door that TRL has for precomputed
-ones. So every loss of TRL works with every weighting. In place of the trainer it gets the trainer with some attributes
-of its own ([`_View`]), so that nothing of the trainer is changed while it runs. `sampo.trainer` lists what is relied
-on.
+TRL's function gets, instead of a model, a callable that returns the policy's log-probs already weighted, a completion
+mask narrowed to the selected tokens, and the weighted reference sums, which it takes as precomputed ones. So every loss
+of TRL works with every weighting. Instead of the trainer it gets a view of the trainer with some attributes of its own
+([`_View`]), so nothing of the trainer changes while it runs. `sampo.trainer` lists what is relied on.
 """
 
 import copy

@@ -74,7 +74,7 @@ class Passes:
         return Reference(logps, sums, None if end_logps is None else end_logps.exp() * batch.mask)
 
     def reference_logps(self, reference: Any, inputs: dict[str, Any], targets: Sequence[str]) -> dict[str, Tensor]:
-        """What a cache keeps: for each of `targets`, `(2B, N)` log π_ref at the completion tokens, by one pass."""
+        """The content of a cache: for each of `targets`, `(2B, N)` log π_ref at the completion tokens, by one pass."""
         batch = self._weigher.find_completions(inputs)
         wanted = [batch.ids if each == OWN_TOKENS else self._weigher.end_targets(batch) for each in targets]
         found, _ = self._pass_of_reference(reference, batch, wanted)
@@ -90,7 +90,7 @@ class Passes:
             found.extend(scores.log_probs)
             return scores.output
 
-        # TRL's own function, for it knows which adapter is the reference; the tokens are taken on the way to their sum
+        # TRL's own function selects the adapter of the reference; the log-probs are kept on the way to their sum
         mask = batch.inputs["completion_mask"]
         if not self._args.is_plain_dpo:  # TRL counts the first token of a row where the prompt is empty
             mask = widen(batch.inputs, batch.ref_positions)
@@ -127,7 +127,7 @@ class Passes:
         )
 
     def refuse_packing(self) -> None:
-        """Raise what `pair_stream: true` cannot be, before anything is scored.
+        """Refuse `pair_stream: true` if the run cannot pack, before anything is scored.
 
         Raises:
             ValueError: there is a reason against it.
@@ -137,7 +137,7 @@ class Passes:
 
     @property
     def _reason_against_packing(self) -> str | None:
-        """What the trainer knows and no model tells."""
+        """A reason that only the trainer knows."""
         if self._trainer._is_vision_dataset:
             return "vision data are laid out by their processor"
         if self._trainer.aux_loss_enabled:

@@ -1,4 +1,4 @@
-"""What a run has to remember beside the model, saved with every checkpoint."""
+"""State of a run beside the model, saved with every checkpoint: the epoch, and θ of a learned length penalty."""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
 """The direction of imports, and what an install without extras can do."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,64 @@ def test_arrows_point_one_way(path):
         return
     assert part in ARROWS, f"say in this test what `{part}` may import"
     assert imported_packages(path) <= ARROWS[part] | {part}
+
+
+MAX_CLASS, MAX_FILE, MAX_FUNCTION = 300, 450, 70  # lines
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_classes_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = MAX_CLASS if isinstance(node, ast.ClassDef) else MAX_FUNCTION
+            assert node.end_lineno - node.lineno + 1 <= limit, node.name
+
+
+def private_uses(path: Path) -> list[str]:
+    """Private names of other modules of `sampo` that a module imports or reads from an imported module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "sampo")
+    ]
+    names = {alias.asname or alias.name for node in imports for alias in node.names}
+    found = [alias.name for node in imports for alias in node.names if is_private(alias.name)]
+    return found + [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in names
+        and is_private(node.attr)
+    ]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_stay_in_their_module(path):
+    assert private_uses(path) == []
+
+
+def test_a_private_name_of_another_module_is_found(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("from .other import _hidden, shown\nfrom . import files\nfiles._secret, shown.ok, files.__doc__\n")
+    assert private_uses(path) == ["_hidden", "files._secret"]
+
+
+def test_the_step_is_readable():
+    """One training step fits a screen, beside the paper."""
+    tree = ast.parse((PACKAGE / "trainer.py").read_text(encoding="utf-8"))
+    (step,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "_compute_loss"]
+    assert step.end_lineno - step.lineno < 20
 
 
 def test_the_diagram_omits_exactly_the_arrows_that_a_longer_path_implies():

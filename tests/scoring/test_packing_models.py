@@ -131,7 +131,7 @@ ASKED = {
     "`position_bias`": {"position_bias": torch.zeros(1, 4, 9, 9)},
     "`indices`": {"indices": torch.zeros(1, 9, 2)},
     "`block_indices`": {"block_indices": torch.zeros(1, 9, 2)},
-    "what comes after a token": {"is_causal": False},
+    "tokens after the query": {"is_causal": False},
     "dropout of 0.1": {"dropout": 0.1},
     "a sliding window of 6 tokens, and a row has 7": {"sliding_window": 6},
 }

@@ -213,7 +213,7 @@ def sigmoid_loss(logit):
 ORACLE_CASES = [
     {"token_weighting": name, "sampled_sides": sides, "keep_end_token": keep}
     for name, method in WEIGHTINGS.items()
-    for sides in (("both", "rejected") if method.thins else ("both",))
+    for sides in (("both", "rejected") if method.downsamples else ("both",))
     for keep in ((False, True) if method.can_keep_end else (False,))
 ] + [
     {"token_weighting": "sampo", "length_penalty": 0.05},
