@@ -98,11 +98,14 @@ REFUSED = [
     ({"ref_cache_check": -1}, "`ref_cache_check` must be a whole number of at least 0, got -1"),
     ({"beta": 0.0}, "`beta` must be positive and finite, got 0.0"),
     ({"loss_type": ["sigmoid", "sigmoyd"]}, r"`loss_type` must be among .* got \['sigmoyd'\]"),
-    ({"token_weighting": "mean", "sampled_sides": "rejected"}, "`sampled_sides: rejected` needs a method that thins"),
+    (
+        {"token_weighting": "mean", "sampled_sides": "rejected"},
+        "`sampled_sides: rejected` needs a method that downsamples",
+    ),
     ({"token_weighting": "prefix", "keep_end_token": True}, "`keep_end_token` is for"),
     (
         {"balance_end_token": True, "max_tokens_per_forward": 99},
-        "a live reference about whole batches, got `max_tokens_per_forward: 99`. Set `precompute_ref_log_probs: true`",
+        "a live reference for complete batches, got `max_tokens_per_forward: 99`. Set `precompute_ref_log",
     ),
     (
         {"balance_end_token": True, "loss_type": "ipo"},

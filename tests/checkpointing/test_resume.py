@@ -172,7 +172,7 @@ DAMAGES = {
     "a bit flipped": (lambda f: flip(f / "optimizer.pt"), "the content of optimizer.pt is not what was written"),
     "the scheduler lost": (lambda f: (f / "scheduler.pt").unlink(), "scheduler.pt is missing"),
     "the random state lost": (lambda f: (f / "rng_state.pth").unlink(), "rng_state.pth is missing"),
-    "no manifest": (lambda f: (f / MANIFEST).unlink(), f"it has no {MANIFEST}: it is half written, or was not"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), f"it has no {MANIFEST}: it is incomplete, or was not"),
     "half a manifest": (lambda f: cut(f / MANIFEST), f"its {MANIFEST} cannot be read"),
     "a number of the run changed": (
         lambda f: edit(f / MANIFEST, '"`seed`": 7', '"`seed`": 8'),
@@ -316,7 +316,7 @@ FULL_DISK = """
 import os, shutil, subprocess, sys
 sys.path[:0] = {paths!r}
 import test_resume
-test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}), "Make room, and")
+test_resume.run_until_full({model!r}, {folder!r}, lambda: test_resume.fill_disk({folder!r}), "Free some space, and")
 """
 
 
@@ -335,7 +335,7 @@ def run_until_full(model, folder, fill, advice):
     said = str(failed.value)
     assert said.startswith("checkpoint-3 must be written completely, got ")
     assert f"checkpoint-2 in {folder}/run are unchanged. {advice} resume with `resume_from_check" in said
-    assert ("MB are free now" in said) == ("Make room" in said)
+    assert ("MB are free now" in said) == ("Free some space" in said)
     left = Path(folder) / "run"
     assert [path.name for path in checkpoints.numbered_checkpoints(left)] == ["checkpoint-2"]
     assert not (left / STAGING).exists()
@@ -351,7 +351,7 @@ def test_a_file_that_cannot_grow_ends_in_one_error_and_the_former_checkpoint_sta
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, before[1]))  # noqa: E731
-        run_until_full(model, tmp_path, limit, "Once the cause is gone,")
+        run_until_full(model, tmp_path, limit, "Fix the cause, and")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -406,10 +406,10 @@ def test_what_does_not_change_the_result_may_change_and_rounding_is_warned_of(mo
     moved = shutil.copytree(model, tmp_path / "moved")
     options = {"max_steps": 4, "save_steps": 1, "logging_steps": 1, "run_name": "again", "report_to": "none"}
     run(str(moved), folder, resume=str(folder / "checkpoint-2"), **options)
-    assert "but for rounding" not in caplog.text
+    assert "except for rounding" not in caplog.text
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
     run(model, folder, resume=str(folder / "checkpoint-2"), **options | split)
-    assert "equals an uninterrupted one but for rounding: " in caplog.text
+    assert "equals an uninterrupted one except for rounding: " in caplog.text
     assert "`per_device_train_batch_size` was 4 and is 2" in caplog.text
     assert "`gradient_checkpointing` was false and is true" in caplog.text
 
@@ -549,7 +549,7 @@ def test_the_command_refuses_to_begin_among_the_checkpoints_of_another_run(model
     assert train.start(words) == 2
     said = capsys.readouterr().err
     assert "must not mix its checkpoints with those of another one" in said
-    assert "checkpoint-2. Set `resume: auto` to go on" in said
+    assert "checkpoint-2. Set `resume: auto` to resume" in said
     assert train.start([*words, "--resume", "auto", "--seed", "8"]) == 2
     assert "`seed` was 42 and is 8" in capsys.readouterr().err
     assert train.start([*words, "--resume", "auto"]) == 0  # it is finished

@@ -60,7 +60,7 @@ def test_a_second_process_is_refused_and_told_who_the_first_is(tmp_path, holder)
         pass
     said = str(refused.value)
     assert f"can write into {tmp_path}, got a second one while process {holder.pid} on {socket.gethostname()}" in said
-    assert "Wait for it or end it; or choose another folder." in said
+    assert "Wait for it or stop it; or choose another folder." in said
     assert (tmp_path / LOCK).exists()
 
 
@@ -195,7 +195,7 @@ def test_a_silent_owner_on_another_machine_is_taken_for_dead_with_a_warning(tmp_
     with alone_in(tmp_path):
         assert typed_owner(tmp_path).pid == os.getpid()
     assert "was in use by process 4711 on node17" in caplog.text
-    assert "is silent; going on" in caplog.text
+    assert "no longer responds; continuing" in caplog.text
     assert not elsewhere.exists()
 
 

@@ -147,7 +147,7 @@ def test_a_tied_head_is_not_missing(tmp_path):
 def test_a_weight_without_a_place_is_reported_and_left_aside(tmp_path, whole, caplog):
     folder = changed(whole, tmp_path / "more", lambda weights: weights.update({"model.spare": torch.ones(2)}))
     check_model(str(folder))
-    assert "has no place for, and that are not used: model.spare" in caplog.text
+    assert "does not have, and that are not used: model.spare" in caplog.text
 
 
 def test_an_adapter_must_have_all_of_its_weights_and_a_whole_base(tmp_path, whole, adapter, files, capsys):
@@ -180,7 +180,7 @@ def test_merge_refuses_a_base_of_another_vocabulary_and_folders_without_an_adapt
     (Path(other) / "tokenizer.json").write_text(json.dumps(tokenizer))
     said = refusal(capsys, "merge", [str(with_tokens), *out, "--base", other])
     assert "2 tokens of other numbers, the first: 'w1'" in said
-    assert "which holds a whole model" in refusal(capsys, "merge", [str(whole), *out])
+    assert "which holds a complete model" in refusal(capsys, "merge", [str(whole), *out])
     assert "it holds no model itself" in refusal(capsys, "merge", [str(tmp_path), *out])
     assert not (tmp_path / "merged").exists()
 
@@ -218,7 +218,7 @@ def test_the_code_of_a_model_is_refused_by_every_command_and_nobody_is_asked(tmp
 
 
 def test_weights_that_run_code_are_refused_by_every_command(tmp_path, whole, files, capsys):
-    from test_no_code_is_run import Payload
+    from payload import Payload
 
     marker = tmp_path / "code-was-run"
     model = Path(shutil.copytree(whole, tmp_path / "model"))
@@ -323,7 +323,7 @@ def test_an_adapter_with_weights_that_have_no_place_is_refused(tmp_path, adapter
     for name in ("generate", "train", "diagnose"):
         said = refusal(capsys, name, commands(broken, files, tmp_path / name)[name])
         assert "k_proj.lora_" in said
-        assert "without a place in the model" in said
+        assert "without a counterpart in the model" in said
 
 
 def test_an_adapter_with_whole_embeddings_loads_with_equal_weights(tmp_path, adapter):

@@ -4,7 +4,6 @@ Each payload makes a folder; that it would, where it is let, is shown first.
 """
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from payload import Payload
 from resume_worker import make_run
 from tiny import make_pairs, save_model
 
@@ -19,16 +19,6 @@ from sampo import load_preferences
 from sampo.checkpointing.files import read_manifest, write_manifest
 from sampo.checkpointing.resume import ResumeRefusedError
 from sampo.commands import train
-
-
-class Payload:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 @pytest.fixture

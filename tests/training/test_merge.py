@@ -91,7 +91,7 @@ def test_an_adapter_is_trained_on_with_a_copy_of_it_as_the_reference(adapter, wo
     first = log_of(tmp_path / "out")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == 0
-    assert f"training goes on with the adapter in {adapter}" in caplog.text
+    assert f"training continues with the adapter in {adapter}" in caplog.text
     assert 'reference: a copy of the adapter as it was passed (adapter "ref")' in caplog.text
     before, after = adapter_weights(adapter), adapter_weights(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -210,7 +210,7 @@ def test_a_reference_with_too_few_embeddings_is_refused(base, words, tmp_path, c
 def test_an_adapter_as_the_reference_of_another_model_is_refused(base, adapter, words, capsys):
     with pytest.raises(SystemExit):
         train.start(["--model_name_or_path", base, "--ref_model_name_or_path", adapter, *words])
-    assert "`ref_model_name_or_path` must be a whole model" in capsys.readouterr().err
+    assert "`ref_model_name_or_path` must be a complete model" in capsys.readouterr().err
 
 
 # --- merging
@@ -274,7 +274,7 @@ def test_a_merge_that_changes_what_the_model_says_is_refused_and_leaves_nothing(
     """An adapter on embeddings that are tied to the head: merged, it speaks in the head too."""
     tied = save_model(tmp_path / "tied", tie_word_embeddings=True)
     adapter = save_adapter(tmp_path / "adapter", tied, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(ArithmeticError, match="must say what base and adapter say together"):
+    with pytest.raises(ArithmeticError, match="must give the log-probs of base and adapter together"):
         adapters.merge(adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "tied"]
 
