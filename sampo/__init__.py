@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .audit.audit import Audit, audit_preferences
     from .checkpointing.files import CheckpointNotSavedError
-    from .checkpointing.resume import Preempted, ResumeRefusedError, WeightsNotFiniteError
+    from .checkpointing.resume import ResumeRefusedError, WeightsNotFiniteError
+    from .checkpointing.signals import Preempted
     from .config import SamPOConfig
     from .data.issues import PreferenceDataError
     from .data.load import load_preferences
@@ -34,7 +35,7 @@ _PUBLIC = {
     "CheckpointNotSavedError": "checkpointing.files",
     "FolderInUseError": "io.locks",
     "ModelError": "models.load",
-    "Preempted": "checkpointing.resume",
+    "Preempted": "checkpointing.signals",
     "RefCacheError": "reference_cache.store",
     "ResumeRefusedError": "checkpointing.resume",
     "WeightsNotFiniteError": "checkpointing.resume",

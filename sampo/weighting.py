@@ -320,8 +320,8 @@ def _shift_right(x: Tensor, n: int) -> Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64 of each element; `_mix(0) = 0xE220A8397B1DCDAF` as published."""
+def splitmix64(x: Tensor) -> Tensor:
+    """splitmix64 of each element; `splitmix64(0) = 0xE220A8397B1DCDAF` as published."""
     x = x + _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
@@ -332,8 +332,8 @@ def fingerprints(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """`(R,)` int64, one hash per row of its real tokens in their order; padding on either side does not change it."""
     real = attention_mask.long()
     position = real.cumsum(dim=1) - 1
-    tokens = _mix(_mix(input_ids) + position * _GOLDEN) * real  # (R, L)
-    return _mix(tokens.sum(dim=1) ^ real.sum(dim=1))
+    tokens = splitmix64(splitmix64(input_ids) + position * _GOLDEN) * real  # (R, L)
+    return splitmix64(tokens.sum(dim=1) ^ real.sum(dim=1))
 
 
 def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: int, stream: int = 0) -> Tensor:
@@ -351,10 +351,10 @@ def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: in
     """
     run = torch.zeros((), dtype=torch.int64, device=input_ids.device)
     for part in (seed, epoch, stream):
-        run = _mix(run ^ part)
-    row = _mix(fingerprints(input_ids, attention_mask) ^ run)  # (2B,)
+        run = splitmix64(run ^ part)
+    row = splitmix64(fingerprints(input_ids, attention_mask) ^ run)  # (2B,)
     position = attention_mask.long().cumsum(dim=1) - 1
-    return _shift_right(_mix(row[:, None] + position * _GOLDEN), 1)[:, 1:]
+    return _shift_right(splitmix64(row[:, None] + position * _GOLDEN), 1)[:, 1:]
 
 
 plugins.load_plugins()  # last, so that they find everything above

@@ -12,13 +12,13 @@ from scipy import stats
 
 from sampo.weighting import (
     WEIGHTINGS,
-    _mix,
     balance_end,
     draw_keys,
     fingerprints,
     last_end_tokens,
     length_pressure,
     sequence_logps,
+    splitmix64,
     token_weights,
 )
 
@@ -116,9 +116,11 @@ def test_a_balanced_end_token_leaves_no_length_pressure_in_any_response(lengths,
 
 
 def test_the_hash_is_the_published_splitmix64_and_equals_big_integers_bit_for_bit():
-    assert _mix(torch.tensor(0)).item() % 2**64 == 0xE220A8397B1DCDAF
+    assert splitmix64(torch.tensor(0)).item() % 2**64 == 0xE220A8397B1DCDAF
     numbers = torch.randint(-(2**63), 2**63 - 1, (5000,), generator=torch.Generator().manual_seed(0))
-    assert [x % 2**64 for x in _mix(numbers).tolist()] == [oracles.splitmix64(x % 2**64) for x in numbers.tolist()]
+    assert [x % 2**64 for x in splitmix64(numbers).tolist()] == [
+        oracles.splitmix64(x % 2**64) for x in numbers.tolist()
+    ]
 
 
 @given(st.integers(-1, 5), st.integers(0, 2**40), st.integers(0, 9), st.integers(1, 20))

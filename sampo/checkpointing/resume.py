@@ -14,18 +14,13 @@ import contextlib
 import json
 import os
 import pickle
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
-from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ..io.files import write_whole
@@ -35,11 +30,11 @@ from ..logs import get_logger, silenced
 from ..models.load import not_finite
 from . import files as checkpoints
 from .fingerprint import changes, identity
+from .signals import Preempted, SaveOnSignal
 
 logger = get_logger(__name__)
 
 LOG_WINDOW = "log_window.json"
-ONE_KEY_PRESS = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
 
 
 @dataclass(frozen=True)
@@ -79,78 +74,6 @@ class WeightsNotFiniteError(FloatingPointError):
 
 class ResumeRefusedError(ValueError):
     """The run cannot resume from this checkpoint; the text gives the reason."""
-
-
-class Preempted(SystemExit):
-    """SIGTERM or Ctrl-C came, and a checkpoint was saved.
-
-    A process that does not catch this ends with status 143 or 130: 128 + the number of the signal, as shells
-    report a process that the signal has ended.
-    """
-
-    def __init__(self, checkpoint: Path, received: int = signal.SIGTERM):
-        self.status = 128 + received
-        self.checkpoint = checkpoint
-        super().__init__(self.status)
-
-
-class SaveOnSignal(TrainerCallback):
-    """After SIGTERM or Ctrl-C: save at the end of the step and stop, all processes together.
-
-    A second Ctrl-C stops at once. transformers' own `enable_jit_checkpoint` saves before the optimiser step, each
-    process when *it* got the signal, and lets the run end as if it were finished.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0  # the number of the signal
-        self._first = 0.0  # when it came
-        self.stopped = False
-
-    @contextlib.contextmanager
-    def listening(self, *, active: bool) -> Iterator[None]:
-        """Handle the signals inside. Only a main thread can; processes without one are notified by the others."""
-        self.received, self.stopped = 0, False
-        self._active = active
-        if not active or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        now = time.monotonic()
-        if number == self.received == signal.SIGINT and now - self._first > ONE_KEY_PRESS:
-            raise KeyboardInterrupt
-        if not self.received:
-            self.received, self._first = number, now
-
-    def _asked_for(self, args: Any) -> bool:
-        """Whether any process got a signal; all then know which."""
-        if self._active and torch.distributed.is_initialized():
-            flag = torch.tensor(int(self.received), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.received = int(flag.item())
-        return bool(self.received)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102, transformers'
-        if self._asked_for(args):
-            name = "Ctrl-C" if self.received == signal.SIGINT else "SIGTERM"
-            now = " Ctrl-C once more stops at once." if self.received == signal.SIGINT else ""
-            logger.info(f"{name}: saving checkpoint-{state.global_step}, then leaving.{now}")
-            control.should_save = control.should_training_stop = self.stopped = True
-            control.should_evaluate = False  # there may be seconds left
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        if not self.stopped and self._asked_for(args):  # the signal came during the save
-            control.should_training_stop = self.stopped = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        if self.stopped:
-            control.should_save = control.should_evaluate = control.should_log = False
 
 
 @contextlib.contextmanager

@@ -297,7 +297,8 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
-    from ..checkpointing.resume import Preempted, ResumeRefusedError
+    from ..checkpointing.resume import ResumeRefusedError
+    from ..checkpointing.signals import Preempted
 
     try:
         work(*parsed)

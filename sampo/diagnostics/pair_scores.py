@@ -144,7 +144,7 @@ def score_pairs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_left_overs(folder)
-    known = _known_shards(folder, key)
+    known = read_score_shards(folder, key)
     starts = range(0, len(dataset), rows_per_shard)
     paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
     names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN, REJECTED)]
@@ -160,14 +160,14 @@ def score_pairs(
                 inputs = collate([rows[row] for row in batch])
                 parts.append(_columns(batch, inputs, score_tokens, key))
             known[path.name] = _write_shard(path, parts)
-            _write_manifest(folder, key, known)
+            write_score_manifest(folder, key, known)
         if progress is not None:
             progress(stop, len(dataset))
     return paths
 
 
-def _known_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
-    """What the shards that are there must hold, after they were compared with it."""
+def read_score_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
+    """The finished shards of a policy, after their files were compared with the manifest."""
     path, again = folder / MANIFEST, f"Delete {folder}, and it is computed again"
     try:
         with named(path, again):
@@ -175,7 +175,7 @@ def _known_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
             if manifest.key != asdict(key):
                 raise ValueError("its `key` must be that of this run, got another one")
     except FileNotFoundError:
-        _write_manifest(folder, key, {})
+        write_score_manifest(folder, key, {})
         return {}
     known = {name: content for name, content in manifest.shards.items() if (folder / name).exists()}
     for name, content in known.items():
@@ -184,7 +184,8 @@ def _known_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
     return known
 
 
-def _write_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> None:
+def write_score_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> None:
+    """Record the finished shards of a policy."""
     write_whole(folder / MANIFEST, seal(asdict(ScoreManifest(asdict(key), shards))))
 
 

@@ -101,7 +101,7 @@ def alone_in(folder: Path, name: str = LOCK) -> Iterator[int]:
     if held is not None and held.thread == threading.get_ident():
         yield held.descriptor
         return
-    lock = _Lock(path)
+    lock = LockFile(path)
     lock.take()
     _held[path] = lock
     try:
@@ -137,14 +137,19 @@ def wait_for_lock(descriptor: int) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-class _Lock:
+class LockFile:
     """A lock file, open."""
 
     def __init__(self, path: Path):
-        self.path, self.descriptor, self._over = path, -1, threading.Event()
+        self.path, self.descriptor, self.released = path, -1, threading.Event()
         self.thread = threading.get_ident()
 
     def take(self) -> None:
+        """Wait for the lock, and take it.
+
+        Raises:
+            FolderInUseError: another process keeps it.
+        """
         until, warned = time.monotonic() + PATIENCE, False
         while not self._try():
             owner = _owner_in(self.path)
@@ -234,7 +239,7 @@ class _Lock:
             os.pwrite(self.descriptor, content, 0)
 
     def _beat(self) -> None:
-        while not self._over.wait(BEAT):
+        while not self.released.wait(BEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.path, follow_symlinks=False)
 
@@ -247,7 +252,8 @@ class _Lock:
         )
 
     def release(self) -> None:
-        self._over.set()
+        """Remove the file and give the lock up."""
+        self.released.set()
         if self.descriptor >= 0:
             with contextlib.suppress(OSError):
                 if self._has_name():
@@ -262,7 +268,7 @@ class _Lock:
         self.descriptor = -1
 
 
-_held: dict[Path, _Lock] = {}
+_held: dict[Path, LockFile] = {}
 
 
 def _forget() -> None:

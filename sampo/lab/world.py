@@ -186,7 +186,7 @@ class World:
         All of them, or only those whose chosen answer is shorter (`short`), longer (`long`) or as long (`equal`).
         """
         pairs = []
-        for pair in self._annotated(bias):
+        for pair in self.annotated_stream(bias):
             difference = pair.length_difference
             wanted = {"all": True, "short": difference < 0, "long": difference > 0, "equal": difference == 0}
             if wanted[group]:
@@ -195,7 +195,8 @@ class World:
                 break
         return pairs
 
-    def _annotated(self, bias: float) -> Iterator[WorldPair]:
+    def annotated_stream(self, bias: float) -> Iterator[WorldPair]:
+        """Endless pairs as annotators of this length bias label them."""
         rng = self.rng("annotated pairs")
         while True:
             question = self.question(rng, held_out=False)

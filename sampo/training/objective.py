@@ -1,8 +1,8 @@
 """TRL's loss of weighted log-probs: the only code that touches `DPOTrainer._compute_loss`.
 
 TRL's function gets, instead of a model, a callable that returns the policy's log-probs already weighted, a completion
-mask narrowed to the selected tokens, and the weighted reference sums, which it takes as precomputed ones. So every loss
-of TRL works with every weighting. Instead of the trainer it gets a view of the trainer with some attributes of its own
+mask narrowed to the selected tokens, and the weighted reference sums, which it takes as precomputed ones. So every
+loss of TRL works with every weighting. Instead of the trainer it gets a view of the trainer with some attributes of its own
 ([`_View`]), so nothing of the trainer changes while it runs. `sampo.trainer` lists what is relied on.
 """
 

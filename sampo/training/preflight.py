@@ -142,7 +142,7 @@ def refuse_another_engine(accelerator: Any) -> None:
             )
 
 
-_LOGGERS = {  # name in `report_to`: how transformers looks for it, what is to be installed
+LOGGERS = {  # name in `report_to`: how transformers looks for it, what is to be installed
     "azure_ml": ("azureml", "azureml-sdk"),
     "comet_ml": ("comet", "comet-ml"),
     "mlflow": ("mlflow", "mlflow"),
@@ -206,10 +206,10 @@ def find_logger_issues(report_to: str | list[str] | None) -> list[str]:
     for name in asked:
         if name in ("all", "none"):
             continue
-        if name not in _LOGGERS:
-            issues.append(f"`report_to` must be among {sorted([*_LOGGERS, 'all', 'none'])}, got {name!r}.")
+        if name not in LOGGERS:
+            issues.append(f"`report_to` must be among {sorted([*LOGGERS, 'all', 'none'])}, got {name!r}.")
             continue
-        look_for, package = _LOGGERS[name]
+        look_for, package = LOGGERS[name]
         if getattr(integration_utils, f"is_{look_for}_available")():
             continue
         if package:

@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from sampo.checkpointing import files as checkpoints
 from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_complete_checkpoint
 from sampo.checkpointing.fingerprint import FREE, ROUNDING, describe_data, hash_weight_samples
-from sampo.checkpointing.resume import Preempted, ResumeRefusedError
+from sampo.checkpointing.resume import ResumeRefusedError
+from sampo.checkpointing.signals import Preempted
 from sampo.commands import train
 
 

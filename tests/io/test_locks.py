@@ -202,11 +202,11 @@ def test_a_silent_owner_on_another_machine_is_taken_for_dead_with_a_warning(tmp_
 def test_without_locks_of_the_kernel_a_living_owner_is_still_seen(tmp_path, monkeypatch):
     """On file systems without `flock` nothing but the file tells."""
     monkeypatch.setattr(locks, "fcntl", None)
-    first = locks._Lock(tmp_path / LOCK)
+    first = locks.LockFile(tmp_path / LOCK)
     first.take()
     with pytest.raises(FolderInUseError, match="One process at a time"), alone_in(tmp_path):
         pass
-    first._over.set()  # as if it were killed
+    first.released.set()  # as if it were killed
     with alone_in(tmp_path):
         pass
 

@@ -229,8 +229,8 @@ def diagnosis(folder):
     )
     (folder / "rows.parquet").write_bytes(b"rows")
     known = {"rows.parquet": pair_scores.hash_content(b"rows")}
-    pair_scores._write_manifest(folder, key, known)
-    return folder / pair_scores.MANIFEST, lambda: pair_scores._known_shards(folder, key)
+    pair_scores.write_score_manifest(folder, key, known)
+    return folder / pair_scores.MANIFEST, lambda: pair_scores.read_score_shards(folder, key)
 
 
 def answers(folder):

@@ -142,7 +142,7 @@ def test_held_out_questions_never_appear_in_training_in_any_order(world):
 
 
 def test_groups_are_filters_of_the_same_stream(world):
-    everything = list(islice(world._annotated(0.5), 400))
+    everything = list(islice(world.annotated_stream(0.5), 400))
     longer = [pair for pair in everything if len(pair.chosen) > len(pair.rejected)]
     shorter = [pair for pair in everything if len(pair.chosen) < len(pair.rejected)]
     assert world.annotated_pairs(400, bias=0.5, group="all") == everything

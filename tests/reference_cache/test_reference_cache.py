@@ -672,10 +672,10 @@ def test_the_comparison_is_of_rows_that_were_there_before(filled, model_folder, 
     assert named <= {*range(12), *range(16, 20)}
 
 
-def test_one_run_at_a_time_fills_a_cache(tmp_path):
+def test_one_run_at_a_time_fills_a_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(ref_logps, "WAIT_S", 0.05)
     key = RefKey(**{f.name: 1 for f in fields(RefKey)})
     one, two = RefCache(tmp_path, key, 3), RefCache(tmp_path, key, 3)
-    two._lock.timeout = 0.05
     assert one.lock()
     assert not two.lock()
     one.unlock()

@@ -12,7 +12,7 @@ from transformers.integrations import integration_utils
 
 from sampo.cli import main
 from sampo.logs import get_logger, show_logs
-from sampo.training.preflight import _LOGGERS, find_logger_issues
+from sampo.training.preflight import LOGGERS, find_logger_issues
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SCRIPT = """
@@ -104,12 +104,12 @@ def test_the_prefix_of_trl_goes_on_one_process_and_stays_on_several(monkeypatch,
 
 
 def test_every_logger_of_transformers_is_known():
-    assert _LOGGERS.keys() == integration_utils.INTEGRATION_TO_CALLBACK.keys()
+    assert LOGGERS.keys() == integration_utils.INTEGRATION_TO_CALLBACK.keys()
 
 
-@pytest.mark.parametrize("name", list(_LOGGERS))
+@pytest.mark.parametrize("name", list(LOGGERS))
 def test_a_logger_without_its_package_is_refused_in_one_sentence_and_one_with_it_is_not(monkeypatch, name):
-    look_for, package = _LOGGERS[name]
+    look_for, package = LOGGERS[name]
     for there in (True, False):
         monkeypatch.setattr(integration_utils, f"is_{look_for}_available", lambda there=there: there)
         faults = find_logger_issues([name])

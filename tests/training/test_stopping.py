@@ -15,7 +15,7 @@ from processes import ROOT, environment
 from tiny import make_pairs, save_model
 
 from sampo.checkpointing import files as checkpoints
-from sampo.checkpointing.resume import Preempted, SaveOnSignal
+from sampo.checkpointing.signals import Preempted, SaveOnSignal
 
 SAMPO = [sys.executable, "-m", "sampo.cli"]
 
@@ -76,7 +76,7 @@ def test_a_second_ctrl_c_stops_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # by a launcher, that hands on the same key press
         assert stop.received == signal.SIGINT
-        stop._first -= 2  # seconds ago
+        stop.received_at -= 2  # seconds ago
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert Preempted(Path("checkpoint-1"), signal.SIGINT).code == 130
