@@ -2,8 +2,8 @@
 
 TRL's function gets, instead of a model, a callable that returns the policy's log-probs already weighted, a completion
 mask narrowed to the selected tokens, and the weighted reference sums, which it takes as precomputed ones. So every
-loss of TRL works with every weighting. Instead of the trainer it gets a view of the trainer with some attributes of its own
-([`_View`]), so nothing of the trainer changes while it runs. `sampo.trainer` lists what is relied on.
+loss of TRL works with every weighting. Instead of the trainer it gets a view of the trainer with some attributes of
+its own ([`_View`]), so nothing of the trainer changes while it runs. `sampo.trainer` lists what is relied on.
 """
 
 import copy
