@@ -1,6 +1,6 @@
-"""What surrounds a training run: checks before it, the work of a step, and what is written after it.
+"""The parts of a training run: one step, the checks before it, and what is written after it.
 
-In: a `SamPOConfig`, tokenised pairs, a model. Out: micro-batches and sums for the trainer; merged models, rounds of
-Iterative SamPO and model cards for the commands. Read first: `run_state.py`, then `micro_batches.py`; `rounds.py` and
-`merge.py` stand alone.
+In: a `SamPOConfig`, tokenised pairs, a policy and its reference. Out: the loss and metrics of each step; merged models,
+rounds of Iterative SamPO and model cards. Read first: `batch.py` (the tensors of a step), then `weigher.py`,
+`passes.py` and `objective.py` in the order of the step; `rounds.py`, `merge.py` and `memory.py` are independent.
 """
