@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-all test-latest notebooks check format format-check clean
+.PHONY: help install quickstart test test-slow test-all test-coverage test-latest notebooks check format format-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ test-slow: install  ## the slow tests
 
 test-all: install  ## all tests
 	$(TEST)
+
+test-coverage: install  ## the tests of `make test`, and the share of lines that they run
+	$(BIN)/python -m pip install -c constraints.txt pytest-cov
+	$(TEST) -m "not slow" --cov=sampo --cov-report=term:skip-covered
 
 # What leans on other libraries, with the newest versions that pyproject.toml allows, in an environment of its own.
 LATEST := .venv-latest/bin
