@@ -122,10 +122,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         *rest: Any,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = SamPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-SamPO")
-        processing_class = check_before_loading(
+        args, processing_class = check_before_loading(
             model, args, train_dataset, eval_dataset, processing_class, unknown=kwargs
         )
         self.token_counts: dict[str, TokenCounts] = {}  # of each data set, filled by `_prepare_dataset`

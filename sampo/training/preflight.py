@@ -26,27 +26,30 @@ logger = get_logger(__name__)
 
 def check_before_loading(
     model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any, *, unknown: dict[str, Any]
-) -> Any:
-    """All that can be known to be wrong with the arguments of a trainer before its model is loaded.
+) -> tuple[SamPOConfig, Any]:
+    """Check the arguments of a trainer, before its model is loaded.
 
     Args:
         model: a path or a model.
-        args: of the run.
+        args: of the run, or None for the defaults.
         train_dataset: as given.
         eval_dataset: as given.
         processing_class: as given, or None.
         unknown: further arguments by name, of which TRL may have dropped some.
 
     Returns:
-        The tokenizer or processor, where it had to be loaded to look at the data; else `processing_class`.
+        The config; and the tokenizer or processor if it had to be loaded to check the data, else `processing_class`.
 
     Raises:
-        TypeError: arguments that are no more, or `args` that are no `SamPOConfig`.
+        TypeError: arguments that TRL has dropped, or `args` that are not a `SamPOConfig`.
         ValueError: missing packages, an unusable output folder, data that cannot be used.
         RuntimeError: several processes were launched, and each sees itself alone.
     """
     if faults := find_old_argument_issues(unknown, SamPOConfig.__dataclass_fields__):
         raise TypeError(" ".join(faults))
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = SamPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-SamPO")
     if not isinstance(args, SamPOConfig):
         raise TypeError(
             f"`args` must be a `SamPOConfig`, got `{type(args).__name__}`. It takes all options of `DPOConfig`: "
@@ -64,7 +67,7 @@ def check_before_loading(
     refuse_without_end_token(train_dataset, processing_class, args)
     if isinstance(model, str):  # TRL would train what a folder lacks from random weights
         check_model(model, trust_remote_code=args.trust_remote_code)
-    return processing_class
+    return args, processing_class
 
 
 def check_tokens(trainer: Any) -> None:

@@ -284,7 +284,7 @@ def test_several_blocks_become_lines_and_other_content_is_refused():
     data = Dataset.from_list([row])
     for call in (load_preferences, check_preferences):
         assert issues_of(call, data)[0] == {("not_text", "prompt"): ([0], 1)}
-    assert "no text" in Texts(make_tokenizer()).find_issue(row["prompt"])
+    assert "not text" in Texts(make_tokenizer()).find_issue(row["prompt"])
     pictures = Dataset.from_list([row | {"images": ["p"]}])  # of a vision model: TRL's to judge
     assert len(load_preferences(pictures)) == 1
 
