@@ -174,7 +174,7 @@ class Scorer:
         if self._head == "logits":
             logps = model(**options).logits[:, :-1].float().log_softmax(dim=2)  # (R, N, V)
             first, *others = (logps.gather(2, each[..., None])[..., 0] * positions for each in targets)
-            return SimpleNamespace(log_probs=first), others
+            return SimpleNamespace(log_probs=first), [each.detach() for each in others]
         first, *others = targets
         output = model(**options, labels=_labels(first, positions), fused_lm_head=True)
         with torch.no_grad():

@@ -78,6 +78,7 @@ class Weigher:
             log_ratios: `(2B, N)`, for methods that need them.
             end_probs: `(2B, N)` of the reference, for `balance_end_token`.
         """
+        assert end_probs is not None or not self.needs_end_probs
         draws = range(self._args.mask_samples)
         batch.weights = [self._draw(batch, k, log_ratios, end_probs) for k in draws]
         if batch.epoch != EVAL_EPOCH and not self._scores_all:
