@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..io.files import disk_is_full, sync, write_whole
+from ..io.files import disk_is_full, sync, write_atomic
 from ..io.hashing import Content, find_changed_file, hash_contents, seal, unseal
 from ..io.schemas import named, parse_json, typed
 
@@ -169,7 +169,7 @@ def write_manifest(folder: str | Path, run: RunRecord, *, resumable: bool = True
     folder = Path(folder)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = hash_contents(folder, (name for name in names if name != MANIFEST), sync=True)
-    write_whole(folder / MANIFEST, seal(asdict(Manifest(FORMAT, resumable, run, files))))
+    write_atomic(folder / MANIFEST, seal(asdict(Manifest(FORMAT, resumable, run, files))))
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
 

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from ..io.files import write_whole
+from ..io.files import write_atomic
 from ..io.locks import FolderInUseError, alone_in
 from ..io.schemas import WrongFile, read_json
 from ..logs import get_logger, silenced
@@ -363,7 +363,7 @@ class ResumableTrainer(Trainer):
                 num_tokens=self._total_train_tokens,
                 carried=self._carried.state(),
             )
-            write_whole(folder / LOG_WINDOW, json.dumps(asdict(window)))
+            write_atomic(folder / LOG_WINDOW, json.dumps(asdict(window)))
 
     def _restore_log_window(self, window: "LogWindow") -> None:
         sums, mine = window.loss_sums, self.args.process_index

@@ -123,12 +123,12 @@ def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
     """Delete the caches that a round has made; with one reference for all rounds, only after the last round."""
     if plan.reference == "initial" and one.number < plan.rounds:
         return
-    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest, remove_cache
+    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_cache_manifest, remove_cache
 
     made_by = {str(plan.round_folder(number)) for number in range(1, one.number + 1)}
     for path in cache_folders(cache_root(folder)):
         try:
-            manifest = read_manifest(path / "manifest.json")
+            manifest = read_cache_manifest(path / "manifest.json")
             if manifest is not None and manifest.about.output_dir in made_by:
                 remove_cache(path)
                 _say(f"deleted the cache of reference log-probs {path}")

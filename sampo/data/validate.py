@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .chat import ChatTemplate, template_of
-from .columns import PairRows, Rows, nearest_column, pair_rows
+from .columns import PairRows, TableRows, nearest_column, pair_rows
 from .issues import ROWS_NAMED, Issue, IssueCounter, PreferenceDataError, RowIssues
 from .json_files import BrokenLine
 from .layouts import (
@@ -85,7 +85,7 @@ class RowScanner:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TableRows,
         treatment: Treatment,
         *,
         template: ChatTemplate | None = None,

@@ -25,10 +25,11 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..data.token_ids import ID_COLUMNS
-from ..io.files import remove_left_overs, write_whole
+from ..io.files import remove_left_overs, write_atomic
 from ..io.hashing import Content, find_changed_file, hash_content, hash_json, seal, unseal
+from ..io.progress import Progress
 from ..io.schemas import WrongFile, named, parse_json, typed
-from ..reference_cache.fill import Progress, ScoreRows, Sides, alike, fill, split_rows
+from ..reference_cache.fill import ScoreRows, Sides, alike, fill, split_rows
 from ..reference_cache.store import BATCH, CHOSEN, REJECTED, RefCache, RefCollator
 from ..scoring.scorer import ModelScorer
 from ..weighting import (
@@ -42,12 +43,12 @@ from ..weighting import (
     token_weights,
 )
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-ROWS_PER_SHARD = 512  # what a killed run loses at most
+SCORE_SCHEMA = 1
+SCORE_MANIFEST = "manifest.json"
+SCORE_ROWS_PER_SHARD = 512  # what a killed run loses at most
 
 
-class Method(NamedTuple):
+class DiagnosedMethod(NamedTuple):
     """A weighting with its options."""
 
     weighting: str
@@ -60,12 +61,12 @@ class Method(NamedTuple):
         return self.weighting + "+rejected" * (self.sampled_sides == "rejected") + "+end" * self.keep_end_token
 
 
-METHODS: dict[str, Method] = {
+DIAGNOSED_METHODS: dict[str, DiagnosedMethod] = {
     method.name: method
     for name, weighting in WEIGHTINGS.items()
     for sides in ("both", "rejected")[: 1 + weighting.downsamples]
     for keeps in (False, True)[: 1 + weighting.can_keep_end]
-    for method in [Method(name, sides, keeps)]
+    for method in [DiagnosedMethod(name, sides, keeps)]
 }
 
 
@@ -97,7 +98,7 @@ class ScoreKey:
     seed: int
     gamma: float
     other_ends: list[int] = field(default_factory=list)
-    schema: int = SCHEMA
+    schema: int = SCORE_SCHEMA
 
     @property
     def digest(self) -> str:
@@ -123,7 +124,7 @@ def score_pairs(
     pad_id: int,
     ref_dtype: str = "float32",
     batch_size: int = 8,
-    rows_per_shard: int = ROWS_PER_SHARD,
+    rows_per_shard: int = SCORE_ROWS_PER_SHARD,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Compute the shards of a policy that are not there yet; returns all of them, in the order of the rows.
@@ -168,7 +169,7 @@ def score_pairs(
 
 def read_score_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
     """The finished shards of a policy, after their files were compared with the manifest."""
-    path, again = folder / MANIFEST, f"Delete {folder}, and it is computed again"
+    path, again = folder / SCORE_MANIFEST, f"Delete {folder}, and it is computed again"
     try:
         with named(path, again):
             manifest = typed(ScoreManifest, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))))
@@ -186,7 +187,7 @@ def read_score_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
 
 def write_score_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> None:
     """Record the finished shards of a policy."""
-    write_whole(folder / MANIFEST, seal(asdict(ScoreManifest(asdict(key), shards))))
+    write_atomic(folder / SCORE_MANIFEST, seal(asdict(ScoreManifest(asdict(key), shards))))
 
 
 def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, key: ScoreKey) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
         each = [row[kept].float().numpy() for row, kept in zip(log_ratios, mask, strict=True)]
         columns |= {"chosen_token_log_ratios": each[:n_pairs], "rejected_token_log_ratios": each[n_pairs:]}
     keys = draw_keys(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH)
-    for name, method in METHODS.items():
+    for name, method in DIAGNOSED_METHODS.items():
         weights = token_weights(
             method.weighting,
             mask,
@@ -244,7 +245,7 @@ def _write_shard(path: Path, parts: list[dict[str, Any]]) -> Content:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     content = sink.getvalue().to_pybytes()
-    write_whole(path, content)
+    write_atomic(path, content)
     return hash_content(content)
 
 

@@ -24,7 +24,7 @@ _FULL = re.compile(
 )
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically. Text becomes UTF-8; the folder is created."""
     with replacing(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)

@@ -23,7 +23,7 @@ from .locks import wait_for_lock
 from .schemas import WrongFile, named, parse_json, typed
 from .versions import versions
 
-SCHEMA = 1
+RECORD_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class Record:
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
-    schema: int = SCHEMA
+    schema: int = RECORD_SCHEMA
 
     def __post_init__(self) -> None:
-        if self.schema != SCHEMA:
-            raise ValueError(f"`schema` must be {SCHEMA}, got {self.schema}")
+        if self.schema != RECORD_SCHEMA:
+            raise ValueError(f"`schema` must be {RECORD_SCHEMA}, got {self.schema}")
         numbers = [x for x in (self.value, *(self.interval or ())) if x is not None]
         if not all(math.isfinite(x) for x in numbers):
             raise ValueError(f"A record's `value` and `interval` must be finite, got {numbers} for {self.name!r}.")

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..io.hashing import hash_files, hash_json
 
-SCHEMA = 1
+KEY_SCHEMA = 1
 OWN_TOKENS = "tokens"  # as `targets` of a key
 
 # of a model's config: what says where it came from or what else it can do, and nothing about its log-probs
@@ -59,7 +59,7 @@ class RefKey:
     truncation_mode: str
     storage_dtype: str
     targets: str = OWN_TOKENS
-    schema: int = SCHEMA
+    schema: int = KEY_SCHEMA
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, as the manifest keeps them."""

@@ -29,10 +29,10 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..io.files import remove_left_overs, write_whole
+from ..io.files import remove_left_overs, write_atomic
 from ..io.hashing import SEAL, Content, find_changed_file, hash_content, seal, unseal
 from ..io.schemas import WrongFile, named, parse_json, typed
-from .key import OWN_TOKENS, SCHEMA, RefKey
+from .key import KEY_SCHEMA, OWN_TOKENS, RefKey
 
 
 class Names(NamedTuple):
@@ -124,7 +124,7 @@ class RefCache:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             size = min(ROWS_PER_SHARD, max(1, -(-self.n_rows // processes)))
             key = self.key.as_dict()
-            self._write_manifest(RefManifest(SCHEMA, key, self.n_rows, size, created, About(**about), {}))
+            self._write_manifest(RefManifest(KEY_SCHEMA, key, self.n_rows, size, created, About(**about), {}))
         return self.missing() or []
 
     def write(self, shard: Shard, chosen: list[Tensor], rejected: list[Tensor]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class RefCache:
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
         whole = sink.getvalue().to_pybytes()
-        write_whole(self._path(shard), whole)
+        write_atomic(self._path(shard), whole)
         tokens, content = sum(map(len, chosen)) + sum(map(len, rejected)), hash_content(whole)
         return {"index": shard.number, "sha256": content.sha256, "bytes": content.size, "tokens": tokens}
 
@@ -216,7 +216,7 @@ class RefCache:
         return [Shard(i, start, min(start + size, self.n_rows)) for i, start in enumerate(starts)]
 
     def _read_manifest(self) -> "RefManifest | None":
-        manifest = read_manifest(self.manifest_path)
+        manifest = read_cache_manifest(self.manifest_path)
         if manifest is not None and (manifest.key != self.key.as_dict() or manifest.rows != self.n_rows):
             differing = [k for k, v in self.key.as_dict().items() if manifest.key.get(k) != v] or ["rows"]
             raise RefCacheError(
@@ -226,7 +226,7 @@ class RefCache:
         return manifest
 
     def _write_manifest(self, manifest: "RefManifest") -> None:
-        write_whole(self.manifest_path, seal(asdict(manifest)))
+        write_atomic(self.manifest_path, seal(asdict(manifest)))
 
     def _verify(self, shard: Shard, manifest: "RefManifest") -> bool:
         """Whether the shard is there and whole."""
@@ -273,7 +273,7 @@ class RefManifest:
             raise ValueError(f"`rows_per_shard` must be at least 1, got {self.rows_per_shard}")
 
 
-def read_manifest(path: Path) -> RefManifest | None:
+def read_cache_manifest(path: Path) -> RefManifest | None:
     """The manifest at this place; None if there is none.
 
     Raises:
@@ -284,8 +284,10 @@ def read_manifest(path: Path) -> RefManifest | None:
     try:
         with named(path, _cure(path.parent).removesuffix(".")):
             content = typed(dict[str, Any], parse_json(path.read_bytes()))
-            if content.get("schema") != SCHEMA:
-                raise ValueError(f"it must be a manifest of schema {SCHEMA}, got {str(content.get('schema'))[:20]}")
+            if content.get("schema") != KEY_SCHEMA:
+                raise ValueError(
+                    f"it must be a manifest of schema {KEY_SCHEMA}, got {str(content.get('schema'))[:20]}"
+                )
             # caches of earlier versions have no checksum of the manifest, and the same content
             return typed(RefManifest, unseal(content) if SEAL in content else content, complete=True)
     except (OSError, WrongFile) as error:

@@ -30,9 +30,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..config import SamPOConfig
 from ..data.token_ids import ID_COLUMNS, hash_token_ids
+from ..io.progress import Progress
 from ..logs import get_logger
 from ..models.load import create_model
-from .fill import Progress, ScoreRows, Sides, fill, on_main, split_rows, title
+from .fill import ScoreRows, Sides, fill, on_main, split_rows, title
 from .key import OWN_TOKENS, RefKey, identity_of_files, identity_of_model
 from .store import (
     CHOSEN,

@@ -167,7 +167,7 @@ def _by_flex_attention(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # errors of the compiler have no common type
-        raise StreamRefused(f"FlexAttention failed with {describe(error)}") from error
+        raise StreamRefused(f"FlexAttention failed with {describe_error(error)}") from error
 
 
 @cache
@@ -178,7 +178,7 @@ def _flex_attention(device_type: str) -> Callable:
     return flex_attention
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -28,7 +28,7 @@ class LengthSums:
         """Add pairs.
 
         Args:
-            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `counted_tokens` (of both sides), `margin` (of
+            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `selected_tokens` (of both sides), `margin` (of
                 implicit rewards), and if known `dpo_margin` (over all tokens) and `pressure`.
         """
         difference = pairs["chosen_tokens"] - pairs["rejected_tokens"]
@@ -53,7 +53,7 @@ class LengthSums:
             "length/chosen": sums["chosen_tokens"] / n,
             "length/rejected": sums["rejected_tokens"] / n,
             "length/chosen_longer": sums["longer"] / n,
-            "length/counted": sums["counted_tokens"] / tokens if tokens else 0.0,
+            "length/selected": sums["selected_tokens"] / tokens if tokens else 0.0,
         }
         metrics |= self._of_margin("margin", prefix="")
         if "dpo_margin" in sums:
@@ -111,7 +111,7 @@ class LengthRecorder:
         columns = {
             "chosen_tokens": chosen,
             "rejected_tokens": rejected,
-            "counted_tokens": selected.view(2, -1).sum(dim=0),
+            "selected_tokens": selected.view(2, -1).sum(dim=0),
             "margin": margins(self._beta, scored.mean_scores),
         }
         if mode == "eval":
@@ -131,8 +131,9 @@ class LengthRecorder:
         return self.sums["train"].columns
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on with a window that was begun elsewhere."""
-        self.sums["train"] = LengthSums(state)
+        """Continue the window of a checkpoint."""
+        new_names = {"counted_tokens": "selected_tokens"}  # checkpoints of earlier versions
+        self.sums["train"] = LengthSums({new_names.get(name, name): value for name, value in state.items()})
 
 
 def margins(beta: float, scores: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ activations with what autograd keeps; docs/scale.md has the table and what is le
 from dataclasses import dataclass
 from typing import Any
 
-METHODS = ("full", "lora", "qlora")
-REFERENCES = ("live", "cached")
+MEMORY_METHODS = ("full", "lora", "qlora")
+MEMORY_REFERENCES = ("live", "cached")
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # constants: 8 bits for 64 weights, 32 for 256 of these
 DEEPSPEED_BUCKET = 500_000_000  # parameters; DeepSpeed's `reduce_bucket_size`
 DEEPSPEED_LIVE = 1_000_000_000  # parameters; DeepSpeed's `stage3_max_live_parameters`
@@ -187,7 +187,7 @@ def gpu_bytes(
     Args:
         shape: of the model.
         engine: one of `ENGINES`.
-        method: one of `METHODS`.
+        method: one of `MEMORY_METHODS`.
         reference: `live`, a model in memory; `cached`, its log-probs were stored before.
         gpus: how many share the work.
         tokens: in one micro-batch of one GPU, padding included, chosen and rejected rows together.
@@ -198,8 +198,8 @@ def gpu_bytes(
     """
     for name, value, known in [
         ("engine", engine, tuple(ENGINES)),
-        ("method", method, METHODS),
-        ("reference", reference, REFERENCES),
+        ("method", method, MEMORY_METHODS),
+        ("reference", reference, MEMORY_REFERENCES),
     ]:
         if value not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")

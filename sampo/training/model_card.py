@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..io.command_line import format_argv
-from ..io.files import write_whole
+from ..io.files import write_atomic
 from ..io.versions import versions
 from .description import describe_method, describe_reference
 
@@ -44,7 +44,7 @@ def write_card(trainer: Any, folder: Path, write_draft: Callable[..., None], dat
     data += "streamed." if counts is None else counts.describe(args.max_length)
     path = folder / "README.md"
     card = finish_card(path.read_text(encoding="utf-8"), trainer, {"Method": method, "Data": data}, sys.argv)
-    write_whole(path, card)
+    write_atomic(path, card)
 
 
 def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequence[str] = ()) -> str:

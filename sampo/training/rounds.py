@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpointing.files import TrainerState, numbered_checkpoints
-from ..io.files import write_whole
+from ..io.files import write_atomic
 from ..io.hashing import hash_files, hash_json, seal, unseal
 from ..io.locks import alone_in
 from ..io.schemas import WrongFile, named, parse_json, read_json, typed
@@ -206,7 +206,7 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     plan.folder.mkdir(parents=True, exist_ok=True)
     with alone_in(plan.folder) as lock:
         rounds = restore_rounds(plan)
-        write_whole(plan.folder / RECIPE, _as_yaml(plan.recipe))
+        write_atomic(plan.folder / RECIPE, _as_yaml(plan.recipe))
         for one in rounds:
             if one.status == "finished":
                 say(f"round {one.number} of {plan.rounds} is finished: {one.model}")
@@ -392,7 +392,7 @@ def _hash_paths(paths: Iterable[Path]) -> str:
 
 def save_state(plan: Plan, rounds: list[Round]) -> None:
     """Write what is done of the rounds into `iterate_state.json`."""
-    write_whole(plan.folder / STATE, seal(asdict(State(plan, rounds))))
+    write_atomic(plan.folder / STATE, seal(asdict(State(plan, rounds))))
 
 
 def read_state(path: Path) -> State | None:

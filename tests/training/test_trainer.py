@@ -592,7 +592,7 @@ def test_metrics_of_length_are_those_of_the_whole_window_computed_pair_by_pair(m
         for name, into in (("sampo", margins), ("all", plain)):
             chosen, rejected, _ = oracle_scores(policy, reference, pair, name=name, seed=7, epoch=-1, end_ids=set())
             into.append(0.1 * (chosen - rejected))
-    assert measured["eval_length/counted"] == pytest.approx(counted / tokens)
+    assert measured["eval_length/selected"] == pytest.approx(counted / tokens)
     assert measured["eval_length/chosen_longer"] == pytest.approx(sum(g > 0 for g in gaps) / 13)
     for prefix, values in (("eval_", margins), ("eval_dpo/", plain)):
         r, slope = oracles.correlation_and_slope(gaps, values)
