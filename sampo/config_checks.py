@@ -25,7 +25,7 @@ LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
 
 
 def find_range_issues(config: Any) -> list[str]:
-    """Find options of a `SamPOConfig` that are wrong by themselves."""
+    """Find options of a `SamPOConfig` that are wrong independently of other options."""
     rows = [*_own_range_rows(config), *_trl_range_rows(config)]
     issues = [f"`{name}` must be {must}, got {getattr(config, name)!r}." for name, holds, must in rows if not holds]
     if config.token_weighting not in WEIGHTINGS:

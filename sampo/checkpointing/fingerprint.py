@@ -13,7 +13,7 @@ from ..data.token_ids import ID_COLUMNS, hash_token_ids
 from ..io.versions import TRAINING_PACKAGES, find_version
 from ..weighting import REGISTERED
 
-# Options that do not change what is learned, by the reason why.
+# Options that do not change the learned weights, by reason.
 UNCOMPARED = {
     "names, paths, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
     "report_to push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",

@@ -84,7 +84,7 @@ def read_columns(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def check_columns(columns: Mapping[str, str], there: Sequence[str], label: str) -> None:
-    """Raise unless `columns` names parts that we know, and different columns that are there.
+    """Raise unless `columns` names parts that we know, and different existing columns.
 
     An empty name excludes a part.
     """

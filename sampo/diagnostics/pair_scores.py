@@ -1,9 +1,9 @@
-"""What a policy, and a reference, say of each preference pair: forward passes alone, and what is kept of them on disk.
+"""Scores of each preference pair by a policy and a reference: forward passes, and their results on disk.
 
-One forward pass gives two numbers for each completion token: log π of the token that is there, and log π of the end
-token in its place. With the reference's log-probs (`sampo.reference_cache`, computed once for all policies) they
+One forward pass gives two numbers for each completion token: log π of the actual token, and log π of the end
+token at its position. With the reference's log-probs (`sampo.reference_cache`, computed once for all policies) they
 give every weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, and a manifest
-names what each must hold: a run that is killed goes on with the shards that it does not name, and a shard whose bytes
+names what each must hold: a killed run continues with the shards that it does not name, and a shard whose bytes
 are others is refused, never read. What is made of them is in `sampo.diagnostics.findings`.
 
 The pairs are tokenised and cut as in training, by TRL itself: `sampo.data.tokenize.tokenize_pairs`, and
@@ -30,7 +30,7 @@ from ..io.hashing import Content, find_changed_file, hash_content, hash_json, se
 from ..io.progress import Progress
 from ..io.schemas import WrongFile, named, parse_json, typed
 from ..reference_cache.fill import ScoreRows, Sides, alike, fill, split_rows
-from ..reference_cache.store import BATCH, CHOSEN, REJECTED, RefCache, RefCollator
+from ..reference_cache.store import CACHED_REF_LOGPS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS, RefCache, RefCollator
 from ..scoring.scorer import ModelScorer
 from ..weighting import (
     EVAL_EPOCH,
@@ -109,7 +109,7 @@ class ScoreKey:
 
 @dataclass(frozen=True)
 class ScoreManifest:
-    """What the folder of a policy says about itself: the key as a dictionary, and what each finished shard holds."""
+    """The manifest of a policy's folder: the key as a dictionary, and the content of each finished shard."""
 
     key: dict[str, Any]
     shards: dict[str, Content]
@@ -138,7 +138,7 @@ def score_pairs(
         ref_dtype: type of the reference's log-probs on disk.
         batch_size: pairs at a time.
         rows_per_shard: pairs in a file.
-        progress: told (done, of) in pairs.
+        progress: called with (done, of) in pairs.
 
     Raises:
         WrongFile: the manifest is damaged, or a shard is not what it names.
@@ -148,7 +148,7 @@ def score_pairs(
     known = read_score_shards(folder, key)
     starts = range(0, len(dataset), rows_per_shard)
     paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
-    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN, REJECTED)]
+    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS)]
     rows = dataset.select_columns(names).with_format(None)
     collate = RefCollator(DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode), ref_dtype)
     score_tokens: ModelScorer | None = None
@@ -180,8 +180,8 @@ def read_score_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
         return {}
     known = {name: content for name, content in manifest.shards.items() if (folder / name).exists()}
     for name, content in known.items():
-        if fault := find_changed_file(folder, {name: content}):
-            raise WrongFile(f"{folder / name} must be as it was written, and {fault}. Delete it, and run again.")
+        if issue := find_changed_file(folder, {name: content}):
+            raise WrongFile(f"{folder / name} must be as it was written, and {issue}. Delete it, and run again.")
     return known
 
 
@@ -207,8 +207,8 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
     columns |= _sides("tokens", mask.sum(dim=1)) | _sides("end_place", places)
     columns |= _sides("policy_logps", (logps * mask).sum(dim=1))
     log_ratios = torch.zeros_like(logps)
-    if BATCH in inputs:
-        ref_logps = inputs[BATCH].double()
+    if CACHED_REF_LOGPS in inputs:
+        ref_logps = inputs[CACHED_REF_LOGPS].double()
         log_ratios = (logps - ref_logps) * mask
         columns |= _sides("ref_logps", ref_logps.sum(dim=1)) | _sides("log_ratio", log_ratios.sum(dim=1))
         each = [row[kept].float().numpy() for row, kept in zip(log_ratios, mask, strict=True)]
@@ -226,7 +226,7 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
             gamma=key.gamma,
         ).double()
         columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
-        if BATCH in inputs:
+        if CACHED_REF_LOGPS in inputs:
             columns |= _sides(f"score/{name}", sequence_logps(log_ratios, weights))
     return columns
 

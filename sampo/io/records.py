@@ -30,7 +30,7 @@ RECORD_SCHEMA = 1
 class Record:
     """One measured number.
 
-    `value` is None where the quantity has no defined value (a correlation with a constant, say); `interval` are the
+    `value` is None where the quantity has no defined value (such as a correlation with a constant); `interval` are the
     95 % bounds and `n` the number of observations that both rest on. `config` holds every setting the value depends
     on, and `key` is its hash.
     """
@@ -103,8 +103,8 @@ def append(path: Path, records: Iterable[Record]) -> None:
     with open_to_append(path) as file:
         wait_for_lock(file.fileno())
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        end = file.read().rfind(b"\n") + 1
+        file.truncate(end)
         rest = lines(records).encode()
         while rest:
             rest = rest[file.write(rest) :]
@@ -122,8 +122,8 @@ def read(path: Path) -> list[Record]:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error) as error:  # a damaged header is an OSError
         raise WrongFile(f"{path} must be a complete gzip file, got: {error}. Restore it.") from None
-    *whole, _unfinished = content.split(b"\n")
-    for number, line in enumerate(whole, 1):
+    *finished, _unfinished = content.split(b"\n")
+    for number, line in enumerate(finished, 1):
         with named(path, "Restore or delete it, or write to another folder", line=number):
             records.append(typed(Record, parse_json(line, finite=True), complete=True))
     return records

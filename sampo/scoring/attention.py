@@ -1,7 +1,7 @@
 """Attention over packed pairs: each token attends to its prompt and, causally, to its own branch.
 
 There are two implementations. On CPU, `segments`: PyTorch's SDPA once for a prompt with its first branch and once for
-each further branch. On CUDA, `flex`: FlexAttention once for the whole stream, compiled once a process for all lengths.
+each further branch. On CUDA, `flex`: FlexAttention once for the full stream, compiled once a process for all lengths.
 The second was tested on CPU only (its mask, and its forward pass with and without compilation; FlexAttention has no
 backward pass there), and its speed was not measured.
 """

@@ -325,7 +325,7 @@ class Packing:
             model: one of the models.
             packed: computes the log-probs of the batch's completion tokens by the packed forward, `(M,)` nats.
             padded: and by the padded forward, in the same order.
-            tolerance: largest mean difference of a token. The largest difference of all says little: in bf16 a rare
+            tolerance: largest mean difference of a token. The largest difference is not informative: in bf16 a rare
                 token can differ by 0.3 because of rounding alone.
             largest: of a number, the largest over all processes, so that all decide alike. Called exactly once.
             padded_tokens: tokens of the padded forward.

@@ -46,7 +46,7 @@ def describe_method(args: SamPOConfig, length_scale: float) -> str:
 
 
 def describe_reference(trainer: Any) -> str:
-    """What the policy is compared with."""
+    """Describe the reference of the policy."""
     args = trainer.args
     if args.precompute_ref_log_probs:
         whose = "the initial policy" if trainer.reference_is_start else "the `ref_model` that was passed"

@@ -1,4 +1,4 @@
-"""Sections of a model card beside TRL's draft: method, data, options, length, versions, command."""
+"""Sections of a model card added to TRL's draft: method, data, options, length, versions, command."""
 
 import re
 import sys
@@ -90,7 +90,7 @@ def describe_options(trainer: Any) -> str:
 
 
 def describe_length(log: Sequence[dict[str, Any]]) -> str:
-    """The last value of each metric that length goes into, of training and of evaluation."""
+    """The last value of each length-related metric, of training and of evaluation."""
     last = {name: value for entry in log for name, value in entry.items() if _LENGTH.search(name)}
     rows = {f"`{name}`": f"{value:.4g}" for name, value in last.items() if isinstance(value, int | float)}
     return _format_table(("metric", "last value"), rows) if rows else ""

@@ -356,7 +356,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "the manifest"])
-def test_a_shard_that_is_not_as_it_was_written_is_refused_and_its_deletion_is_the_cure(data, tmp_path, damage):
+def test_a_shard_that_is_not_as_it_was_written_is_refused_and_its_deletion_is_the_fix(data, tmp_path, damage):
     def scored():
         return score_pairs(
             data,
