@@ -279,13 +279,21 @@ FITS_GB = 72.0  # leaves a tenth of an 80 GB GPU free
 
 def memory() -> str:
     """Gigabytes per GPU of every model, engine and method."""
-    from sampo.training.memory import ENGINES, METHODS, QLORA_ENGINES, REFERENCES, SHAPES, gpu_bytes, machine_bytes
+    from sampo.training.memory import (
+        ENGINES,
+        MEMORY_METHODS,
+        MEMORY_REFERENCES,
+        QLORA_ENGINES,
+        SHAPES,
+        gpu_bytes,
+        machine_bytes,
+    )
 
     blocks, titles = [], {"full": "All parameters", "lora": "LoRA", "qlora": "QLoRA"}
-    for method in METHODS:
+    for method in MEMORY_METHODS:
         rows = []
         for engine in QLORA_ENGINES if method == "qlora" else ENGINES:
-            for reference in REFERENCES if method == "full" else REFERENCES[:1]:
+            for reference in MEMORY_REFERENCES if method == "full" else MEMORY_REFERENCES[:1]:
                 cells = []
                 for shape in SHAPES.values():
                     size = sum(gpu_bytes(shape, engine, method, reference=reference).values()) / 1e9

@@ -171,7 +171,7 @@ class SamPOConfig(DPOConfig):
     )
 
     def __new__(cls, *_args: Any, **given: Any) -> Self:
-        """Name options that TRL or transformers has dropped; the generated `__init__` would say `unexpected`."""
+        """Name options that TRL or transformers has dropped; the generated `__init__` says only `unexpected`."""
         if issues := find_old_option_issues(given):
             raise TypeError("SamPOConfig: " + " ".join(f"({i}) {issue}" for i, issue in enumerate(issues, 1)))
         return super().__new__(cls)
@@ -191,7 +191,7 @@ class SamPOConfig(DPOConfig):
 
     @property
     def is_plain_dpo(self) -> bool:
-        """Whether all tokens weigh 1, so that TRL can weigh by itself."""
+        """Whether all tokens weigh 1, so that TRL's own weights apply."""
         return self.token_weighting == "all" and not self.balance_end_token
 
     @property

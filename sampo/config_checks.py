@@ -6,13 +6,13 @@ Each function returns sentences, one for each issue, in the order of the options
 import math
 from typing import Any
 
+from .data.lengths import TRUNCATION_MODES
 from .old_options import OLD_LOSSES
 from .weighting import WEIGHTINGS, Weighting
 
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
 PAIR_STREAMS = ("auto", "true", "false")
-TRUNCATION_MODES = ("keep_start", "keep_end")  # TRL's
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's
 REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -25,7 +25,7 @@ LOSS_TYPES = MARGIN_LOSSES | COUNT_LOSSES | SIDE_LOSSES | {"sft"}
 
 
 def find_range_issues(config: Any) -> list[str]:
-    """Find options of a `SamPOConfig` that are wrong by themselves."""
+    """Find options of a `SamPOConfig` that are wrong independently of other options."""
     rows = [*_own_range_rows(config), *_trl_range_rows(config)]
     issues = [f"`{name}` must be {must}, got {getattr(config, name)!r}." for name, holds, must in rows if not holds]
     if config.token_weighting not in WEIGHTINGS:

@@ -1,4 +1,4 @@
-"""Options that TRL, transformers and alignment-handbook have dropped or renamed, and what to write in their place.
+"""Options that TRL, transformers and alignment-handbook have dropped or renamed, and their replacements.
 
 Taken from the deprecation messages of TRL 0.28 (`DPOConfig`), the migration guide of transformers 5 (section Trainer),
 and the configs of alignment-handbook at 125b292c. Tests compare the names with the options that there are.
@@ -155,7 +155,7 @@ OLD_OPTIONS: dict[str, Successor] = {
         options=("model_name_or_path",),
     ),
     **_removed(
-        "Remove it: `truncation_mode` says which end of a row is kept.",
+        "Remove it: `truncation_mode` sets which end of a row is kept.",
         "truncation_side",
         options=("truncation_mode",),
     ),

@@ -19,14 +19,14 @@ class PluginError(Exception):
 
 
 def take_options(argv: list[str]) -> list[str]:
-    """Store the files of `--plugin FILE` for this process and those that it starts; return the other words."""
-    rest, files, words = [], [], iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
+    """Store the files of `--plugin FILE` for this process and those that it starts; return the other arguments."""
+    rest, files, arguments = [], [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
         if name != "--plugin":
-            rest.append(word)
+            rest.append(argument)
             continue
-        file = value if equals else next(words, "")
+        file = value if equals else next(arguments, "")
         if not Path(file).is_file():
             raise PluginError(f"`plugin` must be a Python file, got {file!r}. Give its path: `--plugin mine.py`.")
         files.append(os.path.abspath(file))

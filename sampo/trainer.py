@@ -15,7 +15,7 @@ What we rely on in TRL 1.16, pinned by tests/training/test_trl_contract.py:
 3. `DPOTrainer.compute_ref_log_probs(model, inputs)` does the same for a reference, with the adapter disabled or
    set to "ref" as needed, and returns the sums.
 4. `self.loss_types`, `self.loss_weights`, `self.beta`, `self.ld_alpha`, `self.aux_loss_enabled`, `self._tokenizer` and
-   `self._total_train_tokens` mean what they say; `self._metrics[mode][name]` is a list to which each call of
+   `self._total_train_tokens` mean what their names say; `self._metrics[mode][name]` is a list to which each call of
    `_compute_loss` appends and which `log` averages; `_compute_loss` communicates with other processes only through
    `self.accelerator.gather` and `gather_for_metrics`, and uses `self` only for its attributes (`training.objective`
    passes a view of the trainer).
@@ -24,7 +24,7 @@ What we rely on in TRL 1.16, pinned by tests/training/test_trl_contract.py:
 6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
    `rejected_ids`; the collator cuts prompt + completion to `max_length`.
 7. `DPOTrainer.create_model_card(model_name, dataset_name, tags)` writes `README.md` into `args.output_dir`, and
-   `None` in the place of a base model that is not on the hub.
+   `None` instead of a base model that is not on the hub.
 """
 
 from collections.abc import Sequence
@@ -91,12 +91,12 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
 
     Raises:
         TypeError: `args` is no `SamPOConfig`.
-        PreferenceDataError: the data has missing columns or bad rows; all faults in one message.
+        PreferenceDataError: the data has missing columns or bad rows; one message lists all issues.
         RefCacheError: `precompute_ref_log_probs`, and the cache is damaged or disagrees with the live model.
-        RuntimeError: several processes were launched that do not know of each other, or with FSDP or DeepSpeed and
+        RuntimeError: several processes were launched but not connected to each other, or with FSDP or DeepSpeed and
             accelerate took another engine.
         FloatingPointError: in training, a loss that is not finite.
-        ResumeRefusedError: in training, nothing whole to go on from, or a checkpoint of another run.
+        ResumeRefusedError: in training, no complete checkpoint to resume from, or one of another run.
         CheckpointNotSavedError: in training, a checkpoint could not be written.
     """
 
@@ -195,7 +195,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         return Passes(self, self.weigher)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in transformers; under FSDP2 the log-probs leave the model in float32."""
+        """Transformers' method; also keeps the log-probs in float32 under FSDP2."""
         all_used = not self._is_vlm and engines.adapter_uses_all_parameters(self.model)
         if self.args.ddp_find_unused_parameters is None and all_used:
             self.args.ddp_find_unused_parameters = False  # else DDP looks for them in each step, and warns of it
@@ -247,7 +247,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
                 found.append(self.passes.score(model, batch).draws[0].scores.chunk(2))
         finally:
             self.model.train()
-        return torch.cat([torch.cat(side) for side in zip(*found, strict=True)])
+        return torch.cat([torch.cat(scores) for scores in zip(*found, strict=True)])
 
     @property
     def reference_is_base(self) -> bool:
@@ -266,7 +266,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         return self.accelerator.gather_for_metrics(rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log with the metrics of length over the whole window or evaluation set."""
+        """TRL's log with the length metrics of the full window or evaluation set."""
         mode = "train" if self.model.training else "eval"
         # of several evaluation sets each has its own prefix, which `Trainer.evaluate` has put before `loss`
         prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "eval_")

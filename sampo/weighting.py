@@ -44,8 +44,10 @@ class PairTokens:
         mask: `(2B, N)` bool, the completion tokens.
         budget: `(2B,)` int64, how many tokens of a row are selected: T_m, or T if the response is not downsampled.
         forced: `(2B, N)` bool, tokens that are always selected (the end tokens with `keep_end_token`); at most one per
-        row. keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`). log_ratios: `(2B, N)` float, without
-        gradient; only for methods that need them. gamma: factor of `decay`.
+            row.
+        keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`).
+        log_ratios: `(2B, N)` float, without gradient; only for methods that need them.
+        gamma: factor of `decay`.
     """
 
     mask: Tensor
@@ -234,7 +236,7 @@ def token_weights(
         `(2B, N)` float32, ≥ 0, zero where `mask` is.
     """
     lengths = mask.sum(dim=1)
-    budget = lengths.view(2, -1).amin(dim=0).repeat(2)  # (2B,): T_m on both sides
+    budget = lengths.view(2, -1).amin(dim=0).repeat(2)  # (2B,): T_m in both rows of a pair
     if sampled_sides == "rejected":
         n_pairs = mask.size(0) // 2
         budget = torch.cat((lengths[:n_pairs], budget[n_pairs:]))

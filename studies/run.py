@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from sampo.io.command_line import format_command
-from sampo.io.files import write_whole
+from sampo.io.files import write_atomic
 from sampo.io.locks import FolderInUseError, alone_in
 from sampo.lab.settings import Run, Settings
 
@@ -102,7 +102,7 @@ def _report(folder: Path) -> None:
     if not study.cells:
         raise SystemExit(f"study: `--out` must hold finished runs to analyse, got none in {folder}.")
     text = "\n\n".join(f"## {name.replace('_', ' ')}\n\n{part(study)}" for name, part in PARTS.items())
-    write_whole(folder / "study.md", text + "\n")
+    write_atomic(folder / "study.md", text + "\n")
     print(verdicts(study))
     try:
         figures = [path.name for path in write_figures(study, folder)]

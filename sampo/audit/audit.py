@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.columns import Rows, pair_rows
+from ..data.columns import TableRows, pair_rows
 from ..data.issues import PreferenceDataError, suggest
+from ..data.lengths import TRUNCATION_MODES
 from ..data.sources import Files, open_source
 from ..data.treatment import Treatment
 from .bias import LengthBias, length_bias
@@ -22,8 +23,6 @@ from .truncation import Truncation, measure_truncation
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
-
-TRUNCATION_MODES = ("keep_start", "keep_end")
 
 
 @dataclass(frozen=True)
@@ -196,12 +195,12 @@ def _counter(tokenizer: Any) -> WordCounter | TokenCounter:
 
 def _open_splits(
     sources: Sequence[Any], name: str | None, splits: Sequence[str] | None
-) -> tuple[str, dict[str, Callable[[], Rows]]]:
+) -> tuple[str, dict[str, Callable[[], TableRows]]]:
     """Return a name of the data and the rows of each split. Splits of several sources are named after their source."""
     opened = [open_source(source, name) for source in sources]
     if not opened:
         raise ValueError("At least one source must be given, got none.")
-    tables: dict[str, Callable[[], Rows]] = {}
+    tables: dict[str, Callable[[], TableRows]] = {}
     for number, (label, found) in enumerate(opened):
         for split, read in found.items():
             title = split if len(opened) == 1 else label if len(found) == 1 else f"{label} {split}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.issues import Issue
 from ..io import records as results
-from ..io.files import replacing, write_whole
+from ..io.files import replacing, write_atomic
 from .audit import Audit
 from .report import list_records, write_conclusion
 from .scan import SplitScan
@@ -23,8 +23,8 @@ def write_audit(audit: Audit, folder: Path, *, command: str = "") -> list[Path]:
     made = "".join(
         json.dumps(asdict(r), sort_keys=True, allow_nan=False) + "\n" for r in list_records(audit, command=command)
     )
-    write_whole(paths[1], made)
-    write_whole(paths[0], json.dumps(as_dict(audit), indent=2, allow_nan=False) + "\n")
+    write_atomic(paths[1], made)
+    write_atomic(paths[0], json.dumps(as_dict(audit), indent=2, allow_nan=False) + "\n")
     return paths
 
 

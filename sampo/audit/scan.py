@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.columns import Rows
+from ..data.columns import TableRows
 from ..data.issues import Issue, PreferenceDataError, suggest
 from ..data.layouts import HEAD_ROWS, Pair, serialize
 from ..data.tokenize import note_of_text
@@ -119,7 +119,7 @@ class SplitScan:
 
 def scan_split(
     name: str,
-    rows: Rows,
+    rows: TableRows,
     counter: WordCounter | TokenCounter,
     *,
     by: str | None,
@@ -177,7 +177,7 @@ def _check_split_columns(name: str, columns: list[str], by: str | None) -> None:
 class _ReadableRows:
     """The rows of a split up to where a file cannot be read any further; `error` then says why."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: TableRows):
         self.rows = rows
         self.columns = rows.columns
         self.error: PreferenceDataError | None = None

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..io.files import disk_is_full, sync, write_whole
+from ..io.files import disk_is_full, sync, write_atomic
 from ..io.hashing import Content, find_changed_file, hash_contents, seal, unseal
 from ..io.schemas import named, parse_json, typed
 
@@ -52,7 +52,7 @@ class Manifest:
 
     Attributes:
         format: of the manifest.
-        resumable: whether the state of the training is there, not the model alone.
+        resumable: whether the training state is saved, not only the model.
         run: that wrote it.
         files: what each file must hold.
     """
@@ -164,12 +164,12 @@ def write_manifest(folder: str | Path, run: RunRecord, *, resumable: bool = True
     Args:
         folder: The checkpoint, when all writers have finished.
         run: What identifies this run, as JSON.
-        resumable: Whether the state of the training is there, not the model alone.
+        resumable: Whether the training state is saved, not only the model.
     """
     folder = Path(folder)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = hash_contents(folder, (name for name in names if name != MANIFEST), sync=True)
-    write_whole(folder / MANIFEST, seal(asdict(Manifest(FORMAT, resumable, run, files))))
+    write_atomic(folder / MANIFEST, seal(asdict(Manifest(FORMAT, resumable, run, files))))
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
 
@@ -212,7 +212,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_older(newest: Path, limit: int | None, keep: str | None = None) -> list[Path]:
-    """Remove the oldest checkpoints beside `newest`, incomplete ones first, until `limit` are left.
+    """Remove the oldest checkpoints except `newest`, incomplete ones first, until `limit` are left.
 
     Args:
         newest: The checkpoint just written, which is complete and stays.
@@ -269,8 +269,8 @@ def wrap_save_errors(checkpoint: Path) -> Iterator[None]:
         folder = checkpoint.parent
         full = disk_is_full(error) or _has_no_room(folder)
         clear_staging(folder)
-        whole = [path.name for path in numbered_checkpoints(folder) if (path / MANIFEST).exists()]
-        left = f"{', '.join(whole)} in {folder} are unchanged" if whole else "There is no earlier one"
+        complete = [path.name for path in numbered_checkpoints(folder) if (path / MANIFEST).exists()]
+        left = f"{', '.join(complete)} in {folder} are unchanged" if complete else "There is no earlier one"
         room = f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free now)" if full and folder.is_dir() else ""
         advice = "Free some space, and resume" if full else "Fix the cause, and resume"
         raise CheckpointNotSavedError(

@@ -13,7 +13,7 @@ from ..data.token_ids import ID_COLUMNS, hash_token_ids
 from ..io.versions import TRAINING_PACKAGES, find_version
 from ..weighting import REGISTERED
 
-# Options that do not change what is learned, by the reason why.
+# Options that do not change the learned weights, by reason.
 UNCOMPARED = {
     "names, paths, reports": "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
     "report_to push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
@@ -44,7 +44,7 @@ ROUNDED = {
     "ddp_broadcast_buffers ddp_static_graph deepspeed fsdp fsdp_config parallelism_config",
 }
 FREE = frozenset(" ".join(UNCOMPARED.values()).split())
-ROUNDING = frozenset(" ".join(ROUNDED.values()).split())
+ROUNDING_OPTIONS = frozenset(" ".join(ROUNDED.values()).split())
 _OF_THE_PLACE = {"_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "inference_mode"}
 _SAMPLE = 1024  # numbers of each tensor that go into the hash of the weights
 
@@ -57,7 +57,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     """
     model, args = trainer.model, trainer.args
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(args) if f.init}
-    must = {f"`{name}`": value for name, value in values.items() if name not in FREE | ROUNDING}
+    must = {f"`{name}`": value for name, value in values.items() if name not in FREE | ROUNDING_OPTIONS}
     must |= {
         "the training data": describe_data(trainer.train_dataset),
         "the weights of model and reference": hash_weight_samples([model, getattr(trainer, "ref_model", None)]),
@@ -70,7 +70,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
         must["the file of the plugin's weighting"] = code
     must |= _described("model", model.config)
     must |= _described("adapter", getattr(model, "peft_config", {}).get("default"))
-    rounding = {f"`{name}`": values[name] for name in sorted(ROUNDING & values.keys())}
+    rounding = {f"`{name}`": values[name] for name in sorted(ROUNDING_OPTIONS & values.keys())}
     rounding |= {f"the version of {name}": find_version(name) for name in TRAINING_PACKAGES}
     rounding |= {
         "`attn_implementation`": getattr(model.config, "_attn_implementation", None),

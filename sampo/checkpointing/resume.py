@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from ..io.files import write_whole
+from ..io.files import write_atomic
 from ..io.locks import FolderInUseError, alone_in
 from ..io.schemas import WrongFile, read_json
 from ..logs import get_logger, silenced
@@ -99,7 +99,7 @@ def find_value_issue(checkpoint: Path) -> str | None:
 
 
 class ResumableTrainer(Trainer):
-    """Whole checkpoints, an exact resume, a checkpoint at SIGTERM and Ctrl-C. For trainers that log as TRL's do."""
+    """Complete checkpoints, exact resume, a checkpoint at SIGTERM and Ctrl-C; for trainers that log like TRL's."""
 
     args: Any
     _metrics: dict[str, Any]
@@ -120,7 +120,7 @@ class ResumableTrainer(Trainer):
         self._carried = carried
         if self.args.enable_jit_checkpoint:
             raise ValueError(
-                "`enable_jit_checkpoint` must be off, got true: this trainer saves at SIGTERM by itself, at the end "
+                "`enable_jit_checkpoint` must be off, got true: this trainer itself saves at SIGTERM, at the end "
                 "of the step and on all processes. Remove the option."
             )
         self._stop = SaveOnSignal()
@@ -172,33 +172,33 @@ class ResumableTrainer(Trainer):
             yield
             return
         with contextlib.ExitStack() as stack:
-            told: list[Any] = [None]
+            shared: list[Any] = [None]
             if self.is_world_process_zero():
                 try:
                     stack.enter_context(alone_in(Path(str(self.args.output_dir))))
                 except FolderInUseError as error:
-                    told[0] = str(error)
+                    shared[0] = str(error)
             if self.args.world_size > 1:
-                broadcast_object_list(told)
-            if told[0] is not None:
-                raise FolderInUseError(told[0])
+                broadcast_object_list(shared)
+            if shared[0] is not None:
+                raise FolderInUseError(shared[0])
             yield
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> Path | None:
         """The first process decides and broadcasts: processes must not resume from different steps."""
         if not wanted:
             return None
-        told: list[Any] = [None, None]
+        shared: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
-                told[0] = self._find_checkpoint(wanted)
+                shared[0] = self._find_checkpoint(wanted)
             except ResumeRefusedError as error:
-                told[1] = str(error)
+                shared[1] = str(error)
         if self.args.world_size > 1:
-            broadcast_object_list(told)
-        if told[1] is not None:
-            raise ResumeRefusedError(told[1])
-        return told[0]
+            broadcast_object_list(shared)
+        if shared[1] is not None:
+            raise ResumeRefusedError(shared[1])
+        return shared[0]
 
     def _find_checkpoint(self, wanted: str | Literal[True]) -> Path | None:
         folder = Path(str(self.args.output_dir))
@@ -220,10 +220,10 @@ class ResumableTrainer(Trainer):
             checkpoint = found.path
         else:
             checkpoint = Path(wanted)
-            fault = checkpoints.find_checkpoint_issue(checkpoint) or find_value_issue(checkpoint)
-            if fault is not None:
+            issue = checkpoints.find_checkpoint_issue(checkpoint) or find_value_issue(checkpoint)
+            if issue is not None:
                 raise ResumeRefusedError(
-                    f"`resume_from_checkpoint` must be a complete checkpoint, got {wanted}, and {fault}. With `true` "
+                    f"`resume_from_checkpoint` must be a complete checkpoint, got {wanted}, and {issue}. With `true` "
                     "the last complete one in `output_dir` is found."
                 )
         self._refuse_other_run(checkpoint)
@@ -255,7 +255,7 @@ class ResumableTrainer(Trainer):
         logger.info(f"Resuming from {checkpoint}.")
 
     def restore_dataloader(self) -> None:
-        """Tell `gather_for_metrics` how many rows of the epoch's last batch are not repeated ones, after a resume too.
+        """Set for `gather_for_metrics` how many rows of the epoch's last batch are not repeated, also after a resume.
 
         To be called in a step of the training.
         """
@@ -363,7 +363,7 @@ class ResumableTrainer(Trainer):
                 num_tokens=self._total_train_tokens,
                 carried=self._carried.state(),
             )
-            write_whole(folder / LOG_WINDOW, json.dumps(asdict(window)))
+            write_atomic(folder / LOG_WINDOW, json.dumps(asdict(window)))
 
     def _restore_log_window(self, window: "LogWindow") -> None:
         sums, mine = window.loss_sums, self.args.process_index

@@ -15,7 +15,7 @@ from ..logs import get_logger
 
 logger = get_logger(__name__)
 
-ONE_KEY_PRESS = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
+ONE_KEY_PRESS = 1.0  # seconds: a launcher passes Ctrl-C on to processes that already got it from the terminal
 
 
 class Preempted(SystemExit):

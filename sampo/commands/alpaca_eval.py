@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     from ..evaluation.results.alpaca_eval import alpaca_eval, read_instructions
     from ..evaluation.results.cells import BEHIND, show_estimate
     from ..io.command_line import format_arguments
-    from ..io.files import write_whole
+    from ..io.files import write_atomic
     from .shown import say
 
     try:
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         if args.out:
             about = {"command": format_arguments(make_parser(), args), "align": args.align}
             models = [{"annotations": path, **asdict(one)} for path, one in found.items()]
-            write_whole(args.out, json.dumps({**about, "models": models}, indent=2) + "\n")
+            write_atomic(args.out, json.dumps({**about, "models": models}, indent=2) + "\n")
     except (ValueError, OSError) as error:
         raise SystemExit(f"sampo alpaca_eval: error: {error}") from None
     for path, one in found.items():

@@ -44,10 +44,12 @@ def run(argv: list[str]) -> int:
 def start(argv: list[str] | None = None) -> int:
     """Fill the cache in this process, one of several under a launcher; returns the exit status."""
     own, rest = make_parser().parse_known_args(argv)
-    return start_with(_train_parser(), lambda *options: fill(*options, rebuild=own.rebuild), rest)
+    return start_with(_train_parser(), lambda *options: fill_caches(*options, rebuild=own.rebuild), rest)
 
 
-def fill(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, *, rebuild: bool = False) -> None:
+def fill_caches(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, *, rebuild: bool = False
+) -> None:
     """Make the trainer, which fills the cache, and print what was computed. Raises what `sampo train` does."""
     from ..trainer import SamPOTrainer
 
@@ -73,7 +75,7 @@ def _train_parser() -> RecipeParser:
 
 def _list_caches(folder: str | None) -> int:
     from ..io.tables import Table
-    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest
+    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_cache_manifest
     from .shown import say, show
 
     root = cache_root(folder)
@@ -82,7 +84,7 @@ def _list_caches(folder: str | None) -> int:
     table = Table(f"{len(caches)} caches in {root}", heads)
     for path in caches:
         try:
-            manifest = read_manifest(path / "manifest.json")
+            manifest = read_cache_manifest(path / "manifest.json")
         except RefCacheError as error:
             say(f"{path.name}  not readable: {error}")
             continue

@@ -146,7 +146,7 @@ def _show_and_write(
     from ..evaluation.results.summary import summary_table
     from ..evaluation.results.verbosity import verbosity_table
     from ..io.command_line import format_arguments
-    from ..io.files import write_whole
+    from ..io.files import write_atomic
     from ..io.locks import alone_at
     from ..io.records import lines
     from .shown import say, show
@@ -167,5 +167,5 @@ def _show_and_write(
     places = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("csv", "json", "records.jsonl")]
     with alone_at(args.out):
         for place, text in zip(places, (csv_text(rows), json.dumps(whole, indent=2) + "\n", lines(made)), strict=True):
-            write_whole(place, text)
+            write_atomic(place, text)
     print(f"Written: {', '.join(map(str, places))}")

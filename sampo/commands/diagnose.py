@@ -321,7 +321,7 @@ def _quality(args: argparse.Namespace, pairs: Any) -> Any:
 
 
 def _add_reference(args: argparse.Namespace, setup: _Setup, reference: LazyModel) -> None:
-    """The reference's log-probs beside the pairs, from the cache of a training run if one fits."""
+    """The pairs with the reference's log-probs, from the cache of a training run if one fits."""
     from ..diagnostics.pair_scores import cached_reference
     from ..reference_cache.key import RefKey
     from ..reference_cache.store import RefCache, cache_root

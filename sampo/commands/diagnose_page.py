@@ -147,15 +147,15 @@ def sentence(checkpoint: Checkpoint) -> str:
         )
     elif correlation is not None and correlation.value is not None:
         r2 = checkpoint.one("margin_r2", method=PLAIN)
-        words = f"The difference of lengths explains {explained(r2)} of the variance of its margins"
+        text = f"The difference of lengths explains {explained(r2)} of the variance of its margins"
         if slope is not None and slope.value is not None:
-            words += f", 100 tokens more change a response's reward by {cell(slope)}"
+            text += f", 100 tokens more change a response's reward by {cell(slope)}"
         if longer is not None and shorter is not None:
-            words += (
+            text += (
                 f", and it is right about {share(longer)} of the pairs whose chosen response is longer and "
                 f"{share(shorter)} of those where it is shorter"
             )
-        parts.append(words + ".")
+        parts.append(text + ".")
     n = checkpoint.of("pressure")[0].estimate.n
     if n < FEW:
         parts.append(f"These are {n} prompts: below {FEW}, intervals are only a hint.")

@@ -1,7 +1,7 @@
 """`sampo iterate`: Iterative SamPO, several rounds of `sampo train`, each from the model of the round before.
 
-All options of `sampo train` are taken, from the YAML file and the command line, and three more, which may stand in the
-YAML file too. Each round is a launch of its own; see `sampo.training.rounds`.
+The command takes all options of `sampo train`, from the YAML file and the command line, and three more from
+both. Each round is a separate launch; see `sampo.training.rounds`.
 """
 
 import argparse
@@ -86,16 +86,16 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
 
     Args:
         own: options of `sampo iterate` on the command line.
-        argv: all other words: options of `sampo train` and of the launcher.
+        argv: all other arguments: options of `sampo train` and of the launcher.
 
     Raises:
         RefusedIteration: options are wrong; all issues in one message.
         SystemExit: unknown options, or issues that `sampo train` finds.
     """
-    launch, words = split_options(argv)
+    launch, rest = split_options(argv)
     parser = make_train_parser(prog="sampo iterate")
     parser.not_ours = set(ITERATE_OPTIONS)
-    recipe, options = parser.read(words)
+    recipe, options = parser.read(rest)
     own = {**DEFAULTS, **{key: recipe[key] for key in ITERATE_OPTIONS if key in recipe}, **own}
     if issues := _find_issues(own, launch, options):
         raise RefusedIteration(" ".join(issues))
@@ -110,7 +110,7 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
         use_peft=options.use_peft,
         quantization=_quantization_words(options),
         recipe={key: value for key, value in recipe.items() if key not in ITERATE_OPTIONS},
-        words=_without_config(words),
+        words=_without_config(rest),
         launch=launch,
         inputs=_hash_inputs(options),
     )
@@ -123,12 +123,12 @@ def _remove_caches(plan: Plan, one: Round, folder: str | None) -> None:
     """Delete the caches that a round has made; with one reference for all rounds, only after the last round."""
     if plan.reference == "initial" and one.number < plan.rounds:
         return
-    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_manifest, remove_cache
+    from ..reference_cache.store import RefCacheError, cache_folders, cache_root, read_cache_manifest, remove_cache
 
     made_by = {str(plan.round_folder(number)) for number in range(1, one.number + 1)}
     for path in cache_folders(cache_root(folder)):
         try:
-            manifest = read_manifest(path / "manifest.json")
+            manifest = read_cache_manifest(path / "manifest.json")
             if manifest is not None and manifest.about.output_dir in made_by:
                 remove_cache(path)
                 _say(f"deleted the cache of reference log-probs {path}")
@@ -186,13 +186,13 @@ def _quantization_words(options: Any) -> list[str]:
     return ["--load_in_4bit", "--bnb_4bit_quant_type", options.bnb_4bit_quant_type, *nested]
 
 
-def _without_config(words: list[str]) -> list[str]:
-    """Remove `--config FILE` from the words; a copy of the recipe is read instead."""
+def _without_config(arguments: list[str]) -> list[str]:
+    """Remove `--config FILE` from the arguments; a copy of the recipe is read instead."""
     kept, skip = [], False
-    for word in words:
-        if not skip and word != "--config" and not word.startswith("--config="):
-            kept.append(word)
-        skip = word == "--config"
+    for argument in arguments:
+        if not skip and argument != "--config" and not argument.startswith("--config="):
+            kept.append(argument)
+        skip = argument == "--config"
     return kept
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..io.command_line import format_command
-from ..io.files import write_whole
+from ..io.files import write_atomic
 from ..io.locks import FolderInUseError, alone_in
 from ..io.records import Record
 from ..lab.methods import METHODS
 from ..lab.settings import GROUPS, Run, Settings, plan
 
 if TYPE_CHECKING:
-    from ..lab.experiment import Progress
+    from ..io.progress import OpenProgress
 
 Outcomes = list[tuple[Run, list[Record]]]
 
@@ -138,7 +138,7 @@ def _run(runs: Sequence[Run], folder: Path, command: str) -> Outcomes:
     return sorted(outcomes, key=lambda outcome: runs.index(outcome[0]))
 
 
-def _progress() -> "Progress":
+def _progress() -> "OpenProgress":
     """A bar for people; for logs the line that each run prints at its end is enough."""
     from .shown import say
 
@@ -166,7 +166,7 @@ def _show(outcomes: Outcomes, folder: Path, command: str) -> None:
     lines = report.collect(outcomes)
     show(report.table(lines))
     about = report.describe(outcomes, command)
-    write_whole(folder / "table.md", report.markdown(lines, about=about))
+    write_atomic(folder / "table.md", report.markdown(lines, about=about))
     say(about, "")
     for sentence in report.findings(lines):
         say(f"- {sentence}")

@@ -36,7 +36,7 @@ class LauncherConfig:
 
 
 def split_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split the words into the launcher's options and all others, in their order."""
+    """Split the arguments into the launcher's options and all others, in their order."""
     parser = argparse.ArgumentParser(prog="sampo train", add_help=False, allow_abbrev=False)
     for name, text in OPTIONS.items():
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, help=text)
@@ -45,7 +45,7 @@ def split_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None:
-    """The words that start the processes, up to the module; `None` where this process can do the work itself.
+    """The command that starts the processes, up to the module; `None` where this process can do the work itself.
 
     Without options, processes are started only if the user has an accelerate configuration or several GPUs, as
     `accelerate launch` would. A process that a launcher has started starts no others.
@@ -57,11 +57,11 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
     if not options and ("WORLD_SIZE" in os.environ or not _would_launch()):
         return None
     options = dict(options)
-    words = [sys.executable, "-m", "sampo.commands.launcher"]
+    command = [sys.executable, "-m", "sampo.commands.launcher"]
     config: dict = {}
     if "accelerate_config" in options:
         path = accelerate_config(options.pop("accelerate_config"))
-        words += ["--config_file", str(path)]
+        command += ["--config_file", str(path)]
         config = _read_config(path)
     if config.get("use_cpu") and not {"--use_cpu", "--use-cpu"} & set(rest):
         rest.append("--use_cpu")  # accelerate's launcher does not pass it on to several processes
@@ -71,10 +71,10 @@ def launch_command(options: dict[str, str], rest: list[str]) -> list[str] | None
     if machines == 1 and not config.get("main_process_port"):
         options.setdefault("main_process_port", "0")  # a free one, so that two runs on one machine do not collide
     for name, value in options.items():
-        words += [f"--{name}", value]
+        command += [f"--{name}", value]
     if not config and _number("num_processes", options.get("num_processes", 1)) > 1:
-        words.append("--multi_gpu")
-    return words
+        command.append("--multi_gpu")
+    return command
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _refuse_fsdp_without_devices(config: dict, rest: list[str]) -> None:
 
 
 def refuse_engine_that_cannot_run(options: dict[str, str], rest: list[str]) -> None:
-    """What can be known before processes are started, each of which would fail by itself.
+    """Find issues before processes are started, each of which would fail separately.
 
     Args:
         options: The launcher's options.
@@ -177,7 +177,7 @@ def _asks_for_cpu(rest: list[str]) -> bool:
 def _refuse_lone_machine(machines: int, config: dict, options: dict[str, str]) -> None:
     """Without these options each machine would act as the first one, and wait for the others."""
     missing = [f"`--{name}`" for name in ("main_process_ip", "machine_rank") if name not in options]
-    if machines > 1 and missing and not config.get("main_process_ip"):  # the user's own file may say both
+    if machines > 1 and missing and not config.get("main_process_ip"):  # the user's own file may set both
         raise SystemExit(
             f"sampo train: a run on {machines} machines needs {' and '.join(missing)}. Start the same command on "
             "each, with the address of machine 0 and the machine's own number."

@@ -2,7 +2,16 @@
 
 import argparse
 
-from ..training.memory import ENGINES, METHODS, QLORA_ENGINES, REFERENCES, SHAPES, gpu_bytes, machine_bytes, read_shape
+from ..training.memory import (
+    ENGINES,
+    MEMORY_METHODS,
+    MEMORY_REFERENCES,
+    QLORA_ENGINES,
+    SHAPES,
+    gpu_bytes,
+    machine_bytes,
+    read_shape,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,11 +33,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=1, metavar="N", help="pairs of one micro-batch on one GPU")
     parser.add_argument("--max_length", type=int, default=2048, metavar="N", help="tokens of prompt and completion")
     parser.add_argument(
-        "--method", choices=METHODS, default="full", help="all weights, LoRA, or LoRA on 4-bit weights"
+        "--method", choices=MEMORY_METHODS, default="full", help="all weights, LoRA, or LoRA on 4-bit weights"
     )
     parser.add_argument("--lora_r", type=int, default=16, metavar="N", help="rank of the adapter on all linear layers")
     parser.add_argument(
-        "--reference", choices=REFERENCES, default="live", help="a model in memory, or its log-probs from a cache"
+        "--reference",
+        choices=MEMORY_REFERENCES,
+        default="live",
+        help="a model in memory, or its log-probs from a cache",
     )
     return parser
 

@@ -1,6 +1,6 @@
-"""The options of `sampo train` and how they are read; `option_checks` finds what is wrong with their values.
+"""The options of `sampo train` and how they are read; `option_checks` checks their values.
 
-The options are those of TRL's `dpo.py`, with `SamPOConfig` in the place of `DPOConfig`. An unknown option
+The options are those of TRL's `dpo.py`, with `SamPOConfig` instead of `DPOConfig`. An unknown option
 is an error that names the nearest one, in the YAML file as on the command line; TRL's script ignores it.
 """
 
@@ -132,7 +132,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.not_ours: set[str] = set()  # options in the YAML file that the command reads by itself
+        self.not_ours: set[str] = set()  # options in the YAML file that the command itself reads
 
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage text of four hundred options."""
@@ -274,7 +274,7 @@ def _listed(issues: list[str]) -> str:
 
 
 def _separate_config(args: list[str]) -> list[str]:
-    """`--config=FILE` as the two words that TRL's parser looks for."""
+    """`--config=FILE` as the two arguments that TRL's parser looks for."""
     return [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 

@@ -5,7 +5,7 @@ import difflib
 import os
 from pathlib import Path
 
-from ..io.files import write_whole
+from ..io.files import write_atomic
 
 
 def packaged(kind: str) -> Path:
@@ -79,5 +79,5 @@ def _copy_recipe(recipe: Path, dest: Path) -> None:
         raise SystemExit(f"sampo recipes: `dest` must not exist yet, got {target}. Choose another name or remove it.")
     if not target.parent.is_dir():
         raise SystemExit(f"sampo recipes: `dest` must lie in an existing folder, got {target}. Make {target.parent}.")
-    write_whole(target, recipe.read_bytes())
+    write_atomic(target, recipe.read_bytes())
     print(target)

@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Write the page, and report what is on it."""
-    from ..io.files import write_whole
+    from ..io.files import write_atomic
     from ..lab.section import lab_section
     from ..report.build import build_report
 
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
         if out.is_dir():
             raise ValueError(f"`out` must name a file, got the folder {out}.")
         report = build_report(args.folder, title=args.title, lab_section=lab_section)
-        write_whole(out, report.html)
+        write_atomic(out, report.html)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo report: error: {error}") from None
     print(f"{out}: {', '.join(report.shown) or 'nothing was found to show'}")

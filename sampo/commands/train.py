@@ -119,7 +119,7 @@ def _errors_in_one_line() -> Iterator[None]:
     """Turn errors of any library before the first step into one sentence for the user.
 
     Raises:
-        RefusedRun: in the place of other errors of values and of files.
+        RefusedRun: replaces other errors of values and of files.
     """
     try:
         yield
@@ -240,7 +240,7 @@ def _split_seed(script_args: Any, training_args: Any) -> int:
 
 
 def _open_streams(script_args: Any, dataset_args: Any, evaluates: bool) -> dict:
-    """As in TRL's script. The rows of a stream are not checked in advance, only its columns."""
+    """Follows TRL's script. The rows of a stream are not checked in advance, only its columns."""
     from datasets import load_dataset
     from trl import get_dataset
 

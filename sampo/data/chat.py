@@ -24,7 +24,7 @@ LIMIT = 10.0  # seconds for one conversation, which takes well under a milliseco
 
 
 class NotRendered(ValueError):
-    """A chat template fails on a conversation; the text says why."""
+    """A chat template fails on a conversation; the text gives the reason."""
 
 
 def render_messages(tokenizer: Any, messages: list[dict], **options: Any) -> str:
@@ -145,7 +145,7 @@ class ChatTemplate:
         return self.render(self.adapt_blocks(prompt), add_generation_prompt=True, **_read_options(extra))
 
     def find_issue(self, pair: Pair, extra: dict[str, Any]) -> RowIssue | None:
-        """Render a pair and find what is wrong with it."""
+        """Render a pair and find its issue."""
         try:
             texts = self.render_pair(pair, extra)
         except NotRendered as error:
@@ -237,7 +237,7 @@ _watchdog = _Watchdog()
 
 
 def _forget_threads() -> None:
-    """Start anew in a forked process, which has no other threads."""
+    """Start again in a forked process, which has no other threads."""
     global _watchdog
     _watchdog = _Watchdog()
 

@@ -50,7 +50,7 @@ OTHER_NAMES = {
 }
 
 
-class Rows(Protocol):
+class TableRows(Protocol):
     """Rows of a source: a file that is streamed, a table, or a [`PairRows`] in front of one."""
 
     @property
@@ -84,7 +84,7 @@ def read_columns(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def check_columns(columns: Mapping[str, str], there: Sequence[str], label: str) -> None:
-    """Raise unless `columns` names parts that we know, and different columns that are there.
+    """Raise unless `columns` names parts that we know, and different existing columns.
 
     An empty name excludes a part.
     """
@@ -98,7 +98,7 @@ def check_columns(columns: Mapping[str, str], there: Sequence[str], label: str) 
         )
 
 
-def pair_rows(rows: Rows, columns: Mapping[str, str] | None = None, label: str = "the data") -> Rows:
+def pair_rows(rows: TableRows, columns: Mapping[str, str] | None = None, label: str = "the data") -> TableRows:
     """Return rows with columns `prompt`, `chosen` and `rejected`, made by the rules above if any applies.
 
     Args:
@@ -170,7 +170,7 @@ class PairRows:
         text_as_messages: some rows have a system message, so text becomes messages in all of them.
     """
 
-    rows: Rows
+    rows: TableRows
     parts: dict[str, str]
     makes: bool
     text_as_messages: bool = False
@@ -260,7 +260,7 @@ def nearest_column(wanted: str, columns: list[str]) -> str | None:
     return free[close[0]] if close else next(iter(known), None)
 
 
-def _find_parts(rows: Rows, columns: dict[str, str], label: str) -> dict[str, str]:
+def _find_parts(rows: TableRows, columns: dict[str, str], label: str) -> dict[str, str]:
     there = rows.columns
     parts = {name: columns.get(name, name) for name in PAIR_COLUMNS if columns.get(name, name) in there}
     if "prompt" not in parts and "conversations" in there and {"chosen", "rejected"} <= parts.keys():
@@ -291,25 +291,25 @@ def _find_parts(rows: Rows, columns: dict[str, str], label: str) -> dict[str, st
     return parts
 
 
-def _is_used(rows: Rows, column: str) -> bool:
+def _is_used(rows: TableRows, column: str) -> bool:
     """Whether any cell is not empty; the search ends at the first."""
     return any(_is_filled(row[0]) for row in rows.cells([column]) if not isinstance(row, BrokenLine))
 
 
-def _head(rows: Rows, parts: dict[str, str]) -> Iterator[Any]:
+def _head(rows: TableRows, parts: dict[str, str]) -> Iterator[Any]:
     names = [parts[name] for name in PAIR_COLUMNS if name in parts]
     cells = itertools.islice(rows.cells(names), HEAD_ROWS)
     return itertools.chain.from_iterable(row for row in cells if not isinstance(row, BrokenLine))
 
 
-def _has_other_messages(rows: Rows, parts: dict[str, str]) -> bool:
+def _has_other_messages(rows: TableRows, parts: dict[str, str]) -> bool:
     return any(
         isinstance(value, dict) or (isinstance(value, list) and any(map(_is_sharegpt, value)))
         for value in _head(rows, parts)
     )
 
 
-def _are_conversations(rows: Rows, parts: dict[str, str]) -> bool:
+def _are_conversations(rows: TableRows, parts: dict[str, str]) -> bool:
     values = [value for value in _head(rows, parts) if value is not None]
     return bool(values) and all(isinstance(value, list) for value in values)
 

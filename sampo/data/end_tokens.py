@@ -32,8 +32,8 @@ def last_end_position(ids: Sequence[int], end_ids: Collection[int]) -> int:
 def most_common_end_token(dataset: Any, end_ids: Sequence[int]) -> int:
     """Return the token that ends most responses; EOS, the first of `end_ids`, where none ends one.
 
-    A length pressure is that on one token's logit. Where several tokens end responses (of other templates, say), it is
-    that of this one.
+    A length pressure is defined for one token's logit. Where several tokens end responses (such as those of other
+    templates), it is that of this one.
 
     Args:
         dataset: `datasets.Dataset` with `chosen_ids` and `rejected_ids`.
@@ -90,7 +90,7 @@ class ResponseEnds:
         return position
 
     def classify(self, response: Sequence[int], kept: slice) -> Literal["own", "other", "none"]:
-        """Say which end tokens the kept part of a response has: its own, only those of other turns, or none."""
+        """Find which end tokens the kept part of a response has: its own, only those of other turns, or none."""
         if self.find(response) in range(len(response))[kept]:
             return "own"
         return "none" if last_end_position(response[kept], self.ids) < 0 else "other"

@@ -43,7 +43,7 @@ class BrokenLine:
 
     Attributes:
         kind: of the error, a key of `KINDS`.
-        position: file, line, and what is wrong with it.
+        position: file, line, and its issue.
         cut_off: whether it is the last line, and the file ends inside it.
     """
 
@@ -58,7 +58,7 @@ def unreadable(path: Path, what: str, fix: str = "Fetch or write the file again.
 
 
 def refuse_other_formats(path: Path, head: bytes) -> None:
-    """Raise a [`PreferenceDataError`] if the first bytes are those of a format that is not what the name says."""
+    """Raise a [`PreferenceDataError`] if the first bytes are those of a format that does not match its name."""
     start = head.removeprefix(_MARK).lstrip()
     for magic, (what, fix) in KNOWN_FORMATS.items():
         if start.startswith(magic):
@@ -66,7 +66,7 @@ def refuse_other_formats(path: Path, head: bytes) -> None:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the name says that the file is packed with gzip."""
+    """Whether the name marks the file as compressed with gzip."""
     return path.suffix.lower() == ".gz"
 
 
@@ -176,7 +176,7 @@ class _Reader:
 
     def __init__(self, path: Path, lone_surrogates: bool):
         self.path, self.lone_surrogates = path, lone_surrogates
-        self.repeated: list[str] = []  # keys that stand twice in an object of the current row
+        self.repeated: list[str] = []  # duplicate keys in an object of the current row
         self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def _messages_of_transcript(text: str) -> list[dict[str, str]]:
     _, *parts = _TURN.split(text)
     turns = itertools.groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
     return [
-        {"role": _ROLES[speaker], "content": "\n\n".join(content.strip() for _, content in said)}
-        for speaker, said in turns
+        {"role": _ROLES[speaker], "content": "\n\n".join(content.strip() for _, content in messages)}
+        for speaker, messages in turns
     ]
 
 
@@ -263,7 +263,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def is_text_block(block: Any) -> bool:
-    """Whether a part of a message's content is text, and not an image, say."""
+    """Whether a part of a message's content is text, and not for example an image."""
     return isinstance(block, dict) and block.get("type") == "text"
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from .end_tokens import ResponseEnds
 
+TRUNCATION_MODES = ("keep_start", "keep_end")  # TRL's
+
 
 @dataclass
 class TokenCounts:

@@ -49,7 +49,7 @@ def load_preferences(
         seed: Which pairs `balanced` draws.
         columns: Names of the columns in the source, as `{"prompt": "question"}`; of `prompt`, `chosen`, `rejected`,
             `system` and `input`. An empty name for one of the last two: it is not used. Without a name, `system`
-            (or `system_prompt`) and an `input` beside `instruction` are used as docs/data.md says.
+            (or `system_prompt`) and an `input` beside `instruction` are used as described in docs/data.md.
         repeated_prompt: `error` raises for responses that begin with their prompt; `cut` removes the prompt there,
             with the role tags of a template around it.
         text_as_messages: Make a user message of each text prompt and an assistant message of each text response,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-BATCH = 1000  # rows of a Parquet file at a time
+PARQUET_BATCH = 1000  # rows of a Parquet file at a time
 
 
 def data_suffix(path: Path, *, required: bool = True) -> str:
@@ -39,7 +39,7 @@ def stream_files(paths: list[Path]) -> "JsonRows | ParquetRows":
 
 
 class JsonRows:
-    """Rows of JSON files, read anew by each iteration."""
+    """Rows of JSON files, read again by each iteration."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -54,14 +54,14 @@ class JsonRows:
         try:
             for row in itertools.islice((row for row in self if isinstance(row, dict)), HEAD_ROWS):
                 head.update(dict.fromkeys(row))
-        except PreferenceDataError:  # raised again behind the rows that can be read
+        except PreferenceDataError:  # raised again after the rows that can be read
             if not head:
                 raise
         return list(head)
 
     @cached_property
     def total(self) -> int:
-        """Lines of the files, counted without parsing: for a bar, not for a number."""
+        """Lines of the files, counted without parsing: for a progress bar, not exact."""
         return sum(map(count_lines, self.paths))
 
     def cells(self, names: list[str]) -> "Iterator[tuple | BrokenLine]":
@@ -71,7 +71,7 @@ class JsonRows:
 
 
 class ParquetRows:
-    """Rows of Parquet files, read anew by each iteration."""
+    """Rows of Parquet files, read again by each iteration."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -155,7 +155,7 @@ def _read_batches(path: Path, file: Any, columns: list[str] | None = None) -> It
     import pyarrow as pa
 
     try:
-        for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=columns):
             batch.validate(full=True)
             yield batch
     except (pa.ArrowException, OSError) as error:

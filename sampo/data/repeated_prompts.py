@@ -1,4 +1,4 @@
-"""A prompt that stands again at the start of the responses, and the role tags of chat templates around it.
+"""A prompt that is repeated at the start of the responses, and the role tags of chat templates around it.
 
 Such pairs train the model to repeat the question. As messages the case is plain: a response that begins with a system
 or user message. In text it is found by comparing letters: blanks and the role tags of well-known templates are skipped
@@ -135,20 +135,20 @@ def _end_of_repeat(prompt: str, response: str) -> int | None:
 
 def _end_of_letters(letters: str, response: str) -> int | None:
     """Where the letters end in a text that begins with them, blanks and tags aside."""
-    place = done = 0
+    position = done = 0
     while done < len(letters):
-        if skipped := _SKIPPED.match(response, place):
-            place = skipped.end()
-        if place >= len(response) or response[place] != letters[done]:
+        if skipped := _SKIPPED.match(response, position):
+            position = skipped.end()
+        if position >= len(response) or response[position] != letters[done]:
             return None
-        place, done = place + 1, done + 1
+        position, done = position + 1, done + 1
     # `Hi` is no beginning of `High`
-    inside = place < len(response) and _makes_words(response[place]) and _makes_words(letters[-1])
-    return None if inside else place
+    inside = position < len(response) and _makes_words(response[position]) and _makes_words(letters[-1])
+    return None if inside else position
 
 
 def _makes_words(letter: str) -> bool:
-    """Letters with a case, and digits: Chinese, say, has no blanks between words."""
+    """Letters with a case, and digits: Chinese, for example, has no blanks between words."""
     return letter.isdigit() or letter.lower() != letter.upper()
 
 
@@ -161,7 +161,7 @@ def without_end_tags(answer: str) -> str:
 
 
 def is_rendered(text: str) -> bool:
-    """Whether a template's tags stand in front of or behind a text."""
+    """Whether a template's tags precede or follow a text."""
     return bool(SPECIAL_TAG.match(text.lstrip()) or _CLOSER_AT_END.search(text.rstrip()[-40:]))
 
 
@@ -173,8 +173,8 @@ def _ends_at_tag(answer: str) -> str:
 def cut_texts(prompt: str, chosen: Response, rejected: Response) -> tuple[str, str, str] | None:
     """The pair without the repeated prompt; None where the two heads differ and cannot be one prompt.
 
-    Beside a prompt of plain text the tags go. A prompt that is itself rendered gets the whole head, with the role tag
-    that opens the answer; the end tags then stay, for they are part of that rendering.
+    With a prompt of plain text the tags are removed. A rendered prompt gets the complete head, with the role tag that
+    opens the answer; the end tags then stay, because they are part of that rendering.
     """
     goes_on = all(each.head.lstrip().startswith(prompt.strip()) for each in (chosen, rejected))
     if not SPECIAL_TAG.search(prompt) and not (goes_on and _ANY_TAG.search(prompt)):

@@ -102,9 +102,9 @@ def _measure_lengths(dataset: "Dataset", tokenizer: Any) -> Iterator[tuple[int, 
     for batch in dataset.with_format(None).select_columns(["chosen", "rejected"]).iter(batch_size=1000):
         texts = [[visible_text(response) for response in batch[name]] for name in ("chosen", "rejected")]
         if tokenizer is None:
-            counted = [[len(text.split()) for text in column] for column in texts]
+            lengths = [[len(text.split()) for text in column] for column in texts]
         else:
-            counted = [
+            lengths = [
                 [len(ids) for ids in tokenizer(column, add_special_tokens=False)["input_ids"]] for column in texts
             ]
-        yield from zip(*counted, strict=True)
+        yield from zip(*lengths, strict=True)

@@ -82,7 +82,7 @@ def tokenize_pairs(
     Args:
         dataset: with `prompt`, `chosen` and `rejected`; other columns stay.
         tokenizer: the policy's.
-        max_length: tokens of prompt and response together, or None. A pair whose prompt alone fills it is left out.
+        max_length: tokens of prompt and response together, or None. A pair whose prompt alone fills it is dropped.
         truncation_mode: which end is cut.
         name: of the data set in log lines and progress bars.
 
@@ -273,5 +273,6 @@ def note_of_messages(merged: int, pairs: int) -> str | None:
     return (
         f"In {merged:,} of {pairs:,} pairs ({100 * merged / pairs:.1f} %) the chat template renders the prompt alone "
         "in another way than before a response. The response begins where the two differ, so the model is trained "
-        "on another context than it sees when it answers. Use a template that renders both alike (`chat_template`)."
+        "on another context than it sees when it answers. Use a template that renders both the same way "
+        "(`chat_template`)."
     )

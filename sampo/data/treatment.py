@@ -1,4 +1,4 @@
-"""What is done to a pair on request: cut repeated prompts and role tags, make messages of text."""
+"""Changes of a pair on request: cut repeated prompts and role tags, turn text into messages."""
 
 import logging
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ REPEATED_PROMPT = ("error", "cut")
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to a pair after it is read.
+    """The changes of a pair after it is read.
 
     Attributes:
         repeated_prompt: `error`, or `cut` a prompt that the responses repeat, and role tags in front of them.
@@ -87,7 +87,7 @@ class Treatment:
 
 
 def find_heads(pair: Pair) -> dict[str, Response | None]:
-    """Find what stands before the answer of each response, if that is the prompt again or a role tag."""
+    """Find the text before the answer of each response, if it is the repeated prompt or a role tag."""
     prompt, *responses = pair
     if not isinstance(prompt, str):  # the last message before the answer
         prompt = next((m["content"] for m in reversed(prompt) if m["role"] in PROMPT_ROLES), None)

@@ -1,4 +1,4 @@
-"""The one row scanner: reads each row of a source once, checks it, and counts what is wrong.
+"""The one row scanner: reads each row of a source once, checks it, and counts issues.
 
 `load_preferences` keeps the good rows, `audit_preferences` measures them, and `check_preferences` (here) changes
 nothing. All three read rows through [`RowScanner`], so that they agree on what a good row is.
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .chat import ChatTemplate, template_of
-from .columns import PairRows, Rows, nearest_column, pair_rows
+from .columns import PairRows, TableRows, nearest_column, pair_rows
 from .issues import ROWS_NAMED, Issue, IssueCounter, PreferenceDataError, RowIssues
 from .json_files import BrokenLine
 from .layouts import (
@@ -59,7 +59,7 @@ class CheckedRow(NamedTuple):
 class RowScanner:
     """Checks the rows of a source, in their order.
 
-    Some responses may quote their prompt. Whether the data set as a whole repeats its prompts in plain text is known
+    Some responses may quote their prompt. Whether the data set repeats its prompts in plain text is known
     after all rows, and `settle_repeats` then returns the rows that are bad; a caller that reads the rows once and uses
     each at once has the first rows decide instead (`repeats_by_head`).
 
@@ -74,8 +74,8 @@ class RowScanner:
 
     Attributes:
         layout: of the data, by its first rows.
-        missing: issues of missing columns. If there are any, the columns that are there are still checked.
-        issues: counts of what is wrong with the rows read so far.
+        missing: issues of missing columns. If there are any, the existing columns are still checked.
+        issues: counts of issues of the rows read so far.
         total: number of rows read so far.
         cuts_plain_repeats: whether prompts are treated as repeated while rows are read, by the first rows.
 
@@ -85,7 +85,7 @@ class RowScanner:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TableRows,
         treatment: Treatment,
         *,
         template: ChatTemplate | None = None,

@@ -1,4 +1,4 @@
-"""What length says about a trained model: numbers with intervals, from the rows that `pair_scores` has written.
+"""The length bias of a trained model: numbers with intervals, from the rows that `pair_scores` has written.
 
 Needs numpy, scipy and pyarrow alone. The unit of every interval is the prompt: pairs of one prompt count as one
 observation. Which numbers there are, and what each means, is in `QUANTITIES` and in docs/diagnose.md.

@@ -1,9 +1,9 @@
-"""What a policy, and a reference, say of each preference pair: forward passes alone, and what is kept of them on disk.
+"""Scores of each preference pair by a policy and a reference: forward passes, and their results on disk.
 
-One forward pass gives two numbers for each completion token: log π of the token that is there, and log π of the end
-token in its place. With the reference's log-probs (`sampo.reference_cache`, computed once for all policies) they
+One forward pass gives two numbers for each completion token: log π of the actual token, and log π of the end
+token at its position. With the reference's log-probs (`sampo.reference_cache`, computed once for all policies) they
 give every weighting's scores and length pressure at once. The rows of a policy lie in Parquet shards, and a manifest
-names what each must hold: a run that is killed goes on with the shards that it does not name, and a shard whose bytes
+names what each must hold: a killed run continues with the shards that it does not name, and a shard whose bytes
 are others is refused, never read. What is made of them is in `sampo.diagnostics.findings`.
 
 The pairs are tokenised and cut as in training, by TRL itself: `sampo.data.tokenize.tokenize_pairs`, and
@@ -25,11 +25,12 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..data.token_ids import ID_COLUMNS
-from ..io.files import remove_left_overs, write_whole
+from ..io.files import remove_left_overs, write_atomic
 from ..io.hashing import Content, find_changed_file, hash_content, hash_json, seal, unseal
+from ..io.progress import Progress
 from ..io.schemas import WrongFile, named, parse_json, typed
-from ..reference_cache.fill import Progress, ScoreRows, Sides, alike, fill, split_rows
-from ..reference_cache.store import BATCH, CHOSEN, REJECTED, RefCache, RefCollator
+from ..reference_cache.fill import ScoreRows, Sides, alike, fill, split_rows
+from ..reference_cache.store import CACHED_REF_LOGPS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS, RefCache, RefCollator
 from ..scoring.scorer import ModelScorer
 from ..weighting import (
     EVAL_EPOCH,
@@ -42,12 +43,12 @@ from ..weighting import (
     token_weights,
 )
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-ROWS_PER_SHARD = 512  # what a killed run loses at most
+SCORE_SCHEMA = 1
+SCORE_MANIFEST = "manifest.json"
+SCORE_ROWS_PER_SHARD = 512  # what a killed run loses at most
 
 
-class Method(NamedTuple):
+class DiagnosedMethod(NamedTuple):
     """A weighting with its options."""
 
     weighting: str
@@ -60,12 +61,12 @@ class Method(NamedTuple):
         return self.weighting + "+rejected" * (self.sampled_sides == "rejected") + "+end" * self.keep_end_token
 
 
-METHODS: dict[str, Method] = {
+DIAGNOSED_METHODS: dict[str, DiagnosedMethod] = {
     method.name: method
     for name, weighting in WEIGHTINGS.items()
     for sides in ("both", "rejected")[: 1 + weighting.downsamples]
     for keeps in (False, True)[: 1 + weighting.can_keep_end]
-    for method in [Method(name, sides, keeps)]
+    for method in [DiagnosedMethod(name, sides, keeps)]
 }
 
 
@@ -97,7 +98,7 @@ class ScoreKey:
     seed: int
     gamma: float
     other_ends: list[int] = field(default_factory=list)
-    schema: int = SCHEMA
+    schema: int = SCORE_SCHEMA
 
     @property
     def digest(self) -> str:
@@ -108,7 +109,7 @@ class ScoreKey:
 
 @dataclass(frozen=True)
 class ScoreManifest:
-    """What the folder of a policy says about itself: the key as a dictionary, and what each finished shard holds."""
+    """The manifest of a policy's folder: the key as a dictionary, and the content of each finished shard."""
 
     key: dict[str, Any]
     shards: dict[str, Content]
@@ -123,7 +124,7 @@ def score_pairs(
     pad_id: int,
     ref_dtype: str = "float32",
     batch_size: int = 8,
-    rows_per_shard: int = ROWS_PER_SHARD,
+    rows_per_shard: int = SCORE_ROWS_PER_SHARD,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Compute the shards of a policy that are not there yet; returns all of them, in the order of the rows.
@@ -137,7 +138,7 @@ def score_pairs(
         ref_dtype: type of the reference's log-probs on disk.
         batch_size: pairs at a time.
         rows_per_shard: pairs in a file.
-        progress: told (done, of) in pairs.
+        progress: called with (done, of) in pairs.
 
     Raises:
         WrongFile: the manifest is damaged, or a shard is not what it names.
@@ -147,7 +148,7 @@ def score_pairs(
     known = read_score_shards(folder, key)
     starts = range(0, len(dataset), rows_per_shard)
     paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
-    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN, REJECTED)]
+    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS)]
     rows = dataset.select_columns(names).with_format(None)
     collate = RefCollator(DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode), ref_dtype)
     score_tokens: ModelScorer | None = None
@@ -168,7 +169,7 @@ def score_pairs(
 
 def read_score_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
     """The finished shards of a policy, after their files were compared with the manifest."""
-    path, again = folder / MANIFEST, f"Delete {folder}, and it is computed again"
+    path, again = folder / SCORE_MANIFEST, f"Delete {folder}, and it is computed again"
     try:
         with named(path, again):
             manifest = typed(ScoreManifest, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))))
@@ -179,14 +180,14 @@ def read_score_shards(folder: Path, key: ScoreKey) -> dict[str, Content]:
         return {}
     known = {name: content for name, content in manifest.shards.items() if (folder / name).exists()}
     for name, content in known.items():
-        if fault := find_changed_file(folder, {name: content}):
-            raise WrongFile(f"{folder / name} must be as it was written, and {fault}. Delete it, and run again.")
+        if issue := find_changed_file(folder, {name: content}):
+            raise WrongFile(f"{folder / name} must be as it was written, and {issue}. Delete it, and run again.")
     return known
 
 
 def write_score_manifest(folder: Path, key: ScoreKey, shards: dict[str, Content]) -> None:
     """Record the finished shards of a policy."""
-    write_whole(folder / MANIFEST, seal(asdict(ScoreManifest(asdict(key), shards))))
+    write_atomic(folder / SCORE_MANIFEST, seal(asdict(ScoreManifest(asdict(key), shards))))
 
 
 def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, key: ScoreKey) -> dict[str, Any]:
@@ -206,14 +207,14 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
     columns |= _sides("tokens", mask.sum(dim=1)) | _sides("end_place", places)
     columns |= _sides("policy_logps", (logps * mask).sum(dim=1))
     log_ratios = torch.zeros_like(logps)
-    if BATCH in inputs:
-        ref_logps = inputs[BATCH].double()
+    if CACHED_REF_LOGPS in inputs:
+        ref_logps = inputs[CACHED_REF_LOGPS].double()
         log_ratios = (logps - ref_logps) * mask
         columns |= _sides("ref_logps", ref_logps.sum(dim=1)) | _sides("log_ratio", log_ratios.sum(dim=1))
         each = [row[kept].float().numpy() for row, kept in zip(log_ratios, mask, strict=True)]
         columns |= {"chosen_token_log_ratios": each[:n_pairs], "rejected_token_log_ratios": each[n_pairs:]}
     keys = draw_keys(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH)
-    for name, method in METHODS.items():
+    for name, method in DIAGNOSED_METHODS.items():
         weights = token_weights(
             method.weighting,
             mask,
@@ -225,7 +226,7 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
             gamma=key.gamma,
         ).double()
         columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
-        if BATCH in inputs:
+        if CACHED_REF_LOGPS in inputs:
             columns |= _sides(f"score/{name}", sequence_logps(log_ratios, weights))
     return columns
 
@@ -244,7 +245,7 @@ def _write_shard(path: Path, parts: list[dict[str, Any]]) -> Content:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     content = sink.getvalue().to_pybytes()
-    write_whole(path, content)
+    write_atomic(path, content)
     return hash_content(content)
 
 

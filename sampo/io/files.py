@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there complete under its name, or as it was before.
+"""Atomic writes: a file under its name is complete, or unchanged.
 
 A file is written under a random name in the same folder, synced to the disk and renamed. The temporary file is created
 anew (`O_EXCL`, `O_NOFOLLOW`), so a link that somebody has put in the folder is never written through. At the target, a
@@ -24,7 +24,7 @@ _FULL = re.compile(
 )
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically. Text becomes UTF-8; the folder is created."""
     with replacing(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)

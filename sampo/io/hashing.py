@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "sha256_of_the_rest"
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file that is hashed by samples
+HASHED_SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file that is hashed by samples
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def hash_files(files: Iterable[tuple[str, Path]], separator: str = " ") -> str:
 def hash_file_samples(paths: Iterable[Path]) -> str:
     """SHA-256 over names, sizes and 64 evenly spaced samples of 64 KiB of each file.
 
-    Training changes some of the samples, and reading whole weights would take minutes. The digest guards against
+    Training changes some of the samples, and reading all weights would take minutes. The digest guards against
     mistakes, not against malice.
     """
     total = hashlib.sha256()
@@ -57,8 +57,8 @@ def hash_file_samples(paths: Iterable[Path]) -> str:
         size = path.stat().st_size
         total.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))
+            for sample in range(HASHED_SAMPLES):
+                file.seek(max(size - SAMPLE_BYTES, 0) * sample // (HASHED_SAMPLES - 1))
                 total.update(file.read(SAMPLE_BYTES))
     return total.hexdigest()
 

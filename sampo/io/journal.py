@@ -72,7 +72,7 @@ class Journal:
         try:
             _write_all(self._file, content)
         except OSError:
-            self._file.truncate(self._end)  # a full disk must not leave half a line before the next one
+            self._file.truncate(self._end)  # a full disk must not leave part of a line before the next one
             raise
         self._end += len(content)
 

@@ -23,14 +23,14 @@ from .locks import wait_for_lock
 from .schemas import WrongFile, named, parse_json, typed
 from .versions import versions
 
-SCHEMA = 1
+RECORD_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One measured number.
 
-    `value` is None where the quantity has no defined value (a correlation with a constant, say); `interval` are the
+    `value` is None where the quantity has no defined value (such as a correlation with a constant); `interval` are the
     95 % bounds and `n` the number of observations that both rest on. `config` holds every setting the value depends
     on, and `key` is its hash.
     """
@@ -45,11 +45,11 @@ class Record:
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
-    schema: int = SCHEMA
+    schema: int = RECORD_SCHEMA
 
     def __post_init__(self) -> None:
-        if self.schema != SCHEMA:
-            raise ValueError(f"`schema` must be {SCHEMA}, got {self.schema}")
+        if self.schema != RECORD_SCHEMA:
+            raise ValueError(f"`schema` must be {RECORD_SCHEMA}, got {self.schema}")
         numbers = [x for x in (self.value, *(self.interval or ())) if x is not None]
         if not all(math.isfinite(x) for x in numbers):
             raise ValueError(f"A record's `value` and `interval` must be finite, got {numbers} for {self.name!r}.")
@@ -103,8 +103,8 @@ def append(path: Path, records: Iterable[Record]) -> None:
     with open_to_append(path) as file:
         wait_for_lock(file.fileno())
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        end = file.read().rfind(b"\n") + 1
+        file.truncate(end)
         rest = lines(records).encode()
         while rest:
             rest = rest[file.write(rest) :]
@@ -122,8 +122,8 @@ def read(path: Path) -> list[Record]:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error) as error:  # a damaged header is an OSError
         raise WrongFile(f"{path} must be a complete gzip file, got: {error}. Restore it.") from None
-    *whole, _unfinished = content.split(b"\n")
-    for number, line in enumerate(whole, 1):
+    *finished, _unfinished = content.split(b"\n")
+    for number, line in enumerate(finished, 1):
         with named(path, "Restore or delete it, or write to another folder", line=number):
             records.append(typed(Record, parse_json(line, finite=True), complete=True))
     return records

@@ -5,7 +5,7 @@ and makes the object. For any wrong content, one `WrongFile` names the file, the
 found. Known types are those of JSON; a whole number is a float too, true and false are no numbers, and a tuple is a
 list in JSON. Ranges and choices that a type cannot express belong in `__post_init__`, as a ValueError.
 
-pydantic was tried in its place: strict, it takes no list for a tuple but from JSON text, and from JSON text no half of
+pydantic was tried instead: strict, it takes no list for a tuple but from JSON text, and from JSON text no half of
 a surrogate pair, which answers of models do contain.
 """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Cell = list[str]  # its lines
 GAP = 2  # spaces between two columns
-DEFAULT_WIDTH = 80  # of a terminal that does not say
+DEFAULT_WIDTH = 80  # of a terminal that does not report its width
 LEAST_WIDTH = 20
 
 
@@ -46,11 +46,11 @@ class Table:
         self.rows.append([clean_lines(cell) for cell in (*cells, *[""] * (len(self.heads) - len(cells)))])
 
     def end_section(self) -> None:
-        """Put a blank line below the rows that are there."""
+        """Put a blank line below the existing rows."""
         self.rows.append(None)
 
     def text(self, width: int | None = None) -> str:
-        """The table in lines of at most `width` characters; without a width in one piece.
+        """The table in lines of at most `width` characters; without a width unsplit.
 
         Only a word that is itself wider than `width` makes a longer line.
         """
@@ -126,9 +126,9 @@ class Table:
 def screen_width(stream: TextIO | None = None) -> int | None:
     """Columns to print in: `COLUMNS`, else those of the terminal; None where the output goes elsewhere."""
     stream = stream or sys.stdout
-    said = os.environ.get("COLUMNS", "")
-    if said.isdecimal() and int(said) > 0:
-        return max(int(said), LEAST_WIDTH)
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return max(int(given), LEAST_WIDTH)
     if not stream.isatty():
         return None
     try:

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from multiprocessing import connection
 from pathlib import Path
@@ -27,6 +27,7 @@ from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from ..io import records as results
+from ..io.progress import OpenProgress
 from . import model as lm
 from .methods import SLOPE
 from .pressure import logistic_slope, mean_pressures
@@ -37,11 +38,10 @@ if TYPE_CHECKING:
     from ..config import SamPOConfig
 
 RECORDS = "records.jsonl"
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # (title, steps) -> sets steps done
 
 
 def run_all(
-    runs: Sequence[Run], folder: Path, *, command: str, progress: Progress, jobs: int = 1
+    runs: Sequence[Run], folder: Path, *, command: str, progress: OpenProgress, jobs: int = 1
 ) -> Iterator[tuple[Run, list[results.Record]]]:
     """Yield each run with its records: first the runs that are recorded, then the others as they finish.
 
@@ -82,7 +82,7 @@ def _is_complete(run: Run, known: dict[str, dict[str, results.Record]]) -> bool:
 
 
 def _measure_all(
-    runs: Sequence[Run], folder: Path, progress: Progress, jobs: int
+    runs: Sequence[Run], folder: Path, progress: OpenProgress, jobs: int
 ) -> Iterator[tuple[Run, list["Number"]]]:
     if jobs == 1 or not runs:
         benches = Benches(folder, progress)
@@ -143,7 +143,7 @@ class Number(NamedTuple):
 class Benches:
     """Keeps the bench of the last run, because most runs need the same one as the run before."""
 
-    def __init__(self, folder: Path, progress: Progress):
+    def __init__(self, folder: Path, progress: OpenProgress):
         self.folder, self.progress = folder, progress
         self._last: Bench | None = None
 
@@ -157,7 +157,7 @@ class Benches:
 class Bench:
     """What the runs of one seed share: the world, the start and its answers, the held-out pairs."""
 
-    def __init__(self, seed: int, settings: Settings, folder: Path, progress: Progress):
+    def __init__(self, seed: int, settings: Settings, folder: Path, progress: OpenProgress):
         self.seed, self.settings, self.folder, self.progress = seed, settings, folder, progress
         self.world = World(seed)
         self._pairs: dict[tuple[str, float, int], tuple[list[WorldPair], list[np.ndarray]]] = {}

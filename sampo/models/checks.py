@@ -179,8 +179,8 @@ def find_tokenizer_issues(tokenizer: Any) -> list[str]:
         )
     if not isinstance(getattr(tokenizer, "chat_template", None), str):
         return issues
-    said = ["A question?", "An answer."]
-    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+    texts = ["A question?", "An answer."]
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
     try:
         with time_limit(LIMIT):
             text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -195,7 +195,7 @@ def find_tokenizer_issues(tokenizer: Any) -> list[str]:
     except Exception:
         pass  # a template may need other roles or contents; the data is checked later
     else:
-        lost = [each for each in said if each not in text]
+        lost = [each for each in texts if each not in text]
         if lost:
             issues.append(
                 "The chat template must contain the messages, got one that renders "

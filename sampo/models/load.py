@@ -29,7 +29,7 @@ NAMED = 5  # names of tensors in a message
 
 
 class ModelError(ValueError):
-    """A model, its tokenizer or its adapter cannot be used; the text says why, and what to do."""
+    """A model, its tokenizer or its adapter cannot be used; the text gives the reason and what to do."""
 
 
 def base_of(adapter: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -134,8 +134,8 @@ def load_tokenizer(
     if adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
         with opening(adapter, "tokenizer"):
             return AutoTokenizer.from_pretrained(adapter, **options)
-    if faults := find_path_issues(name, option="model"):
-        raise ModelError(" ".join(faults))
+    if issues := find_path_issues(name, option="model"):
+        raise ModelError(" ".join(issues))
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")) and has_adapter(name):
         name, revision = base_of(name, revision)
     with opening(name, "tokenizer"):
@@ -179,7 +179,7 @@ def _refuse_weights_without_place(model: "PeftModel", name: str, revision: str |
     where: dict[str, Any] = {} if revision is None else {"revision": revision}
     stored = load_peft_weights(name, device="cpu", **where)
     known = get_peft_model_state_dict(model, save_embedding_layers=False)
-    # whole embeddings are stored beside the adapter when tokens were added
+    # full embeddings are stored with the adapter when tokens were added
     further = [key for key in stored.keys() - known.keys() if not _EMBEDDINGS & set(key.split("."))]
     if further:
         raise ModelError(

@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data.token_ids import ID_COLUMNS
+from ..io.progress import Progress
 from ..logs import get_logger
 from .key import OWN_TOKENS
 from .store import RefCache, RefCacheError, Shard
@@ -26,7 +27,6 @@ logger = get_logger(__name__)
 Sides = tuple[Tensor, Tensor]  # of a pair, log-probs of the chosen and of the rejected response, each `(T,)`
 # Rows with their token ids, and which targets -> for each target what it gives of each row, float32 on the CPU
 ScoreRows = Callable[[list[dict[str, Any]], Sequence[str]], dict[str, list[Sides]]]
-Progress = Callable[[int, int], None]
 
 
 class Part(NamedTuple):

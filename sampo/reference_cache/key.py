@@ -1,6 +1,6 @@
 """What per-token reference log-probs depend on: a key with one field for each thing, and the hashes that fill it.
 
-Left out on purpose:
+Omitted on purpose:
 
 - the tokenizer, the chat template and the text: all that they do to a log-prob, they do through the token ids;
 - what changes rounding alone: the batch, the padding, `pair_stream`, the device, the number of processes.
@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from ..io.hashing import hash_files, hash_json
 
-SCHEMA = 1
+KEY_SCHEMA = 1
 OWN_TOKENS = "tokens"  # as `targets` of a key
 
-# of a model's config: what says where it came from or what else it can do, and nothing about its log-probs
+# of a model's config: fields on its origin or other abilities, which do not affect its log-probs
 _NOT_ABOUT_VALUES = (
     *("architectures", "attn_implementation", "dtype", "id2label", "label2id", "pad_token_id", "torch_dtype"),
     *("transformers_version", "use_cache"),
@@ -59,7 +59,7 @@ class RefKey:
     truncation_mode: str
     storage_dtype: str
     targets: str = OWN_TOKENS
-    schema: int = SCHEMA
+    schema: int = KEY_SCHEMA
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, as the manifest keeps them."""
@@ -72,7 +72,7 @@ class RefKey:
 
 
 def identity_of_files(folder: str, settings: dict[str, Any], arithmetic: str = "no") -> dict[str, Any] | None:
-    """The fields of a key that a reference fills, from its files alone; None where those do not say it all.
+    """The fields of a key that a reference fills, from its files alone; None where the files are not enough.
 
     Args:
         folder: of the model.
@@ -115,7 +115,7 @@ def _describe_autocast(arithmetic: str) -> str:
 def hash_model_files(folder: str | Path) -> str | None:
     """Hash of a model's files in a local folder, without loading it; None where that is not all the model is.
 
-    A folder with an adapter speaks of a base model elsewhere, and one without safetensors may hold anything.
+    A folder with an adapter refers to a base model elsewhere, and one without safetensors may hold anything.
     """
     folder = Path(folder)
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
@@ -136,9 +136,9 @@ def hash_weights(model: Any, adapter: str = "ref") -> str:
     """
     total = hashlib.sha256()
     for name, tensor in _reference_tensors(model, adapter):
-        with _whole(tensor) as whole:
-            total.update(f"{name} {whole.dtype} {list(whole.shape)}\n".encode())
-            total.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        with _gathered(tensor) as full:
+            total.update(f"{name} {full.dtype} {list(full.shape)}\n".encode())
+            total.update(full.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"tensors:{total.hexdigest()}"
 
 
@@ -176,7 +176,7 @@ def _reference_tensors(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]
 
 
 @contextmanager
-def _whole(tensor: Tensor) -> Iterator[Tensor]:
+def _gathered(tensor: Tensor) -> Iterator[Tensor]:
     """A parameter with all its elements, of which this process may hold a part; all processes must enter."""
     if hasattr(tensor, "ds_id"):  # ZeRO-3
         import deepspeed

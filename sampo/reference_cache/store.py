@@ -1,7 +1,7 @@
 """Per-token reference log-probs on disk: shards of rows, a manifest, and how a batch gets its numbers.
 
 TRL's cache holds one sum per response, from which no subset of tokens can be taken; ours holds one number per
-completion token that survives truncation: the token's own log-prob, or the end token's in its place. A cache is a
+completion token that survives truncation: the token's own log-prob, or the end token's instead. A cache is a
 folder, named by its key (`sampo.reference_cache.key`):
 
     <ref_cache_dir>/<digest>/manifest.json        the key, and file, size and SHA-256 of each finished shard
@@ -9,7 +9,7 @@ folder, named by its key (`sampo.reference_cache.key`):
                              …
 
 Only what the manifest names is trusted. A shard is written aside, synced and renamed, then the manifest likewise: a
-build that is killed at any point goes on with the shards that are missing. A shard whose bytes are not those that the
+build that is killed at any point continues with the missing shards. A shard whose bytes are not those that the
 manifest names is refused, never read.
 """
 
@@ -29,10 +29,10 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..io.files import remove_left_overs, write_whole
+from ..io.files import remove_left_overs, write_atomic
 from ..io.hashing import SEAL, Content, find_changed_file, hash_content, seal, unseal
 from ..io.schemas import WrongFile, named, parse_json, typed
-from .key import OWN_TOKENS, SCHEMA, RefKey
+from .key import KEY_SCHEMA, OWN_TOKENS, RefKey
 
 
 class Names(NamedTuple):
@@ -43,7 +43,9 @@ class Names(NamedTuple):
     batch: str
 
 
-TOKENS = CHOSEN, REJECTED, BATCH = Names("ref_chosen_token_logps", "ref_rejected_token_logps", "ref_logps")
+TOKENS = CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS, CACHED_REF_LOGPS = Names(
+    "ref_chosen_token_logps", "ref_rejected_token_logps", "ref_logps"
+)
 END = Names("ref_chosen_end_logps", "ref_rejected_end_logps", "ref_end_logps")  # `balance_end_token` needs them
 
 WAIT_S = 10.0  # for another run to finish with a cache, in one try
@@ -59,7 +61,7 @@ _FOLDER = re.compile(r"[0-9a-f]{24}")
 
 
 class RefCacheError(ValueError):
-    """A cache cannot be used as it lies there; the text says why and what to do."""
+    """A cache cannot be used; the text gives the reason and what to do."""
 
 
 class Shard(NamedTuple):
@@ -95,7 +97,7 @@ class RefCache:
 
     @property
     def manifest_path(self) -> Path:
-        """The file that says what is trusted."""
+        """The file that lists the trusted shards."""
         return self.folder / "manifest.json"
 
     def missing(self) -> list[Shard] | None:
@@ -124,7 +126,7 @@ class RefCache:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             size = min(ROWS_PER_SHARD, max(1, -(-self.n_rows // processes)))
             key = self.key.as_dict()
-            self._write_manifest(RefManifest(SCHEMA, key, self.n_rows, size, created, About(**about), {}))
+            self._write_manifest(RefManifest(KEY_SCHEMA, key, self.n_rows, size, created, About(**about), {}))
         return self.missing() or []
 
     def write(self, shard: Shard, chosen: list[Tensor], rejected: list[Tensor]) -> dict[str, Any]:
@@ -144,9 +146,9 @@ class RefCache:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
-        whole = sink.getvalue().to_pybytes()
-        write_whole(self._path(shard), whole)
-        tokens, content = sum(map(len, chosen)) + sum(map(len, rejected)), hash_content(whole)
+        data = sink.getvalue().to_pybytes()
+        write_atomic(self._path(shard), data)
+        tokens, content = sum(map(len, chosen)) + sum(map(len, rejected)), hash_content(data)
         return {"index": shard.number, "sha256": content.sha256, "bytes": content.size, "tokens": tokens}
 
     def record(self, written: list[dict[str, Any]]) -> None:
@@ -216,25 +218,25 @@ class RefCache:
         return [Shard(i, start, min(start + size, self.n_rows)) for i, start in enumerate(starts)]
 
     def _read_manifest(self) -> "RefManifest | None":
-        manifest = read_manifest(self.manifest_path)
+        manifest = read_cache_manifest(self.manifest_path)
         if manifest is not None and (manifest.key != self.key.as_dict() or manifest.rows != self.n_rows):
             differing = [k for k, v in self.key.as_dict().items() if manifest.key.get(k) != v] or ["rows"]
             raise RefCacheError(
                 f"{self.manifest_path} must be that of this run, got one of another cache (`{'`, `'.join(differing)}` "
-                f"differ). {_cure(self.folder)}"
+                f"differ). {_fix(self.folder)}"
             )
         return manifest
 
     def _write_manifest(self, manifest: "RefManifest") -> None:
-        write_whole(self.manifest_path, seal(asdict(manifest)))
+        write_atomic(self.manifest_path, seal(asdict(manifest)))
 
     def _verify(self, shard: Shard, manifest: "RefManifest") -> bool:
-        """Whether the shard is there and whole."""
+        """Whether the shard exists and is intact."""
         entry, path = manifest.shards.get(str(shard.number)), self._path(shard)
         if entry is None or not path.exists():
             return False
-        if fault := find_changed_file(self.folder, {path.name: Content(entry.bytes, entry.sha256)}):
-            raise RefCacheError(f"{path} must be what its manifest names, and {fault}. {_cure(path)}")
+        if issue := find_changed_file(self.folder, {path.name: Content(entry.bytes, entry.sha256)}):
+            raise RefCacheError(f"{path} must be what its manifest names, and {issue}. {_fix(path)}")
         return True
 
 
@@ -258,7 +260,7 @@ class About:
 
 @dataclass(frozen=True)
 class RefManifest:
-    """What a cache says about itself: key, rows, and what is trusted."""
+    """The manifest of a cache: its key, rows and trusted shards."""
 
     schema: int
     key: dict[str, Any]
@@ -273,7 +275,7 @@ class RefManifest:
             raise ValueError(f"`rows_per_shard` must be at least 1, got {self.rows_per_shard}")
 
 
-def read_manifest(path: Path) -> RefManifest | None:
+def read_cache_manifest(path: Path) -> RefManifest | None:
     """The manifest at this place; None if there is none.
 
     Raises:
@@ -282,10 +284,12 @@ def read_manifest(path: Path) -> RefManifest | None:
     if not path.exists():
         return None
     try:
-        with named(path, _cure(path.parent).removesuffix(".")):
+        with named(path, _fix(path.parent).removesuffix(".")):
             content = typed(dict[str, Any], parse_json(path.read_bytes()))
-            if content.get("schema") != SCHEMA:
-                raise ValueError(f"it must be a manifest of schema {SCHEMA}, got {str(content.get('schema'))[:20]}")
+            if content.get("schema") != KEY_SCHEMA:
+                raise ValueError(
+                    f"it must be a manifest of schema {KEY_SCHEMA}, got {str(content.get('schema'))[:20]}"
+                )
             # caches of earlier versions have no checksum of the manifest, and the same content
             return typed(RefManifest, unseal(content) if SEAL in content else content, complete=True)
     except (OSError, WrongFile) as error:
@@ -320,7 +324,7 @@ def without_ref_logps(dataset: Dataset, kinds: Sequence[Names] = (TOKENS, END)) 
     return dataset.remove_columns([name for name in columns if name in dataset.column_names])
 
 
-def _cure(path: Path) -> str:
+def _fix(path: Path) -> str:
     return f"Delete {path}, and what is missing is computed again, or run `sampo cache --rebuild`."
 
 
@@ -384,7 +388,7 @@ class RefCollator:
         if counts != cached:
             raise RefCacheError(
                 f"A batch must have as many completion tokens as the cache, got {counts} and {cached}. The data "
-                "collator cuts rows otherwise than `max_length` and `truncation_mode` say; use TRL's, or unset "
+                "collator cuts rows differently from `max_length` and `truncation_mode`; use TRL's, or unset "
                 "`precompute_ref_log_probs`."
             )
         return torch.zeros(mask.shape).masked_scatter(mask, torch.cat(rows))

@@ -30,14 +30,15 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..config import SamPOConfig
 from ..data.token_ids import ID_COLUMNS, hash_token_ids
+from ..io.progress import Progress
 from ..logs import get_logger
 from ..models.load import create_model
-from .fill import Progress, ScoreRows, Sides, fill, on_main, split_rows, title
+from .fill import ScoreRows, Sides, fill, on_main, split_rows, title
 from .key import OWN_TOKENS, RefKey, identity_of_files, identity_of_model
 from .store import (
-    CHOSEN,
+    CHOSEN_REF_LOGPS,
     END,
-    REJECTED,
+    REJECTED_REF_LOGPS,
     STORAGE,
     TOKENS,
     RefCache,
@@ -253,7 +254,7 @@ class CachedReferenceTrainer(DPOTrainer):
                 part = numbers[i : i + batch_size]
                 live = score([ids[row] for row in part], [OWN_TOKENS])[OWN_TOKENS]
                 for row, sides_now in zip(part, live, strict=True):
-                    sides = (joined[row][column] for column in (CHOSEN, REJECTED))
+                    sides = (joined[row][column] for column in (CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS))
                     stored = torch.cat([decode(side, cache.key.storage_dtype) for side in sides])
                     now = torch.cat(sides_now)
                     excess.append(((now - stored).abs() - rounding * now.abs()).mean().item())
@@ -264,7 +265,7 @@ class CachedReferenceTrainer(DPOTrainer):
             raise RefCacheError(
                 f"The cached reference log-probs of {len(numbers)} rows of the {name} data must be those of the live "
                 f"model, got a mean difference of {wrong} nats a token (row: difference; {limit} is rounding). "
-                "Something has changed that the key does not see, the code of the model or a library, say. Run "
+                "Something changed that the key does not cover, such as the code of the model or a library. Run "
                 f"`sampo cache --rebuild`, or delete {cache.folder}. `ref_cache_check: 0` compares nothing."
             )
         logger.info(f"{len(numbers)} rows compared with the live model: they agree to {max(excess):.1g} nats a token.")

@@ -1,7 +1,7 @@
 """Attention over packed pairs: each token attends to its prompt and, causally, to its own branch.
 
 There are two implementations. On CPU, `segments`: PyTorch's SDPA once for a prompt with its first branch and once for
-each further branch. On CUDA, `flex`: FlexAttention once for the whole stream, compiled once a process for all lengths.
+each further branch. On CUDA, `flex`: FlexAttention once for the full stream, compiled once a process for all lengths.
 The second was tested on CPU only (its mask, and its forward pass with and without compilation; FlexAttention has no
 backward pass there), and its speed was not measured.
 """
@@ -167,7 +167,7 @@ def _by_flex_attention(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # errors of the compiler have no common type
-        raise StreamRefused(f"FlexAttention failed with {describe(error)}") from error
+        raise StreamRefused(f"FlexAttention failed with {describe_error(error)}") from error
 
 
 @cache
@@ -178,7 +178,7 @@ def _flex_attention(device_type: str) -> Callable:
     return flex_attention
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

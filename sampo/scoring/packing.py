@@ -266,6 +266,6 @@ def install(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-def remove(model: Any) -> None:
+def uninstall(model: Any) -> None:
     """Undo `install`."""
     model.set_attn_implementation("sdpa")

@@ -19,9 +19,9 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from ..logs import get_logger
-from .attention import StreamRefused, describe
+from .attention import StreamRefused, describe_error
 from .lm_head import score_positions
-from .packing import RowsTooLong, Stream, install, lay_out, remove, score_packed, too_long, why_not
+from .packing import RowsTooLong, Stream, install, lay_out, score_packed, too_long, uninstall, why_not
 
 logger = get_logger(__name__)
 
@@ -325,7 +325,7 @@ class Packing:
             model: one of the models.
             packed: computes the log-probs of the batch's completion tokens by the packed forward, `(M,)` nats.
             padded: and by the padded forward, in the same order.
-            tolerance: largest mean difference of a token. The largest difference of all says little: in bf16 a rare
+            tolerance: largest mean difference of a token. The largest difference is not informative: in bf16 a rare
                 token can differ by 0.3 because of rounding alone.
             largest: of a number, the largest over all processes, so that all decide alike. Called exactly once.
             padded_tokens: tokens of the padded forward.
@@ -362,7 +362,9 @@ class Packing:
             f"token, which is more than rounding (the bound is {tolerance:g})"
         )
         if failure is not None:
-            reason = failure.reason if isinstance(failure, StreamRefused) else f"it failed with {describe(failure)}"
+            reason = (
+                failure.reason if isinstance(failure, StreamRefused) else f"it failed with {describe_error(failure)}"
+            )
         elif difference == math.inf:
             reason = "it failed in another process"
         self._refuse(reason, failure)
@@ -370,7 +372,7 @@ class Packing:
     def _refuse(self, reason: str, cause: Exception | None = None) -> None:
         if self.on:
             for model in self._models:
-                remove(model)
+                uninstall(model)
         self.on = False
         if self.mode == "true":
             raise ValueError(

@@ -17,7 +17,7 @@ class PairBatch:
     """A collated batch, and which of its tokens are scored.
 
     Attributes:
-        inputs: what the collator made.
+        inputs: the collated batch.
         mask: `(2B, N)` bool, completion tokens.
         end: `(2B, N)` bool, the end token of each completion.
         epoch: key of the draws.
@@ -50,7 +50,7 @@ class PairBatch:
         return self.inputs["input_ids"][:, 1:]
 
     def select(self, positions: Tensor, ref_positions: Tensor) -> None:
-        """Leave out of the batch what is not selected."""
+        """Omit unselected tokens from the batch."""
         self.positions, self.ref_positions = positions, ref_positions
         self.__dict__.pop("stream", None)
 
@@ -78,7 +78,7 @@ class Reference:
 
 @dataclass
 class Draw:
-    """One subset, or the one set of fractional weights, and what it makes of the batch.
+    """One subset, or the one set of fractional weights, and the results for the batch.
 
     Attributes:
         weights: `(2B, N)` of the policy's log-probs.
@@ -99,7 +99,7 @@ class Scored:
         output: TRL's output of the policy, and with it the statistics of the head.
         logps: `(2B, N)` log π, zero where not scored.
         ref_logps: `(2B, N)` log π_ref, of the scored tokens at least.
-        draws: what the weighting makes of them.
+        draws: the weighted results.
         pressure: `(B,)` length pressure, if it is logged.
     """
 

@@ -5,7 +5,7 @@ from typing import Any
 from ..config import SamPOConfig
 from ..weighting import WEIGHTINGS
 
-OPTIONS = (
+DESCRIBED_OPTIONS = (
     *("sampled_sides", "keep_end_token", "balance_end_token", "mask_sharing", "mask_samples"),
     "length_penalty",
 )
@@ -35,7 +35,7 @@ def describe_method(args: SamPOConfig, length_scale: float) -> str:
     """
     method = WEIGHTINGS[args.token_weighting]
     text = f"{method.title} (`token_weighting: {args.token_weighting}`, {method.source})"
-    for name in OPTIONS:
+    for name in DESCRIBED_OPTIONS:
         if getattr(args, name) != SamPOConfig.__dataclass_fields__[name].default:
             text += f", `{name}: {getattr(args, name)}`"
     if args.token_weighting == "decay":
@@ -46,7 +46,7 @@ def describe_method(args: SamPOConfig, length_scale: float) -> str:
 
 
 def describe_reference(trainer: Any) -> str:
-    """What the policy is compared with."""
+    """Describe the reference of the policy."""
     args = trainer.args
     if args.precompute_ref_log_probs:
         whose = "the initial policy" if trainer.reference_is_start else "the `ref_model` that was passed"

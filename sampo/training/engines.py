@@ -1,4 +1,4 @@
-"""What the launch and the form of a model mean for a run: compiled, adapted, sharded."""
+"""How the launch and the form of a model (compiled, adapted, sharded) affect a run."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ def adapter_uses_all_parameters(model: Any) -> bool:
 
 
 def is_compiled(accelerator: Any, models: list[Any]) -> bool:
-    """Whether a model is compiled, whole or in part: by option, launcher or caller."""
+    """Whether a model is compiled, fully or in part: by option, launcher or caller."""
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return True
     parts = [part for each in models for part in each.modules()]

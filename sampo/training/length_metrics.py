@@ -1,4 +1,4 @@
-"""The metrics of length, over a whole logging window or evaluation set and all processes.
+"""The metrics of length, over a full logging window or evaluation set and all processes.
 
 The length of a response is the number of its completion tokens after truncation (`sampo.data.lengths`).
 """
@@ -13,12 +13,12 @@ from .batch import PairBatch, Scored
 
 
 class LengthSums:
-    """Running sums over pairs, for metrics over a whole logging window or evaluation set and all processes.
+    """Running sums over pairs, for metrics over a full logging window or evaluation set and all processes.
 
     Means of batches would depend on the batch size; sums do not.
 
     Attributes:
-        columns: the sums, by name; with them a window begun elsewhere goes on.
+        columns: the sums, by name; a window of a checkpoint continues with them.
     """
 
     def __init__(self, columns: dict[str, float] | None = None):
@@ -28,8 +28,8 @@ class LengthSums:
         """Add pairs.
 
         Args:
-            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `counted_tokens` (of both sides), `margin` (of
-                implicit rewards), and if known `dpo_margin` (over all tokens) and `pressure`.
+            pairs: `(B,)` columns: `chosen_tokens`, `rejected_tokens`, `selected_tokens` (of both responses), `margin`
+                (of implicit rewards), and if known `dpo_margin` (over all tokens) and `pressure`.
         """
         difference = pairs["chosen_tokens"] - pairs["rejected_tokens"]
         longer, shorter = difference > 0, difference < 0
@@ -44,7 +44,7 @@ class LengthSums:
             self.columns[name] = self.columns.get(name, 0.0) + float(values.sum())
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of docs/metrics.md; what these pairs do not define (a correlation of one pair) is left out."""
+        """The metrics of docs/metrics.md, without those that are undefined (such as a correlation of one pair)."""
         sums = self.columns
         if not sums:
             return {}
@@ -53,7 +53,7 @@ class LengthSums:
             "length/chosen": sums["chosen_tokens"] / n,
             "length/rejected": sums["rejected_tokens"] / n,
             "length/chosen_longer": sums["longer"] / n,
-            "length/counted": sums["counted_tokens"] / tokens if tokens else 0.0,
+            "length/selected": sums["selected_tokens"] / tokens if tokens else 0.0,
         }
         metrics |= self._of_margin("margin", prefix="")
         if "dpo_margin" in sums:
@@ -111,7 +111,7 @@ class LengthRecorder:
         columns = {
             "chosen_tokens": chosen,
             "rejected_tokens": rejected,
-            "counted_tokens": selected.view(2, -1).sum(dim=0),
+            "selected_tokens": selected.view(2, -1).sum(dim=0),
             "margin": margins(self._beta, scored.mean_scores),
         }
         if mode == "eval":
@@ -131,8 +131,9 @@ class LengthRecorder:
         return self.sums["train"].columns
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on with a window that was begun elsewhere."""
-        self.sums["train"] = LengthSums(state)
+        """Continue the window of a checkpoint."""
+        new_names = {"counted_tokens": "selected_tokens"}  # checkpoints of earlier versions
+        self.sums["train"] = LengthSums({new_names.get(name, name): value for name, value in state.items()})
 
 
 def margins(beta: float, scores: Tensor) -> Tensor:

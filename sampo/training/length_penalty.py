@@ -2,7 +2,7 @@
 
 It enters through the reference sums that TRL is given, so that the chosen score grows by penalty / β. dL/dθ is then
 one `autograd.grad` of the loss with respect to that shift: θ is no parameter of the model, and every engine treats it
-alike. Sources: R-DPO, arXiv 2403.19159; learned, as in BA-DPO (2026).
+alike. Sources: R-DPO, arXiv 2403.19159; learned: BA-DPO (2026).
 """
 
 import math
@@ -93,7 +93,7 @@ class LengthPenalty:
         return float(self._args.length_penalty or 0.0)
 
     def shift(self, lengths: Tensor) -> Tensor | None:
-        """`(B,)` what is added to the chosen score, so that the logit β·(S_w − S_l) grows by the penalty.
+        """The `(B,)` shift of the chosen score, so that the logit β·(S_w − S_l) grows by the penalty.
 
         Args:
             lengths: `(2B,)` completion tokens, chosen rows first.

@@ -82,6 +82,6 @@ def check_first_loss(
         )
         return
     logger.warning(
-        f"{found} The reference is not what the configuration says: check `model`, `ref_model` and the adapter's "
+        f"{found} The reference is not the configured one: check `model`, `ref_model` and the adapter's "
         "initialisation."
     )

@@ -4,22 +4,22 @@
 
 Each of the first five is a number of bytes for each trainable parameter (`ENGINES`), divided by the number of GPUs
 where the engine spreads it. tests/training/test_memory.py compares them with the tensors of real runs, and the
-activations with what autograd keeps; docs/scale.md has the table and what is left out.
+activations with what autograd keeps; docs/scale.md has the table and lists what is omitted.
 
 1. Full fine-tuning on one GPU or with DDP holds the weights in float32 and computes in bf16 by autocast, which keeps a
    bf16 copy of each weight until the end of the forward pass. ZeRO and FSDP2 compute in bf16 and keep the float32
-   weights that steps of 1e-6 need: ZeRO as `master` beside bf16 weights, FSDP2 as the weights themselves.
+   weights that steps of 1e-6 need: ZeRO as `master` in addition to bf16 weights, FSDP2 as the weights themselves.
 2. LoRA and QLoRA hold the frozen weights in bf16 or in 4 bits. The reference is the model with the adapter switched
    off, and costs nothing.
-3. Activations are those of gradient checkpointing: the input of every layer, and one layer computed anew. Log-probs
+3. Activations are those of gradient checkpointing: the input of every layer, and one recomputed layer. Log-probs
    come from TRL's fused head, which never holds the logits of all tokens.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-METHODS = ("full", "lora", "qlora")
-REFERENCES = ("live", "cached")
+MEMORY_METHODS = ("full", "lora", "qlora")
+MEMORY_REFERENCES = ("live", "cached")
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # constants: 8 bits for 64 weights, 32 for 256 of these
 DEEPSPEED_BUCKET = 500_000_000  # parameters; DeepSpeed's `reduce_bucket_size`
 DEEPSPEED_LIVE = 1_000_000_000  # parameters; DeepSpeed's `stage3_max_live_parameters`
@@ -187,7 +187,7 @@ def gpu_bytes(
     Args:
         shape: of the model.
         engine: one of `ENGINES`.
-        method: one of `METHODS`.
+        method: one of `MEMORY_METHODS`.
         reference: `live`, a model in memory; `cached`, its log-probs were stored before.
         gpus: how many share the work.
         tokens: in one micro-batch of one GPU, padding included, chosen and rejected rows together.
@@ -198,8 +198,8 @@ def gpu_bytes(
     """
     for name, value, known in [
         ("engine", engine, tuple(ENGINES)),
-        ("method", method, METHODS),
-        ("reference", reference, REFERENCES),
+        ("method", method, MEMORY_METHODS),
+        ("reference", reference, MEMORY_REFERENCES),
     ]:
         if value not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
@@ -259,12 +259,12 @@ def _reference_bytes(shape: Shape, engine: str) -> float:
 
 
 def _buffer_bytes(shape: Shape, engine: str, trained: int, live: bool) -> float:
-    """What the engines gather, or reduce, at a time, in bf16."""
+    """The bf16 values that the engines gather, or reduce, at a time."""
     bucket = 2 * min(trained, DEEPSPEED_BUCKET)
     if engine in ("zero1", "zero2"):
         return bucket
     if engine in ("zero3", "zero3_offload"):
         return bucket + 2 * min(shape.parameters, DEEPSPEED_LIVE)
-    if engine == "fsdp2":  # the group in use and the next; TRL makes one group of the whole reference
+    if engine == "fsdp2":  # the group in use and the next; TRL makes one group of the full reference
         return 2 * (shape.block_parameters + shape.root_parameters) + (2 * shape.parameters if live else 0)
     return 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT = "sampo_merge.json"  # the report, beside the merged weights
+REPORT = "sampo_merge.json"  # the report, in the folder of the merged weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # Largest change of a token's log-prob that a merge may make, in nats. In float32 only the order of sums differs; the
@@ -204,7 +204,7 @@ def _merge_into(
 
 
 def _trained_with(adapter: str, base: str, tokenizer: Any) -> Any:
-    """The tokenizer of the training: that of the adapter, or where it has none that of the base which it names."""
+    """The tokenizer of the training: that of the adapter, or else that of its base model."""
     from transformers import AutoTokenizer
 
     named, revision = base_of(adapter)

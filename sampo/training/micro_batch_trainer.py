@@ -1,4 +1,4 @@
-"""A trainer that back-propagates a batch in micro-batches of whole pairs (`max_tokens_per_forward`)."""
+"""A trainer that back-propagates a batch in micro-batches of complete pairs (`max_tokens_per_forward`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class MicroBatchTrainer(Trainer):
         for part in MicroBatches(self._prepare_inputs(inputs), groups):
             with self._synchronised_at_the_last(model, part):
                 loss = super().training_step(model, part.inputs, num_items_in_batch)
-        return loss  # the last one's is that of the whole batch
+        return loss  # the last one's is that of the full batch
 
     @contextmanager
     def _synchronised_at_the_last(self, model: Any, part: MicroBatch) -> Iterator[None]:
@@ -42,7 +42,7 @@ class MicroBatchTrainer(Trainer):
             state._set_sync_gradients(sync)
 
     def micro_batch_groups(self, inputs: dict[str, Any]) -> list[list[int]]:
-        """The pairs of each forward: as many groups on every process, for each waits for the others in a forward."""
+        """The pairs of each forward; as many groups on every process, because a forward waits for all processes."""
         if self.args.max_tokens_per_forward is None:
             return [[]]
         packed, longest = pair_tokens(inputs)

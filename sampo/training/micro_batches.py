@@ -2,7 +2,7 @@
 
 The loss of a batch is the mean over its pairs, so the gradients of its micro-batches, each times its share of the
 pairs, add up to that of the batch; the activations of one micro-batch are in memory at a time. The last one computes
-the loss and the metrics of the whole batch, with the log-probs of the earlier ones as constants.
+the loss and the metrics of the full batch, with the log-probs of the earlier ones as constants.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ MICRO_BATCH = "micro_batch"  # among the inputs of a step: which micro-batch the
 def pair_tokens(inputs: dict[str, Tensor]) -> tuple[list[int], list[int]]:
     """What each pair of a collated batch costs, in tokens: `(B,)` in a stream, and `(B,)` the longer of its two rows.
 
-    In a stream the prompt stands once, but for its last token, and no branch has its last token. Rows without the same
+    A stream contains the prompt once, without its last token, and no branch has its last token. Rows without the same
     prompt share nothing.
     """
     real, completion = inputs["attention_mask"].bool(), inputs["completion_mask"].bool()
@@ -83,13 +83,13 @@ def take_pairs(inputs: dict[str, Tensor], pairs: list[int]) -> dict[str, Tensor]
     return taken
 
 
-def put_pairs(whole: Tensor, pairs: list[int], part: Tensor, *, n_pairs: int) -> None:
+def put_pairs(full: Tensor, pairs: list[int], part: Tensor, *, n_pairs: int) -> None:
     """Write the rows of a micro-batch, one or two a pair, to their positions in the batch of `n_pairs`, in place."""
     rows = pairs if part.size(0) == len(pairs) else pairs + [i + n_pairs for i in pairs]
-    if whole.dim() == 1:
-        whole[rows] = part
+    if full.dim() == 1:
+        full[rows] = part
     else:
-        whole[rows, : part.size(1)] = part
+        full[rows, : part.size(1)] = part
 
 
 class MicroBatches:
@@ -142,11 +142,11 @@ class MicroBatch:
         output = SimpleNamespace(**{name: _detached(getattr(scored.output, name)) for name in PER_TOKEN})
         self.of.done.append(replace(scored, output=output, logps=scored.logps.detach()))
 
-    def join(self, whole: PairBatch, scored: Scored) -> Scored:
-        """The log-probs of the whole batch; those of the last micro-batch keep their gradient.
+    def join(self, full: PairBatch, scored: Scored) -> Scored:
+        """The log-probs of the full batch; those of the last micro-batch keep their gradient.
 
         Args:
-            whole: the batch.
+            full: the batch.
             scored: of the last micro-batch.
         """
         parts = [*self.of.done, scored]
@@ -154,10 +154,10 @@ class MicroBatch:
         def join(values: list[Any]) -> Any:
             if values[0] is None:
                 return None
-            rows = whole.n_pairs * values[0].size(0) // len(self.of.groups[0])
-            joined = values[0].new_zeros((rows, *whole.mask.shape[1:])[: values[0].dim()])
+            rows = full.n_pairs * values[0].size(0) // len(self.of.groups[0])
+            joined = values[0].new_zeros((rows, *full.mask.shape[1:])[: values[0].dim()])
             for group, part in zip(self.of.groups, values, strict=True):
-                put_pairs(joined, group, part, n_pairs=whole.n_pairs)
+                put_pairs(joined, group, part, n_pairs=full.n_pairs)
             return joined
 
         def draw(k: int) -> Draw:

@@ -1,4 +1,4 @@
-"""Sections of a model card beside TRL's draft: method, data, options, length, versions, command."""
+"""Sections of a model card added to TRL's draft: method, data, options, length, versions, command."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..io.command_line import format_argv
-from ..io.files import write_whole
+from ..io.files import write_atomic
 from ..io.versions import versions
 from .description import describe_method, describe_reference
 
@@ -44,7 +44,7 @@ def write_card(trainer: Any, folder: Path, write_draft: Callable[..., None], dat
     data += "streamed." if counts is None else counts.describe(args.max_length)
     path = folder / "README.md"
     card = finish_card(path.read_text(encoding="utf-8"), trainer, {"Method": method, "Data": data}, sys.argv)
-    write_whole(path, card)
+    write_atomic(path, card)
 
 
 def finish_card(draft: str, trainer: Any, sections: dict[str, str], argv: Sequence[str] = ()) -> str:
@@ -90,7 +90,7 @@ def describe_options(trainer: Any) -> str:
 
 
 def describe_length(log: Sequence[dict[str, Any]]) -> str:
-    """The last value of each metric that length goes into, of training and of evaluation."""
+    """The last value of each length-related metric, of training and of evaluation."""
     last = {name: value for entry in log for name, value in entry.items() if _LENGTH.search(name)}
     rows = {f"`{name}`": f"{value:.4g}" for name, value in last.items() if isinstance(value, int | float)}
     return _format_table(("metric", "last value"), rows) if rows else ""

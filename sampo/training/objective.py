@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
-from ..reference_cache.store import BATCH as CACHED_REF_LOGPS
-from ..reference_cache.store import END
+from ..reference_cache.store import CACHED_REF_LOGPS, END
 from .batch import Draw, PairBatch, Scored
 
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS, END.batch)
@@ -26,18 +25,18 @@ TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accu
 
 
 class _View:
-    """An object with some attributes of its own; all others are those of the object behind it."""
+    """An object with some attributes of its own; all others are those of the wrapped object."""
 
-    def __init__(self, behind: Any, **own: Any):
-        self._behind = behind
+    def __init__(self, wrapped: Any, **own: Any):
+        self._wrapped = wrapped
         vars(self).update(own)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._behind, name)
+        return getattr(self._wrapped, name)
 
 
 def _unchanged(values: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of a gather: the values of this process."""
+    """Replaces a gather: returns the values of this process."""
     return values
 
 
@@ -91,7 +90,7 @@ class Objective:
     def of_micro_batch(
         self, model: Any, batch: PairBatch, scored: Scored, shift: Tensor | None, *, share: float, chosen_tokens: int
     ) -> Tensor:
-        """What the pairs of a micro-batch add to the loss of their batch, without metrics.
+        """The contribution of a micro-batch to the loss of its batch, without metrics.
 
         Args:
             model: of the run.
@@ -99,7 +98,7 @@ class Objective:
             scored: its log-probs.
             shift: as above.
             share: of the batch's pairs that it has.
-            chosen_tokens: of the whole batch.
+            chosen_tokens: of the full batch.
         """
         losses = []
         for draw in scored.draws:  # other processes have micro-batches of other sizes: nothing is gathered
@@ -153,7 +152,7 @@ class Objective:
         return DPOTrainer._compute_loss(view, policy, inputs, return_outputs)
 
     def _scored_policy(self, model: Any, batch: PairBatch, scored: Scored, draw: Draw) -> Callable[..., Any]:
-        """What TRL's loss calls in place of the model."""
+        """The function that TRL's loss calls instead of the model."""
         weighted = copy.copy(scored.output)
         if not self._args.is_plain_dpo:
             weighted.log_probs = draw.weights * scored.logps  # TRL takes the sum over a row
@@ -191,8 +190,8 @@ class Objective:
                 self._trainer._metrics[mode][name].extend(values)
 
     def _rewards(self, draw: Draw) -> dict[str, float]:
-        sides = (self._trainer.beta * draw.scores).chunk(2)
-        chosen, rejected = (self._trainer.accelerator.gather(side) for side in sides)
+        rewards = (self._trainer.beta * draw.scores).chunk(2)
+        chosen, rejected = (self._trainer.accelerator.gather(part) for part in rewards)
         found = {
             "chosen": chosen,
             "rejected": rejected,

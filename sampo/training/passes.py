@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ..reference_cache.key import OWN_TOKENS
-from ..reference_cache.store import BATCH as CACHED_REF_LOGPS
-from ..reference_cache.store import END
+from ..reference_cache.store import CACHED_REF_LOGPS, END
 from ..scoring.scorer import Packing, Scorer
 from ..weighting import length_pressure
 from .batch import PairBatch, Reference, Scored
@@ -30,7 +29,7 @@ class Passes:
         self._scorer: Scorer | None = None  # TRL fills the reference cache before the run has one
 
     def start(self) -> None:
-        """Make the scorer of the run, when policy and reference are there."""
+        """Make the scorer of the run, when policy and reference exist."""
         self._scorer = self._make_scorer(self._models)
 
     @property

@@ -45,8 +45,8 @@ def check_before_loading(
         ValueError: missing packages, an unusable output folder, data that cannot be used.
         RuntimeError: several processes were launched, and each sees itself alone.
     """
-    if faults := find_old_argument_issues(unknown, SamPOConfig.__dataclass_fields__):
-        raise TypeError(" ".join(faults))
+    if issues := find_old_argument_issues(unknown, SamPOConfig.__dataclass_fields__):
+        raise TypeError(" ".join(issues))
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         args = SamPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-SamPO")
@@ -57,10 +57,10 @@ def check_before_loading(
         )
     show_logs(logging.INFO if args.log_level == "passive" else args.get_process_log_level())
     refuse_separate_processes(args)
-    if faults := find_package_issues(args):
-        raise ValueError(" ".join(faults))
-    if fault := find_output_folder_issue(str(args.output_dir)):
-        raise ValueError(fault)
+    if issues := find_package_issues(args):
+        raise ValueError(" ".join(issues))
+    if issue := find_output_folder_issue(str(args.output_dir)):
+        raise ValueError(issue)
     if processing_class is None:
         processing_class = find_processor(model, args, train_dataset, eval_dataset)
     check_data(args, train_dataset, eval_dataset, processing_class)
@@ -86,10 +86,10 @@ def check_tokens(trainer: Any) -> None:
         for name, dataset in {"train": trainer.train_dataset, **sets}.items()
         if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names
     }
-    faults = find_token_issues(known, vocabulary=sizes[0], tokenizer=trainer._tokenizer)
-    faults += find_vocabulary_issues(sizes[0], sizes[-1])
-    if faults:
-        raise ValueError(" ".join(faults))
+    issues = find_token_issues(known, vocabulary=sizes[0], tokenizer=trainer._tokenizer)
+    issues += find_vocabulary_issues(sizes[0], sizes[-1])
+    if issues:
+        raise ValueError(" ".join(issues))
 
 
 def check_micro_batches(trainer: Any) -> None:
@@ -101,7 +101,7 @@ def check_micro_batches(trainer: Any) -> None:
     if not trainer.args.max_tokens_per_forward:
         return
     reasons = {
-        "a mixture of experts with an auxiliary loss, which is one of the whole batch (`router_aux_loss_coef: 0` "
+        "a mixture of experts with an auxiliary loss, which is defined for the full batch (`router_aux_loss_coef: 0` "
         "switches it off)": trainer.aux_loss_enabled,
         "vision data, which are laid out by their processor": trainer._is_vision_dataset,
         "a prompt-learning adapter, whose rows are longer than those of the batch": uses_prompt_learning(
@@ -145,7 +145,7 @@ def refuse_another_engine(accelerator: Any) -> None:
             )
 
 
-LOGGERS = {  # name in `report_to`: how transformers looks for it, what is to be installed
+LOGGERS = {  # name in `report_to`: how transformers looks for it, what to install
     "azure_ml": ("azureml", "azureml-sdk"),
     "comet_ml": ("comet", "comet-ml"),
     "mlflow": ("mlflow", "mlflow"),
@@ -161,7 +161,7 @@ LOGGERS = {  # name in `report_to`: how transformers looks for it, what is to be
     "swanlab": ("swanlab", "swanlab"),
     "kubeflow": ("kubeflow", ""),  # needs no package, but a pod of Kubeflow Trainer
 }
-_OPTIMISERS = {  # part of the name in `optim`: what is imported, what is to be installed
+_OPTIMISERS = {  # part of the name in `optim`: the import, what to install
     "8bit|paged|lion|ademamix|rmsprop_bnb": ("bitsandbytes", "bitsandbytes"),
     "adamw_torch_[48]bit": ("torchao", "torchao"),
     "galore": ("galore_torch", "git+https://github.com/jiaweizzhao/GaLore"),

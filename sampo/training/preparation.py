@@ -1,4 +1,4 @@
-"""A data set as the trainer takes it: tokenised by TRL, counted, and refused where it cannot be trained on."""
+"""Preparation of a data set: tokenise it with TRL, count its tokens, and refuse data that cannot be trained on."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

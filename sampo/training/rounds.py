@@ -1,13 +1,13 @@
 """Iterative SamPO: rounds of training, each a launch of its own that starts from the model of the last.
 
-As in the authors' code (dpo_iterative.sh), a round is a new process with a fresh optimiser and schedule; policy and
-reference are the model of the round before. What is ours:
+Following the authors' code (dpo_iterative.sh), a round is a new process with a fresh optimiser and schedule; policy
+and reference are the model of the round before. Differences from their code:
 
 1. `reference: initial` keeps the first model as the reference of all rounds.
 2. Round k trains with `seed` + k − 1, so that order of data and random subsets are new in each round; what divides
    the data (`eval_fraction`, shards) keeps the first seed.
 3. An adapter is merged at the end of a round, and the next round starts from the merged model with a new adapter.
-4. `iterate_state.json` remembers what is done. A finished round is never run again; an interrupted one
+4. `iterate_state.json` records the progress. A finished round is never run again; an interrupted one
    resumes from its last complete checkpoint.
 
 Nothing here loads a model: a round is the command `sampo train …`, which is printed, stored, and can be run by hand.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpointing.files import TrainerState, numbered_checkpoints
-from ..io.files import write_whole
+from ..io.files import write_atomic
 from ..io.hashing import hash_files, hash_json, seal, unseal
 from ..io.locks import alone_in
 from ..io.schemas import WrongFile, named, parse_json, read_json, typed
@@ -44,7 +44,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 Status = Literal["waiting", "training", "merging", "failed", "finished"]
 
 
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a round that a signal has ended
+STOP_STATUSES = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a round that a signal has ended
 
 
 class RefusedIteration(ValueError):
@@ -77,7 +77,7 @@ class Plan:
         seed: of round 1.
         dtype: of the weights in training.
         use_peft: whether a round trains an adapter, which is merged at its end.
-        quantization: the words of the options, if the weights are quantised on loading.
+        quantization: the arguments of the options, if the weights are quantised on loading.
         recipe: options of the YAML file.
         words: options of the command line, as typed.
         launch: options for the launcher.
@@ -118,33 +118,33 @@ class Plan:
     def train_command(self, number: int) -> list[str]:
         """The command of round 1, 2, …; the last of two equal options holds."""
         start = self.model_after(number - 1)
-        words = ["sampo", "train"]
+        arguments = ["sampo", "train"]
         for name, value in self.launch.items():
-            words += [f"--{name}", value]
-        words += ["--config", str(self.folder / RECIPE), *self.words]
-        words += ["--model_name_or_path", start, "--output_dir", str(self.round_folder(number))]
-        words += ["--seed", str(self.seed + number - 1), "--split_seed", str(self.seed)]
+            arguments += [f"--{name}", value]
+        arguments += ["--config", str(self.folder / RECIPE), *self.words]
+        arguments += ["--model_name_or_path", start, "--output_dir", str(self.round_folder(number))]
+        arguments += ["--seed", str(self.seed + number - 1), "--split_seed", str(self.seed)]
         if self.data == "shards":
-            words += ["--prompt_shard", f"{number}/{self.rounds}"]
+            arguments += ["--prompt_shard", f"{number}/{self.rounds}"]
         if number > 1:
-            words += ["--model_revision", "main"]  # of the round's own folder there is one
+            arguments += ["--model_revision", "main"]  # of the round's own folder there is one
         if number > 1 and self.reference == "initial":
-            words += ["--ref_model_name_or_path", self.model, "--ref_model_revision", self.revision]
-        return words
+            arguments += ["--ref_model_name_or_path", self.model, "--ref_model_revision", self.revision]
+        return arguments
 
     def merge_command(self, number: int) -> list[str] | None:
         """The command that merges the round's adapter; None where a round trains all weights."""
         if not self.use_peft:
             return None
-        words = ["sampo", "merge", str(self.round_folder(number)), "--base", self.model_after(number - 1)]
+        arguments = ["sampo", "merge", str(self.round_folder(number)), "--base", self.model_after(number - 1)]
         if number == 1:
-            words += ["--base_revision", self.revision]
-        return [*words, "--out", self.model_after(number), "--dtype", self.dtype, *self.quantization]
+            arguments += ["--base_revision", self.revision]
+        return [*arguments, "--out", self.model_after(number), "--dtype", self.dtype, *self.quantization]
 
     def commands(self, number: int) -> list[str]:
         """All commands of a round, each as one line for a shell."""
-        words = [self.train_command(number), self.merge_command(number)]
-        return [shlex.join(command) for command in words if command is not None]
+        commands = [self.train_command(number), self.merge_command(number)]
+        return [shlex.join(command) for command in commands if command is not None]
 
 
 @dataclass
@@ -206,7 +206,7 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
     plan.folder.mkdir(parents=True, exist_ok=True)
     with alone_in(plan.folder) as lock:
         rounds = restore_rounds(plan)
-        write_whole(plan.folder / RECIPE, _as_yaml(plan.recipe))
+        write_atomic(plan.folder / RECIPE, _as_yaml(plan.recipe))
         for one in rounds:
             if one.status == "finished":
                 say(f"round {one.number} of {plan.rounds} is finished: {one.model}")
@@ -305,7 +305,7 @@ def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: l
     if status_code != 0:
         one.status = "failed"
         save_state(plan, rounds)
-        if status_code in STOPPED:
+        if status_code in STOP_STATUSES:
             raise RoundFailed(
                 f"Round {one.number} was stopped while {status}. The same `sampo iterate` command continues from "
                 "there.",
@@ -327,8 +327,8 @@ _IN_A_ROUND = (
 
 def _launch(command: list[str], lock: int) -> int:
     """Run `sampo …` in a process of its own, which holds the lock as long as it lives."""
-    words = [sys.executable, "-c", _IN_A_ROUND, str(os.getpid()), *command[1:]]
-    process = subprocess.Popen(words, pass_fds=[lock])
+    arguments = [sys.executable, "-c", _IN_A_ROUND, str(os.getpid()), *command[1:]]
+    process = subprocess.Popen(arguments, pass_fds=[lock])
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it may want to save, and we wait for it
     try:
         while True:
@@ -377,9 +377,9 @@ def hash_model(folder: str | Path) -> str:
     return _hash_paths(path for path in paths if path.name != "training_args.bin")
 
 
-def hash_data(place: Path) -> str:
+def hash_data(path: Path) -> str:
     """SHA-256 of a file, or of all files below a folder; empty where there is none."""
-    return _hash_paths([place] if place.is_file() else (path for path in place.rglob("*") if path.is_file()))
+    return _hash_paths([path] if path.is_file() else (file for file in path.rglob("*") if file.is_file()))
 
 
 def _hash_paths(paths: Iterable[Path]) -> str:
@@ -391,8 +391,8 @@ def _hash_paths(paths: Iterable[Path]) -> str:
 
 
 def save_state(plan: Plan, rounds: list[Round]) -> None:
-    """Write what is done of the rounds into `iterate_state.json`."""
-    write_whole(plan.folder / STATE, seal(asdict(State(plan, rounds))))
+    """Write the progress of the rounds into `iterate_state.json`."""
+    write_atomic(plan.folder / STATE, seal(asdict(State(plan, rounds))))
 
 
 def read_state(path: Path) -> State | None:

@@ -1,4 +1,4 @@
-"""State of a run beside the model, saved with every checkpoint: the epoch, and θ of a learned length penalty."""
+"""State of a run without the model, saved with every checkpoint: the epoch, and θ of a learned length penalty."""
 
 from typing import Any
 

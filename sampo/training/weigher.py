@@ -44,7 +44,7 @@ class Weigher:
         self._args, self._ld_alpha = args, ld_alpha
         self._end_token_ids = list(end_token_ids)
         self._rows_with_other_ends = rows_with_other_ends  # not a copy: `evaluate` may add rows of another data set
-        # In evaluation all tokens are scored, so that the sums over the whole response are known too.
+        # In evaluation all tokens are scored, so that the sums over the full response are known too.
         self._scores_all = scores_all or args.is_plain_dpo or args.mask_samples > 1 or self.method.needs_log_ratios
 
     @property
@@ -71,7 +71,7 @@ class Weigher:
     def weigh(
         self, batch: PairBatch, *, log_ratios: Tensor | None = None, end_probs: Tensor | None = None
     ) -> list[Weights]:
-        """Give a batch its weights, and leave out of its positions what they do not select.
+        """Set the weights of a batch, and omit the positions that they do not select.
 
         Args:
             batch: gets them.
@@ -94,7 +94,7 @@ class Weigher:
         return policy, self._weights(batch, self._args.mask_samples + k, log_ratios, end_probs)
 
     def _weights(self, batch: PairBatch, stream: int, log_ratios: Tensor | None, end_probs: Tensor | None) -> Tensor:
-        """`(2B, N)`; `stream` tells the draws of an epoch apart."""
+        """`(2B, N)`; `stream` distinguishes the draws of an epoch."""
         args, keys = self._args, None
         if self.method.random:
             ids, real = batch.inputs["input_ids"], batch.inputs["attention_mask"]
@@ -112,7 +112,7 @@ class Weigher:
         return weights if end_probs is None else balance_end(weights, batch.end, end_probs)
 
     def make_draws(self, batch: PairBatch, logps: Tensor, reference: Reference) -> list[Draw]:
-        """What the weights make of the log-probs.
+        """Apply the weights to the log-probs.
 
         Args:
             batch: weighed here, if its method looks at log-ratios.
@@ -132,7 +132,7 @@ class Weigher:
             ref_sums = sequence_logps(reference.logps, ref_weights)
         elif self._ld_alpha is None:
             ref_sums = sequence_logps(reference.logps, weights) if ref_sums is None else ref_sums
-        else:  # TRL weighs by itself; for our metrics, and for a cached reference, we do the same in the same order
+        else:  # TRL applies the weights; our metrics and a cached reference need the same in the same order
             prefix = token_weights("prefix", batch.mask)
             tail = weights - prefix
             if ref_sums is None:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from sampo.checkpointing import files as checkpoints
 from sampo.checkpointing.files import MANIFEST, STAGING, CheckpointNotSavedError, find_complete_checkpoint
-from sampo.checkpointing.fingerprint import FREE, ROUNDING, describe_data, hash_weight_samples
+from sampo.checkpointing.fingerprint import FREE, ROUNDING_OPTIONS, describe_data, hash_weight_samples
 from sampo.checkpointing.resume import ResumeRefusedError
 from sampo.checkpointing.signals import Preempted
 from sampo.commands import train
@@ -425,8 +425,8 @@ def test_a_run_whose_reference_moves_cannot_be_resumed(model, tmp_path):
 def test_the_options_that_are_not_compared_exist():
     from sampo import SamPOConfig
 
-    assert SamPOConfig.__dataclass_fields__.keys() >= FREE | ROUNDING
-    assert not FREE & ROUNDING
+    assert SamPOConfig.__dataclass_fields__.keys() >= FREE | ROUNDING_OPTIONS
+    assert not FREE & ROUNDING_OPTIONS
 
 
 def test_the_hash_of_the_data_is_that_of_the_token_lists_whatever_the_arrow_table_looks_like():

@@ -25,7 +25,7 @@ from sampo.data.end_tokens import most_common_end_token
 from sampo.data.token_ids import hash_token_ids
 from sampo.data.tokenize import tokenize_pairs
 from sampo.diagnostics.findings import CLASSES, Finding, PairScores, findings, groups, read_scores
-from sampo.diagnostics.pair_scores import METHODS, ScoreKey, cached_reference, score_pairs
+from sampo.diagnostics.pair_scores import DIAGNOSED_METHODS, ScoreKey, cached_reference, score_pairs
 from sampo.io import records as results
 from sampo.reference_cache.key import RefKey
 from sampo.reference_cache.store import RefCache
@@ -163,7 +163,7 @@ def naive_pair(policy, reference, row):
         found[f"{side}_end_place"] = -1 if ends[i] is None else ends[i]
         found[f"{side}_policy_logps"], found[f"{side}_ref_logps"] = sum(own[i]), sum(ref[i])
         found[f"{side}_log_ratio"], found[f"{side}_token_log_ratios"] = sum(ratios[i]), ratios[i]
-    for name, method in METHODS.items():
+    for name, method in DIAGNOSED_METHODS.items():
         weights = [naive_weights(method, lengths, side, ends, keys, ratios) for side in (0, 1)]
         found[f"pressure/{name}"] = dot(weights[0], slopes[0]) - dot(weights[1], slopes[1])
         for i, side in enumerate(("chosen", "rejected")):
@@ -211,8 +211,8 @@ def test_without_a_reference_the_pressure_is_that_before_training(data, shards, 
     assert not [name for name in alone[0] if "ref_logps" in name or "ratio" in name or "score" in name]
     itself = table_of(computed(tmp_path / "same", data, make_model(seed=1), make_model(seed=1)))
     for row, same, with_other in zip(alone, itself, table_of(shards), strict=True):
-        assert all(same[f"chosen_score/{name}"] == pytest.approx(0, abs=1e-3) for name in METHODS)
-        for name, method in METHODS.items():
+        assert all(same[f"chosen_score/{name}"] == pytest.approx(0, abs=1e-3) for name in DIAGNOSED_METHODS)
+        for name, method in DIAGNOSED_METHODS.items():
             if method.weighting != "top_k":  # it looks at the reference
                 assert row[f"pressure/{name}"] == pytest.approx(with_other[f"pressure/{name}"], abs=1e-5)
         # all log-ratios are 0, and of equals the earlier are taken
@@ -245,7 +245,7 @@ def test_the_numbers_are_those_that_the_trainer_logs(tmp_path):
     shards = computed(tmp_path, prepared, make_model(seed=1), make_model(seed=0), seed=7)
     found = findings(read_scores(shards), beta=0.1)
     for name in ("sampo+rejected+end", "expected", "top_k"):
-        method = METHODS[name]
+        method = DIAGNOSED_METHODS[name]
         args = SamPOConfig(
             **training_options(tmp_path / "out", max_length=MAX_LENGTH, beta=0.1),
             token_weighting=method.weighting,
@@ -324,7 +324,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
         tests=str(Path(__file__).parents[1] / "support"),
         here=str(Path(__file__).parent),
         module="diagnostics.pair_scores",
-        write="write_whole",
+        write="write_atomic",
         last="rows-0000010",
         folder=str(tmp_path),
     )
@@ -356,7 +356,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "the manifest"])
-def test_a_shard_that_is_not_as_it_was_written_is_refused_and_its_deletion_is_the_cure(data, tmp_path, damage):
+def test_a_shard_that_is_not_as_it_was_written_is_refused_and_its_deletion_is_the_fix(data, tmp_path, damage):
     def scored():
         return score_pairs(
             data,
@@ -615,7 +615,7 @@ def test_several_checkpoints_on_one_page_and_nothing_is_computed_twice(world, tm
     assert shown == {str(world / "a"), str(world / "b")}
     pressure = [r for r in records if r.name == "diagnose/pressure" and r.config["policy"] == str(world / "a")]
     assert {(r.config["method"], r.config["group"]) for r in pressure} >= {
-        (method, group) for method in METHODS for group in ("all", "chosen longer", "source: y")
+        (method, group) for method in DIAGNOSED_METHODS for group in ("all", "chosen longer", "source: y")
     }
     monkeypatch.setattr(lazy_model.LazyModel, "load", refuse_to_load)
     assert diagnose(world, *words, *more, out=tmp_path) == 0

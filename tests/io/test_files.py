@@ -24,7 +24,7 @@ from sampo.io.files import (
     open_to_append,
     remove_left_overs,
     replacing,
-    write_whole,
+    write_atomic,
 )
 from sampo.io.journal import Journal
 
@@ -34,7 +34,7 @@ def test_a_link_at_the_target_is_replaced_and_what_it_points_to_stays(tmp_path):
     victim.write_text("mine")
     target.parent.mkdir()
     target.symlink_to(victim)
-    write_whole(target, "page")
+    write_atomic(target, "page")
     assert (victim.read_text(), target.read_text(), target.is_symlink()) == ("mine", "page", False)
 
 
@@ -51,22 +51,22 @@ def test_temporary_names_cannot_be_foreseen_and_nothing_that_lies_there_is_used(
 
     monkeypatch.setattr(os, "open", watched)
     for _ in range(3):
-        write_whole(tmp_path / "x", "content")
+        write_atomic(tmp_path / "x", "content")
     assert len(set(names)) == 3
     victim = tmp_path / "victim"
     victim.write_text("mine")
     monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * 2 * n)  # an attacker who can foresee them
-    write_whole(tmp_path / "y", "content")
+    write_atomic(tmp_path / "y", "content")
     left = tmp_path / f".sampo-{files.mark_of(tmp_path / 'y')}-{'0' * 16}.part"
     left.symlink_to(victim)
     with pytest.raises(FileExistsError):
-        write_whole(tmp_path / "y", "other")
+        write_atomic(tmp_path / "y", "other")
     assert (victim.read_text(), (tmp_path / "y").read_text()) == ("mine", "content")
 
 
 def test_a_name_as_long_as_a_name_can_be_is_written(tmp_path):
     path = tmp_path / ("é" * 127)
-    write_whole(path, "text")
+    write_atomic(path, "text")
     assert path.read_text() == "text"
 
 
@@ -74,10 +74,10 @@ def test_a_name_as_long_as_a_name_can_be_is_written(tmp_path):
 def test_a_new_file_has_the_permissions_of_the_umask_and_a_replaced_one_keeps_its_own(tmp_path, umask):
     before = os.umask(umask)
     try:
-        write_whole(tmp_path / "new", "text")
+        write_atomic(tmp_path / "new", "text")
         assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o666 & ~umask
         (tmp_path / "new").chmod(0o640)
-        write_whole(tmp_path / "new", "other")
+        write_atomic(tmp_path / "new", "other")
         assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
         with new_folder(tmp_path / "folder") as aside:
             (aside / "file").write_text("text")
@@ -92,7 +92,7 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
             write(new)
             _ = 1 / 0
 
-    write_whole(tmp_path / "x", "old")
+    write_atomic(tmp_path / "x", "old")
     with pytest.raises(ZeroDivisionError):
         fail(replacing(tmp_path / "x"), lambda file: file.write(b"half"))
     with pytest.raises(ZeroDivisionError):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sampo.io.files import write_whole
+from sampo.io.files import write_atomic
 from sampo.io.hashing import (
     Content,
     find_changed_file,
@@ -24,7 +24,7 @@ def hash_text(text: str) -> str:
 
 
 def test_names_sizes_and_contents_are_what_is_hashed(tmp_path):
-    write_whole(tmp_path / "a", "hello")
+    write_atomic(tmp_path / "a", "hello")
     one = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     assert hash_file(tmp_path / "a") == one
     assert hash_files([("a", tmp_path / "a")]) == hash_text(f"a {one}\n")
@@ -39,13 +39,13 @@ def test_a_json_value_has_one_digest_in_any_order_of_its_keys():
 
 def test_a_file_that_is_not_as_it_was_written_is_named_with_the_reason(tmp_path):
     for name in ("a", "b/c"):
-        write_whole(tmp_path / name, name * 5)
+        write_atomic(tmp_path / name, name * 5)
     known = hash_contents(tmp_path, ["a", "b/c"])
     assert known["a"] == Content(5, "ed968e840d10d2d313a870bc131a4e2c311d7ad09bdf32b3418147221f51a6e2")
     assert find_changed_file(tmp_path, known) is None
-    write_whole(tmp_path / "b/c", "b/c" * 4 + "b/d")
+    write_atomic(tmp_path / "b/c", "b/c" * 4 + "b/d")
     assert find_changed_file(tmp_path, known) == "the content of b/c is not what was written"
-    write_whole(tmp_path / "b/c", "b/c")
+    write_atomic(tmp_path / "b/c", "b/c")
     assert find_changed_file(tmp_path, known) == "b/c has 3 bytes in place of 15"
     (tmp_path / "a").unlink()
     assert find_changed_file(tmp_path, known) == "a is missing"

@@ -210,14 +210,14 @@ def trainer_state(folder):
 def reference_cache(folder):
     key = {"weights": "a", "storage_dtype": "float32", "max_length": 9}
     about = About("train", "model", "run")
-    manifest = RefManifest(ref_logps.SCHEMA, key, 20, 4, "2026-01-01", about, {"0": ShardEntry("ab", 100, 7)})
+    manifest = RefManifest(ref_logps.KEY_SCHEMA, key, 20, 4, "2026-01-01", about, {"0": ShardEntry("ab", 100, 7)})
     place = folder / ("a" * 24)
     place.mkdir()
     (place / "manifest.json").write_text(seal(asdict(manifest)))
 
     def read():
         assert cache.run(["--ref_cache_dir", str(folder), "--ls"]) == 0
-        ref_logps.read_manifest(place / "manifest.json")
+        ref_logps.read_cache_manifest(place / "manifest.json")
 
     return place / "manifest.json", read
 
@@ -230,7 +230,7 @@ def diagnosis(folder):
     (folder / "rows.parquet").write_bytes(b"rows")
     known = {"rows.parquet": pair_scores.hash_content(b"rows")}
     pair_scores.write_score_manifest(folder, key, known)
-    return folder / pair_scores.MANIFEST, lambda: pair_scores.read_score_shards(folder, key)
+    return folder / pair_scores.SCORE_MANIFEST, lambda: pair_scores.read_score_shards(folder, key)
 
 
 def answers(folder):

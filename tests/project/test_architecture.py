@@ -22,9 +22,9 @@ ARROWS = {
     "io": set(),
     "stats": set(),
     "weighting": {"plugins"},
-    "config_checks": {"old_options", "weighting"},
-    "config": {"config_checks", "old_options", "weighting"},
     "data": {"io", "weighting"},
+    "config_checks": {"data", "old_options", "weighting"},
+    "config": {"config_checks", "old_options", "weighting"},
     "models": {"data", "io"},
     "scoring": {"data", "logs", "models", "weighting"},
     "reference_cache": {"config", "data", "io", "logs", "models", "scoring"},
@@ -90,6 +90,47 @@ def private_uses(path: Path) -> list[str]:
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
+
+
+NOT_SHARED = {
+    "logger",
+    "main",
+    "make_parser",
+    "run",
+    "start",
+    "__all__",
+    "__getattr__",
+    "__dir__",
+}  # roles of a module
+ALLOWED = {
+    *{"COLOURS", "COMMANDS", "Draw", "MAX_GROUPS", "Question", "RIDGE", "Row", "Table", "Verbosity", "WinRate"},
+    *{"collect", "draw", "findings", "generate", "length_pressure", "read"},
+}
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    """Functions, classes and constants that a module defines at its top level."""
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)]
+    return {name for name in names if not is_private(name)}
+
+
+def test_each_public_name_is_defined_in_one_module():
+    modules: dict[str, list[str]] = {}
+    for path in MODULES:
+        for name in public_names(ast.parse(path.read_text(encoding="utf-8"))) - NOT_SHARED - ALLOWED:
+            modules.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert not {name: paths for name, paths in modules.items() if len(paths) > 1}
+
+
+def test_public_names_of_a_module_are_found():
+    tree = ast.parse("A, B = 1, 2\nC: int = 3\n_D = 4\ndef f(): g = 1\nclass H: i = 1\nimport j\n")
+    assert public_names(tree) == {"A", "B", "C", "f", "H"}
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

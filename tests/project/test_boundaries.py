@@ -61,7 +61,7 @@ def test_a_margin_of_exactly_0_is_not_right():
     sums = LengthSums()
     lengths = {"chosen_tokens": np.array([5.0, 5, 2, 2]), "rejected_tokens": np.array([3.0, 3, 4, 4])}
     margin = np.array([0.0, 1.0, 0.0, -1.0])
-    sums.add({**lengths, "counted_tokens": np.full(4, 6.0), "margin": margin, "dpo_margin": margin})
+    sums.add({**lengths, "selected_tokens": np.full(4, 6.0), "margin": margin, "dpo_margin": margin})
     found = sums.metrics()
     for prefix in ("", "dpo/"):
         assert found[f"{prefix}accuracies/chosen_longer"] == 0.5

@@ -24,7 +24,16 @@ from sampo.io.hashing import SEAL, seal, unseal
 from sampo.reference_cache import store as ref_logps
 from sampo.reference_cache import trainer as cached_reference
 from sampo.reference_cache.key import RefKey, hash_config, hash_model_files, hash_weights
-from sampo.reference_cache.store import CHOSEN, END, REJECTED, STORAGE, RefCache, RefCacheError, RefCollator, decode
+from sampo.reference_cache.store import (
+    CHOSEN_REF_LOGPS,
+    END,
+    REJECTED_REF_LOGPS,
+    STORAGE,
+    RefCache,
+    RefCacheError,
+    RefCollator,
+    decode,
+)
 from sampo.training.description import describe_reference
 from sampo.weighting import WEIGHTINGS
 
@@ -78,7 +87,7 @@ def key_of(trainer) -> RefKey:
 
 def columns(trainer) -> list[list[float]]:
     rows = trainer.train_dataset
-    return [row[name] for row in rows for name in (CHOSEN, REJECTED)]
+    return [row[name] for row in rows for name in (CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS)]
 
 
 def token_logps(model, row) -> list[float]:
@@ -103,7 +112,7 @@ def test_the_cache_holds_one_log_prob_per_completion_token_that_survives_truncat
     )
     limit, seen = options.get("max_length", 10**6), 0
     for row in trainer.train_dataset:
-        for name, column in (("chosen_ids", CHOSEN), ("rejected_ids", REJECTED)):
+        for name, column in (("chosen_ids", CHOSEN_REF_LOGPS), ("rejected_ids", REJECTED_REF_LOGPS)):
             ids = row["prompt_ids"] + row[name]
             is_completion = [0] * len(row["prompt_ids"]) + [1] * len(row[name])
             cut = slice(-limit, None) if "truncation_mode" in options else slice(limit)
@@ -293,9 +302,9 @@ def test_rows_that_the_trainer_drops_do_not_shift_the_others(model_folder, root)
     # and `datasets` has not put copies of its own beside the shards
     assert [path.name for path in sorted(cache_of(trainer).folder.iterdir())] == ["manifest.json", "shard-00000.arrow"]
     for row in trainer.train_dataset:
-        assert len(row[CHOSEN]) == len(row["chosen_ids"])
+        assert len(row[CHOSEN_REF_LOGPS]) == len(row["chosen_ids"])
         expected = token_logps(trainer.model, row["prompt_ids"] + row["chosen_ids"])[-len(row["chosen_ids"]) :]
-        assert row[CHOSEN] == pytest.approx(expected, abs=2e-5)
+        assert row[CHOSEN_REF_LOGPS] == pytest.approx(expected, abs=2e-5)
 
 
 def test_streamed_data_cannot_be_precomputed_as_in_trl(model_folder, root):
@@ -314,8 +323,8 @@ def test_a_batch_has_its_numbers_where_trl_counts_completion_tokens(model_folder
     collate = RefCollator(make_trainer(model_folder, None).data_collator, "float32")
     batch = collate(
         [
-            example([1, 2], [3, 4], [5], **{CHOSEN: [-1.0, -2.0], REJECTED: [-3.0]}),
-            example([1, 2, 3], [4], [5, 6], **{CHOSEN: [-4.0], REJECTED: [-5.0, -6.0]}),
+            example([1, 2], [3, 4], [5], **{CHOSEN_REF_LOGPS: [-1.0, -2.0], REJECTED_REF_LOGPS: [-3.0]}),
+            example([1, 2, 3], [4], [5, 6], **{CHOSEN_REF_LOGPS: [-4.0], REJECTED_REF_LOGPS: [-5.0, -6.0]}),
         ]
     )
     expected = [[0, -1, -2, 0], [0, 0, -4, 0], [0, -3, 0, 0], [0, 0, -5, -6]]
@@ -327,7 +336,7 @@ def test_a_batch_has_its_numbers_where_trl_counts_completion_tokens(model_folder
 def test_a_collator_that_cuts_otherwise_is_noticed(model_folder):
     collate = RefCollator(make_trainer(model_folder, None, max_length=3).data_collator, "float32")
     with pytest.raises(RefCacheError, match="must have as many completion tokens as the cache"):
-        collate([example([1, 2], [3, 4], [5], **{CHOSEN: [-1.0, -2.0], REJECTED: [-3.0]})])
+        collate([example([1, 2], [3, 4], [5], **{CHOSEN_REF_LOGPS: [-1.0, -2.0], REJECTED_REF_LOGPS: [-3.0]})])
 
 
 # --- the key ---------------------------------------------------------------------------------------------------------
@@ -456,7 +465,7 @@ def test_a_stored_number_is_off_by_no_more_than_its_bound(tmp_path, kind):
     cache.record([cache.write(shard, rows, rows[::-1])])
     data = cache.attach(Dataset.from_dict({"n": list(range(len(rows)))}))
     bound, worst = STORAGE[kind][1], 0.0
-    for stored, row in zip(data[CHOSEN], rows, strict=True):
+    for stored, row in zip(data[CHOSEN_REF_LOGPS], rows, strict=True):
         error = (decode(stored, kind) - row).abs()
         assert (error <= bound * row.abs() + (2**-25 if kind == "float16" else 0.0)).all()  # below 2^-14: subnormal
         worst = max(worst, *(error / row.abs().clamp(min=1e-3)).tolist(), 0.0) if len(row) else worst
@@ -576,7 +585,7 @@ def flip_a_bit(path):
     ],
     ids=["a flipped bit", "a truncated shard", "a shard of other rows"],
 )
-def test_a_shard_with_other_bytes_is_refused_and_its_deletion_is_the_cure(filled, damage):
+def test_a_shard_with_other_bytes_is_refused_and_its_deletion_is_the_fix(filled, damage):
     folder, before, again = filled
     shard = folder / "shard-00003.arrow"
     damage(shard)
@@ -634,7 +643,7 @@ def test_a_manifest_without_a_checksum_of_its_own_is_that_of_an_earlier_version(
         (lambda text: resealed(text.replace('"rows": 20', '"rows": "20"')), "`rows` must be a whole number, got '20'"),
     ],
 )
-def test_a_manifest_that_is_not_this_caches_is_refused_with_the_cure(filled, change, said):
+def test_a_manifest_that_is_not_this_caches_is_refused_with_the_fix(filled, change, said):
     folder, _, again = filled
     manifest = folder / "manifest.json"
     text = manifest.read_text()

@@ -34,7 +34,7 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from sampo.scoring.packing import install, lay_out, remove
+from sampo.scoring.packing import install, lay_out, uninstall
 
 EXACT = {
     "llama": LlamaConfig(**COMMON, **GROUPED),
@@ -145,7 +145,7 @@ def test_the_model_without_a_stream_is_what_it_was(models):
     install(model)
     assert torch.equal(plain_output(model, batch).log_probs, before)
     assert torch.equal(model.generate(batch["input_ids"][:1, :4], max_new_tokens=5, do_sample=False), generated)
-    remove(model)
+    uninstall(model)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -66,7 +66,7 @@ def train(
     if options.get("precompute_ref_log_probs"):
         options = {"ref_cache_dir": str(out / "references")} | options  # no other run's
     if no_shard_on == int(os.environ.get("RANK", "0")):
-        ref_logps.write_whole = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
+        ref_logps.write_atomic = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
     trainer = SamPOTrainer(
         model=model,
         args=SamPOConfig(**training_options(out, **options)),

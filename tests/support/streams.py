@@ -10,7 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.scoring.packing import install, lay_out, remove, score_packed
+from sampo.scoring.packing import install, lay_out, score_packed, uninstall
 
 COMMON = {
     "vocab_size": 69,
@@ -61,7 +61,7 @@ def streamed_output(model, batch, scored=None, needed=None):
     try:
         return score_packed(model, model.base_model, stream, scored, [batch["input_ids"][:, 1:]])[0]
     finally:
-        remove(model)
+        uninstall(model)
 
 
 def gradients(model, output, weights=1.0):

@@ -191,7 +191,7 @@ def test_metrics_of_length_are_those_of_one_process_with_an_uneven_last_batch_to
             bound = {"slope": slope, "correlation": correlation}.get(name.rsplit("/", 1)[-1], 1e-9)
             assert rank["eval"][name] == pytest.approx(one["eval"][name], rel=0, abs=bound), name
         for step, (ours, theirs) in enumerate(zip(rank["log"], one["log"], strict=True)):
-            for name in ("length/chosen", "length/rejected", "length/counted", "length/chosen_longer"):
+            for name in ("length/chosen", "length/rejected", "length/selected", "length/chosen_longer"):
                 assert ours.get(name) == theirs.get(name), (step, name)
 
 

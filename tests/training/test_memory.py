@@ -12,7 +12,7 @@ from sampo import SamPOConfig, SamPOTrainer
 from sampo.cli import main
 from sampo.training.memory import (
     ENGINES,
-    METHODS,
+    MEMORY_METHODS,
     QLORA_ENGINES,
     SHAPES,
     Shape,
@@ -196,4 +196,4 @@ def test_every_engine_has_a_launch_configuration_of_its_name():
     assert set(ENGINES) - {"single"} <= names
     assert "single_gpu" in names
     assert set(QLORA_ENGINES) < set(ENGINES)
-    assert METHODS == ("full", "lora", "qlora")
+    assert MEMORY_METHODS == ("full", "lora", "qlora")

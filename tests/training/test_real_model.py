@@ -50,7 +50,7 @@ def check_log(log, steps):
     for entry in log:
         assert entry["length/chosen"] > 2
         assert entry["length/rejected"] > 2
-        assert 0 < entry["length/counted"] <= 1
+        assert 0 < entry["length/selected"] <= 1
 
 
 def generate(model, tokenizer):

@@ -468,7 +468,7 @@ def test_noise_and_virtual_tokens_are_no_fault_of_the_reference(tmp_path, caplog
     with caplog.at_level(logging.INFO, logger="sampo"):
         trainer = make_trainer(folder, tmp_path, max_steps=1, beta=5.0, **options)
         log = history(trainer)
-    assert "The reference is not what the configuration says" not in caplog.text
+    assert "The reference is not the configured one" not in caplog.text
     warned = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
     assert not [text for text in warned if "reference" in text]
     noisy = "neftune_noise_alpha" in options or settings
@@ -485,7 +485,7 @@ def test_noise_does_not_hide_a_reference_that_is_not_the_policy(tmp_path, caplog
         policy.lm_head.weight[30:] += torch.randn_like(policy.lm_head.weight[30:])
     options = {"neftune_noise_alpha": 5.0, "max_tokens_per_forward": 40}
     history(make_trainer(policy, tmp_path, processing_class=make_tokenizer(), max_steps=1, **options))
-    assert "The reference is not what the configuration says" in caplog.text
+    assert "The reference is not the configured one" in caplog.text
 
 
 def test_an_adapter_that_changes_the_model_before_it_is_trained_is_told_as_such(model_folder, tmp_path, caplog):
@@ -592,7 +592,7 @@ def test_metrics_of_length_are_those_of_the_whole_window_computed_pair_by_pair(m
         for name, into in (("sampo", margins), ("all", plain)):
             chosen, rejected, _ = oracle_scores(policy, reference, pair, name=name, seed=7, epoch=-1, end_ids=set())
             into.append(0.1 * (chosen - rejected))
-    assert measured["eval_length/counted"] == pytest.approx(counted / tokens)
+    assert measured["eval_length/selected"] == pytest.approx(counted / tokens)
     assert measured["eval_length/chosen_longer"] == pytest.approx(sum(g > 0 for g in gaps) / 13)
     for prefix, values in (("eval_", margins), ("eval_dpo/", plain)):
         r, slope = oracles.correlation_and_slope(gaps, values)
@@ -848,7 +848,7 @@ def test_truncation_is_counted_and_told(model_folder, tmp_path, caplog):
     assert "1 pairs identical after truncation" in caplog.text
 
 
-def test_a_plain_dpo_config_is_refused_with_the_cure(model_folder, tmp_path):
+def test_a_plain_dpo_config_is_refused_with_the_fix(model_folder, tmp_path):
     with pytest.raises(TypeError, match="must be a `SamPOConfig`, got `DPOConfig`"):
         make_trainer(model_folder, tmp_path, config=DPOConfig)
 

@@ -15,7 +15,7 @@ from typing import Any
 from ...data.issues import KINDS
 from ...data.json_files import json_rows
 from ...data.layouts import without_nulls
-from ...io.files import write_whole
+from ...io.files import write_atomic
 from ...io.schemas import named, typed
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def as_row(answer: Answer) -> dict[str, Any]:
 
 def write_answers(path: str | Path, answers: Iterable[Answer]) -> None:
     """Write answers as JSONL; the write is atomic."""
-    write_whole(Path(path), "".join(json.dumps(as_row(answer)) + "\n" for answer in answers))
+    write_atomic(Path(path), "".join(json.dumps(as_row(answer)) + "\n" for answer in answers))
 
 
 def write_alpaca_eval(path: str | Path, answers: Iterable[Answer]) -> None:
@@ -218,4 +218,4 @@ def write_alpaca_eval(path: str | Path, answers: Iterable[Answer]) -> None:
         }
         for answer in answers
     ]
-    write_whole(Path(path), json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(Path(path), json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...io.journal import Journal
+from ...io.progress import Progress
 from ...io.schemas import named, typed
-from ..judging.judges import Progress
 from .answers import Answer, Prompt, as_row
 from .prompts import Question
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...data.columns import Rows, pair_rows
+from ...data.columns import TableRows, pair_rows
 from ...data.issues import ON_BAD_ROWS, check_choice
 from ...data.json_files import BrokenLine
 from ...data.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, READERS, detect_layout, is_blank_text, without_nulls
@@ -203,18 +203,18 @@ def _before_answer(messages: Any) -> Prompt:
     return kept
 
 
-def _layout(rows: Rows) -> str:
+def _layout(rows: TableRows) -> str:
     cells = rows.cells(list(PAIR_COLUMNS))
     head = [row for row in itertools.islice(cells, 1000) if not isinstance(row, BrokenLine)]
     return detect_layout(rows.columns, head)
 
 
-def _is_in_responses(rows: Rows) -> bool:
+def _is_in_responses(rows: TableRows) -> bool:
     """Whether a text `prompt` stands beside complete conversations, which may also have a system message."""
     return {"chosen", "rejected"} <= set(rows.columns) and _layout(rows) == "text_beside_messages"
 
 
-def _reader_of_pairs(rows: Rows) -> Callable[[Any, Any, Any], Prompt]:
+def _reader_of_pairs(rows: TableRows) -> Callable[[Any, Any, Any], Prompt]:
     reader = READERS[_layout(rows)]
 
     def read(given: Any, chosen: Any, rejected: Any) -> Prompt:

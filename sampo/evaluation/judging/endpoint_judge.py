@@ -13,11 +13,12 @@ from typing import Any
 
 from ...io.hashing import hash_json
 from ...io.journal import Journal
+from ...io.progress import Progress
 from ...io.schemas import named, typed
 from ..answers.answers import prompt_text
 from ..endpoint import Endpoint, Unanswered
 from ..server_text import read_reply, usage_of, visible
-from .judges import Comparison, Progress, Verdict
+from .judges import Comparison, Verdict
 from .templates import JudgePrompt
 
 CHARS_PER_TOKEN = 4  # of English, roughly; for the estimate of a dry run alone

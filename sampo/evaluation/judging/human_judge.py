@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from ...io.files import write_whole
+from ...io.files import write_atomic
 from ...io.hashing import hash_file
+from ...io.progress import Progress
 from ..answers.answers import prompt_text
-from .judges import ONCE, ORDERS, AnswerPair, Comparison, Progress, Verdict
+from .judges import ONCE, ORDERS, AnswerPair, Comparison, Verdict
 
 SHEET = ("prompt_id", "prompt", "answer_a", "answer_b", "preferred")
 FORMULA = ("=", "+", "-", "@")  # what begins a formula
@@ -114,4 +115,4 @@ def write_sheet(path: str | Path, pairs: Sequence[AnswerPair], seed: int = 0) ->
         shown = pair.comparison(ORDERS[first])
         texts = (prompt_text(shown.prompt), shown.answer_a, shown.answer_b)
         table.writerow([shown.prompt_id, *map(_escape_formula, texts), ""])
-    write_whole(Path(path), "\ufeff" + text.getvalue())  # without the mark Excel takes UTF-8 for something else
+    write_atomic(Path(path), "\ufeff" + text.getvalue())  # without the mark Excel takes UTF-8 for something else

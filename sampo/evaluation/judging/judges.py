@@ -10,19 +10,19 @@ A failure is never a tie: it has no preference, and is counted.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...io.files import write_whole
+from ...io.files import write_atomic
 from ...io.journal import read_rows
+from ...io.progress import Progress
 from ...io.schemas import named, typed
 from ..answers.answers import Answer, prompt_text
 
 ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
 ONCE = "shown in one order only"  # `detail` of a preference for an order that was not shown
-Progress = Callable[[int, int], None]  # (done, of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ def _judgement(judge: str, pair: AnswerPair, order: str, verdict: Verdict) -> Ju
 
 def write_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:
     """Write one row per prompt, sample and order; the write is atomic."""
-    write_whole(Path(path), "".join(json.dumps(asdict(row)) + "\n" for row in judgements))
+    write_atomic(Path(path), "".join(json.dumps(asdict(row)) + "\n" for row in judgements))
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:

@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...io.progress import Progress
 from ...models.inference import default_device, load_causal, load_reward
 from ...models.load import load_tokenizer
 from ..answers.answers import Prompt
 from ..models import Texts
-from .judges import Comparison, Progress, Verdict
+from .judges import Comparison, Verdict
 
 if TYPE_CHECKING:
     pass

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .judges import Comparison, Progress, Verdict
+from ...io.progress import Progress
+from .judges import Comparison, Verdict
 
 
 @dataclass(frozen=True)

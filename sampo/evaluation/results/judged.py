@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ...io.files import write_whole
+from ...io.files import write_atomic
 from ...io.hashing import hash_file
 from ...io.records import lines
 from ...io.schemas import WrongFile, read_json
@@ -214,10 +214,10 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
         "sentence": summary.sentence(),
         **more,
     }
-    write_whole(places["summary"], json.dumps(about, indent=2) + "\n")
-    write_whole(places["table"], csv_text([summary.row()]))
+    write_atomic(places["summary"], json.dumps(about, indent=2) + "\n")
+    write_atomic(places["table"], csv_text([summary.row()]))
     made = records(summary, config=judged.config, seed=judged.seed, command=command)
-    write_whole(places["records"], lines(made))
+    write_atomic(places["records"], lines(made))
     return [out, *places.values()]
 
 
