@@ -121,7 +121,7 @@ class Bench:
         from sampo import load_preferences
         from sampo.data.subsets import split_by_prompt
         from sampo.evaluation.answers.prompts import Question
-        from sampo.evaluation.models import Texts
+        from sampo.evaluation.texts import Texts
         from sampo.models.inference import fingerprint
         from sampo.models.load import load_tokenizer
 

@@ -16,7 +16,7 @@ from ..stats.intervals import Estimate, undefined, wilson
 from ..stats.logistic import newton
 
 PER = 100  # units of length that the slope is for
-RIDGE = 1e-8  # ridge on the slope in units of its scale: too small to matter where the slope is finite
+SLOPE_RIDGE = 1e-8  # ridge on the slope in units of its scale: too small to matter where the slope is finite
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: floa
     scale = float(np.sqrt((difference.astype(float) ** 2).mean()))
     scaled = difference / scale
     design, ones = scaled[None, :, None], np.ones(len(scaled))
-    beta = float(newton(design, ones, ones[None, :], np.array([RIDGE]))[0, 0])
+    beta = float(newton(design, ones, ones[None, :], np.array([SLOPE_RIDGE]))[0, 0])
     p = expit(beta * scaled)
     information = float((p * (1 - p) * scaled**2).sum())
     score = np.bincount(codes, weights=(1 - p) * scaled)

@@ -78,7 +78,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    from ..evaluation.models import Texts
+    from ..evaluation.texts import Texts
     from ..models.inference import default_device, load_causal
     from ..models.load import load_tokenizer
 

@@ -66,7 +66,7 @@ def _compare_judged(args: argparse.Namespace) -> None:
 
     if args.baseline:
         raise ValueError("`baseline` goes with `answers` alone: judgements say what they were made against.")
-    read = [judged.read(path) for path in args.judgements]
+    read = [judged.read_judged(path) for path in args.judgements]
     names = _display_names([*(run.system.file for run in read), read[0].baseline.file])
     if len(names) != len(read) + 1:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.columns import read_columns
 from ..data.issues import ON_BAD_ROWS
 from ..evaluation.answers.generate import Sampling
-from ..evaluation.models import FORMATS
+from ..evaluation.texts import FORMATS
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
 from .pair_options import COLUMNS_HELP
@@ -128,7 +128,7 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     """(prompts that can be asked, backend, endpoint if it is one)."""
     from ..evaluation.answers import backends
     from ..evaluation.answers.prompts import check_prompts
-    from ..evaluation.models import Texts
+    from ..evaluation.texts import Texts
     from ..models.inference import default_device, load_causal
     from ..models.load import load_tokenizer
 

@@ -110,7 +110,7 @@ def _pairs(args: argparse.Namespace) -> tuple[list[judges.AnswerPair], tuple[Any
                 f"The two files must answer the same prompts, got {lacking}. To go on, set `matched_only`."
             )
         print(f"Left out: {lacking}.")
-    pairs = judges.draw(matching.pairs, args.n, args.seed)
+    pairs = judges.draw_pairs(matching.pairs, args.n, args.seed)
     prompts = len({pair.system.prompt_id for pair in pairs})
     print(f"{len(pairs)} pairs of answers to {prompts} prompts, {len(matching.pairs) - len(pairs)} not drawn.")
     return pairs, (AnswerFile.of(args.system, system), AnswerFile.of(args.baseline, baseline))

@@ -163,17 +163,17 @@ def _show(outcomes: Outcomes, folder: Path, command: str) -> None:
     from ..lab import report
     from .shown import say, show
 
-    lines = report.collect(outcomes)
+    lines = report.collect_lines(outcomes)
     show(report.table(lines))
-    about = report.describe(outcomes, command)
+    about = report.describe_runs(outcomes, command)
     write_whole(folder / "table.md", report.markdown(lines, about=about))
     say(about, "")
-    for sentence in report.findings(lines):
+    for sentence in report.summarise_findings(lines):
         say(f"- {sentence}")
     if warning := report.weak_start(lines):
         say("", f"Warning: {warning}")
     try:
-        report.draw(lines, folder / "lab.svg")
+        report.draw_figure(lines, folder / "lab.svg")
         written = "records.jsonl, table.md, lab.svg"
     except ImportError:
         written = 'records.jsonl, table.md; no lab.svg, which needs `pip install "sampo-dpo[report]"`'

@@ -31,7 +31,7 @@ from . import model as lm
 from .methods import SLOPE
 from .pressure import logistic_slope, mean_pressures
 from .settings import UNEQUAL_TOKENS, VERSION, Run, Settings
-from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, Question, World, WorldPair, text
+from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, World, WorldPair, WorldQuestion, text
 
 if TYPE_CHECKING:
     from ..config import SamPOConfig
@@ -217,7 +217,7 @@ class Bench:
         return LlamaForCausalLM.from_pretrained(self.start_folder, dtype=torch.float32).eval()
 
     @cached_property
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[WorldQuestion]:
         """The questions that every model answers."""
         return self.world.evaluation_questions(self.settings.questions)
 
@@ -254,7 +254,7 @@ class Bench:
     def _answers(self, model: PreTrainedModel, *, sampling_seed: int) -> list[list[int]]:
         prompts = [question.prompt for question in self.questions]
         seed = 10 * self.seed + sampling_seed
-        return lm.generate(model, prompts, seed=seed, max_tokens=self.settings.max_tokens)
+        return lm.sample_answers(model, prompts, seed=seed, max_tokens=self.settings.max_tokens)
 
     def _qualities(self, answers: list[list[int]]) -> np.ndarray:
         return np.array([self.world.quality(q, a) for q, a in zip(self.questions, answers, strict=True)])
@@ -315,7 +315,7 @@ class Bench:
         return options
 
 
-def _rows(pairs: Sequence[WorldPair]) -> list[lm.Row]:
+def _rows(pairs: Sequence[WorldPair]) -> list[lm.PromptWithAnswer]:
     """Chosen rows first."""
     return [(p.question.prompt, p.chosen) for p in pairs] + [(p.question.prompt, p.rejected) for p in pairs]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..evaluation.answers.answers import prompt_text
 from ..evaluation.judging.rule_judges import RuleJudge
-from .world import ATTRIBUTE, ENTITY, FILLER, NIL, SEP, VALUE, WORDS, Question, World
+from .world import ATTRIBUTE, ENTITY, FILLER, NIL, SEP, VALUE, WORDS, World, WorldQuestion
 
 
 def lab_judge(seed: int) -> RuleJudge:
@@ -19,7 +19,7 @@ def lab_judge(seed: int) -> RuleJudge:
         if None in asked or None in said or len(entities) != 1 or not attributes or SEP not in asked:
             return None
         assert FILLER > VALUE > ENTITY > ATTRIBUTE > NIL
-        question = Question(entities[0], tuple(attributes))
+        question = WorldQuestion(entities[0], tuple(attributes))
         return float(world.quality(question, [word for word in said if word is not None]))
 
     return RuleJudge("lab", score, "not_of_the_lab", {"world_seed": seed})

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from ..io.files import new_folder
 from .world import BOS, EOS, PAD, PROMPT_TOKENS, WORDS
 
-Row = tuple[list[int], list[int]]  # prompt ids, answer ids
+PromptWithAnswer = tuple[list[int], list[int]]  # prompt ids, answer ids
 MAX_POSITIONS = 160
 IGNORED = -100
 # transformers 5.24 names it `cache`; 5.40 removes the other name
@@ -63,7 +63,12 @@ def _padded(sequences: Sequence[Sequence[int]], padding: int) -> Tensor:
 
 
 def train_supervised(
-    rows: Sequence[Row], *, steps: int, seed: int, batch_size: int = 64, progress: Callable[[int], None] | None = None
+    rows: Sequence[PromptWithAnswer],
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
 ) -> LlamaForCausalLM:
     """The supervised start: AdamW, 30 steps of warm-up and a cosine, batches drawn at random.
 
@@ -103,7 +108,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def generate(
+def sample_answers(
     model: PreTrainedModel, prompts: Sequence[list[int]], *, seed: int | None, max_tokens: int
 ) -> list[list[int]]:
     """One answer per prompt, sampled at temperature 1, or greedily with `seed=None`.
@@ -132,7 +137,7 @@ def generate(
     return answers
 
 
-def _batches(rows: Sequence[Row], size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+def _batches(rows: Sequence[PromptWithAnswer], size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Row numbers, input ids (B, P+T-1) and answer ids (B, T; padded with `IGNORED`), similar lengths together."""
     order = np.argsort([len(answer) for _, answer in rows], kind="stable")
     for start in range(0, len(rows), size):
@@ -144,7 +149,7 @@ def _batches(rows: Sequence[Row], size: int = 256) -> Iterator[tuple[np.ndarray,
 
 @torch.no_grad()
 def _sum_over_answers(
-    models: Sequence[PreTrainedModel], rows: Sequence[Row], measure: Callable[..., Tensor]
+    models: Sequence[PreTrainedModel], rows: Sequence[PromptWithAnswer], measure: Callable[..., Tensor]
 ) -> np.ndarray:
     """For each row the sum over its answer of `measure(targets, *log_probs)`.
 
@@ -163,12 +168,12 @@ def _sum_over_answers(
     return sums
 
 
-def answer_logps(model: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
+def answer_logps(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np.ndarray:
     """Log-probability of each row's answer, in nats."""
     return _sum_over_answers([model], rows, lambda t, lp: lp.gather(2, t[..., None])[..., 0])
 
 
-def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
+def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np.ndarray:
     """Per row the sum over its tokens of KL(policy ‖ reference) at that token, in nats.
 
     Over answers sampled from the policy, its mean is KL(policy ‖ reference) of whole answers (up to the cap), with
@@ -177,7 +182,7 @@ def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequen
     return _sum_over_answers([policy, reference], rows, lambda t, p, q: (p.exp() * (p - q)).sum(dim=2))
 
 
-def end_probs(model: PreTrainedModel, rows: Sequence[Row]) -> list[np.ndarray]:
+def end_probs(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> list[np.ndarray]:
     """Per row the probability of the end token at each position of its answer, (T,)."""
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
     with torch.no_grad():

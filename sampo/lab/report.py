@@ -26,7 +26,7 @@ COLUMNS = {  # record -> head of its column, digits
     "pressure": ("length\npressure", 2),
     "kl": ("KL", 1),
 }
-COLOURS = (
+METHOD_COLOURS = (
     "#666666",
     "#0072b2",
     "#d55e00",
@@ -100,7 +100,7 @@ def outcomes_of(records: Iterable[Record]) -> list[tuple[Run, list[Record]]]:
     ]
 
 
-def collect(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
+def collect_lines(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
     """Lines in the order of the runs, the start first."""
     lines: dict[tuple[str, str], Line] = {}
     for run, records in outcomes:
@@ -143,7 +143,7 @@ def markdown(lines: Sequence[Line], *, about: str) -> str:
     return f"{markdown_table(lines)}\n\n{about}\n\n{LEGEND}\n"
 
 
-def describe(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
+def describe_runs(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
     """How the numbers were made."""
     settings, seeds = outcomes[0][0].settings, sorted({run.seed for run, _ in outcomes})
     spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
@@ -157,7 +157,7 @@ def describe(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
     )
 
 
-def findings(lines: Sequence[Line]) -> list[str]:
+def summarise_findings(lines: Sequence[Line]) -> list[str]:
     """What these runs measured, in sentences computed from their numbers."""
     start = lines[0]
     n_seeds = len(start.values("tokens"))
@@ -215,7 +215,7 @@ def weak_start(lines: Sequence[Line]) -> str | None:
     )
 
 
-def draw(lines: Sequence[Line], path: Path) -> None:
+def draw_figure(lines: Sequence[Line], path: Path) -> None:
     """The figure as an SVG file. Needs matplotlib (`pip install "sampo-dpo[report]"`)."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -245,7 +245,7 @@ def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
                 line,
                 name,
                 x,
-                COLOURS[list(METHODS).index(line.method) % len(COLOURS)],
+                METHOD_COLOURS[list(METHODS).index(line.method) % len(METHOD_COLOURS)],
                 in_legend=line.group == groups[0],
             )
         axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")

@@ -17,7 +17,7 @@ SECTIONS: tuple[SectionBuilder, ...] = (
     *(data_section, training_section, diagnosis_section, win_rate_section, answer_section),
 )
 LAST_SECTIONS: tuple[SectionBuilder, ...] = (benchmark_section, other_section)
-COMMANDS = {  # section -> what is not there without it, and the command that makes it
+SECTION_COMMANDS = {  # section -> what is not there without it, and the command that makes it
     "data": ("an audit of the preference data", "sampo audit DATA --out DIR/audit"),
     "training": ("the log of a training run (trainer_state.json)", "sampo train … --output_dir DIR/run"),
     "model": (
@@ -78,7 +78,11 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
         found.others += found.labs
     builders = [*SECTIONS, *([lab_section] if lab_section else []), *LAST_SECTIONS]
     sections = [build(found) for build in builders]
-    missing = [COMMANDS[section.name] for section in sections if not section.blocks and section.name in COMMANDS]
+    missing = [
+        SECTION_COMMANDS[section.name]
+        for section in sections
+        if not section.blocks and section.name in SECTION_COMMANDS
+    ]
     name = plain(folder.resolve().name)
     problems = _problems(found, sections, folder)
     title = title or f"sampo report: {name}"

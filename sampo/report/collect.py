@@ -303,7 +303,7 @@ def _read_judged(path: Path, folder: Path, found: Found) -> bool:
     about = _require_keys(_json(path), "result", "sentence", "system", "baseline")
     stem = path.name.removesuffix(".summary.json")
     places = [path.with_name(name) for name in (f"{stem}.jsonl", stem)]
-    run = judged.read(next((place for place in places if place.is_file()), places[0]))
+    run = judged.read_judged(next((place for place in places if place.is_file()), places[0]))
     records = _records(path.with_name(f"{stem}.records.jsonl"))
     row = _check_names(_require_keys(about["result"], "system", "baseline", "judge", "win_rate"))
     found.judged.append(JudgedRun(_name(path, folder), run, row, str(about["sentence"]), records))

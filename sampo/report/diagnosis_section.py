@@ -11,9 +11,9 @@ from ..stats.intervals import Estimate
 from . import diagnostic_figures
 from .collect import Found, RecordFile
 from .numbers import estimate, number
-from .page import MAX_RUNS, Heading, Origin, Section, Table, build_section, origins_of, shorten
+from .page import MAX_RUNS, Heading, Origin, PageTable, Section, build_section, origins_of, shorten
 
-MAX_GROUPS = 20  # columns of a table of groups
+MAX_GROUP_COLUMNS = 20  # columns of a table of groups
 _NOT_LABELS = {  # of the config of a record of `sampo diagnose`: settings; the rest labels the number
     *("reference", "data", "split", "beta", "dtype", "bf16", "seed", "max_length", "truncation_mode", "resamples"),
     *("quality", "policy", "pairs"),
@@ -83,7 +83,7 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
 
 
 def _draw_pressure(found: Sequence[Finding], figure: Any) -> None:
-    diagnostic_figures.length_pressure(found, axes=figure.add_subplot())
+    diagnostic_figures.draw_length_pressure(found, axes=figure.add_subplot())
 
 
 def _estimate_of(found: Sequence[Finding], quantity: str, **labels: str) -> Estimate | None:
@@ -96,19 +96,19 @@ def _labels(found: Mapping[str, Sequence[Finding]], quantity: str, label: str) -
     return list(dict.fromkeys(str(f.labels[label]) for f in every))
 
 
-def _pressure_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
-    groups = _labels(found, "pressure", "group")[:MAX_GROUPS]
+def _pressure_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> PageTable:
+    groups = _labels(found, "pressure", "group")[:MAX_GROUP_COLUMNS]
     rows = [
         [name, method, *(number(_estimate_of(some, "pressure", method=method, group=g), sign=True) for g in groups)]
         for name, some in found.items()
         for method in _labels({name: some}, "pressure", "method")
     ]
-    return Table(
+    return PageTable(
         "Length pressure; below 0, training lengthens", ["checkpoint", "method", *groups], rows, origins, n, names=2
     )
 
 
-def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
+def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> PageTable:
     groups = _labels(found, "accuracy", "group")
     columns = {"correlation": "corr(margin, T_w − T_l)", "partial": "at equal quality"}
     if not any(f.quantity == "margin_partial" for some in found.values() for f in some):
@@ -120,7 +120,7 @@ def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin,
             more = [number(_estimate_of(some, f"margin_{what}", method=method), 2) for what in columns]
             rows.append([name, method, *shares, *more])
     heads = ["checkpoint", "method", *groups, *columns.values()]
-    return Table("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n, names=2)
+    return PageTable("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n, names=2)
 
 
 def _pressures_said(found: Sequence[Finding]) -> str:
@@ -187,7 +187,7 @@ def _draw_profile(draw: Callable[..., Any], found: Sequence[Finding], figure: An
 
 
 _PROFILES: dict[Callable[..., Any], str] = {
-    diagnostic_figures.log_ratio_by_place: "Log-ratio by the place of the token",
+    diagnostic_figures.log_ratio_by_position: "Log-ratio by the place of the token",
     diagnostic_figures.log_ratio_by_class: "Log-ratio of first, inner and end tokens",
 }
 

@@ -73,7 +73,7 @@ def accuracy_by_length(page: Checkpoints, *, method: str = PLAIN, axes: "Axes | 
     return axes
 
 
-def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
+def log_ratio_by_position(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
     """Mean log-ratio of a token by its position in the response, on a logarithmic axis.
 
     Args:
@@ -97,7 +97,7 @@ def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) 
 
 
 def log_ratio_by_class(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
-    """Mean log-ratio of first, inner and end tokens, chosen and rejected; arguments as of `log_ratio_by_place`."""
+    """Mean log-ratio of first, inner and end tokens, chosen and rejected; arguments as of `log_ratio_by_position`."""
     axes = given_or_new(axes, size=None)
     rows = {side: _require(found, "log_ratio_of", side=side) for side in SIDES}
     names = list(dict.fromkeys(f.labels["class"] for side in rows.values() for f in side))
@@ -107,7 +107,7 @@ def log_ratio_by_class(found: Sequence[Finding], *, axes: "Axes | None" = None) 
     return axes
 
 
-def length_pressure(
+def draw_length_pressure(
     found: Sequence[Finding],
     *,
     groups: Sequence[str] = ("all", "chosen longer", "chosen shorter"),

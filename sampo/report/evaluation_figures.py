@@ -16,11 +16,11 @@ from .axes import BINS, COLOURS, MARKERS, NEUTRAL, WIDEST, draw_level, given_or_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = Mapping[str, Any]
+SummaryRow = Mapping[str, Any]
 _RATIO = re.compile(r"win_rate/length_ratio_([^_]+)_([^_]+)$")
 
 
-def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
+def frontier(rows: Sequence[SummaryRow], *, ax: "Axes | None" = None) -> "Axes":
     """Verbosity against win rate: each system at the mean length of its answers, with both 95 % intervals.
 
     A full marker is the raw win rate, a hollow one at its side the win rate at equal length; the grey cross is the
@@ -59,7 +59,7 @@ def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def ratio_bins(row: Row) -> list[tuple[float, float, str]]:
+def ratio_bins(row: SummaryRow) -> list[tuple[float, float, str]]:
     """The bins of a row's win rates by ratio of lengths, as lower edge, upper edge and the key of the win rate."""
     found = []
     for key in row:
@@ -75,7 +75,7 @@ def bin_name(low: float, high: float) -> str:
     return f"≥ {low:g}×" if math.isinf(high) else f"{low:g}–{high:g}×"
 
 
-def win_rate_by_length_ratio(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
+def win_rate_by_length_ratio(rows: Sequence[SummaryRow], *, ax: "Axes | None" = None) -> "Axes":
     """Win rate where the system's answer is shorter, about as long, and longer than the baseline's.
 
     Args:
@@ -146,12 +146,12 @@ def answer_lengths(lengths: Mapping[str, np.ndarray], *, unit: str, ax: "Axes | 
     return ax
 
 
-def _number(row: Row, key: str) -> float | None:
+def _number(row: SummaryRow, key: str) -> float | None:
     value = row.get(key)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _distances(row: Row, key: str) -> np.ndarray:
+def _distances(row: SummaryRow, key: str) -> np.ndarray:
     """`(2, 1)` from the value down and up to the bounds of its interval."""
     value = float(row[key])
     low, high = (_number(row, f"{key}_{end}") for end in ("low", "high"))

@@ -12,9 +12,9 @@ from ..evaluation.results.verbosity import System, Verbosity, compare_verbosity
 from ..stats.intervals import Estimate
 from . import evaluation_figures
 from .collect import AnswerSet, Compared, Found, JudgedRun, plain
-from .evaluation_figures import Row
+from .evaluation_figures import SummaryRow
 from .numbers import number
-from .page import Heading, Listing, Origin, Sample, Section, Shown, Table, Text, origins_of, shorten
+from .page import Heading, Listing, Origin, PageTable, Sample, Section, Shown, Text, origins_of, shorten
 
 SAMPLES = 6  # prompts whose answers are shown
 SYSTEMS = 6  # of answers, in figures and side by side
@@ -59,7 +59,7 @@ def _add_judged(section: Section, runs: Sequence[JudgedRun], compared: Sequence[
         _tables_and_figures(section, rows, origins)
 
 
-def _covered(rows: Sequence[Row], compared: Sequence[Compared]) -> bool:
+def _covered(rows: Sequence[SummaryRow], compared: Sequence[Compared]) -> bool:
     """Whether a comparison shows the same systems already."""
     sides = {(row["system"], row["baseline"], row["judge"]) for row in rows}
     return any(sides <= {(r.get("system"), r.get("baseline"), r.get("judge")) for r in c.systems} for c in compared)
@@ -75,7 +75,7 @@ def _add_comparison(section: Section, file: Compared) -> None:
         section.add(_duel_table(file.duels, origins))
 
 
-def _tables_and_figures(section: Section, rows: Sequence[Row], origins: tuple[Origin, ...]) -> None:
+def _tables_and_figures(section: Section, rows: Sequence[SummaryRow], origins: tuple[Origin, ...]) -> None:
     n = f"{', '.join(dict.fromkeys(_count(row.get('prompts')) for row in rows))} prompts"
     section.add(_win_rate_table(rows, origins, n))
     if notes := list(dict.fromkeys(f"{row['system']}: {row['notes']}" for row in rows if row.get("notes"))):
@@ -83,7 +83,7 @@ def _tables_and_figures(section: Section, rows: Sequence[Row], origins: tuple[Or
     _win_rate_figures(section, rows, origins, n)
 
 
-def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Origin, ...], n: str) -> None:
+def _win_rate_figures(section: Section, rows: Sequence[SummaryRow], origins: tuple[Origin, ...], n: str) -> None:
     shown = [{**row, "system": shorten(str(row["system"])), "baseline": shorten(str(row["baseline"]))} for row in rows]
     shown = shown[:SYSTEMS]
     said = "; ".join(
@@ -118,7 +118,7 @@ def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Orig
         )
 
 
-def _estimate_in(row: Row, key: str) -> Estimate:
+def _estimate_in(row: SummaryRow, key: str) -> Estimate:
     return Estimate(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), None, row.get("prompts", 0))
 
 
@@ -126,7 +126,7 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "–"
 
 
-def _win_rate_table(rows: Sequence[Row], origins: tuple[Origin, ...], n: str) -> Table:
+def _win_rate_table(rows: Sequence[SummaryRow], origins: tuple[Origin, ...], n: str) -> PageTable:
     unit = str(rows[0].get("length_unit", "characters"))
     heads = ["system", "prompts", "win rate", "at equal length", unit, "baseline's", "the longer one wins"]
     heads += ["an empty one wins", "orders agree", "wins", "ties", "losses", "pairs failed"]
@@ -140,12 +140,12 @@ def _win_rate_table(rows: Sequence[Row], origins: tuple[Origin, ...], n: str) ->
         failed = _count(row.get("failed", 0) + row.get("half_failed", 0))
         cells.append([str(row["system"]), _count(row.get("prompts")), *rates, *lengths, *controls, *counts, failed])
     opponents = "; ".join(dict.fromkeys(f"{row['baseline']} by {row['judge']}" for row in rows))
-    return Table(
+    return PageTable(
         f"Win rates against {opponents}, with lengths and controls (95 % intervals)", heads, cells, origins, n
     )
 
 
-def _duel_table(duels: Sequence[Row], origins: tuple[Origin, ...]) -> Table:
+def _duel_table(duels: Sequence[SummaryRow], origins: tuple[Origin, ...]) -> PageTable:
     rows = [
         [
             f"{duel['first']} − {duel['second']}",
@@ -157,7 +157,7 @@ def _duel_table(duels: Sequence[Row], origins: tuple[Origin, ...]) -> Table:
     ]
     heads = ["first − second", "difference, points", "better", "worse", "equal", "p, sign test", "p, Holm"]
     n = f"{', '.join(dict.fromkeys(_count(duel.get('prompts')) for duel in duels))} prompts"
-    return Table("Differences in win rate, prompt by prompt", heads, rows, origins, n)
+    return PageTable("Differences in win rate, prompt by prompt", heads, rows, origins, n)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _length_figure(
     )
 
 
-def _verbosity_table(found: Sequence[Verbosity], origins: tuple[Origin, ...], n: str) -> Table:
+def _verbosity_table(found: Sequence[Verbosity], origins: tuple[Origin, ...], n: str) -> PageTable:
     """Measures that no system has, such as tokens of an unknown tokenizer, have no column."""
     known = [name for name in VERBOSITY if any(_value(one, name) is not None for one in found)]
     rows = [
@@ -225,7 +225,7 @@ def _verbosity_table(found: Sequence[Verbosity], origins: tuple[Origin, ...], n:
         for one in found
     ]
     heads = ["system", "prompts", *(VERBOSITY[name][0] for name in known)]
-    return Table("Length and repetition (95 % intervals)", heads, rows, origins, n)
+    return PageTable("Length and repetition (95 % intervals)", heads, rows, origins, n)
 
 
 def _value(one: Verbosity, name: str) -> float | None:

@@ -81,7 +81,7 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows under heads; the first cell of a row is its head, the first `names` cells are texts.
 
     `n` names what was counted, such as `59 pairs`.
@@ -130,7 +130,7 @@ class Sample:
     kind: str = "sample"
 
 
-Block = Text | Listing | Heading | Table | Figure | Sample
+Block = Text | Listing | Heading | PageTable | Figure | Sample
 
 
 @dataclass
@@ -238,7 +238,7 @@ def render(
 
 def numbered(sections: Iterable[Section]) -> dict[Origin, int]:
     """Every origin of the page with its number, in the order of their first appearance."""
-    blocks = [block for section in sections for block in section.blocks if isinstance(block, Table | Figure)]
+    blocks = [block for section in sections for block in section.blocks if isinstance(block, PageTable | Figure)]
     return {origin: n for n, origin in enumerate(dict.fromkeys(o for b in blocks for o in b.origins), 1)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from . import training_figures
 from .collect import Found, TrainingRun
 from .numbers import count_runs
-from .page import MAX_RUNS, Origin, Section, Table, shorten
+from .page import MAX_RUNS, Origin, PageTable, Section, shorten
 
 
 def training_section(found: Found) -> Section:
@@ -33,7 +33,7 @@ def _add_training(section: Section, runs: Sequence[TrainingRun], found: Found) -
         ["last loss", *(_last(run, "loss") for run in runs)],
         *([name, *(run.settings.get(name, "–") for run in runs)] for name in columns),
     ]
-    section.add(Table("Runs", ["run", *(run.name for run in runs)], rows, origins, count_runs(len(runs))))
+    section.add(PageTable("Runs", ["run", *(run.name for run in runs)], rows, origins, count_runs(len(runs))))
     steps = " and ".join(dict.fromkeys(f"{run.step:,}" for run in runs))
     n = f"{count_runs(len(runs))} of {steps} steps"
     for name, curve in training_figures.CURVES.items():

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..models import tokenizer_hash
+from ..texts import tokenizer_hash
 from .generate import Job, Output, Sampling
 
 if TYPE_CHECKING:
     from ...models.inference import Loaded
     from ..endpoint import Endpoint
-    from ..models import Texts
+    from ..texts import Texts
 
 # --- transformers --------------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class TransformersBackend:
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
-                logits_processor=[] if sampling.greedy else [Draw(seeds, width, sampling)],
+                logits_processor=[] if sampling.greedy else [RowSampler(seeds, width, sampling)],
             )
         return [self._output(row) for row in found[:, width:].tolist()]
 
@@ -136,7 +136,7 @@ def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = 
     return known
 
 
-class Draw:
+class RowSampler:
     """A logits processor that keeps one token: the one that a row's own random number selects.
 
     Number t of a row is a quantile of the distribution over the tokens, in the order of their ids. So a draw needs one

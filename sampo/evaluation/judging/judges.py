@@ -162,7 +162,7 @@ def nearly_matched(system: Sequence[Answer], baseline: Sequence[Answer]) -> int:
     return len(set(texts[0]) & set(texts[1]))
 
 
-def draw(pairs: Sequence[AnswerPair], n: int | None, seed: int = 0) -> list[AnswerPair]:
+def draw_pairs(pairs: Sequence[AnswerPair], n: int | None, seed: int = 0) -> list[AnswerPair]:
     """The pairs of `n` prompts, drawn by a hash: a larger `n` adds some, and kept replies still serve."""
     if n is None:
         return list(pairs)
@@ -234,4 +234,6 @@ def empty_answers(pairs: Sequence[AnswerPair], n: int | None = None, seed: int =
     """
     if n is not None:
         n = min(n, len({pair.system.prompt_id for pair in pairs}))
-    return [AnswerPair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw(pairs, n, seed)]
+    return [
+        AnswerPair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw_pairs(pairs, n, seed)
+    ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.inference import default_device, load_causal, load_reward
 from ...models.load import load_tokenizer
 from ..answers.answers import Prompt
-from ..models import Texts
+from ..texts import Texts
 from .judges import Comparison, Progress, Verdict
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from ..server_text import visible
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
-SCHEMA = 1
+SUMMARY_SCHEMA = 1
 AGAIN = "Run `sampo judge` again with the same cache: no reply is paid twice"
 ORDERLESS = frozenset({"reward", "implicit", "longer", "exact", "contains", "lab"})  # judges that see no order
 
@@ -206,7 +206,7 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
     write_judgements(out, judged.rows)
     write_judgements(places["control"], judged.empty)
     about = {
-        "schema": SCHEMA,
+        "schema": SUMMARY_SCHEMA,
         "judgements_sha256": content_hash(out),
         **{name: asdict(getattr(judged, name)) for name in ("system", "baseline")},
         **{name: getattr(judged, name) for name in ("judge", "n", "seed", "failures")},
@@ -221,7 +221,7 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
     return [out, *places.values()]
 
 
-def read(path: str | Path) -> Judged:
+def read_judged(path: str | Path) -> Judged:
     """A run that was written.
 
     Raises:
@@ -237,10 +237,10 @@ def read(path: str | Path) -> Judged:
                 f"{AGAIN}."
             )
     about = read_json(places["summary"], JudgedFile, AGAIN, ignore_unknown=True)
-    if about.schema != SCHEMA or about.judgements_sha256 != content_hash(path):
+    if about.schema != SUMMARY_SCHEMA or about.judgements_sha256 != content_hash(path):
         raise WrongFile(
-            f"{places['summary']} must be of schema {SCHEMA} and written with {path}, got schema {about.schema}"
-            f"{' and other judgements' if about.schema == SCHEMA else ''}. {AGAIN}."
+            f"{places['summary']} must be of schema {SUMMARY_SCHEMA} and written with {path}, got schema "
+            f"{about.schema}{' and other judgements' if about.schema == SUMMARY_SCHEMA else ''}. {AGAIN}."
         )
     return Judged(
         **{"system": about.system, "baseline": about.baseline, "judge": about.judge, "n": about.n, "seed": about.seed},
