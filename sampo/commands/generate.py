@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     local.add_argument("--adapter", help="folder or hub id of an adapter for the model")
     local.add_argument("--revision", help="of the model on the hub")
     local.add_argument("--format", default="auto", choices=FORMATS, help="`auto`: the chat template if there is one")
-    local.add_argument("--chat_template", type=Path, help="file with a template in place of the tokenizer's")
+    local.add_argument("--chat_template", type=Path, help="file with a template that replaces the tokenizer's")
     local.add_argument(
         "--stop_tokens", nargs="+", default=[], metavar="TOKEN", help="further tokens that end an answer"
     )

@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(
         prog="sampo lab",
-        description="Train a tiny model with each method in a small world with ground truth, and measure what "
-        "became of length and quality. Finished runs are kept in the output folder and not run again.",
+        description="Train a tiny model with each method in a small world with ground truth, and measure the "
+        "lengths and the quality of its answers. Finished runs are kept in the output folder and not run again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--fast", action="store_true", help="one seed")

@@ -76,7 +76,7 @@ def _known(path: Path) -> dict[str, dict[str, results.Record]]:
 
 
 def _is_complete(run: Run, known: dict[str, dict[str, results.Record]]) -> bool:
-    # the record that is written last: a killed writer may have left the others
+    # the record that is written last: after a kill, only the earlier ones may exist
     last = "train_seconds" if run.group else "kl"
     return last in known.get(results.config_key(run.config), {})
 
@@ -114,7 +114,7 @@ def _begin_work(folder: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for work for ever."""
+    """End this worker when its parent is killed; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -141,7 +141,7 @@ class Number(NamedTuple):
 
 
 class Benches:
-    """Keeps the bench of the last run, because most runs need the same one as the run before."""
+    """Keeps the bench of the last run, because most runs need the same bench as the previous one."""
 
     def __init__(self, folder: Path, progress: Progress):
         self.folder, self.progress = folder, progress
@@ -155,13 +155,13 @@ class Benches:
 
 
 class Bench:
-    """What the runs of one seed share: the world, the start and its answers, the held-out pairs."""
+    """State shared by the runs of one seed: the world, the start and its answers, the held-out pairs."""
 
     def __init__(self, seed: int, settings: Settings, folder: Path, progress: Progress):
         self.seed, self.settings, self.folder, self.progress = seed, settings, folder, progress
         self.world = World(seed)
         self._pairs: dict[tuple[str, float, int], tuple[list[WorldPair], list[np.ndarray]]] = {}
-        # where its runs keep the log-probabilities of their references
+        # folder for the reference log-probabilities of the runs
         self.reference_cache = tempfile.mkdtemp(prefix="sampo-lab-")
         weakref.finalize(self, shutil.rmtree, self.reference_cache, ignore_errors=True)
 
@@ -334,8 +334,8 @@ def mean_number(name: str, values: np.ndarray, clusters: Sequence[int]) -> Numbe
         return Number(name, mean, n)
     sums = np.bincount(cluster, weights=values - mean)  # of the residuals of each question
     error = np.sqrt((sums**2).sum() * n_clusters / (n_clusters - 1)) / n
-    half = float(t.ppf(0.975, n_clusters - 1) * error)
-    return Number(name, mean, n, (mean - half, mean + half))
+    half_width = float(t.ppf(0.975, n_clusters - 1) * error)
+    return Number(name, mean, n, (mean - half_width, mean + half_width))
 
 
 def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTrainedModel, dict[str, float]]:

@@ -101,7 +101,7 @@ def train_supervised(
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write model and tokenizer; the folder appears under its name only when it is complete."""
+    """Write model and tokenizer; the write of the folder is atomic."""
     with new_folder(folder) as partial:
         model.save_pretrained(partial)
         build_tokenizer().save_pretrained(partial)
@@ -113,7 +113,7 @@ def sample_answers(
 ) -> list[list[int]]:
     """One answer per prompt, sampled at temperature 1, or greedily with `seed=None`.
 
-    Rows that have ended leave the batch and the cache, as most answers are much shorter than the longest.
+    Finished rows are removed from the batch and the cache, since most answers are much shorter than the longest.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -127,13 +127,13 @@ def sample_answers(
             tokens = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
         for row, token in zip(alive, tokens.tolist(), strict=True):
             answers[row].append(token)
-        going = tokens != EOS
-        if not going.any():
+        unfinished = tokens != EOS
+        if not unfinished.any():
             break
-        if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])
-            alive = alive[going.numpy()]
-        inputs = tokens[going, None]  # (B, 1)
+        if not unfinished.all():
+            cache.batch_select_indices(unfinished.nonzero()[:, 0])
+            alive = alive[unfinished.numpy()]
+        inputs = tokens[unfinished, None]  # (B, 1)
     return answers
 
 
@@ -151,20 +151,20 @@ def _batches(rows: Sequence[PromptWithAnswer], size: int = 256) -> Iterator[tupl
 def _sum_over_answers(
     models: Sequence[PreTrainedModel], rows: Sequence[PromptWithAnswer], measure: Callable[..., Tensor]
 ) -> np.ndarray:
-    """For each row the sum over its answer of `measure(targets, *log_probs)`.
+    """Sum of `measure(targets, *log_probs)` over the answer of each row.
 
-    `measure` gets the answer's tokens (B, T), of which padding reads as `PAD`, and each model's log-probabilities
+    `measure` gets the answer's tokens (B, T), with padding replaced by `PAD`, and each model's log-probabilities
     (B, T, V), and returns (B, T).
     """
     sums = np.empty(len(rows))
     for numbers, inputs, answers in _batches(rows):
-        counted = answers != IGNORED
+        is_answer = answers != IGNORED
         log_probs = [
             model(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :].log_softmax(dim=2)
             for model in models
         ]
-        values = measure(answers.masked_fill(~counted, PAD), *log_probs)  # (B, T)
-        sums[numbers] = (values * counted).sum(dim=1).double().numpy()
+        values = measure(answers.masked_fill(~is_answer, PAD), *log_probs)  # (B, T)
+        sums[numbers] = (values * is_answer).sum(dim=1).double().numpy()
     return sums
 
 
@@ -174,16 +174,16 @@ def answer_logps(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np
 
 
 def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np.ndarray:
-    """Per row the sum over its tokens of KL(policy ‖ reference) at that token, in nats.
+    """Sum of KL(policy ‖ reference) over the tokens of each row, in nats.
 
-    Over answers sampled from the policy, its mean is KL(policy ‖ reference) of whole answers (up to the cap), with
+    Over answers sampled from the policy, its mean is KL(policy ‖ reference) of complete answers (up to the cap), with
     less noise than the mean log-ratio, which has the same expectation.
     """
     return _sum_over_answers([policy, reference], rows, lambda t, p, q: (p.exp() * (p - q)).sum(dim=2))
 
 
 def end_probs(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> list[np.ndarray]:
-    """Per row the probability of the end token at each position of its answer, (T,)."""
+    """Probability of the end token at each position of each row's answer, (T,)."""
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
     with torch.no_grad():
         for numbers, inputs, _ in _batches(rows):

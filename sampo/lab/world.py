@@ -140,7 +140,7 @@ class World:
     def _padding(
         self, rng: np.random.Generator, question: WorldQuestion, facts: list[list[int]], *, sentences: int
     ) -> list[list[int]]:
-        """Sentences without value: filler, repeats of own facts, true facts that nobody asked for."""
+        """Sentences without value: filler, repeats of its facts, true facts that were not asked for."""
         padding = [self._filler(rng) for _ in range(sentences)]
         unasked = [a for a in range(ATTRIBUTES) if a not in question.attributes]
         for _ in range(sentences + 1):
@@ -162,8 +162,8 @@ class World:
     def quality(self, question: WorldQuestion, answer: Sequence[int]) -> int:
         """The true quality: distinct requested facts stated rightly, minus distinct facts stated wrongly.
 
-        A statement is an attribute directly followed by a value. Filler, repeats, true facts that nobody asked for
-        and a missing end token do not count, so length alone is neither good nor bad.
+        A statement is an attribute directly followed by a value. Filler, repeats, true facts that were not asked
+        for and a missing end token do not count, so length alone is neither good nor bad.
         """
         statements = {
             (first - ATTRIBUTE, second - VALUE)
@@ -183,7 +183,7 @@ class World:
     def annotated_pairs(self, count: int, *, bias: float, group: str = "all") -> list[WorldPair]:
         """Training pairs, as annotators with a length `bias` choose.
 
-        All of them, or only those whose chosen answer is shorter (`short`), longer (`long`) or as long (`equal`).
+        All pairs, or only those whose chosen answer is shorter (`short`), longer (`long`) or as long (`equal`).
         """
         pairs = []
         for pair in self.annotated_stream(bias):
@@ -220,6 +220,6 @@ class World:
         return pairs
 
     def evaluation_questions(self, count: int) -> list[WorldQuestion]:
-        """Held-out questions to generate answers for. There are some 500, so that most come up more than once."""
+        """Held-out questions to generate answers for. There are about 500, so most occur more than once."""
         rng = self.rng("evaluation questions")
         return [self.question(rng, held_out=True) for _ in range(count)]

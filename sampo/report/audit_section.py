@@ -15,7 +15,7 @@ from .numbers import estimate
 from .page import Heading, Listing, Origin, PageTable, Section, Text, build_section, origins_of
 
 MAX_PARTS = 20  # rows of a table of groups
-MAX_PAIRS = 2_000_000  # of an audit, that are read for its figures
+MAX_PAIRS = 2_000_000  # of an audit; figures are drawn for at most so many
 
 
 def data_section(found: Found) -> Section:
@@ -25,13 +25,13 @@ def data_section(found: Found) -> Section:
 
 def _add_audit(section: Section, audit: Audited) -> None:
     origins = origins_of(audit.records, _at(audit.file, "records.jsonl"))
-    whole = {r.name.removeprefix("audit/"): r for r in audit.records if not PART_KEYS & set(r.config)}
-    first = whole["longer"]
+    overall = {r.name.removeprefix("audit/"): r for r in audit.records if not PART_KEYS & set(r.config)}
+    first = overall["longer"]
     unit, n = str(first.config["unit"]), f"{first.n:,} pairs"
     section.add(Heading(str(audit.about["data"])), Text(str(audit.about["conclusion"])))
     if issues := [issue for split in audit.about["splits"] for issue in _list_issues(split)]:
         section.add(Listing(issues))
-    numbers = {name: estimate(whole[name]) for name in MEASURES}
+    numbers = {name: estimate(overall[name]) for name in MEASURES}
     section.add(PageTable("All pairs", ["", "value", "95 % interval"], overall_rows(numbers, unit), origins, n))
     for key, title in (("split", "Each split"), ("group", f"By {first.config.get('by')}")):
         if table := _parts_table(audit.records, key, title, origins):

@@ -22,7 +22,7 @@ _NOT_LABELS = {  # of the config of a record of `sampo diagnose`: settings; the 
 
 def diagnosis_section(found: Found) -> Section:
     """Length pressure, rewards and log-ratios of checkpoints."""
-    return build_section("model", "What length says of a model", found.diagnoses, _add_diagnosis)
+    return build_section("model", "Length pressure and rewards of a model", found.diagnoses, _add_diagnosis)
 
 
 def _add_diagnosis(section: Section, file: RecordFile) -> None:
@@ -37,7 +37,7 @@ def _add_diagnosis(section: Section, file: RecordFile) -> None:
 
 
 def _short_names(policies: Sequence[str]) -> list[str]:
-    """Names for a legend, each its own."""
+    """Unique names for a legend."""
     last = [shorten(Path(name).name or name) for name in policies]
     return [name if last.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(last, 1)]
 
@@ -71,7 +71,7 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
         section.draw(
             partial(_draw_pressure, some),
             title=f"Length pressure of every weighting: {name}",
-            description="Left of 0, a first step of training lengthens the answers. " + _pressures_said(some),
+            description="Left of 0, a first step of training lengthens the answers. " + _describe_pressures(some),
             origins=origins,
             n=n,
             size=(5.0, 5.2),
@@ -123,13 +123,13 @@ def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin,
     return PageTable("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n, names=2)
 
 
-def _pressures_said(found: Sequence[Finding]) -> str:
-    said = [
+def _describe_pressures(found: Sequence[Finding]) -> str:
+    values = [
         f"{f.labels['method']} {number(f.estimate, sign=True)}"
         for f in found
         if f.quantity == "pressure" and f.labels.get("group") == "all"
     ]
-    return f"Over all pairs: {'; '.join(said)}."
+    return f"Over all pairs: {'; '.join(values)}."
 
 
 def _reward_figures(
@@ -187,13 +187,13 @@ def _draw_profile(draw: Callable[..., Any], found: Sequence[Finding], figure: An
 
 
 _PROFILES: dict[Callable[..., Any], str] = {
-    diagnostic_figures.log_ratio_by_position: "Log-ratio by the place of the token",
+    diagnostic_figures.log_ratio_by_position: "Log-ratio by the position of the token",
     diagnostic_figures.log_ratio_by_class: "Log-ratio of first, inner and end tokens",
 }
 
 
 def _shards(folder: Path, record: Record) -> list[Path]:
-    """The Parquet files behind a record; none if they are not there any more."""
+    """The Parquet files behind a record; none if they do not exist any more."""
     digest = str(record.config["pairs"])
     if not digest.isalnum():  # it becomes part of a pattern
         raise ValueError(f"`pairs` of a record must be a digest, got {digest[:80]!r}")

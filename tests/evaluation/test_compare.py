@@ -226,10 +226,10 @@ def test_answers_that_have_moved_are_named_and_others_are_not_taken(folder, tmp_
     words = ["compare", "--judgements", str(tmp_path / "dpo-contains.jsonl"), "--out", str(tmp_path / "c")]
     moved = tmp_path / "moved.jsonl"
     (tmp_path / "dpo.jsonl").rename(moved)
-    with pytest.raises(SystemExit, match=r"there is no such file\. Name theirs with `answers`"):
+    with pytest.raises(SystemExit, match=r"it does not exist\. Name theirs with `answers`"):
         main(words)
     (tmp_path / "dpo.jsonl").write_bytes((folder / "sampo.jsonl").read_bytes())
-    with pytest.raises(SystemExit, match="other answers are there now"):
+    with pytest.raises(SystemExit, match="it holds other answers"):
         main(words)
     assert main([*words, "--answers", str(moved)]) == 0
 

@@ -287,7 +287,7 @@ def test_impossible_sampling_is_refused(wrong):
 
 @pytest.mark.parametrize("idle", [{"top_p": 0.9}, {"top_k": 3}, {"samples": 2}])
 def test_what_has_no_effect_is_refused(idle):
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="nothing is sampled"):
         Sampling(**idle)
 
 
@@ -558,7 +558,7 @@ def test_the_command_generates_exports_and_goes_on(folder, tmp_path, capsys):
     ("words", "fault"),
     [
         (["--backend", "endpoint"], "`url` goes with `backend` endpoint"),
-        (["--top_p", "0.5"], "nothing to draw"),
+        (["--top_p", "0.5"], "nothing is sampled"),
         (["--prompts", "nowhere.jsonl"], "does not exist"),
     ],
 )

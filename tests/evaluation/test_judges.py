@@ -674,7 +674,7 @@ def test_the_command_writes_rows_and_a_summary_with_both_controls(tmp_path, caps
         command = [*words_of(tmp_path), "--url", server.url, "--model", "m", *prices]
         assert main([*command, "--dry_run"]) == 0
         assert not server.requests
-        assert "110 are to be asked for" in capsys.readouterr().out  # 30 pairs and 25 empty answers, both orders
+        assert "110 are missing" in capsys.readouterr().out  # 30 pairs and 25 empty answers, both orders
         assert main(command) == 0
     summary = json.loads((tmp_path / "out.summary.json").read_text())
     result, wins = summary["result"], [truth(pair) for pair in these]
@@ -795,7 +795,7 @@ def test_the_exit_code_tells_what_became_of_the_run(rule, code, said, tmp_path, 
     ("words", "fault"),
     [
         (["--judge", "endpoint"], "`model` must be given"),
-        (["--judge", "endpoint", "--model", "m"], "`url` must say whom to ask"),
+        (["--judge", "endpoint", "--model", "m"], "`url` must name the server"),
         (
             ["--judge", "endpoint", "--model", "m", "--url", "http://x/v1", "--template", "nice"],
             "`template` must be one",
@@ -1273,7 +1273,7 @@ def test_prompts_that_differ_by_blanks_are_explained(tmp_path):
             "Correct `url`, `model`, the key or the quota first",
             "same command",
         ),
-        (lambda request, number: Reply(b"", 503), "Run the same command again to go on", "Correct"),
+        (lambda request, number: Reply(b"", 503), "Run the same command again to continue", "Correct"),
         (lambda request, number: completion("well"), "0 of 8 failed judgements may succeed", "Run the same"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What generates answers: transformers in this process, or any OpenAI-compatible server."""
+"""Backends that generate answers: transformers in this process, or any OpenAI-compatible server."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,7 +102,7 @@ class TransformersBackend:
 
 @contextmanager
 def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
-    """Replace the model's own generation settings: transformers fills in from them what given settings leave open.
+    """Replace the model's own generation settings: transformers takes from them what given settings omit.
 
     With an adapter, the base model generates with settings of its own, so these are replaced too.
     """
@@ -118,10 +118,10 @@ def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = ()) -> list[int]:
-    """Ids that end an answer: of the model, of its tokenizer, and those that are asked for.
+    """Ids that end an answer: those of the model, of its tokenizer, and `further` ones.
 
     Raises:
-        ValueError: there is none, or one is no single token.
+        ValueError: no end token exists, or one is not a single token.
     """
     found = generation_config.eos_token_id if generation_config is not None else None
     ids = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id]
@@ -226,9 +226,9 @@ class EndpointBackend:
 def _of_reply(body: str) -> Output:
     from ..server_text import read_reply, usage_of, visible
 
-    choice, fault = read_reply(body)
+    choice, failure = read_reply(body)
     if choice is None:
-        return Output(failure=fault, detail=visible(body[:200]))
+        return Output(failure=failure, detail=visible(body[:200]))
     message, reason = choice["message"], choice.get("finish_reason")
     if message.get("refusal") or reason == "content_filter":
         return Output(failure="refused", detail=visible(body[:200]))
