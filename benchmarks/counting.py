@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
     @property
     def head(self) -> int:
         if self._tiles % self._vocab:
-            raise RuntimeError(f"Rows of the head must be whole, got {self._tiles / self._vocab}.")
+            raise RuntimeError(f"The number of rows of the head must be an integer, got {self._tiles / self._vocab}.")
         return self._tiles // self._vocab
 
     def __enter__(self):

@@ -195,11 +195,11 @@ def _normal_grid() -> np.ndarray:
 def measure(repeats: int, seed: int, command: str, only: str = "") -> Iterator[results.Record]:
     """One record per cell, of the rows whose name holds `only`."""
     where = results.provenance()
-    for place, (world, (draw, compared)) in enumerate(WORLDS.items()):
+    for position, (world, (draw, compared)) in enumerate(WORLDS.items()):
         if only not in world:
             continue
         for n in SIZES:
-            ours, other = cover(draw, n, repeats, seed + 1000 * place + n)
+            ours, other = cover(draw, n, repeats, seed + 1000 * position + n)
             for name, value in (("coverage", ours), ("coverage/compared", other)):
                 if value is not None:
                     yield results.Record(
@@ -212,11 +212,11 @@ def measure(repeats: int, seed: int, command: str, only: str = "") -> Iterator[r
                         command=command,
                         **where,
                     )
-    for place, (shape, curve) in enumerate(SHAPES.items()):
+    for position, (shape, curve) in enumerate(SHAPES.items()):
         if only not in shape:
             continue
         for share in SHARES:
-            bias, rms = error_of_control(share, curve, max(repeats // 10, 5), seed + 100_000 + 100 * place)
+            bias, rms = error_of_control(share, curve, max(repeats // 10, 5), seed + 100_000 + 100 * position)
             for name, value in (("control/bias", bias), ("control/rms_error", rms)):
                 yield results.Record(
                     name=name,
@@ -228,12 +228,12 @@ def measure(repeats: int, seed: int, command: str, only: str = "") -> Iterator[r
                     **where,
                 )
 
-    for place, (known, others) in enumerate(KNOWN.items()):
+    for position, (known, others) in enumerate(KNOWN.items()):
         if only not in known:
             continue
         for correlation in CORRELATIONS:
             count = max(repeats // 10, 5)
-            bias, hits = error_with_difficulty(correlation, others, count, seed + 200_000 + 100 * place)
+            bias, hits = error_with_difficulty(correlation, others, count, seed + 200_000 + 100 * position)
             for name, value in (("difficulty/bias", bias), ("difficulty/coverage", hits)):
                 yield results.Record(
                     name=name,

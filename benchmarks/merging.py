@@ -1,7 +1,7 @@
 """What merging an adapter changes: `python benchmarks/merging.py --model FOLDER --out measurements/merging.jsonl`.
 
 The adapters are drawn at random, not trained: what is measured is how rounding compares with an adapter of a given
-effect. Quantised bases need bitsandbytes, and are left out without it.
+effect. Quantised bases need bitsandbytes, and are omitted without it.
 """
 
 import argparse

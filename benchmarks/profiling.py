@@ -6,7 +6,7 @@ import torch
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::_addmm_activation")
 LAYOUT = ("index", "gather", "scatter", "cat", "copy", "clone", "fill", "zero", "masked", "slice", "select", "nonzero")
-VOCABULARY_TILE = 32768  # TRL's head works in such pieces
+VOCABULARY_TILE = 32768  # chunk size of TRL's head
 
 
 def profile_pass(side, run_pass: Callable) -> tuple[dict[str, float], str]:

@@ -6,7 +6,7 @@
 The judge is an implicit reward: a LoRA adapter on the same model, trained here (DPO with a learned length penalty) on
 pairs that the study's seed 0 does not train on and whose prompts nobody answers. It is as small as what it judges; the
 share of held-out pairs on which it agrees with people is printed and kept beside its verdicts. The ruler calls the
-longer answer better. Commands are printed; a judge that is there is not trained again.
+longer answer better. Commands are printed; an existing judge is not trained again.
 """
 
 import argparse

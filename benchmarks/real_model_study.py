@@ -6,7 +6,7 @@
 
 Each run trains a LoRA adapter with one method and one seed (which draws its pairs, their order and the adapter), then
 scores held-out pairs and samples answers to held-out prompts. Nobody judges the answers: the numbers are about length,
-not about quality. Records are appended to `records.jsonl` in the output folder, those of a run in one piece; a
+not about quality. Records are appended to `records.jsonl` in the output folder, those of a run together; a
 finished run is not run again, and answers that were written are not written again. The reference's log-probs are
 computed once.
 `python docs/build.py` makes the table of docs/results.md from measurements/real_model_study.jsonl.
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--pairs", type=int, help="pairs to train on; as many as the steps take once, if not given")
-    parser.add_argument("--max_length", type=int, default=256, help="longer pairs are left out, none is cut")
+    parser.add_argument("--max_length", type=int, default=256, help="longer pairs are omitted, none is cut")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--lora_rank", type=int, default=16)
@@ -121,7 +121,7 @@ class Bench:
         from sampo import load_preferences
         from sampo.data.subsets import split_by_prompt
         from sampo.evaluation.answers.prompts import Question
-        from sampo.evaluation.models import Texts
+        from sampo.evaluation.texts import Texts
         from sampo.models.inference import fingerprint
         from sampo.models.load import load_tokenizer
 

@@ -151,11 +151,11 @@ def sampled_sums(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         rows = (pair, pair + n_pairs)
         shortest = min(int(mask[row].sum()) for row in rows)
         for row in rows:
-            places = mask[row].nonzero().squeeze(1)
-            if len(places) > shortest:
-                places = torch.multinomial(mask[row].float(), shortest, replacement=False)
-            logps = logits[row, places].float().log_softmax(dim=-1)  # (T_m, V)
-            result[row] = logps.gather(1, targets[row, places, None]).sum()
+            positions = mask[row].nonzero().squeeze(1)
+            if len(positions) > shortest:
+                positions = torch.multinomial(mask[row].float(), shortest, replacement=False)
+            logps = logits[row, positions].float().log_softmax(dim=-1)  # (T_m, V)
+            result[row] = logps.gather(1, targets[row, positions, None]).sum()
     return torch.stack(result)
 
 

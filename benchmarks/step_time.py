@@ -7,7 +7,7 @@
     python benchmarks/step_time.py --profile …                                         # where the time goes
 
 A step here is the forward and backward pass of policy and, where it is live, of the reference; the optimiser's step is
-the same for all and left out. One process times all sides, which take turns within each repeat. Before that, each side
+the same for all and excluded. One process times all sides, which take turns within each repeat. Before that, each side
 runs one pass in a process of its own (`--no_memory` leaves this out), which gives
 
 - peak memory: CPU: the largest resident set during the pass, with the models, Python and its libraries; GPU: the
@@ -16,7 +16,7 @@ runs one pass in a process of its own (`--no_memory` leaves this out), which giv
 - tokens through the backbone (ids that enter the embedding) and through the LM head (rows multiplied by its weight),
   of policy and reference together, as they were counted.
 
-Records are appended to `measurements/step_time.jsonl` one by one; a run that is started again goes on where it was
+Records are appended to `measurements/step_time.jsonl` one by one; an interrupted run continues with the same command
 killed, as long as settings and commit are the same. `python docs/build.py` makes the tables from them.
 """
 
@@ -79,7 +79,7 @@ def device_name() -> str:
 
 
 def command_of(args) -> str:
-    """The command line, with a variable in place of each folder of this machine."""
+    """The command line, with a variable for each folder of this machine."""
     words = ["python", "benchmarks/step_time.py"]
     for name, default in vars(make_parser().parse_args([])).items():
         value = getattr(args, name)
@@ -139,8 +139,8 @@ def warm_up(side) -> None:
         return
     first = side.batches[0]
     n_rows = len(first["input_ids"])  # 2B; what has B rows is a column of the data set
-    places = {n_rows: [0, n_rows // 2], n_rows // 2: [0]}
-    step(side, {name: value[places[len(value)]] for name, value in first.items()})
+    selected = {n_rows: [0, n_rows // 2], n_rows // 2: [0]}
+    step(side, {name: value[selected[len(value)]] for name, value in first.items()})
 
 
 def run_pass(side) -> float:
@@ -256,9 +256,7 @@ def in_process(context, function, *arguments) -> None:
     process.join()
     if process.exitcode:
         killed = " (killed, perhaps for want of memory)" if process.exitcode == -9 else ""
-        sys.exit(
-            f"{function.__name__} must end well, got exit code {process.exitcode}{killed}; what it says is above."
-        )
+        sys.exit(f"{function.__name__} must succeed, got exit code {process.exitcode}{killed}; its output is above.")
 
 
 def measure(context, args) -> None:

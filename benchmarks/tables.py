@@ -146,7 +146,7 @@ def row(cells: list[str]) -> str:
 
 
 def main_run(all_runs: list[Run]) -> Run | None:
-    """The run that the targets speak of: real pairs on a CPU; the largest batch, then the newest."""
+    """The run for the targets: real pairs on a CPU; the largest batch, then the newest."""
     real = [run for run in all_runs if run.timed and run.setting["data"] != "random words" and is_cpu(run)]
     real = [run for run in real if "purpose" not in run.setting]
     return max(real, key=lambda run: (run.setting["batch"], run.last.created), default=None)

@@ -82,9 +82,9 @@ LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "corr
 
 def lab() -> str:
     """The main columns of the lab's table, from the records of its last run for these documents."""
-    from sampo.lab.report import collect, markdown_table, outcomes_of
+    from sampo.lab.report import collect_lines, markdown_table, outcomes_of
 
-    lines = collect(outcomes_of(read("lab.jsonl")))
+    lines = collect_lines(outcomes_of(read("lab.jsonl")))
     return markdown_table(lines, LAB_COLUMNS)
 
 

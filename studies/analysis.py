@@ -52,7 +52,7 @@ def over_seeds(values: Sequence[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run and its numbers; those without a defined value are left out."""
+    """One run and its numbers; undefined ones are omitted."""
 
     seed: int
     group: str
@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def is_headline(self) -> bool:
-        """Whether nothing but seed, group and method tells it from the headline setting."""
+        """Whether it differs from the headline setting in seed, group and method only."""
         return self.is_at(HEADLINE.learning_rate, HEADLINE.beta)
 
     def is_at(self, learning_rate: float, beta: float, bias: float = HEADLINE.bias) -> bool:
@@ -166,7 +166,7 @@ def interpolate_grid(
 
 
 def complete_grids(study: Study, method: str, group: str) -> dict[int, dict[tuple[float, float], Cell]]:
-    """Of each seed in which the grid of a method is whole its runs by learning rate and beta."""
+    """Runs of a method by learning rate and beta, for each seed with a complete grid."""
     grids = {seed: {(c.learning_rate, c.beta): c for c in cells} for seed, cells in study.grid(method, group).items()}
     return {seed: cells for seed, cells in grids.items() if cells.keys() >= set(GRID)}
 
@@ -175,13 +175,13 @@ def tuned(study: Study, method: str, group: str) -> dict[int, Cell]:
     """Of each seed the run in the cell of the grid that has the highest mean win rate over the other seeds.
 
     So a seed has no part in the choice of what it is measured by, and every method has the same cells to choose from.
-    Seeds in which the grid is not whole do not count; of a single one nothing is chosen.
+    Seeds with an incomplete grid are ignored; with a single seed nothing is chosen.
     """
     grids = complete_grids(study, method, group)
 
     def best_without(seed: int) -> tuple[float, float]:
         others = [cells for other, cells in grids.items() if other != seed]
-        return max(GRID, key=lambda place: sum(cells[place].numbers["win_rate"] for cells in others))
+        return max(GRID, key=lambda cell: sum(cells[cell].numbers["win_rate"] for cells in others))
 
     return {seed: cells[best_without(seed)] for seed, cells in grids.items()} if len(grids) > 1 else {}
 

@@ -1,4 +1,4 @@
-"""What the records of a study say to claims, one by one, by rules that stand beside the verdict.
+"""Verdicts of the records of a study on claims, one by one, by rules that are printed with the verdict.
 
 A rule is applied to the spread over seeds: `holds` or `does not hold` where the 95 % interval says so, and `open`
 where it does not, or where there are fewer than three seeds.

@@ -147,7 +147,7 @@ def equal_win_rate(study: Study) -> str:
 
 
 def at_best(study: Study) -> str:
-    """Every method in its best cell of the grid, and what tells it there from DPO in its own."""
+    """Every method in its best cell of the grid, compared with DPO in its own best cell."""
     rows = []
     for group in GROUPS:
         dpo = tuned(study, "dpo", group)
@@ -280,7 +280,7 @@ PARTS: dict[str, Callable[[Study], str]] = {
     **{"at_best": at_best, "equal_kl": equal_kl, "equal_win_rate": equal_win_rate, "frontiers": frontiers},
     **{"biases": biases, "penalties": penalties},
 }
-# the methods that are told apart in figures; the others are grey
+# colours of methods in figures; the others are grey
 COLOURS = {
     **{"dpo": "#666666", "sampo": "#0072b2", "sampo_rejected_learned": "#d55e00", "rdpo_02": "#009e73"},
     **{"dpo_learned": "#cc79a7", "sampo_rejected": "#e69f00", "dpo_balanced": "#56b4e9"},

@@ -1,7 +1,7 @@
 """Every method over seeds, groups of pairs, learning rates and betas, in the lab's small world.
 
-- `python -m studies.run`: hours on a few cores; stopped and started again it goes on where it was.
-- `python -m studies.run --report`: tables, verdicts and figures of what is there.
+- `python -m studies.run`: hours on a few cores; if it is interrupted, the same command continues it.
+- `python -m studies.run --report`: tables, verdicts and figures of the existing records.
 - `python -m studies.run --runs 100`: the first hundred runs; each method has the same number of them.
 """
 
@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="number of seeds")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
     parser.add_argument("--runs", type=int, metavar="N", help="stop after the first N runs of the plan")
-    parser.add_argument("--report", action="store_true", help="run nothing; analyse what is there")
+    parser.add_argument("--report", action="store_true", help="run nothing; analyse the existing records")
     for option in fields(Settings):
         if "help" in option.metadata:
             text = option.metadata["help"].replace("%", "%%")
@@ -83,7 +83,7 @@ def _run(runs: Sequence[Run], n_planned: int, settings: Settings, args: argparse
                 f"{shown['stops']:.0%} end, win rate {shown['win_rate']:.2f}, KL {shown['kl']:.1f}",
                 flush=True,
             )
-    print(f"{len(runs)} runs are there, {measured} of them new, {time.perf_counter() - began:.0f} s.")
+    print(f"{len(runs)} runs are recorded, {measured} of them new, {time.perf_counter() - began:.0f} s.")
     sys.stdout.flush()
 
 

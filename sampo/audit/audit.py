@@ -1,4 +1,4 @@
-"""`audit_preferences`: everything that can be known of preference data before a model is loaded."""
+"""`audit_preferences`: all measurements of preference data that need no model."""
 
 import hashlib
 import itertools
@@ -31,17 +31,17 @@ class Audit:
 
     Attributes:
         label: name of the data.
-        unit: what lengths count: `tokens` or `words`.
+        unit: unit of the lengths: `tokens` or `words`.
         about: the settings that the numbers depend on: tokenizer, group column, columns.
         fingerprint: hash of all good pairs in their order.
         scans: one per split, with issues by kind and the numbers of each pair.
-        overall: what length explains in all good pairs.
+        overall: how far length explains the preference in all good pairs.
         splits: the same of each split, where there are several.
         groups: the same of each value of the column `by`.
         group_names: these values by the number that `PairNumbers.group` gives them.
-        truncations: the effect of each `max_length`; the first is without one. Empty where lengths are words.
+        truncations: the effect of each `max_length`; the first is without one. Empty if lengths are in words.
         repeats: duplicates within each split.
-        overlaps: what each two splits share.
+        overlaps: prompts and pairs that each two splits share.
     """
 
     label: str
@@ -82,16 +82,16 @@ def audit_preferences(
     repeated_prompt: str = "error",
     text_as_messages: bool = False,
 ) -> Audit:
-    """Check every row of preference data, and measure what length explains of the preference.
+    """Check every row of preference data, and measure how far length explains the preference.
 
-    Files of JSON lines and Parquet files are streamed; 64 bytes are kept of each pair. Bad rows are counted and left
-    out; a file that is cut off is audited up to there, and the break is an issue.
+    JSON Lines and Parquet files are streamed; 64 bytes per pair are kept. Bad rows are counted and omitted; a
+    truncated file is audited up to its last readable row, and the truncation is an issue.
 
     Args:
         sources: files, folders, data set ids on the hub, or data sets already loaded, as `load_preferences` takes
             them. All splits are read.
         tokenizer: of the model that is to be trained, or its name; lengths are then completion tokens as the trainer
-            counts them. Without it they are whitespace words.
+            counts them. Without it, lengths are in whitespace-separated words.
         by: name of a column; every number is also given for each of its values.
         max_length: one or several lengths, in tokens of prompt and response together; the effect of each is computed.
         truncation_mode: `keep_start` or `keep_end`, as the trainer's option.
@@ -101,11 +101,11 @@ def audit_preferences(
         label: name of the data; by default the name of the file, folder or data set.
         progress: called with (rows done, rows in all) of the current split.
         repeated_prompt: `error` or `cut`, as in `load_preferences`.
-        text_as_messages: likewise.
+        text_as_messages: as in `load_preferences`.
 
     Raises:
         PreferenceDataError: `chosen` or `rejected` is missing, or there is no good pair at all.
-        ValueError: an option does not fit.
+        ValueError: an option has an invalid value.
         FileNotFoundError: nothing is found at a path.
     """
     lengths = [max_length] if isinstance(max_length, int) else list(max_length)
@@ -189,7 +189,7 @@ def _counter(tokenizer: Any) -> WordCounter | TokenCounter:
         tokenizer, name = load_tokenizer(str(tokenizer)), str(tokenizer)
     else:
         name = tokenizer.name_or_path
-    # a folder goes by its own name: its path has no influence on tokens, and its hash identifies it
+    # for a folder, only its last component: the path has no influence on tokens, and the hash identifies it
     return TokenCounter(tokenizer, Path(name).name if Path(name).is_dir() else name)
 
 

@@ -15,13 +15,13 @@ from scipy.special import expit
 from ..stats.intervals import Estimate, undefined, wilson
 from ..stats.logistic import newton
 
-PER = 100  # units of length that the slope is for
-RIDGE = 1e-8  # ridge on the slope in units of its scale: too small to matter where the slope is finite
+PER = 100  # the slope is per this many units of length
+SLOPE_RIDGE = 1e-8  # ridge on the slope in units of its scale: too small to matter where the slope is finite
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of one part of the pairs: mean with interval, median, 90th percentile, largest."""
+    """Lengths of prompts, chosen or rejected responses: mean with interval, median, 90th percentile, largest."""
 
     mean: Estimate
     median: float | None
@@ -31,7 +31,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class LengthBias:
-    """What length explains in a set of pairs.
+    """How far length explains the preference in a set of pairs.
 
     Attributes:
         pairs: their number.
@@ -39,9 +39,9 @@ class LengthBias:
         unit: `tokens` (end token and template of the response included) or `words`.
         prompt: lengths of the prompts.
         chosen: lengths T_w of the chosen responses.
-        rejected: lengths T_l of the rejected ones.
+        rejected: lengths T_l of the rejected responses.
         longer: share of pairs whose chosen response is longer.
-        equal: share of pairs with two responses of one length.
+        equal: share of pairs whose responses have equal lengths.
         shorter: share of pairs whose chosen response is shorter.
         difference: mean of T_w − T_l.
         rms_difference: root mean square of T_w − T_l, the scale s of a learned length penalty.
@@ -50,11 +50,11 @@ class LengthBias:
         slope: of the log-odds of being chosen, per 100 units of length that a response is longer than its rival; None
             where all differences have one sign.
         counted: share of all completion tokens that SamPO selects, Σ 2 T_m / Σ (T_w + T_l).
-        counted_chosen: the same of the chosen responses, Σ T_m / Σ T_w.
-        counted_rejected: the same of the rejected responses, Σ T_m / Σ T_l.
+        counted_chosen: the same share of chosen tokens, Σ T_m / Σ T_w.
+        counted_rejected: the same share of rejected tokens, Σ T_m / Σ T_l.
         end_chosen: mean of T_m / T_w, the probability that SamPO selects the end token of a chosen response, over
-            those that have one; None where none has.
-        end_rejected: mean of T_m / T_l.
+            the responses that have one; None if none has one.
+        end_rejected: mean of T_m / T_l, likewise.
     """
 
     pairs: int
@@ -107,9 +107,9 @@ def length_bias(
         chosen: `(n,)` lengths of the chosen responses.
         rejected: `(n,)` lengths of the rejected responses.
         prompt_ids: `(n,)` integers, equal for pairs of one prompt: the unit of the intervals.
-        unit: what a length counts.
+        unit: unit of the lengths.
         ended: `(n,)` bool of the chosen and of the rejected responses, whether each has an end token; None
-            where that is not known, and all count as ended.
+            if unknown; then all count as ended.
     """
     prompt, chosen, rejected = (np.asarray(x, dtype=np.int64) for x in (prompt, chosen, rejected))
     _, codes = np.unique(prompt_ids, return_inverse=True)
@@ -147,8 +147,8 @@ def estimate_mean(values: np.ndarray, codes: np.ndarray, confidence: float = 0.9
     if clusters == 1:
         return Estimate(value, None, None, None, 1)
     se = float(np.sqrt(_variance(values - value, codes) * clusters / (clusters - 1)))
-    half = float(stats.t.ppf((1 + confidence) / 2, clusters - 1)) * se
-    return Estimate(value, value - half, value + half, se, clusters)
+    half_width = float(stats.t.ppf((1 + confidence) / 2, clusters - 1)) * se
+    return Estimate(value, value - half_width, value + half_width, se, clusters)
 
 
 def estimate_share(which: np.ndarray, codes: np.ndarray, confidence: float = 0.95) -> Estimate:
@@ -163,8 +163,8 @@ def preference_auc(difference: np.ndarray, codes: np.ndarray, confidence: float 
     """Area under the ROC curve of the length difference as a score for "the first one was chosen".
 
     Each pair is shown in both orders: with T_w − T_l where the first response was chosen, with T_l − T_w where the
-    second one was. The area is then the share of all (i, j), i = j included, with d_i + d_j > 0, ties one half: what
-    Wilcoxon's signed-rank statistic counts.
+    second one was. The area is then the share of all (i, j), i = j included, with d_i + d_j > 0, ties one half,
+    as in Wilcoxon's signed-rank statistic.
 
     Args:
         difference: `(n,)` T_w − T_l.
@@ -195,7 +195,7 @@ def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: floa
     scale = float(np.sqrt((difference.astype(float) ** 2).mean()))
     scaled = difference / scale
     design, ones = scaled[None, :, None], np.ones(len(scaled))
-    beta = float(newton(design, ones, ones[None, :], np.array([RIDGE]))[0, 0])
+    beta = float(newton(design, ones, ones[None, :], np.array([SLOPE_RIDGE]))[0, 0])
     p = expit(beta * scaled)
     information = float((p * (1 - p) * scaled**2).sum())
     score = np.bincount(codes, weights=(1 - p) * scaled)
@@ -203,15 +203,15 @@ def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: floa
     if clusters == 1:
         return Estimate(value, None, None, None, 1)
     se = PER / scale * float(np.sqrt((score**2).sum() * clusters / (clusters - 1))) / information
-    half = float(stats.t.ppf((1 + confidence) / 2, clusters - 1)) * se
-    return Estimate(value, value - half, value + half, se, clusters)
+    half_width = float(stats.t.ppf((1 + confidence) / 2, clusters - 1)) * se
+    return Estimate(value, value - half_width, value + half_width, se, clusters)
 
 
 def _in_unit_interval(value: float, influence: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:
     """Wilson's interval of a rate whose mean influence is 0, for as many independent trials as give its variance.
 
-    The variance is taken as of few prompts: corrected by P / (P − 1), and with the quantile of t for that of the
-    normal distribution. Without that its coverage was too low with 60 prompts of several pairs.
+    The variance is corrected for few prompts: by P / (P − 1), and with the quantile of t instead of that of the
+    normal distribution. Without this correction, the coverage was too low with 60 prompts of several pairs.
     """
     clusters, variance = int(codes.max()) + 1, _variance(influence, codes)
     value = min(1.0, max(0.0, value))

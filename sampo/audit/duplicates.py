@@ -26,7 +26,7 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class SplitOverlap:
-    """What two splits share.
+    """Prompts and pairs that two splits share.
 
     Attributes:
         first: name of one split.
@@ -57,7 +57,7 @@ def count_duplicates(pairs: PairNumbers) -> Duplicates:
 
 
 def find_overlap(first: str, a: PairNumbers, second: str, b: PairNumbers) -> SplitOverlap:
-    """Count what split `b` repeats of split `a`."""
+    """Count the prompts and pairs of split `b` that split `a` also has."""
     return SplitOverlap(
         first,
         second,

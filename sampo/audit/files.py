@@ -1,4 +1,4 @@
-"""An audit as files: all of it as JSON, every number as a record, and the numbers of every pair as Parquet."""
+"""Write an audit: the complete audit as JSON, each number as a record, and the numbers of each pair as Parquet."""
 
 import json
 from dataclasses import asdict
@@ -81,7 +81,7 @@ PARQUET_COLUMNS = {  # of pairs.parquet
 
 
 def _write_pairs(audit: Audit, path: Path) -> None:
-    """Write one row per good pair, split by split, so that no second copy of all pairs is made."""
+    """Write one row per good pair, split by split, to avoid a second copy of all pairs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""From an audit to records, tables and sentences. Every sentence is chosen by the numbers."""
+"""Records, tables and sentences of an audit. The numbers determine which sentences appear."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,7 +37,7 @@ MEASURES: dict[str, tuple[str, str | int]] = {
 }
 GROUP_COLUMNS = ("chosen_mean", "rejected_mean", "longer", "shorter", "auc", "slope", "counted")
 GROUPS_SHOWN = 20
-PART_KEYS = {"split", "group", "max_length"}  # in the config of a record that is not of all pairs
+PART_KEYS = {"split", "group", "max_length"}  # the config of a record about a part of the pairs has one of these
 CUT_COUNTS = {
     "dropped": "pairs dropped because their prompt fills it",
     "cut_chosen": "chosen responses cut",
@@ -111,7 +111,7 @@ def _make_record(name: str, estimate: Estimate, n: int, config: dict[str, Any], 
 
 
 def overall_rows(numbers: Mapping[str, Estimate], unit: str) -> list[tuple[str, str, str]]:
-    """The lines of the table of all pairs: what, value, 95 % interval."""
+    """The rows of the table of all pairs: title, value, 95 % interval."""
     return [
         (title.format(unit=unit), format_value(numbers[name].value, how), format_interval(numbers[name].interval, how))
         for name, (title, how) in MEASURES.items()
@@ -119,7 +119,7 @@ def overall_rows(numbers: Mapping[str, Estimate], unit: str) -> list[tuple[str, 
 
 
 def format_value(value: float | None, how: str | int) -> str:
-    """Format a number as its measure asks; a dash for what is undefined."""
+    """Format a number in the format of its measure; an undefined number is a dash."""
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if how == "%" else f"{value:,.{how}f}"
@@ -194,7 +194,7 @@ def issue_lines(audit: Audit) -> list[str]:
 
 
 def write_conclusion(audit: Audit) -> str:
-    """Describe the length bias and the options that it concerns; nothing is predicted of a training run."""
+    """Describe the length bias and the options that it concerns; no training run is predicted."""
     bias, unit = audit.overall, audit.unit
     sentences = [_share_sentence(bias), _preference_sentence(bias, unit), *_option_sentences(bias)]
     sentences += _cut_sentences(audit.truncations)
@@ -214,28 +214,28 @@ def _share_sentence(bias: LengthBias) -> str:
 
 
 def _preference_sentence(bias: LengthBias, unit: str) -> str:
-    side = sign_of_effect(bias.auc, 0.5)
+    sign = sign_of_effect(bias.auc, 0.5)
     area = f"AUC {_format_estimate(bias.auc, 3)}"
-    if side == 0:
-        return f"Length alone does not tell the chosen response from the rejected one ({area}, 0.5 is chance)."
+    if sign == 0:
+        return f"Length alone does not distinguish the chosen response from the rejected one ({area}, 0.5 is chance)."
     slope = "" if bias.slope.value is None else f", log-odds {_format_estimate(bias.slope, 2)} per 100 {unit}"
-    return f"Length alone points to the {'longer' if side > 0 else 'shorter'} response ({area}{slope})."
+    return f"Length alone points to the {'longer' if sign > 0 else 'shorter'} response ({area}{slope})."
 
 
 def _option_sentences(bias: LengthBias) -> list[str]:
-    """Choose by the side of chance on which the complete interval of the AUC lies."""
+    """The sentences depend on whether the interval of the AUC lies above or below 0.5, or contains it."""
     chosen, rejected = (format_value(value, "%") for value in (bias.end_chosen, bias.end_rejected))
     kept = f"{chosen} of chosen and {rejected} of rejected end tokens"
     if bias.end_chosen is None and bias.end_rejected is None:
         kept = "no end token, since no response has one"
-    side = sign_of_effect(bias.auc, 0.5)
-    if side > 0:
+    sign = sign_of_effect(bias.auc, 0.5)
+    if sign > 0:
         return [
             f"`token_weighting: sampo` would downsample mostly the chosen responses and keep {kept}, which favours "
             "longer answers; `sampled_sides: rejected` keeps a longer chosen response complete, and `length_penalty: "
             "learned` fits what length explains (docs/concepts.md; so far measured in the lab only)."
         ]
-    if side < 0:
+    if sign < 0:
         return [
             f"`token_weighting: sampo` would downsample mostly the rejected responses and keep {kept}; with `all` "
             "(DPO) the longer rejected response has more terms to push down, the case that collapsed in the lab when "
@@ -251,25 +251,25 @@ def _cut_sentences(cuts: list[Truncation]) -> list[str]:
     sentences = []
     for cut in cuts:
         at = "Without a `max_length`" if cut.max_length is None else f"At `max_length: {cut.max_length}`"
-        said = []
+        clauses = []
         if cut.dropped:
-            said.append(f"{cut.dropped:,} pairs are dropped because their prompt fills it")
+            clauses.append(f"{cut.dropped:,} pairs are dropped because their prompt fills it")
         if cut.without_end_chosen + cut.without_end_rejected == 2 * cut.bias.pairs > 0:
-            said.append(
+            clauses.append(
                 f"none of {2 * cut.bias.pairs:,} responses has an end token, so no end is trained, and "
                 "`balance_end_token` and `keep_end_token` raise an error"
             )
         if cut.one_sided_end:
-            said.append(f"{cut.one_sided_end:,} pairs have an end token in one response only")
+            clauses.append(f"{cut.one_sided_end:,} pairs have an end token in one response only")
         if cut.identical:
-            said.append(f"{cut.identical:,} pairs have the same tokens in both responses")
-        if said:
-            sentences.append(f"{at}, {', '.join(said)}.")
+            clauses.append(f"{cut.identical:,} pairs have the same tokens in both responses")
+        if clauses:
+            sentences.append(f"{at}, {', '.join(clauses)}.")
     return sentences
 
 
 def sign_of_effect(estimate: Estimate, centre: float) -> int:
-    """Return 1 if the complete interval lies above `centre`, −1 if below, 0 if it contains it or there is none."""
+    """Return 1 if the complete interval lies above `centre`, −1 if below, 0 otherwise."""
     if estimate.low is None or estimate.high is None:
         return 0
     return int(estimate.low > centre) - int(estimate.high < centre)

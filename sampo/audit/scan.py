@@ -1,7 +1,7 @@
-"""One pass over the rows of a split: issues are counted, and of each good pair a few numbers are kept.
+"""One pass over the rows of a split: counts issues and keeps a few numbers of each good pair.
 
-What stays in memory is 64 bytes a pair (integers and 64-bit hashes), the first rows of each kind of issue, and one
-batch of rows. `sampo.data.validate` checks the rows; here the good ones are measured.
+Memory holds 64 bytes per pair (integers and 64-bit hashes), the first rows of each kind of issue, and one batch of
+rows. `sampo.data.validate` checks the rows; this module measures the good ones.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..data.treatment import Treatment
 from ..data.validate import CheckedRow, RowScanner, find_missing_columns
 from .tokens import TokenCounter, WordCounter
 
-PAIRS_PER_BATCH = 250  # that are tokenised at a time
+PAIRS_PER_BATCH = 250  # tokenised at a time
 MAX_GROUPS = 1000
 NO_VALUE, OTHERS = "(no value)", "(further values)"
 Advance = Callable[[int, int], None]
@@ -29,16 +29,16 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PairNumbers:
-    """What is kept of each good pair, as `(n,)` arrays.
+    """The numbers of each good pair, as `(n,)` arrays.
 
     Attributes:
         row: number of its row in the split, from 0.
         group: number of its group; 0 without groups.
         prompt: length of the prompt.
         chosen: length T_w of the chosen response.
-        rejected: length T_l of the rejected one.
+        rejected: length T_l of the rejected response.
         chosen_end: position of the last end token in the chosen response, from 0; -1 for none.
-        rejected_end: the same of the rejected one.
+        rejected_end: the same for the rejected response.
         shared_start: tokens that both responses begin with.
         shared_end: tokens that both responses end with.
         prompt_hash: 64-bit hash of the prompt.
@@ -74,12 +74,12 @@ class PairNumbers:
         return cls(**columns)
 
 
-# 64 bits for what can be large, 32 for what cannot: the type codes of `array`
+# type codes of `array`: 64 bits for row numbers and hashes, 32 for lengths and positions
 _CODES = {c.name: "q" if c.name == "row" else "Q" if "hash" in c.name else "i" for c in fields(PairNumbers)}
 
 
 class Groups:
-    """Values of the column that pairs are grouped by, in the order of their first appearance."""
+    """Values of the column by which pairs are grouped, in the order of their first appearance."""
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
@@ -98,15 +98,15 @@ class Groups:
 
 @dataclass
 class SplitScan:
-    """What one pass over a split found.
+    """The result of one pass over a split.
 
     Attributes:
         name: of the split.
         rows: number of rows, good and bad.
         layout: of the rows, as in docs/data.md.
-        issues: by kind, with the first rows and the number of all.
+        issues: by kind, each with its first rows and its number of rows.
         pairs: the good ones.
-        notes: what a reader has to know, in sentences.
+        notes: remarks for the reader, in sentences.
     """
 
     name: str
@@ -136,10 +136,10 @@ def scan_split(
         by: column to group by, or None.
         groups: of all splits; new values are added.
         advance: called with (rows done, rows in all).
-        treatment: what is done to a pair before it is measured.
+        treatment: changes of a pair before it is measured.
 
     Raises:
-        PreferenceDataError: `chosen` or `rejected` is no column, or nothing at all can be read.
+        PreferenceDataError: `chosen` or `rejected` is no column, or no row can be read.
     """
     _check_split_columns(name, rows.columns, by)
     readable = _ReadableRows(rows)
@@ -175,7 +175,7 @@ def _check_split_columns(name: str, columns: list[str], by: str | None) -> None:
 
 
 class _ReadableRows:
-    """The rows of a split up to where a file cannot be read any further; `error` then says why."""
+    """The rows of a split up to the first unreadable one; `error` then holds the reason."""
 
     def __init__(self, rows: TableRows):
         self.rows = rows
@@ -199,13 +199,13 @@ class _Measured:
         self.waiting: list[tuple[int, int, Pair, dict[str, Any]]] = []  # row, group, pair, extra
 
     def add(self, row: CheckedRow, group: int) -> None:
-        """Measure a good pair, with the next batch."""
+        """Add a good pair to the batch, and measure the batch when it is full."""
         self.waiting.append((row.number, group, row.pair, row.extra))
         if len(self.waiting) == PAIRS_PER_BATCH:
             self.flush()
 
     def flush(self) -> None:
-        """Measure the pairs that wait."""
+        """Measure the pairs of an incomplete batch."""
         measured = self.counter.measure([pair for _, _, pair, _ in self.waiting], [e for *_, e in self.waiting])
         for (number, group, pair, _), numbers in zip(self.waiting, measured, strict=True):
             if len(numbers) == 2:
@@ -223,7 +223,7 @@ class _Measured:
 
 
 def _note_of_text(counter: WordCounter | TokenCounter) -> str | None:
-    """Describe pairs of text beside the tokenizer of a chat model, and where their tokens merge."""
+    """Describe text pairs with the tokenizer of a chat model, and merged tokens at the start of the response."""
     if not isinstance(counter, TokenCounter) or not counter.texts:
         return None
     note = note_of_text(counter.merged, counter.texts, has_template=bool(counter.tokenizer.chat_template))

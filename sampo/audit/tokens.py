@@ -1,4 +1,4 @@
-"""Lengths of a pair: in words, or in the tokens that TRL's trainer makes of it."""
+"""Lengths of a pair: in words, or in tokens as TRL's trainer counts them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ..data.tokenize import PairTokenizer, TokenisedPair, count_shared_start
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What is known of a pair besides its hashes: lengths of prompt, chosen and rejected; position of the last end token of
+# The numbers of a pair besides its hashes: lengths of prompt, chosen and rejected; position of the last end token of
 # the two responses, -1 for none; how many tokens the two responses share at the start and at the end.
 Measure = tuple[int, int, int, int, int, int, int]
 
@@ -24,7 +24,7 @@ class WordCounter:
     about: dict[str, Any] = {}
 
     def measure(self, pairs: Sequence[Pair], extras: Sequence[dict[str, Any]]) -> list[Measure | RowIssue]:
-        """Measure each pair; positions of end tokens and shared tokens are not known of words."""
+        """Measure each pair; in words, end tokens and shared tokens are unknown."""
         lengths = ([len(visible_text(part).split()) for part in pair] for pair in pairs)
         return [(prompt, chosen, rejected, -1, -1, 0, 0) for prompt, chosen, rejected in lengths]
 
@@ -58,7 +58,7 @@ class TokenCounter:
 
         Args:
             pairs: good pairs, all of texts or all of messages.
-            extras: what each row has in the columns `tools` and `chat_template_kwargs`.
+            extras: values of each row in the columns `tools` and `chat_template_kwargs`.
         """
         tokenised = self.pair_tokenizer.tokenize(pairs, extras)
         if pairs and isinstance(pairs[0][0], str):

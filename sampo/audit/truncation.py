@@ -16,14 +16,14 @@ class Truncation:
     Attributes:
         max_length: tokens of prompt and response together; None for no cut.
         truncation_mode: `keep_start` cuts the end of the response, `keep_end` the beginning of the row.
-        dropped: pairs that TRL drops because the prompt alone fills `max_length`; the other counts exclude them.
+        dropped: pairs that TRL drops because the prompt alone fills `max_length`; excluded from the other counts.
         cut_chosen: chosen responses that lose tokens.
         cut_rejected: rejected responses that lose tokens.
         without_end_chosen: chosen responses without their end token after truncation.
         without_end_rejected: rejected responses without theirs.
         one_sided_end: pairs in which one response has its end token after truncation and the other does not.
         identical: pairs whose two responses are the same tokens after truncation.
-        bias: what length explains in the remaining pairs, after truncation.
+        bias: how far length explains the preference in the remaining pairs, after truncation.
     """
 
     max_length: int | None

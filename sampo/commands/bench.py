@@ -21,9 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help=", ".join(TASKS)
     )
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="records, added to as tasks are done")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="local JSONL in place of the hub: docs/bench.md")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="local JSONL instead of the hub: docs/bench.md")
     parser.add_argument("--limit", type=int, help="only so many prompts of each task: to try it out")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt, in place of the paper's")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt, instead of the paper's")
     parser.add_argument("--apply_chat_template", action="store_true", help="put prompts into the chat template")
     parser.add_argument("--seed", type=int, default=1234, help="of the draw of examples (1234, the harness's own)")
     parser.add_argument("--adapter", help="folder or hub id of an adapter for the model")
@@ -78,7 +78,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], str | None]
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    from ..evaluation.models import Texts
+    from ..evaluation.texts import Texts
     from ..models.inference import default_device, load_causal
     from ..models.load import load_tokenizer
 

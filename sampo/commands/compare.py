@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="writes OUT.csv, .json, .records.jsonl")
     parser.add_argument("--n", type=int, help="compare on so many prompts, drawn by a hash of `--seed`")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
-    parser.add_argument("--matched_only", action="store_true", help="leave out prompts that one system lacks")
+    parser.add_argument("--matched_only", action="store_true", help="omit prompts that one system lacks")
     parser.add_argument("--length_unit", default="characters", choices=LENGTH_UNITS, help="for the win rates")
     parser.add_argument(
         "--difficulty",
@@ -65,8 +65,8 @@ def _compare_judged(args: argparse.Namespace) -> None:
     from ..evaluation.results import comparing, judged
 
     if args.baseline:
-        raise ValueError("`baseline` goes with `answers` alone: judgements say what they were made against.")
-    read = [judged.read(path) for path in args.judgements]
+        raise ValueError("`baseline` goes with `answers` alone: judgements name their baseline.")
+    read = [judged.read_judged(path) for path in args.judgements]
     names = _display_names([*(run.system.file for run in read), read[0].baseline.file])
     if len(names) != len(read) + 1:
         raise ValueError(
@@ -80,22 +80,22 @@ def _compare_judged(args: argparse.Namespace) -> None:
     baseline = names[read[0].baseline.file]
     moved = {judged.content_hash(path): path for path in args.answers}
     files = {**{name: run.system for name, run in runs.items()}, baseline: read[0].baseline}
-    places = {name: _place(file, moved) for name, file in files.items()}
+    paths = {name: _find_answers(file, moved) for name, file in files.items()}
     drawn = {"n": args.n, "difficulty": args.difficulty}
     configs = {name: {**run.config, **drawn} for name, run in runs.items()}
     configs[baseline] = {"baseline_answers": read[0].baseline.sha256, **drawn}
-    _show_and_write(args, summaries, _measure_lengths(places, baseline, prompts), duels, configs)
+    _show_and_write(args, summaries, _measure_lengths(paths, baseline, prompts), duels, configs)
 
 
-def _place(file: Any, moved: Mapping[str, Path]) -> Path:
+def _find_answers(file: Any, moved: Mapping[str, Path]) -> Path:
     """Where the answers are that were judged."""
     from ..evaluation.results.judged import content_hash
 
-    place = moved.get(file.sha256, Path(file.file))
-    if not place.is_file() or content_hash(place) != file.sha256:
-        what = "other answers are there now" if place.is_file() else "there is no such file"
-        raise ValueError(f"{place} must hold the answers that were judged, but {what}. Name theirs with `answers`.")
-    return place
+    path = moved.get(file.sha256, Path(file.file))
+    if not path.is_file() or content_hash(path) != file.sha256:
+        what = "it holds other answers" if path.is_file() else "it does not exist"
+        raise ValueError(f"{path} must hold the answers that were judged, but {what}. Name theirs with `answers`.")
+    return path
 
 
 def _compare_lengths(args: argparse.Namespace) -> None:
@@ -109,26 +109,26 @@ def _compare_lengths(args: argparse.Namespace) -> None:
     names = _display_names([str(path) for path in args.answers])
     if args.baseline and str(args.baseline) not in names:
         raise ValueError(f"`baseline` must be one of `answers`, got {args.baseline}.")
-    places = {name: Path(file) for file, name in names.items()}
+    paths = {name: Path(file) for file, name in names.items()}
     prompts = shared_prompts(
-        {name: (answer.prompt_id for answer in read_answers(place)) for name, place in places.items()},
+        {name: (answer.prompt_id for answer in read_answers(path)) for name, path in paths.items()},
         args.matched_only,
     )
     if args.n is not None:
         prompts = drawn_prompts(prompts, args.n, args.seed)
-    configs = {name: {"answers": content_hash(place), "n": args.n} for name, place in places.items()}
+    configs = {name: {"answers": content_hash(path), "n": args.n} for name, path in paths.items()}
     baseline = names[str(args.baseline)] if args.baseline else None
-    _show_and_write(args, [], _measure_lengths(places, baseline, prompts), [], configs)
+    _show_and_write(args, [], _measure_lengths(paths, baseline, prompts), [], configs)
 
 
-def _measure_lengths(places: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
+def _measure_lengths(paths: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
     """Measures of length of each file, on some prompts."""
     from ..evaluation.answers.answers import read_answers
     from ..evaluation.results.verbosity import System, compare_verbosity
 
     systems = [
-        System.of(name, [answer for answer in read_answers(place) if answer.prompt_id in prompts])
-        for name, place in places.items()
+        System.of(name, [answer for answer in read_answers(path) if answer.prompt_id in prompts])
+        for name, path in paths.items()
     ]
     return compare_verbosity(systems, baseline)
 
@@ -162,10 +162,10 @@ def _show_and_write(
     say(f"Intervals are 95 %, over prompts{several}.")
     command = format_arguments(make_parser(), args)
     rows = comparing.rows_of(summaries, lengths)
-    whole = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}
+    content = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}
     made = comparing.all_records(summaries, lengths, duels, configs=configs, seed=args.seed, command=command)
-    places = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("csv", "json", "records.jsonl")]
+    paths = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("csv", "json", "records.jsonl")]
     with alone_at(args.out):
-        for place, text in zip(places, (csv_text(rows), json.dumps(whole, indent=2) + "\n", lines(made)), strict=True):
-            write_atomic(place, text)
-    print(f"Written: {', '.join(map(str, places))}")
+        for path, text in zip(paths, (csv_text(rows), json.dumps(content, indent=2) + "\n", lines(made)), strict=True):
+            write_atomic(path, text)
+    print(f"Written: {', '.join(map(str, paths))}")

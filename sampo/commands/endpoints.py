@@ -6,7 +6,10 @@ from typing import Any
 
 from ..evaluation.endpoint import Endpoint, key_from_environment
 
-INCOMPLETE, STOPPED = 3, 4  # exit codes: some answers or judgements are missing; the run was given up, and can go on
+INCOMPLETE, STOPPED = (
+    3,
+    4,
+)  # exit codes: some answers or judgements are missing; the run was stopped early
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +41,10 @@ PASSING = ("timeout", "connection", "rate_limited", "server_error", "not_asked")
 
 
 def what_helps(endpoint: Endpoint) -> str:
-    """What to do when a run was given up: the same command goes on only where its reason can pass by itself."""
+    """What to do when a run was stopped: the same command continues it if the reason was temporary."""
     if endpoint.stopped_for_good:
-        return "Correct `url`, `model`, the key or the quota first; what was answered is kept, and is not paid twice."
-    return "Run the same command again to go on."
+        return "Correct `url`, `model`, the key or the quota first; answered requests are kept and not sent again."
+    return "Run the same command again to continue."
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def build(args: argparse.Namespace, model: str) -> Endpoint:
     """The endpoint that the options describe."""
     if not args.url:
         raise ValueError(
-            "`url` must say whom to ask, such as http://localhost:8000/v1; it is not read from anywhere else."
+            "`url` must name the server, such as http://localhost:8000/v1; it is not read from anywhere else."
         )
     return Endpoint(
         args.url,

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.columns import read_columns
 from ..data.issues import ON_BAD_ROWS
 from ..evaluation.answers.generate import Sampling
-from ..evaluation.models import FORMATS
+from ..evaluation.texts import FORMATS
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
 from .pair_options import COLUMNS_HELP
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     local.add_argument("--adapter", help="folder or hub id of an adapter for the model")
     local.add_argument("--revision", help="of the model on the hub")
     local.add_argument("--format", default="auto", choices=FORMATS, help="`auto`: the chat template if there is one")
-    local.add_argument("--chat_template", type=Path, help="file with a template in place of the tokenizer's")
+    local.add_argument("--chat_template", type=Path, help="file with a template that replaces the tokenizer's")
     local.add_argument(
         "--stop_tokens", nargs="+", default=[], metavar="TOKEN", help="further tokens that end an answer"
     )
@@ -128,7 +128,7 @@ def _backend(args: argparse.Namespace, questions: list[Any]) -> tuple[list[Any],
     """(prompts that can be asked, backend, endpoint if it is one)."""
     from ..evaluation.answers import backends
     from ..evaluation.answers.prompts import check_prompts
-    from ..evaluation.models import Texts
+    from ..evaluation.texts import Texts
     from ..models.inference import default_device, load_causal
     from ..models.load import load_tokenizer
 

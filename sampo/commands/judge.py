@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Judge the answers of a system against those of a baseline, both orders of each pair. Exit code "
         f"{INCOMPLETE}: some judgements failed; {STOPPED}: stopped early, the output says how to continue. No "
-        "reply is paid twice.",
+        "request is sent twice.",
     )
     parser.add_argument("--system", required=True, type=Path, help="answers: ours, JSONL, or AlpacaEval's JSON")
     parser.add_argument("--baseline", required=True, type=Path, help="answers to compare with")
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--length_unit", default="characters", choices=("characters", "words", "tokens"), help="of all lengths"
     )
-    parser.add_argument("--matched_only", action="store_true", help="leave out prompts that one file lacks")
+    parser.add_argument("--matched_only", action="store_true", help="omit prompts that one file lacks")
     parser.add_argument("--annotation_sheet", type=Path, metavar="CSV", help="write a sheet for people, and stop")
     model = parser.add_argument_group("judges that are models")
     model.add_argument("--model", help="the judge; for `implicit` the policy")
@@ -107,10 +107,10 @@ def _pairs(args: argparse.Namespace) -> tuple[list[judges.AnswerPair], tuple[Any
     if matching.system_only or matching.baseline_only:
         if not args.matched_only:
             raise ValueError(
-                f"The two files must answer the same prompts, got {lacking}. To go on, set `matched_only`."
+                f"The two files must answer the same prompts, got {lacking}. To omit the others, set `matched_only`."
             )
         print(f"Left out: {lacking}.")
-    pairs = judges.draw(matching.pairs, args.n, args.seed)
+    pairs = judges.draw_pairs(matching.pairs, args.n, args.seed)
     prompts = len({pair.system.prompt_id for pair in pairs})
     print(f"{len(pairs)} pairs of answers to {prompts} prompts, {len(matching.pairs) - len(pairs)} not drawn.")
     return pairs, (AnswerFile.of(args.system, system), AnswerFile.of(args.baseline, baseline))
@@ -269,7 +269,7 @@ def _dry_run(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair
     shown = [pair.comparison(order) for pair in [*pairs, *_control(args, pairs)] for order in judges.ORDERS]
     estimate = judge.estimate(shown)
     print(
-        f"{estimate.kept} replies are there, {estimate.requests} are to be asked for ({estimate.requests_at_most} "
+        f"{estimate.kept} replies are kept, {estimate.requests} are missing ({estimate.requests_at_most} "
         f"requests at most if replies cannot be read): about {estimate.tokens_in} tokens to read, at most "
         f"{estimate.tokens_out_at_most} to write"
     )

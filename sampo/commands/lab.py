@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(
         prog="sampo lab",
-        description="Train a tiny model with each method in a small world with ground truth, and measure what "
-        "became of length and quality. Finished runs are kept in the output folder and not run again.",
+        description="Train a tiny model with each method in a small world with ground truth, and measure the "
+        "lengths and the quality of its answers. Finished runs are kept in the output folder and not run again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--fast", action="store_true", help="one seed")
@@ -163,17 +163,17 @@ def _show(outcomes: Outcomes, folder: Path, command: str) -> None:
     from ..lab import report
     from .shown import say, show
 
-    lines = report.collect(outcomes)
+    lines = report.collect_lines(outcomes)
     show(report.table(lines))
-    about = report.describe(outcomes, command)
+    about = report.describe_runs(outcomes, command)
     write_atomic(folder / "table.md", report.markdown(lines, about=about))
     say(about, "")
-    for sentence in report.findings(lines):
+    for sentence in report.summarise_findings(lines):
         say(f"- {sentence}")
     if warning := report.weak_start(lines):
         say("", f"Warning: {warning}")
     try:
-        report.draw(lines, folder / "lab.svg")
+        report.draw_figure(lines, folder / "lab.svg")
         written = "records.jsonl, table.md, lab.svg"
     except ImportError:
         written = 'records.jsonl, table.md; no lab.svg, which needs `pip install "sampo-dpo[report]"`'

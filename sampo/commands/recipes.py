@@ -14,12 +14,12 @@ def packaged(kind: str) -> Path:
     In a wheel they are inside the package, in a source checkout beside it.
     """
     package = Path(__file__).resolve().parents[1]
-    places = [package / "_data" / kind, package.parent / kind]
-    for place in places:
-        if place.is_dir():
-            return place
+    candidates = [package / "_data" / kind, package.parent / kind]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
     raise FileNotFoundError(
-        f"`{kind}` must lie in {places[0]} or {places[1]}, got neither. Install the package again."
+        f"`{kind}` must be in {candidates[0]} or {candidates[1]}, got neither. Install the package again."
     )
 
 
@@ -78,6 +78,6 @@ def _copy_recipe(recipe: Path, dest: Path) -> None:
     if os.path.lexists(target):
         raise SystemExit(f"sampo recipes: `dest` must not exist yet, got {target}. Choose another name or remove it.")
     if not target.parent.is_dir():
-        raise SystemExit(f"sampo recipes: `dest` must lie in an existing folder, got {target}. Make {target.parent}.")
+        raise SystemExit(f"sampo recipes: `dest` must be in an existing folder, got {target}. Make {target.parent}.")
     write_atomic(target, recipe.read_bytes())
     print(target)

@@ -11,7 +11,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="One HTML page from what the other commands wrote into a folder: audit, training curves, "
         "diagnostics, win rate and verbosity, answers side by side, the lab. It loads nothing and runs nothing; files "
-        "that are broken or foreign are named on it and left out.",
+        "that are broken or foreign are named on it and omitted.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="searched, at most eight folders deep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (DIR/report.html)")
@@ -35,6 +35,6 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"sampo report: error: {error}") from None
     print(f"{out}: {', '.join(report.shown) or 'nothing was found to show'}")
     for problem in report.problems:
-        print(f"left out: {problem.file}: {problem.reason}")
+        print(f"omitted: {problem.file}: {problem.reason}")
     if report.missing:
         print(f"not there: {'; '.join(report.missing)}. The page names the commands.")

@@ -1,4 +1,4 @@
-"""Evaluation: answers of models, verdicts of judges, and what both say about quality and length.
+"""Evaluation: answers of models, verdicts of judges, and measures of quality and length.
 
 In: a model and prompts, or files of answers. Out: files of answers, of judgements, and records with intervals.
 `answers/` generates, `judging/` compares two answers to a prompt, `results/` turns verdicts and lengths into numbers;

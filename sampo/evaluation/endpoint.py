@@ -37,7 +37,7 @@ HEADERS = frozenset(
         "user-agent",
         "authorization",
     }
-    | {"x-stainless-raw-response"}  # by this the client remembers that the reply is to be left as it is
+    | {"x-stainless-raw-response"}  # tells the client to return the reply unparsed
 )
 
 
@@ -138,7 +138,7 @@ class Endpoint:
             ) from None
         if (self._key or proxy) and urlsplit(self.url).scheme == "http" and not _is_local(self.url):
             logger.warning("%s is not encrypted: all on the way can read the key and the texts", self.url)
-        # they print headers and first lines of replies, with whatever is in them
+        # they log headers and first lines of replies, which may hold the key
         for library in ("httpcore", "httpcore2", "httpx", "httpx2", "openai"):
             if (theirs := logging.getLogger(library)).level == logging.NOTSET:
                 theirs.setLevel(logging.WARNING)
@@ -265,15 +265,15 @@ class Endpoint:
 
     def _of_status(self, error: Any) -> Unanswered:
         status = error.status_code
-        said = " ".join(self.redact(error.response.text).split())[:300]
-        text = f"{self.url} answers {status} for model `{self.model}`: {said or 'nothing more'}"
+        body = " ".join(self.redact(error.response.text).split())[:300]
+        text = f"{self.url} answers {status} for model `{self.model}`: {body or 'nothing more'}"
         if 300 <= status < 400:
             where = self.redact(error.response.headers.get("location", "nowhere"))
             return Unanswered("rejected", f"{text}. It redirects to {where}, which is not asked", fatal=True)
         if status in (401, 403, 404, 405):
             return Unanswered("rejected", text, fatal=True)
         if status == 429:
-            spent = "insufficient_quota" in said
+            spent = "insufficient_quota" in body
             return Unanswered("rate_limited", text, fatal=spent, wait=retry_after(error.response.headers))
         if status in (408, 409) or status >= 500:
             return Unanswered("server_error", text, wait=retry_after(error.response.headers))

@@ -1,6 +1,6 @@
 """The five benchmarks of the SamPO paper (arXiv 2406.10957, Table 2), run by lm-evaluation-harness.
 
-The harness decides how many examples ("shots") a prompt gets: a task whose definition says 0 stays at 0 whatever is
+The harness decides how many examples ("shots") a prompt gets: a task whose definition has 0 stays at 0 whatever is
 requested, and only its log reports it. So the paper's "3-shot" IFEval and TruthfulQA cannot be run with the unchanged
 harness; the number used is read from its results and recorded beside the number requested.
 
@@ -107,7 +107,7 @@ def settings(
     Args:
         name: of the benchmark.
         model: name, weights and type of the weights.
-        shots: in place of the paper's.
+        shots: instead of the paper's.
         limit: prompts of each task, from the first; None for all.
         data: folder of local data; None for the hub.
         chat: hash of the chat template, None where none is used.
@@ -156,16 +156,16 @@ def run(
         check_nltk(data)
     asked = benchmark.shots if shots is None else shots
     with tempfile.TemporaryDirectory() as folder:
-        task, place = benchmark.task, (Path(lm_eval.tasks.__file__).parent / benchmark.definition).parent
+        task, task_folder = benchmark.task, (Path(lm_eval.tasks.__file__).parent / benchmark.definition).parent
         if data is not None:
-            task, place = write_local_task(name, data, Path(folder)), Path(folder)
+            task, task_folder = write_local_task(name, data, Path(folder)), Path(folder)
         found: Any = simple_evaluate(
             model=lm,
             tasks=[task],
             num_fewshot=asked,
             limit=limit,
             # the folder of this task alone: to read all definitions takes ten seconds
-            task_manager=lm_eval.tasks.TaskManager(include_path=str(place), include_defaults=False),
+            task_manager=lm_eval.tasks.TaskManager(include_path=str(task_folder), include_defaults=False),
             apply_chat_template=chat,
             bootstrap_iters=0,  # intervals are made here
             log_samples=True,
@@ -222,7 +222,8 @@ def _local_files(data: Path, name: str) -> dict[str, dict[str, Path]]:
     if "{}" in BENCHMARKS[name].definition:
         parts = {path.name: path for path in sorted(folder.glob("*/"))}
     found = {
-        part: {path.stem: path.resolve() for path in sorted(place.glob("*.jsonl"))} for part, place in parts.items()
+        part: {path.stem: path.resolve() for path in sorted(directory.glob("*.jsonl"))}
+        for part, directory in parts.items()
     }
     if not found or not all(found.values()):
         empty = next((str(parts[part]) for part, files in found.items() if not files), str(folder))
@@ -242,10 +243,10 @@ def write_local_task(name: str, data: Path, into: Path) -> str:
     import lm_eval.tasks
     import yaml
 
-    benchmark, place = BENCHMARKS[name], Path(lm_eval.tasks.__file__).parent
+    benchmark, task_folder = BENCHMARKS[name], Path(lm_eval.tasks.__file__).parent
     tasks = []
     for part, splits in _local_files(data, name).items():
-        original = place / benchmark.definition.format(part)
+        original = task_folder / benchmark.definition.format(part)
         if not original.is_file():
             raise ValueError(f"`data` must have folders of parts that the harness knows, got {name}/{part}.")
         tasks.append(f"local_{name}_{part}" if part else f"local_{name}")

@@ -1,4 +1,4 @@
-r"""Text from a server is not trusted: the key is removed, numbers are checked, control characters are not shown.
+r"""Text from a server is not trusted: remove the key, check numbers, and hide control characters.
 
 A server that was given the key may send it back: as it is, escaped (`\u0073k-`, `%73k-`, `&#115;k-`), in base64 or
 hexadecimal digits, or in parts. `Redaction` finds it in all of these.
@@ -46,7 +46,7 @@ class Redaction:
         self._parts = sorted({form[i : i + n].lower() for form, n in sizes.items() for i in range(len(form) - n + 1)})
 
     def __call__(self, text: str) -> str:
-        """The text with `[key]` in place of the key."""
+        """The text with the key replaced by `[key]`."""
         if not self._parts or not text:
             return text
         found: list[tuple[int, int]] = []
@@ -69,10 +69,10 @@ class Redaction:
             text = lowered if len(lowered) == len(text) else text.translate(LOWER)
         found = []
         for part in self._parts:
-            place = text.find(part)
-            while place >= 0:
-                found.append((spans[place][0], spans[place + len(part) - 1][1]))
-                place = text.find(part, place + 1)
+            position = text.find(part)
+            while position >= 0:
+                found.append((spans[position][0], spans[position + len(part) - 1][1]))
+                position = text.find(part, position + 1)
         return found
 
 

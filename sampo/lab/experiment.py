@@ -32,7 +32,7 @@ from . import model as lm
 from .methods import SLOPE
 from .pressure import logistic_slope, mean_pressures
 from .settings import UNEQUAL_TOKENS, VERSION, Run, Settings
-from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, Question, World, WorldPair, text
+from .world import MAX_ANSWER_TOKENS, PROMPT_TOKENS, World, WorldPair, WorldQuestion, text
 
 if TYPE_CHECKING:
     from ..config import SamPOConfig
@@ -76,7 +76,7 @@ def _known(path: Path) -> dict[str, dict[str, results.Record]]:
 
 
 def _is_complete(run: Run, known: dict[str, dict[str, results.Record]]) -> bool:
-    # the record that is written last: a killed writer may have left the others
+    # the record that is written last: after a kill, only the earlier ones may exist
     last = "train_seconds" if run.group else "kl"
     return last in known.get(results.config_key(run.config), {})
 
@@ -114,7 +114,7 @@ def _begin_work(folder: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for work for ever."""
+    """End this worker when its parent is killed; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -141,7 +141,7 @@ class Number(NamedTuple):
 
 
 class Benches:
-    """Keeps the bench of the last run, because most runs need the same one as the run before."""
+    """Keeps the bench of the last run, because most runs need the same bench as the previous one."""
 
     def __init__(self, folder: Path, progress: OpenProgress):
         self.folder, self.progress = folder, progress
@@ -155,13 +155,13 @@ class Benches:
 
 
 class Bench:
-    """What the runs of one seed share: the world, the start and its answers, the held-out pairs."""
+    """State shared by the runs of one seed: the world, the start and its answers, the held-out pairs."""
 
     def __init__(self, seed: int, settings: Settings, folder: Path, progress: OpenProgress):
         self.seed, self.settings, self.folder, self.progress = seed, settings, folder, progress
         self.world = World(seed)
         self._pairs: dict[tuple[str, float, int], tuple[list[WorldPair], list[np.ndarray]]] = {}
-        # where its runs keep the log-probabilities of their references
+        # folder for the reference log-probabilities of the runs
         self.reference_cache = tempfile.mkdtemp(prefix="sampo-lab-")
         weakref.finalize(self, shutil.rmtree, self.reference_cache, ignore_errors=True)
 
@@ -217,7 +217,7 @@ class Bench:
         return LlamaForCausalLM.from_pretrained(self.start_folder, dtype=torch.float32).eval()
 
     @cached_property
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[WorldQuestion]:
         """The questions that every model answers."""
         return self.world.evaluation_questions(self.settings.questions)
 
@@ -254,7 +254,7 @@ class Bench:
     def _answers(self, model: PreTrainedModel, *, sampling_seed: int) -> list[list[int]]:
         prompts = [question.prompt for question in self.questions]
         seed = 10 * self.seed + sampling_seed
-        return lm.generate(model, prompts, seed=seed, max_tokens=self.settings.max_tokens)
+        return lm.sample_answers(model, prompts, seed=seed, max_tokens=self.settings.max_tokens)
 
     def _qualities(self, answers: list[list[int]]) -> np.ndarray:
         return np.array([self.world.quality(q, a) for q, a in zip(self.questions, answers, strict=True)])
@@ -315,7 +315,7 @@ class Bench:
         return options
 
 
-def _rows(pairs: Sequence[WorldPair]) -> list[lm.Row]:
+def _rows(pairs: Sequence[WorldPair]) -> list[lm.PromptWithAnswer]:
     """Chosen rows first."""
     return [(p.question.prompt, p.chosen) for p in pairs] + [(p.question.prompt, p.rejected) for p in pairs]
 
@@ -334,8 +334,8 @@ def mean_number(name: str, values: np.ndarray, clusters: Sequence[int]) -> Numbe
         return Number(name, mean, n)
     sums = np.bincount(cluster, weights=values - mean)  # of the residuals of each question
     error = np.sqrt((sums**2).sum() * n_clusters / (n_clusters - 1)) / n
-    half = float(t.ppf(0.975, n_clusters - 1) * error)
-    return Number(name, mean, n, (mean - half, mean + half))
+    half_width = float(t.ppf(0.975, n_clusters - 1) * error)
+    return Number(name, mean, n, (mean - half_width, mean + half_width))
 
 
 def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTrainedModel, dict[str, float]]:

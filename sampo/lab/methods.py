@@ -15,8 +15,8 @@ class Method(NamedTuple):
         options: of `SamPOConfig`.
         beta_per_token: beta is multiplied by the mean length of a training answer, so that a mean
             over tokens has the scale of a sum.
-        rounds: of iterative training, each on its share of pairs and steps, from the model of the last one, which is
-            also its reference.
+        rounds: of iterative training, each on its share of pairs and steps, from the model of the previous round,
+            which is also its reference.
     """
 
     title: str

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from ..io.files import new_folder
 from .world import BOS, EOS, PAD, PROMPT_TOKENS, WORDS
 
-Row = tuple[list[int], list[int]]  # prompt ids, answer ids
+PromptWithAnswer = tuple[list[int], list[int]]  # prompt ids, answer ids
 MAX_POSITIONS = 160
 IGNORED = -100
 # transformers 5.24 names it `cache`; 5.40 removes the other name
@@ -63,7 +63,12 @@ def _padded(sequences: Sequence[Sequence[int]], padding: int) -> Tensor:
 
 
 def train_supervised(
-    rows: Sequence[Row], *, steps: int, seed: int, batch_size: int = 64, progress: Callable[[int], None] | None = None
+    rows: Sequence[PromptWithAnswer],
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
 ) -> LlamaForCausalLM:
     """The supervised start: AdamW, 30 steps of warm-up and a cosine, batches drawn at random.
 
@@ -96,19 +101,19 @@ def train_supervised(
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write model and tokenizer; the folder appears under its name only when it is complete."""
+    """Write model and tokenizer; the write of the folder is atomic."""
     with new_folder(folder) as partial:
         model.save_pretrained(partial)
         build_tokenizer().save_pretrained(partial)
 
 
 @torch.no_grad()
-def generate(
+def sample_answers(
     model: PreTrainedModel, prompts: Sequence[list[int]], *, seed: int | None, max_tokens: int
 ) -> list[list[int]]:
     """One answer per prompt, sampled at temperature 1, or greedily with `seed=None`.
 
-    Rows that have ended leave the batch and the cache, as most answers are much shorter than the longest.
+    Finished rows are removed from the batch and the cache, since most answers are much shorter than the longest.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -122,17 +127,17 @@ def generate(
             tokens = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
         for row, token in zip(alive, tokens.tolist(), strict=True):
             answers[row].append(token)
-        going = tokens != EOS
-        if not going.any():
+        unfinished = tokens != EOS
+        if not unfinished.any():
             break
-        if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])
-            alive = alive[going.numpy()]
-        inputs = tokens[going, None]  # (B, 1)
+        if not unfinished.all():
+            cache.batch_select_indices(unfinished.nonzero()[:, 0])
+            alive = alive[unfinished.numpy()]
+        inputs = tokens[unfinished, None]  # (B, 1)
     return answers
 
 
-def _batches(rows: Sequence[Row], size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+def _batches(rows: Sequence[PromptWithAnswer], size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Row numbers, input ids (B, P+T-1) and answer ids (B, T; padded with `IGNORED`), similar lengths together."""
     order = np.argsort([len(answer) for _, answer in rows], kind="stable")
     for start in range(0, len(rows), size):
@@ -144,41 +149,41 @@ def _batches(rows: Sequence[Row], size: int = 256) -> Iterator[tuple[np.ndarray,
 
 @torch.no_grad()
 def _sum_over_answers(
-    models: Sequence[PreTrainedModel], rows: Sequence[Row], measure: Callable[..., Tensor]
+    models: Sequence[PreTrainedModel], rows: Sequence[PromptWithAnswer], measure: Callable[..., Tensor]
 ) -> np.ndarray:
-    """For each row the sum over its answer of `measure(targets, *log_probs)`.
+    """Sum of `measure(targets, *log_probs)` over the answer of each row.
 
-    `measure` gets the answer's tokens (B, T), of which padding reads as `PAD`, and each model's log-probabilities
+    `measure` gets the answer's tokens (B, T), with padding replaced by `PAD`, and each model's log-probabilities
     (B, T, V), and returns (B, T).
     """
     sums = np.empty(len(rows))
     for numbers, inputs, answers in _batches(rows):
-        counted = answers != IGNORED
+        is_answer = answers != IGNORED
         log_probs = [
             model(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :].log_softmax(dim=2)
             for model in models
         ]
-        values = measure(answers.masked_fill(~counted, PAD), *log_probs)  # (B, T)
-        sums[numbers] = (values * counted).sum(dim=1).double().numpy()
+        values = measure(answers.masked_fill(~is_answer, PAD), *log_probs)  # (B, T)
+        sums[numbers] = (values * is_answer).sum(dim=1).double().numpy()
     return sums
 
 
-def answer_logps(model: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
+def answer_logps(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np.ndarray:
     """Log-probability of each row's answer, in nats."""
     return _sum_over_answers([model], rows, lambda t, lp: lp.gather(2, t[..., None])[..., 0])
 
 
-def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[Row]) -> np.ndarray:
-    """Per row the sum over its tokens of KL(policy ‖ reference) at that token, in nats.
+def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np.ndarray:
+    """Sum of KL(policy ‖ reference) over the tokens of each row, in nats.
 
-    Over answers sampled from the policy, its mean is KL(policy ‖ reference) of whole answers (up to the cap), with
+    Over answers sampled from the policy, its mean is KL(policy ‖ reference) of complete answers (up to the cap), with
     less noise than the mean log-ratio, which has the same expectation.
     """
     return _sum_over_answers([policy, reference], rows, lambda t, p, q: (p.exp() * (p - q)).sum(dim=2))
 
 
-def end_probs(model: PreTrainedModel, rows: Sequence[Row]) -> list[np.ndarray]:
-    """Per row the probability of the end token at each position of its answer, (T,)."""
+def end_probs(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> list[np.ndarray]:
+    """Probability of the end token at each position of each row's answer, (T,)."""
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
     with torch.no_grad():
         for numbers, inputs, _ in _batches(rows):

@@ -26,7 +26,7 @@ COLUMNS = {  # record -> head of its column, digits
     "pressure": ("length\npressure", 2),
     "kl": ("KL", 1),
 }
-COLOURS = (
+METHOD_COLOURS = (
     "#666666",
     "#0072b2",
     "#d55e00",
@@ -43,7 +43,7 @@ LEGEND = (
     f"more than {UNEQUAL_TOKENS} tokens. corr. with length: of the margin there with the length difference. length "
     "pressure: derivative of the margin by the end token's logit, per training pair before the first step; negative "
     "lengthens. "
-    "KL: of whole answers from the SFT model, in nats."
+    "KL: of complete answers from the SFT model, in nats."
 )
 
 
@@ -61,7 +61,7 @@ class Line:
         return "SFT (start)" if self.method == SFT else METHODS[self.method].title
 
     def values(self, name: str) -> list[float]:
-        """One value per seed, those without a defined value left out."""
+        """One value per seed, without undefined ones."""
         return [record.value for record in self.numbers.get(name, []) if record.value is not None]
 
     def mean(self, name: str) -> float | None:
@@ -69,7 +69,7 @@ class Line:
         return statistics.mean(self.values(name)) if self.values(name) else None
 
     def cell(self, name: str) -> str:
-        """Mean ± sd over seeds; of one seed the value, and for the win rate its interval."""
+        """Mean ± sd over seeds; for one seed the value, with the interval of the win rate."""
         values, digits = self.values(name), COLUMNS[name][1]
         if not values:
             return "–"
@@ -82,7 +82,7 @@ class Line:
 
 
 def outcomes_of(records: Iterable[Record]) -> list[tuple[Run, list[Record]]]:
-    """Runs with their records, from the records of one experiment; the last of those with the same run counts."""
+    """Runs with their records, from the records of one experiment; of duplicates the last one."""
     found: dict[tuple[str, str, int], dict[str, Record]] = {}
     for record in records:
         config = record.config
@@ -100,7 +100,7 @@ def outcomes_of(records: Iterable[Record]) -> list[tuple[Run, list[Record]]]:
     ]
 
 
-def collect(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
+def collect_lines(outcomes: Sequence[tuple[Run, list[Record]]]) -> list[Line]:
     """Lines in the order of the runs, the start first."""
     lines: dict[tuple[str, str], Line] = {}
     for run, records in outcomes:
@@ -139,12 +139,12 @@ def markdown_table(lines: Sequence[Line], names: Iterable[str] = COLUMNS) -> str
 
 
 def markdown(lines: Sequence[Line], *, about: str) -> str:
-    """The table in Markdown, with what its columns mean and how it was made."""
+    """The table in Markdown, with a description of its columns and its origin."""
     return f"{markdown_table(lines)}\n\n{about}\n\n{LEGEND}\n"
 
 
-def describe(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
-    """How the numbers were made."""
+def describe_runs(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
+    """Describe how the numbers were measured."""
     settings, seeds = outcomes[0][0].settings, sorted({run.seed for run, _ in outcomes})
     spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
     if len(seeds) == 1:
@@ -157,8 +157,8 @@ def describe(outcomes: Sequence[tuple[Run, list[Record]]], command: str) -> str:
     )
 
 
-def findings(lines: Sequence[Line]) -> list[str]:
-    """What these runs measured, in sentences computed from their numbers."""
+def summarise_findings(lines: Sequence[Line]) -> list[str]:
+    """Sentences about the measurements, computed from their numbers."""
     start = lines[0]
     n_seeds = len(start.values("tokens"))
     sentences = [
@@ -215,7 +215,7 @@ def weak_start(lines: Sequence[Line]) -> str | None:
     )
 
 
-def draw(lines: Sequence[Line], path: Path) -> None:
+def draw_figure(lines: Sequence[Line], path: Path) -> None:
     """The figure as an SVG file. Needs matplotlib (`pip install "sampo-dpo[report]"`)."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -232,7 +232,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
     """Length and win rate per group and method: a bar for the mean, a dot per seed, a dashed line for the start.
 
-    Of one seed, a thin line gives the 95 % interval.
+    For one seed, a narrow line shows the 95 % interval.
     """
     panels = {"tokens": "tokens per answer", "win_rate": "win rate against the start, judged by the truth"}
     groups = [group for group in GROUPS if any(line.group == group for line in lines)]
@@ -245,7 +245,7 @@ def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
                 line,
                 name,
                 x,
-                COLOURS[list(METHODS).index(line.method) % len(COLOURS)],
+                METHOD_COLOURS[list(METHODS).index(line.method) % len(METHOD_COLOURS)],
                 in_legend=line.group == groups[0],
             )
         axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")

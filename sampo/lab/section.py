@@ -6,8 +6,18 @@ from functools import partial
 
 from ..io.records import Record
 from ..report.collect import Found, RecordFile
-from ..report.page import MAX_RUNS, Listing, Section, Table, Text, origins_of
-from .report import FIGURE_SIZE, LEGEND, cells, collect, describe, draw_into, findings, heads, outcomes_of
+from ..report.page import MAX_RUNS, Listing, PageTable, Section, Text, origins_of
+from .report import (
+    FIGURE_SIZE,
+    LEGEND,
+    cells,
+    collect_lines,
+    describe_runs,
+    draw_into,
+    heads,
+    outcomes_of,
+    summarise_findings,
+)
 from .settings import SFT, Settings
 
 
@@ -45,13 +55,13 @@ def _split_experiments(records: Sequence[Record]) -> list[list[Record]]:
 
 def _add_experiment(section: Section, records: Sequence[Record], file: str) -> None:
     outcomes = outcomes_of(records)
-    lines = collect(outcomes)
+    lines = collect_lines(outcomes)
     origins = origins_of(records, file)
     n = "1 run" if len(outcomes) == 1 else f"{len(outcomes):,} runs"
     titles = [head.replace("\n", " ") for head in heads()]
     rows = [[line.title, line.group or "–", *cells(line)[2:]] for line in lines]
     section.add(
-        Table("Methods against the truth", [titles[1], titles[0], *titles[2:]], rows, origins, n), Text(LEGEND)
+        PageTable("Methods against the truth", [titles[1], titles[0], *titles[2:]], rows, origins, n), Text(LEGEND)
     )
     section.draw(
         lambda figure: draw_into(figure, lines),
@@ -63,4 +73,4 @@ def _add_experiment(section: Section, records: Sequence[Record], file: str) -> N
         n=n,
         size=FIGURE_SIZE,
     )
-    section.add(Listing(findings(lines)), Text(describe(outcomes, records[-1].command)))
+    section.add(Listing(summarise_findings(lines)), Text(describe_runs(outcomes, records[-1].command)))

@@ -14,14 +14,14 @@ GROUPS = {
 }
 STUDY_GROUPS = {**GROUPS, "equal": "pairs of answers of equal length"}
 SFT = "sft"
-VERSION = 1  # of the definitions below and in `world`: a change of meaning makes old records another experiment
+VERSION = 1  # of the definitions below and in `world`: increase it when their meaning changes
 UNEQUAL_TOKENS = 2  # pairs whose lengths differ by no more than this count as neither longer nor shorter
 MIN_QUALITY = 0.6  # the start must know the facts, or "say less" is the best policy and quality means little
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of an experiment share. The texts are the help of `sampo lab`."""
+    """Settings shared by all runs of an experiment. The texts are the help of `sampo lab`."""
 
     bias: float = field(default=0.5, metadata={"help": "log-odds by which annotators prefer ten tokens more"})
     steps: int = field(default=100, metadata={"help": "training steps of each method, 32 pairs each"})
@@ -47,7 +47,7 @@ class Settings:
 
     @property
     def of_sampling(self) -> dict[str, int]:
-        """Those of the start and of the answers that it is judged by."""
+        """The settings of the start and of the answers by which it is judged."""
         return {**self.of_start, "questions": self.questions, "max_tokens": self.max_tokens}
 
 
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For progress and logs."""
+        """The name in progress bars and logs."""
         if not self.group:
             return f"seed {self.seed}, supervised start"
         shared = {"lr": self.settings.learning_rate, "beta": self.settings.beta, "bias": self.settings.bias}

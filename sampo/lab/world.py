@@ -34,7 +34,7 @@ EXTRA_RATE = 0.08  # of a repeated and of an unasked fact, per sentence of fille
 
 
 @dataclass(frozen=True)
-class Question:
+class WorldQuestion:
     """An entity and the attributes asked for, in the order of asking."""
 
     entity: int
@@ -61,7 +61,7 @@ class Question:
 class WorldPair:
     """Two answers (token ids, end token included) to one question, the preferred one first."""
 
-    question: Question
+    question: WorldQuestion
     chosen: list[int]
     rejected: list[int]
 
@@ -105,15 +105,15 @@ class World:
         """A separate generator for each purpose, so that more draws of one kind do not change those of another."""
         return np.random.default_rng([self.seed, crc32(purpose.encode())])
 
-    def question(self, rng: np.random.Generator, *, held_out: bool) -> Question:
+    def question(self, rng: np.random.Generator, *, held_out: bool) -> WorldQuestion:
         """A random question for evaluation (`held_out`) or for training."""
         while True:
             asked = rng.permutation(ATTRIBUTES)[: 1 + int(rng.random() * MAX_ASKED)]
-            question = Question(int(rng.random() * ENTITIES), tuple(asked.tolist()))
+            question = WorldQuestion(int(rng.random() * ENTITIES), tuple(asked.tolist()))
             if question.held_out == held_out:
                 return question
 
-    def answer(self, rng: np.random.Generator, question: Question) -> list[int]:
+    def answer(self, rng: np.random.Generator, question: WorldQuestion) -> list[int]:
         """An answer by a new writer, whose coverage, accuracy and verbosity are drawn independently."""
         while True:
             coverage, accuracy, verbosity = rng.uniform((0.3, 0.55, 0.5), (1, 1, 5))
@@ -138,9 +138,9 @@ class World:
         return [ATTRIBUTE + attribute, VALUE + value, DOT]
 
     def _padding(
-        self, rng: np.random.Generator, question: Question, facts: list[list[int]], *, sentences: int
+        self, rng: np.random.Generator, question: WorldQuestion, facts: list[list[int]], *, sentences: int
     ) -> list[list[int]]:
-        """Sentences without value: filler, repeats of own facts, true facts that nobody asked for."""
+        """Sentences without value: filler, repeats of its facts, true facts that were not asked for."""
         padding = [self._filler(rng) for _ in range(sentences)]
         unasked = [a for a in range(ATTRIBUTES) if a not in question.attributes]
         for _ in range(sentences + 1):
@@ -159,11 +159,11 @@ class World:
             words.append(word)
         return [*(FILLER + word for word in words), DOT]
 
-    def quality(self, question: Question, answer: Sequence[int]) -> int:
+    def quality(self, question: WorldQuestion, answer: Sequence[int]) -> int:
         """The true quality: distinct requested facts stated rightly, minus distinct facts stated wrongly.
 
-        A statement is an attribute directly followed by a value. Filler, repeats, true facts that nobody asked for
-        and a missing end token do not count, so length alone is neither good nor bad.
+        A statement is an attribute directly followed by a value. Filler, repeats, true facts that were not asked
+        for and a missing end token do not count, so length alone is neither good nor bad.
         """
         statements = {
             (first - ATTRIBUTE, second - VALUE)
@@ -174,7 +174,7 @@ class World:
         right = sum(bool(truth[a] == v) and a in question.attributes for a, v in statements)
         return right - sum(bool(truth[a] != v) for a, v in statements)
 
-    def demonstrations(self, count: int) -> list[tuple[Question, list[int]]]:
+    def demonstrations(self, count: int) -> list[tuple[WorldQuestion, list[int]]]:
         """Questions and answers for the supervised start."""
         rng = self.rng("demonstrations")
         questions = (self.question(rng, held_out=False) for _ in range(count))
@@ -183,7 +183,7 @@ class World:
     def annotated_pairs(self, count: int, *, bias: float, group: str = "all") -> list[WorldPair]:
         """Training pairs, as annotators with a length `bias` choose.
 
-        All of them, or only those whose chosen answer is shorter (`short`), longer (`long`) or as long (`equal`).
+        All pairs, or only those whose chosen answer is shorter (`short`), longer (`long`) or as long (`equal`).
         """
         pairs = []
         for pair in self.annotated_stream(bias):
@@ -219,7 +219,7 @@ class World:
                 pairs.append(WorldPair(question, a, b) if difference > 0 else WorldPair(question, b, a))
         return pairs
 
-    def evaluation_questions(self, count: int) -> list[Question]:
-        """Held-out questions to generate answers for. There are some 500, so that most come up more than once."""
+    def evaluation_questions(self, count: int) -> list[WorldQuestion]:
+        """Held-out questions to generate answers for. There are about 500, so most occur more than once."""
         rng = self.rng("evaluation questions")
         return [self.question(rng, held_out=True) for _ in range(count)]

@@ -12,10 +12,10 @@ from ..io.records import Record
 from . import figures
 from .collect import Audited, Found
 from .numbers import estimate
-from .page import Heading, Listing, Origin, Section, Table, Text, build_section, origins_of
+from .page import Heading, Listing, Origin, PageTable, Section, Text, build_section, origins_of
 
 MAX_PARTS = 20  # rows of a table of groups
-MAX_PAIRS = 2_000_000  # of an audit, that are read for its figures
+MAX_PAIRS = 2_000_000  # of an audit; figures are drawn for at most so many
 
 
 def data_section(found: Found) -> Section:
@@ -25,14 +25,14 @@ def data_section(found: Found) -> Section:
 
 def _add_audit(section: Section, audit: Audited) -> None:
     origins = origins_of(audit.records, _at(audit.file, "records.jsonl"))
-    whole = {r.name.removeprefix("audit/"): r for r in audit.records if not PART_KEYS & set(r.config)}
-    first = whole["longer"]
+    overall = {r.name.removeprefix("audit/"): r for r in audit.records if not PART_KEYS & set(r.config)}
+    first = overall["longer"]
     unit, n = str(first.config["unit"]), f"{first.n:,} pairs"
     section.add(Heading(str(audit.about["data"])), Text(str(audit.about["conclusion"])))
     if issues := [issue for split in audit.about["splits"] for issue in _list_issues(split)]:
         section.add(Listing(issues))
-    numbers = {name: estimate(whole[name]) for name in MEASURES}
-    section.add(Table("All pairs", ["", "value", "95 % interval"], overall_rows(numbers, unit), origins, n))
+    numbers = {name: estimate(overall[name]) for name in MEASURES}
+    section.add(PageTable("All pairs", ["", "value", "95 % interval"], overall_rows(numbers, unit), origins, n))
     for key, title in (("split", "Each split"), ("group", f"By {first.config.get('by')}")):
         if table := _parts_table(audit.records, key, title, origins):
             section.add(table)
@@ -53,7 +53,7 @@ def _list_issues(split: Mapping[str, Any]) -> list[str]:
     return [*issues, *map(str, split["notes"])]
 
 
-def _parts_table(records: Sequence[Record], key: str, title: str, origins: tuple[Origin, ...]) -> Table | None:
+def _parts_table(records: Sequence[Record], key: str, title: str, origins: tuple[Origin, ...]) -> PageTable | None:
     parts: dict[str, dict[str, Record]] = {}
     for record in records:
         if key in record.config and "max_length" not in record.config:
@@ -68,10 +68,10 @@ def _parts_table(records: Sequence[Record], key: str, title: str, origins: tuple
         for name, found in largest[:MAX_PARTS]
     ]
     more = f"; the {MAX_PARTS} largest of {len(largest)}" if len(largest) > MAX_PARTS else ""
-    return Table(f"{title}{more}", heads, rows, origins, f"{sum(f['longer'].n for _, f in largest):,} pairs")
+    return PageTable(f"{title}{more}", heads, rows, origins, f"{sum(f['longer'].n for _, f in largest):,} pairs")
 
 
-def _cut_table(records: Sequence[Record], origins: tuple[Origin, ...]) -> Table:
+def _cut_table(records: Sequence[Record], origins: tuple[Origin, ...]) -> PageTable:
     cuts: dict[Any, dict[str, Record]] = {}
     for record in records:
         if "max_length" in record.config:
@@ -80,7 +80,9 @@ def _cut_table(records: Sequence[Record], origins: tuple[Origin, ...]) -> Table:
     rows = [
         [title, *(format_value(found[name].value, 0) for found in cuts.values())] for name, title in CUT_COUNTS.items()
     ]
-    return Table("What `max_length` cuts", heads, rows, origins, f"{next(iter(cuts.values()))['dropped'].n:,} pairs")
+    return PageTable(
+        "What `max_length` cuts", heads, rows, origins, f"{next(iter(cuts.values()))['dropped'].n:,} pairs"
+    )
 
 
 def _audit_figures(section: Section, path: Path, unit: str, origins: tuple[Origin, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What all figures share: axes without pyplot, colours and markers, and a legend above the axes."""
+"""Helpers of all figures: axes without pyplot, colours and markers, and a legend above the axes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +6,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # distinct for the colour-blind, and in grey
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for all eyes
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito
 MARKERS = ("o", "^", "v", "s", "D", "P", "X", "<", ">")
 NEW_SIZE = (6.0, 3.6)  # inches, of a new figure
 BINS = 40  # of a histogram
@@ -42,13 +49,13 @@ def legend_above(ax: "Axes") -> None:
     figure = ax.figure
     above = ax.transAxes + ScaledTranslation(0, LEGEND_GAP, figure.dpi_scale_trans)
     for ncols in range(min(4, len(labels)), 0, -1):
-        place: Any = {
+        layout: Any = {
             "loc": "lower center",
             "bbox_to_anchor": (0.5, 1),
             "bbox_transform": above,
             "ncols": ncols,
             "fontsize": "small",
         }
-        legend = ax.legend(handles, labels, frameon=False, borderaxespad=0, **place)
+        legend = ax.legend(handles, labels, frameon=False, borderaxespad=0, **layout)
         if ncols == 1 or legend.get_window_extent().width <= LEGEND_WIDTH * figure.bbox.width:
             return

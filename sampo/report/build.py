@@ -17,31 +17,31 @@ SECTIONS: tuple[SectionBuilder, ...] = (
     *(data_section, training_section, diagnosis_section, win_rate_section, answer_section),
 )
 LAST_SECTIONS: tuple[SectionBuilder, ...] = (benchmark_section, other_section)
-COMMANDS = {  # section -> what is not there without it, and the command that makes it
+SECTION_COMMANDS = {  # section -> its content, and the command that writes it
     "data": ("an audit of the preference data", "sampo audit DATA --out DIR/audit"),
     "training": ("the log of a training run (trainer_state.json)", "sampo train … --output_dir DIR/run"),
     "model": (
-        "what length says of a model",
+        "length pressure and rewards of a model",
         "sampo diagnose --policy MODEL --reference BASE --data HELD_OUT --out DIR/diagnosis",
     ),
     "win-rate": (
         "win rates, the frontier of verbosity, win rates by length",
         "sampo judge --system DIR/A.jsonl --baseline DIR/B.jsonl --judge … --out DIR/judgements.jsonl",
     ),
-    "answers": ("answers to look at", "sampo generate MODEL --prompts PROMPTS --out DIR/A.jsonl"),
+    "answers": ("answers to read", "sampo generate MODEL --prompts PROMPTS --out DIR/A.jsonl"),
     "lab": ("the lab", "sampo lab --out DIR/lab"),
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page and what it was made from.
+    """A page and its contents.
 
     Attributes:
         html: the page.
         shown: titles of its sections.
-        problems: files that were left out, and why.
-        missing: what there is none of.
+        problems: omitted files, each with the reason.
+        missing: contents for which the folder has no files.
     """
 
     html: str
@@ -62,7 +62,7 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
             the lab are shown among the other records.
 
     Raises:
-        NotADirectoryError: `folder` is none.
+        NotADirectoryError: `folder` is not a folder.
         ImportError: matplotlib or jinja2 is not installed.
     """
     try:
@@ -78,7 +78,11 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
         found.others += found.labs
     builders = [*SECTIONS, *([lab_section] if lab_section else []), *LAST_SECTIONS]
     sections = [build(found) for build in builders]
-    missing = [COMMANDS[section.name] for section in sections if not section.blocks and section.name in COMMANDS]
+    missing = [
+        SECTION_COMMANDS[section.name]
+        for section in sections
+        if not section.blocks and section.name in SECTION_COMMANDS
+    ]
     name = plain(folder.resolve().name)
     problems = _problems(found, sections, folder)
     title = title or f"sampo report: {name}"

@@ -1,7 +1,7 @@
 """Find and read the outputs of the other commands in a folder, by their names and contents.
 
 No file is trusted. A file that is broken, or has other contents than its name implies, is listed with the reason and
-left out; the others are read. No pickle is opened, no link to a folder is followed, and everything has bounds.
+omitted; the others are read. No pickle is opened, no link to a folder is followed, and all sizes are bounded.
 """
 
 import os
@@ -23,7 +23,7 @@ MAX_FILES = 20_000  # in total
 MAX_DEPTH = 8  # folders below the first
 MAX_BYTES = 256 * 2**20  # of a file that is read as text
 FIRST_LINE = 16 * 2**20  # bytes in which the first line of a JSONL file must end
-RUN_SETTINGS = (  # of a training run, those that are shown
+RUN_SETTINGS = (  # shown of a training run
     *("token_weighting", "sampled_sides", "keep_end_token", "balance_end_token", "length_penalty", "loss_type"),
     *("beta", "learning_rate", "max_length", "seed"),
 )
@@ -35,7 +35,7 @@ BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, O
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that was left out, or a part of it, and why."""
+    """A file that was omitted, completely or in part, and the reason."""
 
     file: str
     reason: str
@@ -130,13 +130,13 @@ def collect(folder: Path) -> Found:
     """Read all files below a folder.
 
     Raises:
-        NotADirectoryError: `folder` is none.
+        NotADirectoryError: `folder` is not a folder.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"`{folder}` must be a folder with outputs of sampo's commands, and is none.")
     found = Found()
     files = dict.fromkeys(_walk(folder, found))
-    claimed: set[Path] = set()  # those that lie beside another one and are read with it
+    claimed: set[Path] = set()  # files that are read together with another one
     for path in files:
         claimed |= {other for other in _companions(path) if other in files}
     for path in files:
@@ -158,7 +158,7 @@ def reason(error: Exception) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same value without letters that no page and no file in UTF-8 can hold, whatever it is made of."""
+    """The same value without characters that a page in UTF-8 cannot hold; nested values too."""
     if isinstance(value, str):
         return _UNFIT.sub("�", value)
     if isinstance(value, dict):
@@ -172,10 +172,10 @@ def plain(value: Any) -> Any:
 
 
 def _walk(folder: Path, found: Found) -> Iterator[Path]:
-    """Regular files, those of a folder in the order of their names; hidden ones are left out."""
+    """Regular files, those of a folder in the order of their names; hidden files are omitted."""
     seen = 0
-    for place, folders, names in os.walk(folder):
-        deep = len(Path(place).relative_to(folder).parts)
+    for directory, folders, names in os.walk(folder):
+        deep = len(Path(directory).relative_to(folder).parts)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if deep >= MAX_DEPTH and folders:
             found.notes.append(f"Folders more than {MAX_DEPTH} below the first were not looked into.")
@@ -185,7 +185,7 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
             if seen > MAX_FILES:
                 found.notes.append(f"Only the first {MAX_FILES:,} files were looked at.")
                 return
-            path = Path(place) / name
+            path = Path(directory) / name
             if path.suffix != ".html" and path.is_file():  # an earlier page is no reason for another one
                 yield path
 
@@ -195,7 +195,7 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _companions(path: Path) -> list[Path]:
-    """What is read together with a file, and not by itself."""
+    """Files that are read together with a file, and not on their own."""
     if path.name == "audit.json":
         return [path.with_name("records.jsonl"), path.with_name("pairs.parquet")]
     if path.name.endswith(".summary.json"):
@@ -211,7 +211,7 @@ def _companions(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path, folder: Path, found: Found) -> bool:
-    """Read one file into what was found; False where it is none of ours."""
+    """Read one file into what was found; False if it belongs to no command."""
     for fits, read in FILE_READERS:
         if fits(path):
             size = path.stat().st_size
@@ -234,7 +234,7 @@ def _require_keys(value: Any, *keys: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Names:
-    """What a row of a result calls its parts."""
+    """The names in a row of a result."""
 
     system: str | None = None
     baseline: str | None = None
@@ -268,9 +268,9 @@ def _read_audit(path: Path, folder: Path, found: Found) -> bool:
 
 def _read_training(path: Path, folder: Path, found: Found) -> bool:
     state = typed(TrainerState, _json(path), ignore_unknown=True)
-    place = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
-    inside = place == folder or folder in place.parents
-    name = _name(place, folder) if inside and place != folder else place.resolve().name
+    run_folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+    inside = run_folder == folder or folder in run_folder.parents
+    name = _name(run_folder, folder) if inside and run_folder != folder else run_folder.resolve().name
     manifest = path.with_name(MANIFEST)
     about = _run_settings(read_manifest(path.parent).run) if manifest.is_file() else ({}, {})
     found.runs.append(
@@ -289,7 +289,7 @@ def _run_settings(run: RunRecord) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _last_of_each(runs: list[TrainingRun]) -> list[TrainingRun]:
-    """Of several logs of one run, the run's own and its checkpoints', the longest."""
+    """The longest log of each run, among its own and those of its checkpoints."""
     last: dict[str, TrainingRun] = {}
     for run in sorted(runs, key=lambda run: run.step):
         known = last.get(run.name)
@@ -302,8 +302,8 @@ def _last_of_each(runs: list[TrainingRun]) -> list[TrainingRun]:
 def _read_judged(path: Path, folder: Path, found: Found) -> bool:
     about = _require_keys(_json(path), "result", "sentence", "system", "baseline")
     stem = path.name.removesuffix(".summary.json")
-    places = [path.with_name(name) for name in (f"{stem}.jsonl", stem)]
-    run = judged.read(next((place for place in places if place.is_file()), places[0]))
+    candidates = [path.with_name(name) for name in (f"{stem}.jsonl", stem)]
+    run = judged.read_judged(next((file for file in candidates if file.is_file()), candidates[0]))
     records = _records(path.with_name(f"{stem}.records.jsonl"))
     row = _check_names(_require_keys(about["result"], "system", "baseline", "judge", "win_rate"))
     found.judged.append(JudgedRun(_name(path, folder), run, row, str(about["sentence"]), records))
@@ -311,7 +311,7 @@ def _read_judged(path: Path, folder: Path, found: Found) -> bool:
 
 
 def _read_comparison(path: Path, folder: Path, found: Found) -> bool:
-    """`OUT.records.jsonl` and `OUT.json`; with another file of that name they are records of something else."""
+    """`OUT.records.jsonl` and `OUT.json`; without the second file, other records."""
     table = path.with_name(f"{path.name.removesuffix('.records.jsonl')}.json")
     records = _records(path)
     if not table.is_file():
@@ -349,7 +349,7 @@ def _read_jsonl(path: Path, folder: Path, found: Found) -> bool:
 
 
 def _sort_records(path: Path, folder: Path, records: list[Record], found: Found) -> bool:
-    """Records by what they are of; one file may hold several kinds."""
+    """Sort records by their kind; one file may hold several kinds."""
     kinds: dict[str, list[Record]] = {}
     for record in records:
         kinds.setdefault(_kind(record), []).append(record)

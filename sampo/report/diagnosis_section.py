@@ -11,9 +11,9 @@ from ..stats.intervals import Estimate
 from . import diagnostic_figures
 from .collect import Found, RecordFile
 from .numbers import estimate, number
-from .page import MAX_RUNS, Heading, Origin, Section, Table, build_section, origins_of, shorten
+from .page import MAX_RUNS, Heading, Origin, PageTable, Section, build_section, origins_of, shorten
 
-MAX_GROUPS = 20  # columns of a table of groups
+MAX_GROUP_COLUMNS = 20  # columns of a table of groups
 _NOT_LABELS = {  # of the config of a record of `sampo diagnose`: settings; the rest labels the number
     *("reference", "data", "split", "beta", "dtype", "bf16", "seed", "max_length", "truncation_mode", "resamples"),
     *("quality", "policy", "pairs"),
@@ -22,7 +22,7 @@ _NOT_LABELS = {  # of the config of a record of `sampo diagnose`: settings; the 
 
 def diagnosis_section(found: Found) -> Section:
     """Length pressure, rewards and log-ratios of checkpoints."""
-    return build_section("model", "What length says of a model", found.diagnoses, _add_diagnosis)
+    return build_section("model", "Length pressure and rewards of a model", found.diagnoses, _add_diagnosis)
 
 
 def _add_diagnosis(section: Section, file: RecordFile) -> None:
@@ -37,7 +37,7 @@ def _add_diagnosis(section: Section, file: RecordFile) -> None:
 
 
 def _short_names(policies: Sequence[str]) -> list[str]:
-    """Names for a legend, each its own."""
+    """Unique names for a legend."""
     last = [shorten(Path(name).name or name) for name in policies]
     return [name if last.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(last, 1)]
 
@@ -71,7 +71,7 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
         section.draw(
             partial(_draw_pressure, some),
             title=f"Length pressure of every weighting: {name}",
-            description="Left of 0, a first step of training lengthens the answers. " + _pressures_said(some),
+            description="Left of 0, a first step of training lengthens the answers. " + _describe_pressures(some),
             origins=origins,
             n=n,
             size=(5.0, 5.2),
@@ -83,7 +83,7 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
 
 
 def _draw_pressure(found: Sequence[Finding], figure: Any) -> None:
-    diagnostic_figures.length_pressure(found, axes=figure.add_subplot())
+    diagnostic_figures.draw_length_pressure(found, axes=figure.add_subplot())
 
 
 def _estimate_of(found: Sequence[Finding], quantity: str, **labels: str) -> Estimate | None:
@@ -96,19 +96,19 @@ def _labels(found: Mapping[str, Sequence[Finding]], quantity: str, label: str) -
     return list(dict.fromkeys(str(f.labels[label]) for f in every))
 
 
-def _pressure_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
-    groups = _labels(found, "pressure", "group")[:MAX_GROUPS]
+def _pressure_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> PageTable:
+    groups = _labels(found, "pressure", "group")[:MAX_GROUP_COLUMNS]
     rows = [
         [name, method, *(number(_estimate_of(some, "pressure", method=method, group=g), sign=True) for g in groups)]
         for name, some in found.items()
         for method in _labels({name: some}, "pressure", "method")
     ]
-    return Table(
+    return PageTable(
         "Length pressure; below 0, training lengthens", ["checkpoint", "method", *groups], rows, origins, n, names=2
     )
 
 
-def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> Table:
+def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin, ...], n: str) -> PageTable:
     groups = _labels(found, "accuracy", "group")
     columns = {"correlation": "corr(margin, T_w − T_l)", "partial": "at equal quality"}
     if not any(f.quantity == "margin_partial" for some in found.values() for f in some):
@@ -120,16 +120,16 @@ def _margin_table(found: Mapping[str, Sequence[Finding]], origins: tuple[Origin,
             more = [number(_estimate_of(some, f"margin_{what}", method=method), 2) for what in columns]
             rows.append([name, method, *shares, *more])
     heads = ["checkpoint", "method", *groups, *columns.values()]
-    return Table("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n, names=2)
+    return PageTable("Margins above 0, by lengths, and how much of them is length", heads, rows, origins, n, names=2)
 
 
-def _pressures_said(found: Sequence[Finding]) -> str:
-    said = [
+def _describe_pressures(found: Sequence[Finding]) -> str:
+    values = [
         f"{f.labels['method']} {number(f.estimate, sign=True)}"
         for f in found
         if f.quantity == "pressure" and f.labels.get("group") == "all"
     ]
-    return f"Over all pairs: {'; '.join(said)}."
+    return f"Over all pairs: {'; '.join(values)}."
 
 
 def _reward_figures(
@@ -187,13 +187,13 @@ def _draw_profile(draw: Callable[..., Any], found: Sequence[Finding], figure: An
 
 
 _PROFILES: dict[Callable[..., Any], str] = {
-    diagnostic_figures.log_ratio_by_place: "Log-ratio by the place of the token",
+    diagnostic_figures.log_ratio_by_position: "Log-ratio by the position of the token",
     diagnostic_figures.log_ratio_by_class: "Log-ratio of first, inner and end tokens",
 }
 
 
 def _shards(folder: Path, record: Record) -> list[Path]:
-    """The Parquet files behind a record; none if they are not there any more."""
+    """The Parquet files behind a record; none if they do not exist any more."""
     digest = str(record.config["pairs"])
     if not digest.isalnum():  # it becomes part of a pattern
         raise ValueError(f"`pairs` of a record must be a digest, got {digest[:80]!r}")

@@ -15,7 +15,7 @@ from .axes import COLOURS, MARKERS, draw_level, given_or_new, legend_above
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 2000  # of a scatter: more are a blot, and a page of megabytes
+POINTS = 2000  # of a scatter plot: more are indistinct, and make a page of megabytes
 Checkpoints = Mapping[str, Sequence[Finding]]
 
 
@@ -27,7 +27,7 @@ def reward_against_length(
     Args:
         found: of one checkpoint with a reference.
         scores: its rows.
-        beta: that the findings were made with.
+        beta: of the findings.
         axes: to draw into.
         seed: which responses are shown, where there are more than `POINTS`.
 
@@ -39,10 +39,10 @@ def reward_against_length(
     shown = np.arange(scores.tokens.shape[1])
     if len(shown) > POINTS // 2:
         shown = np.random.default_rng(seed).choice(len(shown), POINTS // 2, replace=False)
-    for side, tokens, ratio, marker, colour in zip(
+    for response, tokens, ratio, marker, colour in zip(
         SIDES, scores.tokens, scores.log_ratio, MARKERS[:2], COLOURS[:2], strict=True
     ):
-        axes.scatter(tokens[shown], beta * ratio[shown], s=9, alpha=0.4, marker=marker, color=colour, label=side)
+        axes.scatter(tokens[shown], beta * ratio[shown], s=9, alpha=0.4, marker=marker, color=colour, label=response)
     _draw_intervals(
         axes, [f.labels["tokens"] for f in curve], curve, color="black", marker="o", linestyle="-", label="mean"
     )
@@ -73,7 +73,7 @@ def accuracy_by_length(page: Checkpoints, *, method: str = PLAIN, axes: "Axes | 
     return axes
 
 
-def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
+def log_ratio_by_position(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
     """Mean log-ratio of a token by its position in the response, on a logarithmic axis.
 
     Args:
@@ -84,30 +84,30 @@ def log_ratio_by_place(found: Sequence[Finding], *, axes: "Axes | None" = None) 
         ValueError: there are no log-ratios without a reference.
     """
     axes = given_or_new(axes, size=None)
-    for side, marker, colour in zip(SIDES, MARKERS, COLOURS, strict=False):
-        rows = _require(found, "log_ratio_at", side=side)
+    for response, marker, colour in zip(SIDES, MARKERS, COLOURS, strict=False):
+        rows = _require(found, "log_ratio_at", side=response)
         middle = [((f.labels["from"] + 1) * (f.labels["to"] + 1)) ** 0.5 for f in rows]
-        _draw_intervals(axes, middle, rows, color=colour, marker=marker, linestyle="-", label=side)
+        _draw_intervals(axes, middle, rows, color=colour, marker=marker, linestyle="-", label=response)
     axes.set_xscale("log", base=2)
     draw_level(axes, 0)
-    axes.set_xlabel("place of the token, from 1")
+    axes.set_xlabel("position of the token, from 1")
     axes.set_ylabel("mean log-ratio, nats")
     legend_above(axes)
     return axes
 
 
 def log_ratio_by_class(found: Sequence[Finding], *, axes: "Axes | None" = None) -> "Axes":
-    """Mean log-ratio of first, inner and end tokens, chosen and rejected; arguments as of `log_ratio_by_place`."""
+    """Mean log-ratio of first, inner and end tokens, chosen and rejected; arguments as of `log_ratio_by_position`."""
     axes = given_or_new(axes, size=None)
-    rows = {side: _require(found, "log_ratio_of", side=side) for side in SIDES}
-    names = list(dict.fromkeys(f.labels["class"] for side in rows.values() for f in side))
+    rows = {response: _require(found, "log_ratio_of", side=response) for response in SIDES}
+    names = list(dict.fromkeys(f.labels["class"] for response in rows.values() for f in response))
     _draw_columns(axes, rows, names, "class")
     draw_level(axes, 0)
     axes.set_ylabel("mean log-ratio, nats")
     return axes
 
 
-def length_pressure(
+def draw_length_pressure(
     found: Sequence[Finding],
     *,
     groups: Sequence[str] = ("all", "chosen longer", "chosen shorter"),
@@ -118,7 +118,7 @@ def length_pressure(
 
     Args:
         found: of one checkpoint.
-        groups: of pairs; those without pairs are left out.
+        groups: of pairs; those without pairs are omitted.
         methods: to show, from the top; None for all.
         axes: to draw into.
 
@@ -158,7 +158,7 @@ def _require(found: Sequence[Finding], quantity: str, **labels: str) -> list[Fin
 def _draw_intervals(
     axes: "Axes", positions: Sequence[float], rows: Sequence[Finding], *, sideways: bool = False, **style: Any
 ) -> None:
-    """Values with their intervals; one without an interval has none."""
+    """Values with their intervals; values without an interval have no bar."""
     values = np.array([f.estimate.value for f in rows])
     bounds = np.array([f.estimate.interval or (f.estimate.value, f.estimate.value) for f in rows])
     errors = np.abs(bounds - values[:, None]).T
@@ -170,7 +170,7 @@ def _draw_intervals(
 
 
 def _draw_columns(axes: "Axes", rows: Mapping[str, Sequence[Finding]], names: Sequence[str], label: str) -> None:
-    """A column for each name, in it the series side by side."""
+    """A column for each name, with the series side by side."""
     for number, (series, found) in enumerate(rows.items()):
         shift = 0.15 * (number - (len(rows) - 1) / 2)
         positions = [names.index(f.labels[label]) + shift for f in found]

@@ -1,7 +1,7 @@
 """Figures of judged and of unjudged answers: each function draws into matplotlib Axes and returns them.
 
-A *row* is what `Summary.row` gives and what `sampo judge` and `sampo compare` write: one flat
-mapping per system, in which every number has its `_low` and `_high`.
+A *row* comes from `Summary.row`, and from the files of `sampo judge` and `sampo compare`: one flat mapping per system,
+with `_low` and `_high` for every number.
 """
 
 import math
@@ -16,19 +16,19 @@ from .axes import BINS, COLOURS, MARKERS, NEUTRAL, WIDEST, draw_level, given_or_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = Mapping[str, Any]
+SummaryRow = Mapping[str, Any]
 _RATIO = re.compile(r"win_rate/length_ratio_([^_]+)_([^_]+)$")
 
 
-def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
+def frontier(rows: Sequence[SummaryRow], *, ax: "Axes | None" = None) -> "Axes":
     """Verbosity against win rate: each system at the mean length of its answers, with both 95 % intervals.
 
-    A full marker is the raw win rate, a hollow one at its side the win rate at equal length; the grey cross is the
-    baseline, which wins half of the time against itself.
+    A full marker is the raw win rate, a hollow one at the same length the win rate at equal length; the grey cross is
+    the baseline, whose win rate against itself is one half.
 
     Args:
         rows: of systems judged against one baseline by one judge.
-        ax: where to draw.
+        ax: Axes to draw into; a new figure without it.
 
     Raises:
         ValueError: no system has both a length and a win rate.
@@ -59,7 +59,7 @@ def frontier(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def ratio_bins(row: Row) -> list[tuple[float, float, str]]:
+def ratio_bins(row: SummaryRow) -> list[tuple[float, float, str]]:
     """The bins of a row's win rates by ratio of lengths, as lower edge, upper edge and the key of the win rate."""
     found = []
     for key in row:
@@ -75,12 +75,12 @@ def bin_name(low: float, high: float) -> str:
     return f"≥ {low:g}×" if math.isinf(high) else f"{low:g}–{high:g}×"
 
 
-def win_rate_by_length_ratio(rows: Sequence[Row], *, ax: "Axes | None" = None) -> "Axes":
+def win_rate_by_length_ratio(rows: Sequence[SummaryRow], *, ax: "Axes | None" = None) -> "Axes":
     """Win rate where the system's answer is shorter, about as long, and longer than the baseline's.
 
     Args:
         rows: of systems judged against one baseline by one judge.
-        ax: where to draw.
+        ax: Axes to draw into; a new figure without it.
 
     Raises:
         ValueError: no row has a win rate in any bin.
@@ -120,8 +120,8 @@ def answer_lengths(lengths: Mapping[str, np.ndarray], *, unit: str, ax: "Axes | 
 
     Args:
         lengths: name -> `(n,)` lengths.
-        unit: what a length counts.
-        ax: where to draw.
+        unit: unit of the lengths.
+        ax: Axes to draw into; a new figure without it.
 
     Raises:
         ValueError: there are no answers.
@@ -131,7 +131,7 @@ def answer_lengths(lengths: Mapping[str, np.ndarray], *, unit: str, ax: "Axes | 
         raise ValueError("A figure of lengths needs at least one answer, got none.")
     ax = given_or_new(ax)
     top = max(float(np.percentile(np.concatenate(list(some.values())), WIDEST)), 1.0)
-    # lengths are whole numbers: no bin is narrower than one
+    # lengths are integers: no bin is narrower than one
     edges = np.linspace(0, top, BINS + 1) if top > BINS else np.arange(-0.5, np.ceil(top) + 1)
     for number, (name, values) in enumerate(some.items()):
         colour = COLOURS[number % len(COLOURS)]
@@ -146,12 +146,12 @@ def answer_lengths(lengths: Mapping[str, np.ndarray], *, unit: str, ax: "Axes | 
     return ax
 
 
-def _number(row: Row, key: str) -> float | None:
+def _number(row: SummaryRow, key: str) -> float | None:
     value = row.get(key)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _distances(row: Row, key: str) -> np.ndarray:
+def _distances(row: SummaryRow, key: str) -> np.ndarray:
     """`(2, 1)` from the value down and up to the bounds of its interval."""
     value = float(row[key])
     low, high = (_number(row, f"{key}_{end}") for end in ("low", "high"))

@@ -12,13 +12,13 @@ from ..evaluation.results.verbosity import System, Verbosity, compare_verbosity
 from ..stats.intervals import Estimate
 from . import evaluation_figures
 from .collect import AnswerSet, Compared, Found, JudgedRun, plain
-from .evaluation_figures import Row
+from .evaluation_figures import SummaryRow
 from .numbers import number
-from .page import Heading, Listing, Origin, Sample, Section, Shown, Table, Text, origins_of, shorten
+from .page import Heading, Listing, Origin, PageTable, Sample, Section, Shown, Text, origins_of, shorten
 
 SAMPLES = 6  # prompts whose answers are shown
 SYSTEMS = 6  # of answers, in figures and side by side
-PROMPT_CHARS, ANSWER_CHARS = 2000, 4000  # of a text that are shown
+PROMPT_CHARS, ANSWER_CHARS = 2000, 4000  # shown of a text
 VERBOSITY: dict[str, tuple[str, str | int]] = {  # measure -> head of its column, how it is shown
     "tokens_mean": ("tokens, mean", 1),
     "tokens_median": ("tokens, median", 0),
@@ -59,10 +59,10 @@ def _add_judged(section: Section, runs: Sequence[JudgedRun], compared: Sequence[
         _tables_and_figures(section, rows, origins)
 
 
-def _covered(rows: Sequence[Row], compared: Sequence[Compared]) -> bool:
+def _covered(rows: Sequence[SummaryRow], compared: Sequence[Compared]) -> bool:
     """Whether a comparison shows the same systems already."""
-    sides = {(row["system"], row["baseline"], row["judge"]) for row in rows}
-    return any(sides <= {(r.get("system"), r.get("baseline"), r.get("judge")) for r in c.systems} for c in compared)
+    triples = {(row["system"], row["baseline"], row["judge"]) for row in rows}
+    return any(triples <= {(r.get("system"), r.get("baseline"), r.get("judge")) for r in c.systems} for c in compared)
 
 
 def _add_comparison(section: Section, file: Compared) -> None:
@@ -75,7 +75,7 @@ def _add_comparison(section: Section, file: Compared) -> None:
         section.add(_duel_table(file.duels, origins))
 
 
-def _tables_and_figures(section: Section, rows: Sequence[Row], origins: tuple[Origin, ...]) -> None:
+def _tables_and_figures(section: Section, rows: Sequence[SummaryRow], origins: tuple[Origin, ...]) -> None:
     n = f"{', '.join(dict.fromkeys(_count(row.get('prompts')) for row in rows))} prompts"
     section.add(_win_rate_table(rows, origins, n))
     if notes := list(dict.fromkeys(f"{row['system']}: {row['notes']}" for row in rows if row.get("notes"))):
@@ -83,10 +83,10 @@ def _tables_and_figures(section: Section, rows: Sequence[Row], origins: tuple[Or
     _win_rate_figures(section, rows, origins, n)
 
 
-def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Origin, ...], n: str) -> None:
+def _win_rate_figures(section: Section, rows: Sequence[SummaryRow], origins: tuple[Origin, ...], n: str) -> None:
     shown = [{**row, "system": shorten(str(row["system"])), "baseline": shorten(str(row["baseline"]))} for row in rows]
     shown = shown[:SYSTEMS]
-    said = "; ".join(
+    values = "; ".join(
         f"{row['system']}: {number(_estimate_in(row, 'length/system'), 0)} {row.get('length_unit')}, win rate "
         f"{number(_estimate_in(row, 'win_rate'), '%')}, at equal length "
         f"{number(_estimate_in(row, 'win_rate/equal_length'), '%')}"
@@ -96,7 +96,7 @@ def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Orig
         section.draw(
             lambda figure: evaluation_figures.frontier(shown, ax=figure.add_subplot()),
             title=f"Verbosity and win rate against {shown[0]['baseline']}",
-            description=f"Each system at the mean length of its answers and its win rate (95 % intervals). {said}.",
+            description=f"Each system at the mean length of its answers and its win rate (95 % intervals). {values}.",
             origins=origins,
             n=n,
         )
@@ -118,7 +118,7 @@ def _win_rate_figures(section: Section, rows: Sequence[Row], origins: tuple[Orig
         )
 
 
-def _estimate_in(row: Row, key: str) -> Estimate:
+def _estimate_in(row: SummaryRow, key: str) -> Estimate:
     return Estimate(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), None, row.get("prompts", 0))
 
 
@@ -126,7 +126,7 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "–"
 
 
-def _win_rate_table(rows: Sequence[Row], origins: tuple[Origin, ...], n: str) -> Table:
+def _win_rate_table(rows: Sequence[SummaryRow], origins: tuple[Origin, ...], n: str) -> PageTable:
     unit = str(rows[0].get("length_unit", "characters"))
     heads = ["system", "prompts", "win rate", "at equal length", unit, "baseline's", "the longer one wins"]
     heads += ["an empty one wins", "orders agree", "wins", "ties", "losses", "pairs failed"]
@@ -140,12 +140,12 @@ def _win_rate_table(rows: Sequence[Row], origins: tuple[Origin, ...], n: str) ->
         failed = _count(row.get("failed", 0) + row.get("half_failed", 0))
         cells.append([str(row["system"]), _count(row.get("prompts")), *rates, *lengths, *controls, *counts, failed])
     opponents = "; ".join(dict.fromkeys(f"{row['baseline']} by {row['judge']}" for row in rows))
-    return Table(
+    return PageTable(
         f"Win rates against {opponents}, with lengths and controls (95 % intervals)", heads, cells, origins, n
     )
 
 
-def _duel_table(duels: Sequence[Row], origins: tuple[Origin, ...]) -> Table:
+def _duel_table(duels: Sequence[SummaryRow], origins: tuple[Origin, ...]) -> PageTable:
     rows = [
         [
             f"{duel['first']} − {duel['second']}",
@@ -157,7 +157,7 @@ def _duel_table(duels: Sequence[Row], origins: tuple[Origin, ...]) -> Table:
     ]
     heads = ["first − second", "difference, points", "better", "worse", "equal", "p, sign test", "p, Holm"]
     n = f"{', '.join(dict.fromkeys(_count(duel.get('prompts')) for duel in duels))} prompts"
-    return Table("Differences in win rate, prompt by prompt", heads, rows, origins, n)
+    return PageTable("Differences in win rate, prompt by prompt", heads, rows, origins, n)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def answer_section(found: Found) -> Section:
 
 
 def _sets_by_name(sets: Sequence[AnswerSet]) -> dict[str, AnswerSet]:
-    """Sets by names of their own: that of the file, or with its folder where two are called alike."""
+    """Sets by names of their own: that of the file, with its folder if two files have the same name."""
     names = [one.name for one in sets]
     return {one.name if names.count(one.name) == 1 else one.file: one for one in sets if one.answers}
 
@@ -184,11 +184,11 @@ def _sets_by_name(sets: Sequence[AnswerSet]) -> dict[str, AnswerSet]:
 def _origin_of_answers(one: AnswerSet) -> Origin:
     """Answers name their model and their sampling, not a command."""
     first = one.answers[0]
-    words = [f"answers of {first.model}"] if first.model else []
-    words += [f"{key} {value}" for key, value in sorted(first.sampling.items())]
-    words += [f"seed {first.seed}"] if first.seed is not None else []
+    parts = [f"answers of {first.model}"] if first.model else []
+    parts += [f"{key} {value}" for key, value in sorted(first.sampling.items())]
+    parts += [f"seed {first.seed}"] if first.seed is not None else []
     return Origin(
-        plain(one.file), versions=shorten(plain(", ".join(map(str, words))), 200), dates=f"file of {one.date}"
+        plain(one.file), versions=shorten(plain(", ".join(map(str, parts))), 200), dates=f"file of {one.date}"
     )
 
 
@@ -217,15 +217,15 @@ def _length_figure(
     )
 
 
-def _verbosity_table(found: Sequence[Verbosity], origins: tuple[Origin, ...], n: str) -> Table:
-    """Measures that no system has, such as tokens of an unknown tokenizer, have no column."""
+def _verbosity_table(found: Sequence[Verbosity], origins: tuple[Origin, ...], n: str) -> PageTable:
+    """Measures without a value for any system, such as tokens of an unknown tokenizer, are omitted."""
     known = [name for name in VERBOSITY if any(_value(one, name) is not None for one in found)]
     rows = [
         [one.system, f"{one.prompts:,}", *(number(one.measures.get(name), VERBOSITY[name][1]) for name in known)]
         for one in found
     ]
     heads = ["system", "prompts", *(VERBOSITY[name][0] for name in known)]
-    return Table("Length and repetition (95 % intervals)", heads, rows, origins, n)
+    return PageTable("Length and repetition (95 % intervals)", heads, rows, origins, n)
 
 
 def _value(one: Verbosity, name: str) -> float | None:
@@ -233,8 +233,8 @@ def _value(one: Verbosity, name: str) -> float | None:
 
 
 def _add_judged_lengths(section: Section, runs: Sequence[JudgedRun]) -> None:
-    """Where the answers themselves are not there, judgements know their lengths."""
-    section.add(Text("The files of answers are not here: lengths as the judgements have them."))
+    """Without the files of answers, their lengths come from the judgements."""
+    section.add(Text("The files of answers are missing: the lengths come from the judgements."))
     lengths: dict[str, np.ndarray] = {}
     for run in runs[: SYSTEMS - 1]:
         for side in ("baseline", "system"):
@@ -259,7 +259,7 @@ def _add_samples(section: Section, sets: Mapping[str, AnswerSet], judged: Sequen
         section.add(Text(f"The files of answers have no prompt in common: those of {next(iter(answers))} are shown."))
     drawn = sorted(drawn_prompts(shared, min(SAMPLES, len(shared)), seed=0))
     section.add(Heading("Answers side by side"))
-    section.add(Text(f"{len(drawn)} of {len(shared):,} prompts, drawn by a hash of their ids, not chosen by anybody."))
+    section.add(Text(f"{len(drawn)} of {len(shared):,} prompts, drawn by a hash of their ids, not selected by hand."))
     verdicts = {name: _verdicts(one, judged) for name, one in shown.items()}
     for i, prompt_id in enumerate(drawn, 1):
         prompt = prompt_text(next(iter(answers.values()))[prompt_id].prompt)
@@ -271,17 +271,17 @@ def _verdicts(one: AnswerSet, judged: Sequence[JudgedRun]) -> dict[str, str]:
     """Prompt -> the preference of the first judge of these answers, both orders averaged."""
     for run in judged:
         if run.run.system.sha256 == one.sha256:
-            said: dict[str, list[float]] = {}
+            preferences: dict[str, list[float]] = {}
             for row in run.run.rows:
                 if row.preference is not None:
-                    said.setdefault(row.prompt_id, []).append(row.preference)
-            return {p: f"preference {np.mean(v):.2g} by {run.row['judge']}" for p, v in said.items()}
+                    preferences.setdefault(row.prompt_id, []).append(row.preference)
+            return {p: f"preference {np.mean(v):.2g} by {run.row['judge']}" for p, v in preferences.items()}
     return {}
 
 
 def _shown(name: str, answer: Any, verdict: str | None) -> Shown:
-    words = [f"{answer.chars:,} characters"]
-    words += [f"{answer.tokens:,} tokens"] if answer.tokens is not None else []
-    words += ["cut off"] if answer.stop == "length" else []
-    words += [verdict] if verdict else []
-    return Shown(name, answer.answer[:ANSWER_CHARS], ", ".join(words), max(0, answer.chars - ANSWER_CHARS))
+    parts = [f"{answer.chars:,} characters"]
+    parts += [f"{answer.tokens:,} tokens"] if answer.tokens is not None else []
+    parts += ["cut off"] if answer.stop == "length" else []
+    parts += [verdict] if verdict else []
+    return Shown(name, answer.answer[:ANSWER_CHARS], ", ".join(parts), max(0, answer.chars - ANSWER_CHARS))

@@ -1,6 +1,6 @@
-"""Pictures as matplotlib Axes, for papers, notebooks and pages. Each takes arrays, draws into `ax` and returns it.
+"""Figures as matplotlib Axes, for papers, notebooks and pages. Each takes arrays, draws into `ax` and returns it.
 
-Without `ax` a new figure is made without pyplot, so nothing is shown, and nothing stays open.
+Without `ax` a new figure is made without pyplot, so it is not shown and need not be closed.
 """
 
 from typing import TYPE_CHECKING
@@ -23,8 +23,8 @@ def length_histogram(
     Args:
         chosen: `(n,)` lengths T_w.
         rejected: `(n,)` lengths T_l.
-        unit: what a length counts.
-        ax: where to draw.
+        unit: unit of the lengths.
+        ax: Axes to draw into; a new figure without it.
     """
     ax = given_or_new(ax)
     both = np.concatenate([_some(chosen), rejected])
@@ -45,9 +45,9 @@ def difference_histogram(
     """How much longer the chosen response is than the rejected one. Arguments are those of `length_histogram`."""
     ax = given_or_new(ax)
     difference = _some(chosen).astype(np.int64) - rejected
-    half = max(float(np.percentile(np.abs(difference), WIDEST)), 1.0)
-    shown = np.clip(difference, -half, half)
-    ax.hist(shown, np.linspace(-half, half, BINS + 1).tolist(), color=NEUTRAL)
+    limit = max(float(np.percentile(np.abs(difference), WIDEST)), 1.0)
+    shown = np.clip(difference, -limit, limit)
+    ax.hist(shown, np.linspace(-limit, limit, BINS + 1).tolist(), color=NEUTRAL)
     ax.axvline(0, color="black", linewidth=1)
     longer, shorter = 100 * np.mean(difference > 0), 100 * np.mean(difference < 0)
     ax.set_title(f"chosen shorter {shorter:.1f} %, longer {longer:.1f} %", fontsize="medium")
@@ -67,16 +67,16 @@ def preference_by_difference(
 ) -> "Axes":
     """How often the longer response is the chosen one, by how much longer it is, with the logistic curve.
 
-    Pairs of one length are left out. The bins hold about equally many pairs; bars are 95 % intervals of each bin by
-    itself. The curve is P(longer chosen) = σ(slope · |T_w − T_l| / 100), fitted to all pairs.
+    Pairs of equal lengths are omitted. The bins hold about equally many pairs; bars are 95 % intervals of each bin.
+    The curve is P(longer chosen) = σ(slope · |T_w − T_l| / 100), fitted to all pairs.
 
     Args:
         chosen: `(n,)` lengths T_w.
         rejected: `(n,)` lengths T_l.
         prompt_ids: `(n,)` equal for pairs of one prompt, for the interval of the slope; None: every pair its own.
         bins: their number, at most.
-        unit: what a length counts.
-        ax: where to draw.
+        unit: unit of the lengths.
+        ax: Axes to draw into; a new figure without it.
     """
     ax = given_or_new(ax)
     difference = _some(chosen).astype(np.int64) - rejected

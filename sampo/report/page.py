@@ -23,7 +23,7 @@ MAX_RUNS = 6  # in one figure: more colours cannot be distinguished
 
 
 class FoundFile(Protocol):
-    """What was found in a file: the file's name, for the list of problems."""
+    """The contents of a file, with its name for the list of problems."""
 
     @property
     def file(self) -> str:
@@ -45,7 +45,7 @@ class Origin:
 
 
 def origins_of(records: Sequence[Record], file: str) -> tuple[Origin, ...]:
-    """Of records, one origin for each command, commit and set of versions, with the first and the last day."""
+    """One origin for each command, commit and set of versions of the records, with the first and the last day."""
     days: dict[tuple[str, str, str], list[str]] = {}
     for record in records:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()))
@@ -81,10 +81,10 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows under heads; the first cell of a row is its head, the first `names` cells are texts.
 
-    `n` names what was counted, such as `59 pairs`.
+    `n` is the sample size with its unit, such as `59 pairs`.
     """
 
     caption: str
@@ -111,12 +111,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Shown:
-    """An answer beside others: its system, its text, its length, and how many characters were omitted."""
+    """An answer in a comparison: its system, its text, its length, and how many characters were omitted."""
 
     system: str
     text: str
     length: str
-    left_away: int = 0
+    omitted: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,17 @@ class Sample:
 
     title: str
     prompt: str
-    left_away: int
+    omitted: int
     answers: Sequence[Shown]
     kind: str = "sample"
 
 
-Block = Text | Listing | Heading | Table | Figure | Sample
+Block = Text | Listing | Heading | PageTable | Figure | Sample
 
 
 @dataclass
 class Section:
-    """A part of the page with its blocks; `problems` are of the files that it was to show."""
+    """A part of the page with its blocks; `problems` are those of its files."""
 
     name: str
     title: str
@@ -158,7 +158,7 @@ class Section:
         about: str = "",
         size: tuple[float, float] = SIZE,
     ) -> None:
-        """Draw a figure and put it at the end; numbers that it cannot be drawn from are named instead."""
+        """Draw a figure and put it at the end; on an error a problem is added instead."""
         self.figures += 1
         key = f"{self.name}-{self.figures}"
         try:
@@ -203,8 +203,8 @@ def render(
         found: for notes and files that were not used.
         title: of the page.
         folder: that the report is of.
-        missing: `(what, command)` of what there is none of.
-        problems: files that were left out.
+        missing: `(what, command)` of the contents that are missing.
+        problems: files that were omitted.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup, escape
@@ -238,12 +238,12 @@ def render(
 
 def numbered(sections: Iterable[Section]) -> dict[Origin, int]:
     """Every origin of the page with its number, in the order of their first appearance."""
-    blocks = [block for section in sections for block in section.blocks if isinstance(block, Table | Figure)]
+    blocks = [block for section in sections for block in section.blocks if isinstance(block, PageTable | Figure)]
     return {origin: n for n, origin in enumerate(dict.fromkeys(o for b in blocks for o in b.origins), 1)}
 
 
 def _plain_text(value: Any) -> Any:
-    """What a page can hold; `Markup` is ours and stays what it is."""
+    """Text without characters that a page cannot hold; `Markup` is generated here and is not changed."""
     return plain(value) if type(value) is str else value
 
 

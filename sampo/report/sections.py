@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ..io.records import Record
 from .collect import Found, RecordFile
 from .numbers import estimate, number
-from .page import Section, Table, build_section, origins_of, shorten
+from .page import PageTable, Section, build_section, origins_of, shorten
 
 MAX_RECORDS = 200  # rows of a table of records
 
@@ -44,9 +44,9 @@ def _other_cells(record: Record) -> list[str]:
 
 def _records_table(
     what: str, file: RecordFile, heads: list[str], cells: Callable[[Record], list[str]], *, names: int = 1
-) -> Table:
+) -> PageTable:
     """A row for each of the first `MAX_RECORDS` records of a file."""
     count, rows = len(file.records), [cells(record) for record in file.records[:MAX_RECORDS]]
     cut = f": the first {MAX_RECORDS} of {count:,}" if count > MAX_RECORDS else ""
     origins = origins_of(file.records, file.file)
-    return Table(f"{what} in {file.file}{cut}", heads, rows, origins, f"{count:,} records", names=names)
+    return PageTable(f"{what} in {file.file}{cut}", heads, rows, origins, f"{count:,} records", names=names)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = (5.0, 3.3)  # inches; at 400 px of width a letter of it is as large as one of the text
-LETTERS_PER_INCH = 10  # of a label beside or below the axes
+LETTERS_PER_INCH = 10  # of a label of an axis
 RC_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # letters stay letters: found by a search, read aloud, half the size
+    "svg.fonttype": "none",  # text stays text: it can be searched and read aloud, and takes less space
     "text.parse_math": False,  # a dollar in the name of a group is a dollar
     "font.size": 10,
     "legend.fontsize": 8.5,

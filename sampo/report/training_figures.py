@@ -26,7 +26,7 @@ CURVES = {
     "loss": Curve("Loss", "loss, nats", {"loss": ""}),
     "margins": Curve("Margin of the implicit rewards", "margin β(S_w − S_l)", {"rewards/margins": ""}, 0),
     "rewards": Curve(
-        "Implicit reward of each side",
+        "Implicit reward of each response",
         "reward β·S",
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
         0,
@@ -57,7 +57,7 @@ CURVES = {
 
 
 def points(log: Log, metric: str, *, evaluation: bool = False) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, in training or in evaluation; what is no finite number is left out.
+    """Steps and values of a metric, in training or in evaluation; values that are not finite are omitted.
 
     Args:
         log: of one run.
@@ -88,7 +88,7 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
     Args:
         runs: name -> `log_history`.
         name: key of `CURVES`.
-        ax: where to draw.
+        ax: Axes to draw into; a new figure without it.
 
     Raises:
         ValueError: no run has logged that.
@@ -106,7 +106,7 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
             for held_out in (False, True):
                 steps, values = points(log, metric, evaluation=held_out)
                 if steps:
-                    words = [text for text in (label, "evaluation" if held_out else "") if text]
+                    parts = [text for text in (label, "evaluation" if held_out else "") if text]
                     ax.plot(
                         steps,
                         values,
@@ -115,7 +115,7 @@ def training_curve(runs: Mapping[str, Log], name: str, *, ax: "Axes | None" = No
                         marker="o" if held_out or len(steps) == 1 else "",
                         markersize=4,
                         linewidth=0.8 if held_out else 1.4,
-                        label=", ".join(words) or "training",
+                        label=", ".join(parts) or "training",
                     )
     if curve.level is not None:
         draw_level(ax, curve.level)

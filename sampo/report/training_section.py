@@ -7,7 +7,7 @@ from typing import Any
 from . import training_figures
 from .collect import Found, TrainingRun
 from .numbers import count_runs
-from .page import MAX_RUNS, Origin, Section, Table, shorten
+from .page import MAX_RUNS, Origin, PageTable, Section, shorten
 
 
 def training_section(found: Found) -> Section:
@@ -22,7 +22,7 @@ def training_section(found: Found) -> Section:
 def _add_training(section: Section, runs: Sequence[TrainingRun], found: Found) -> None:
     if len(found.runs) > MAX_RUNS:
         others = ", ".join(run.name for run in found.runs[MAX_RUNS:])
-        found.notes.append(f"Training curves of {MAX_RUNS} runs are shown; left out: {others}.")
+        found.notes.append(f"Training curves of {MAX_RUNS} runs are shown; omitted: {others}.")
     logs = {shorten(run.name): run.log for run in runs}
     if len(logs) < len(runs):  # names that are alike in their beginnings
         logs = {f"{n}: {shorten(run.name, 28)}": run.log for n, run in enumerate(runs, 1)}
@@ -33,7 +33,7 @@ def _add_training(section: Section, runs: Sequence[TrainingRun], found: Found) -
         ["last loss", *(_last(run, "loss") for run in runs)],
         *([name, *(run.settings.get(name, "–") for run in runs)] for name in columns),
     ]
-    section.add(Table("Runs", ["run", *(run.name for run in runs)], rows, origins, count_runs(len(runs))))
+    section.add(PageTable("Runs", ["run", *(run.name for run in runs)], rows, origins, count_runs(len(runs))))
     steps = " and ".join(dict.fromkeys(f"{run.step:,}" for run in runs))
     n = f"{count_runs(len(runs))} of {steps} steps"
     for name, curve in training_figures.CURVES.items():
@@ -63,14 +63,14 @@ def _last(run: TrainingRun, metric: str) -> str:
 
 def _ends(logs: Mapping[str, Any], curve: training_figures.Curve) -> str:
     """What the curves of a figure begin and end with."""
-    said = []
+    curves = []
     for run, log in logs.items():
         for metric, part in curve.metrics.items():
             for held_out in (False, True):
                 steps, values = training_figures.points(log, metric, evaluation=held_out)
                 if steps:
                     name = ", ".join(text for text in (run, part, "evaluation" if held_out else "") if text)
-                    said.append(
+                    curves.append(
                         f"{name}: {values[0]:.3g} at step {steps[0]:.0f}, {values[-1]:.3g} at {steps[-1]:.0f}."
                     )
-    return f"Curves over the steps of training. {' '.join(said)}"
+    return f"Curves over the steps of training. {' '.join(curves)}"

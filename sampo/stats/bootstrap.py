@@ -1,4 +1,4 @@
-"""The percentile bootstrap over prompts: a prompt is drawn with all its samples, pairs or rows.
+"""The percentile bootstrap over prompts: each draw of a prompt includes all its samples, pairs or rows.
 
 A statistic is a function of how often each prompt was drawn, so that all resamples are computed at once.
 """

@@ -1,7 +1,7 @@
 """Estimates with intervals that respect the unit of an evaluation: the prompt.
 
-Every function takes values that are already one per prompt, or values and the prompt of each. Values of one prompt are
-averaged first, so an interval never takes several samples of one prompt for independent evidence.
+Every function takes one value per prompt, or values with the prompt of each. Values of one prompt are averaged first,
+so that several samples of one prompt never count as independent evidence.
 """
 
 from collections.abc import Hashable, Sequence
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-FEW = 20  # prompts below which an interval is only a hint: docs/evaluation.md has the coverage
+FEW = 20  # with fewer prompts an interval is unreliable: docs/evaluation.md has the coverage
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and how sure it is.
+    """A number and its uncertainty.
 
     Attributes:
         value: the point estimate; None where the data do not define it.
         low: lower bound of the interval, or None.
         high: upper bound of the interval, or None.
         se: standard error, or None.
-        n: prompts that it rests on.
+        n: number of prompts.
     """
 
     value: float | None
@@ -38,7 +38,7 @@ class Estimate:
 
 
 def undefined(n: int) -> Estimate:
-    """What the data do not define."""
+    """An estimate without a value."""
     return Estimate(None, None, None, None, n)
 
 
@@ -70,8 +70,8 @@ def wilson(rate: float, n: float, confidence: float = 0.95) -> tuple[float, floa
         raise ValueError(f"`rate` must lie in [0, 1] and `n` above 0, got {rate} and {n}.")
     z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2) / (1 + z2 / n) * np.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    half_width = np.sqrt(z2) / (1 + z2 / n) * np.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
+    return max(0.0, float(centre - half_width)), min(1.0, float(centre + half_width))
 
 
 def effective_coins(scores: np.ndarray) -> float:
@@ -91,7 +91,7 @@ def effective_coins(scores: np.ndarray) -> float:
 
 
 def rate_interval(scores: np.ndarray, confidence: float = 0.95) -> Estimate:
-    """Mean of scores in [0, 1], one per prompt, with Wilson's interval for as many coins as they are worth.
+    """Mean of scores in [0, 1], one per prompt, with Wilson's interval for `effective_coins` observations.
 
     Wilson's interval with `n` coins is too wide for anything but wins and losses: it covers 99 % where half of the
     prompts are ties.
@@ -107,10 +107,10 @@ def rate_interval(scores: np.ndarray, confidence: float = 0.95) -> Estimate:
 
 def difference_interval(differences: np.ndarray, confidence: float = 0.95) -> Estimate:
     """Mean of differences in [-1, 1], one per prompt: `rate_interval` on (d + 1) / 2."""
-    half = rate_interval((np.asarray(differences) + 1) / 2, confidence)
-    if half.value is None or half.low is None or half.high is None:
-        return half
-    return Estimate(2 * half.value - 1, 2 * half.low - 1, 2 * half.high - 1, half.se and 2 * half.se, half.n)
+    rate = rate_interval((np.asarray(differences) + 1) / 2, confidence)
+    if rate.value is None or rate.low is None or rate.high is None:
+        return rate
+    return Estimate(2 * rate.value - 1, 2 * rate.low - 1, 2 * rate.high - 1, rate.se and 2 * rate.se, rate.n)
 
 
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Estimate:
@@ -141,9 +141,9 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Estimate:
 def quantile_interval(values: np.ndarray, codes: np.ndarray, quantile: float, *, confidence: float = 0.95) -> Estimate:
     """Quantile of all values, each prompt weighing the same, with the exact interval between two ranks.
 
-    How many values lie below the true quantile is binomial, which gives the two ranks; samples of one prompt count for
-    as many values as they are worth. A bound that the values are too few for is None: the 90th percentile of 30 values
-    has no upper one.
+    How many values lie below the true quantile is binomial, which gives the two ranks; the number
+    of values is `effective_coins`. A bound is None if the values are too few: the 90th percentile of 30 values has no
+    upper bound.
     """
     n = int(codes.max()) + 1 if len(codes) else 0
     if n == 0:
@@ -163,7 +163,7 @@ def quantile_interval(values: np.ndarray, codes: np.ndarray, quantile: float, *,
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (1979), in the order given: what several tests at once may call significant."""
+    """Holm's adjusted p-values (1979), in the given order, for several tests at once."""
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     largest = 0.0
@@ -174,7 +174,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def prompts_needed(difference: float, *, sd: float = 0.5, power: float = 0.8, confidence: float = 0.95) -> int:
-    """How many prompts show a difference in mean score with a given power, by the two-sided normal test.
+    """Number of prompts that show a difference in mean score with a given power, by the two-sided normal test.
 
     Args:
         difference: between the true mean and what it is compared with, in score (0.03 is three points).
@@ -193,7 +193,7 @@ def prompts_needed(difference: float, *, sd: float = 0.5, power: float = 0.8, co
 
 
 def detectable_difference(n: int, *, sd: float = 0.5, power: float = 0.8, confidence: float = 0.95) -> float:
-    """The smallest difference that `n` prompts show with a given power: `prompts_needed` turned round."""
+    """The smallest difference that `n` prompts show with a given power: the inverse of `prompts_needed`."""
     if n < 1:
         raise ValueError(f"`n` must be at least 1, got {n}.")
     return float((stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)) * sd / np.sqrt(n))

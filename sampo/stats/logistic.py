@@ -1,4 +1,4 @@
-"""Logistic regression with soft labels, weights and a ridge; several fits at once, which makes a bootstrap cheap."""
+"""Logistic regression with soft labels, weights and a ridge; several fits at once, for a fast bootstrap."""
 
 import numpy as np
 from scipy.special import expit
@@ -29,7 +29,7 @@ def newton(design: np.ndarray, y: np.ndarray, weight: np.ndarray, ridge: np.ndar
         gradient = np.einsum("rnk,rn->rk", design, weight * (p - y)) + ridge * beta
         step = np.linalg.solve(curvature_of(design, weight * p * (1 - p), ridge), gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1.0, 8 / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
-        for _ in range(40):  # halve what would climb
+        for _ in range(40):  # halve the steps that would increase the objective
             new_value = objective(beta - step)
             climbs = new_value > value + 1e-12 * (1 + np.abs(value))
             if not climbs.any():

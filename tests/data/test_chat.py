@@ -26,7 +26,7 @@ from sampo.data.load import load_preferences
 from sampo.data.tokenize import tokenize_pairs
 from sampo.data.validate import check_preferences
 from sampo.evaluation.answers.prompts import check_prompts, load_prompts
-from sampo.evaluation.models import Texts
+from sampo.evaluation.texts import Texts
 from sampo.models.checks import find_tokenizer_issues
 from sampo.weighting import fingerprints, last_end_tokens
 

@@ -20,7 +20,7 @@ from sampo.evaluation.judging.judges import Judgement, drawn_prompts
 from sampo.evaluation.results.comparing import compare as compare_runs
 from sampo.evaluation.results.comparing import shared_prompts
 from sampo.evaluation.results.difficulty import difficulty_from
-from sampo.evaluation.results.judged import AnswerFile, Judged, read
+from sampo.evaluation.results.judged import AnswerFile, Judged, read_judged
 from sampo.evaluation.results.length_control import length_controlled
 from sampo.evaluation.results.verdicts import compare_orders
 from sampo.io import records as results
@@ -167,7 +167,9 @@ def test_n_prompts_are_drawn_by_the_seed_and_the_same_for_all(folder, tmp_path):
 def test_difficulty_comes_from_the_other_systems_alone(folder, tmp_path):
     found = compare(folder, "--difficulty", out=tmp_path / "c")
     plain = compare(folder, out=tmp_path / "d")
-    runs = {n: compare_orders(read(folder / f"{n}-contains.jsonl").verdicts()) for n in ("dpo", "sampo", "third")}
+    runs = {
+        n: compare_orders(read_judged(folder / f"{n}-contains.jsonl").verdicts()) for n in ("dpo", "sampo", "third")
+    }
     for row, without in zip(found["systems"][:3], plain["systems"], strict=False):
         others = [run for name, run in runs.items() if name != row["system"]]
         expected = length_controlled(runs[row["system"]], difficulty=difficulty_from(others)).rate.value
@@ -224,10 +226,10 @@ def test_answers_that_have_moved_are_named_and_others_are_not_taken(folder, tmp_
     words = ["compare", "--judgements", str(tmp_path / "dpo-contains.jsonl"), "--out", str(tmp_path / "c")]
     moved = tmp_path / "moved.jsonl"
     (tmp_path / "dpo.jsonl").rename(moved)
-    with pytest.raises(SystemExit, match=r"there is no such file\. Name theirs with `answers`"):
+    with pytest.raises(SystemExit, match=r"it does not exist\. Name theirs with `answers`"):
         main(words)
     (tmp_path / "dpo.jsonl").write_bytes((folder / "sampo.jsonl").read_bytes())
-    with pytest.raises(SystemExit, match="other answers are there now"):
+    with pytest.raises(SystemExit, match="it holds other answers"):
         main(words)
     assert main([*words, "--answers", str(moved)]) == 0
 

@@ -20,10 +20,10 @@ from sampo.evaluation.answers.answers import (
     write_alpaca_eval,
     write_answers,
 )
-from sampo.evaluation.answers.backends import Draw, TransformersBackend, end_tokens
+from sampo.evaluation.answers.backends import RowSampler, TransformersBackend, end_tokens
 from sampo.evaluation.answers.generate import Sampling, generate
 from sampo.evaluation.answers.prompts import Question, load_prompts
-from sampo.evaluation.models import Texts, tokenizer_hash
+from sampo.evaluation.texts import Texts, tokenizer_hash
 from sampo.io.journal import read_rows
 from sampo.models.inference import fingerprint, load_causal
 from sampo.models.load import load_tokenizer
@@ -140,7 +140,7 @@ def test_tokens_are_drawn_with_their_probabilities(top_k, top_p, temperature):
     rng, n = np.random.default_rng(0), 20_000
     logits = rng.normal(size=9).astype(np.float32) * 1.5
     sampling = Sampling(max_tokens=2, temperature=temperature, top_k=top_k, top_p=top_p)
-    draw = Draw(list(range(n)), 4, sampling)
+    draw = RowSampler(list(range(n)), 4, sampling)
     scores = torch.from_numpy(logits).expand(n, 9)
     for step in range(2):
         found = draw(torch.zeros(n, 4 + step, dtype=torch.long), scores)
@@ -163,7 +163,7 @@ def distribution(logits, top_k, top_p, temperature) -> np.ndarray:
 def test_a_token_without_probability_is_never_drawn():
     scores = torch.full((200, 6), -torch.inf)
     scores[:, 3] = 0.0
-    draw = Draw(list(range(200)), 1, Sampling(max_tokens=1, temperature=1.0))
+    draw = RowSampler(list(range(200)), 1, Sampling(max_tokens=1, temperature=1.0))
     draw.numbers[0], draw.numbers[1] = 0.0, 1 - 2**-32
     assert (draw(torch.zeros(200, 1, dtype=torch.long), scores).argmax(dim=1) == 3).all()
 
@@ -287,7 +287,7 @@ def test_impossible_sampling_is_refused(wrong):
 
 @pytest.mark.parametrize("idle", [{"top_p": 0.9}, {"top_k": 3}, {"samples": 2}])
 def test_what_has_no_effect_is_refused(idle):
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="nothing is sampled"):
         Sampling(**idle)
 
 
@@ -558,7 +558,7 @@ def test_the_command_generates_exports_and_goes_on(folder, tmp_path, capsys):
     ("words", "fault"),
     [
         (["--backend", "endpoint"], "`url` goes with `backend` endpoint"),
-        (["--top_p", "0.5"], "nothing to draw"),
+        (["--top_p", "0.5"], "nothing is sampled"),
         (["--prompts", "nowhere.jsonl"], "does not exist"),
     ],
 )
@@ -578,7 +578,7 @@ def test_a_wide_vocabulary_is_drawn_from_in_the_order_of_ids():
     """Many tokens of nearly equal weight: the sums must not lose the small ones to rounding."""
     size = 150_000
     scores = torch.zeros(1, size)
-    draw = Draw([0], 1, Sampling(max_tokens=1, temperature=1.0))
+    draw = RowSampler([0], 1, Sampling(max_tokens=1, temperature=1.0))
     for share in (0.0, 0.123456789, 0.5, 1 - 2**-32):
         draw.numbers[0, 0] = share
         token = int(draw(torch.zeros(1, 1, dtype=torch.long), scores).argmax())

@@ -25,7 +25,7 @@ from sampo.evaluation.judging.judges import (
     AnswerPair,
     Comparison,
     Verdict,
-    draw,
+    draw_pairs,
     drawn_prompts,
     empty_answers,
     judge_pairs,
@@ -674,7 +674,7 @@ def test_the_command_writes_rows_and_a_summary_with_both_controls(tmp_path, caps
         command = [*words_of(tmp_path), "--url", server.url, "--model", "m", *prices]
         assert main([*command, "--dry_run"]) == 0
         assert not server.requests
-        assert "110 are to be asked for" in capsys.readouterr().out  # 30 pairs and 25 empty answers, both orders
+        assert "110 are missing" in capsys.readouterr().out  # 30 pairs and 25 empty answers, both orders
         assert main(command) == 0
     summary = json.loads((tmp_path / "out.summary.json").read_text())
     result, wins = summary["result"], [truth(pair) for pair in these]
@@ -690,7 +690,7 @@ def test_the_command_writes_rows_and_a_summary_with_both_controls(tmp_path, caps
     }
     rule = means(judge_pairs(longer_judge(), these)).values()
     assert result["win_rate/control_longer_wins"] == pytest.approx(sum(rule) / 30)
-    empty = [0.5 if goods(p.baseline.answer) == 0 else 0.0 for p in draw(these, 25)]
+    empty = [0.5 if goods(p.baseline.answer) == 0 else 0.0 for p in draw_pairs(these, 25)]
     assert result["win_rate/control_empty"] == pytest.approx(sum(empty) / 25)
     assert summary["judge"]["template_hash"] == HELP.hash
     rows = read_judgements(tmp_path / "out.jsonl")
@@ -724,7 +724,7 @@ def test_what_a_run_left_is_read_back_and_says_the_same(tmp_path):
     these = pairs(12)
     files(tmp_path, these)
     assert main([*words_of(tmp_path, "longer"), "--n", "9", "--seed", "4"]) == 0
-    found = judged_files.read(tmp_path / "out.jsonl")
+    found = judged_files.read_judged(tmp_path / "out.jsonl")
     assert (found.n, found.seed, found.system.name, found.judge["name"]) == (9, 4, "a", "longer")
     summary = json.loads((tmp_path / "out.summary.json").read_text())
     assert json.loads(json.dumps(found.summary().row())) == summary["result"]
@@ -732,10 +732,10 @@ def test_what_a_run_left_is_read_back_and_says_the_same(tmp_path):
     with open(tmp_path / "out.jsonl", "a") as file:
         file.write(json.dumps(json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])) + "\n")
     with pytest.raises(ValueError, match="other judgements"):
-        judged_files.read(tmp_path / "out.jsonl")
+        judged_files.read_judged(tmp_path / "out.jsonl")
     (tmp_path / "out.control.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"out\.control\.jsonl is not there"):
-        judged_files.read(tmp_path / "out.jsonl")
+        judged_files.read_judged(tmp_path / "out.jsonl")
 
 
 def test_lengths_in_tokens_need_one_tokenizer(tmp_path):
@@ -795,7 +795,7 @@ def test_the_exit_code_tells_what_became_of_the_run(rule, code, said, tmp_path, 
     ("words", "fault"),
     [
         (["--judge", "endpoint"], "`model` must be given"),
-        (["--judge", "endpoint", "--model", "m"], "`url` must say whom to ask"),
+        (["--judge", "endpoint", "--model", "m"], "`url` must name the server"),
         (
             ["--judge", "endpoint", "--model", "m", "--url", "http://x/v1", "--template", "nice"],
             "`template` must be one",
@@ -842,11 +842,11 @@ def test_samples_are_paired_by_number_and_a_single_baseline_serves_all():
 
 def test_a_larger_draw_holds_the_smaller_one_and_another_seed_draws_others():
     these = pairs(40)
-    small, large, other = draw(these, 10), draw(these, 25), draw(these, 10, seed=1)
+    small, large, other = draw_pairs(these, 10), draw_pairs(these, 25), draw_pairs(these, 10, seed=1)
     assert len(small) == 10
     assert set(map(id, small)) < set(map(id, large))
     assert small != other
-    assert draw(these, None) == these
+    assert draw_pairs(these, None) == these
 
 
 def test_a_pair_of_which_one_order_failed_has_no_mean():
@@ -894,7 +894,7 @@ def test_the_control_has_empty_answers_beside_the_same_baselines_on_prompts_of_t
     assert all(p.baseline in [q.baseline for q in these] for p in some)
     assert len(empty_answers(these, 99)) == 20  # as many as there are
     with pytest.raises(ValueError, match="`n` must be at most the number of prompts, got 21 for 20"):
-        draw(these, 21)
+        draw_pairs(these, 21)
 
 
 # --- judges that follow a rule, and people -------------------------------------------------------------------------
@@ -1273,7 +1273,7 @@ def test_prompts_that_differ_by_blanks_are_explained(tmp_path):
             "Correct `url`, `model`, the key or the quota first",
             "same command",
         ),
-        (lambda request, number: Reply(b"", 503), "Run the same command again to go on", "Correct"),
+        (lambda request, number: Reply(b"", 503), "Run the same command again to continue", "Correct"),
         (lambda request, number: completion("well"), "0 of 8 failed judgements may succeed", "Run the same"),
     ],
 )

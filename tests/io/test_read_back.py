@@ -275,7 +275,7 @@ def summary(folder):
     write_judged(folder)
 
     def read():
-        run = judged.read(folder / "j.jsonl")
+        run = judged.read_judged(folder / "j.jsonl")
         assert run.summary().sentence()
         assert json.dumps(run.config)
 
@@ -284,7 +284,7 @@ def summary(folder):
 
 def judgements(folder):
     write_judged(folder)
-    return folder / "j.control.jsonl", lambda: judged.read(folder / "j.jsonl").summary().sentence()
+    return folder / "j.control.jsonl", lambda: judged.read_judged(folder / "j.jsonl").summary().sentence()
 
 
 def records(folder):

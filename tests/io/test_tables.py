@@ -26,7 +26,7 @@ from sampo.commands.diagnose_page import Checkpoint, tables
 from sampo.diagnostics.findings import PLAIN, Finding
 from sampo.evaluation.answers.answers import Answer, write_answers
 from sampo.evaluation.results.comparing import compare, duel_table
-from sampo.evaluation.results.judged import read
+from sampo.evaluation.results.judged import read_judged
 from sampo.evaluation.results.summary import summary_table
 from sampo.io import records as results
 from sampo.io.tables import Table, clean, screen_width
@@ -154,12 +154,12 @@ def page(name: str, seed: int) -> Checkpoint:
 
 
 def test_every_table_of_every_command_is_whole_at_every_width(judged, tmp_path):
-    runs = {path.name.removesuffix(".judged.jsonl"): read(path) for path in judged}
+    runs = {path.name.removesuffix(".judged.jsonl"): read_judged(path) for path in judged}
     summaries, duels = compare(runs)
     made = [summary_table(summaries), duel_table(duels)]
     made += tables([page(LONG + "1", 1), page(LONG + "2", 2)])
     records = results.read(Path(__file__).parents[2] / "measurements" / "lab.jsonl")
-    made.append(lab_report.table(lab_report.collect(lab_report.outcomes_of(records))))
+    made.append(lab_report.table(lab_report.collect_lines(lab_report.outcomes_of(records))))
     make_pairs(40).to_json(tmp_path / "pairs.jsonl")
     made += audit_report.make_tables(audit_preferences(str(tmp_path / "pairs.jsonl")))
     assert len(made) >= 8

@@ -229,7 +229,7 @@ def test_cached_generation_equals_a_full_forward_per_token(world):
         for parameter in wild.parameters():
             parameter.mul_(4)
     model = Shifted(wild, 4.0)  # and ends somewhere
-    answers = lm.generate(model, prompts, seed=None, max_tokens=40)
+    answers = lm.sample_answers(model, prompts, seed=None, max_tokens=40)
     assert answers == [naive_greedy(model, prompt, 40) for prompt in prompts]
     assert len({len(answer) for answer in answers}) > 3
     assert any(answer[-1] == EOS for answer in answers)
@@ -237,7 +237,7 @@ def test_cached_generation_equals_a_full_forward_per_token(world):
 
 def test_sampling_follows_the_models_distribution_and_its_seed(world, start):
     prompt = world.evaluation_questions(1)[0].prompt
-    answers = lm.generate(start, [prompt] * 3000, seed=1, max_tokens=2)
+    answers = lm.sample_answers(start, [prompt] * 3000, seed=1, max_tokens=2)
     with torch.no_grad():
         expected = start(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(0).double().numpy()
     counts = np.bincount([answer[0] for answer in answers], minlength=len(WORDS))
@@ -245,9 +245,9 @@ def test_sampling_follows_the_models_distribution_and_its_seed(world, start):
     assert frequent.sum() > 10
     observed, wanted = counts[frequent], expected[frequent]  # given that a frequent word came
     assert stats.chisquare(observed, wanted / wanted.sum() * observed.sum()).pvalue > 1e-4
-    again = lm.generate(start, [prompt] * 3000, seed=1, max_tokens=2)
+    again = lm.sample_answers(start, [prompt] * 3000, seed=1, max_tokens=2)
     assert again == answers
-    assert lm.generate(start, [prompt] * 3000, seed=2, max_tokens=2) != answers
+    assert lm.sample_answers(start, [prompt] * 3000, seed=2, max_tokens=2) != answers
 
 
 @torch.no_grad()
@@ -390,7 +390,9 @@ def test_an_experiment_runs_from_the_command_resumes_and_repeats_itself(tmp_path
     table = (tmp_path / "table.md").read_text()
     assert f"| long | DPO | {long['tokens'].value:.1f} |" in table
     outcomes = report.outcomes_of(results.read(path))
-    assert table == report.markdown(report.collect(outcomes), about=report.describe(outcomes, long["tokens"].command))
+    assert table == report.markdown(
+        report.collect_lines(outcomes), about=report.describe_runs(outcomes, long["tokens"].command)
+    )
     assert (tmp_path / "lab.svg").read_text().count("SFT (start)") == 1
 
     run_micro(tmp_path)
@@ -426,9 +428,9 @@ def test_the_sentences_say_what_the_numbers_say():
         for run in plan(Settings(), seeds=len(sampo_tokens), groups=["long"], methods=["dpo", "sampo"]):
             tokens = {"sft": 20.0, "dpo": 40.0, "sampo": sampo_tokens[run.seed]}[run.method]
             outcomes.append(outcome(run, tokens=tokens, stops=1.0, quality=0.8, win_rate=0.5))
-        lines = report.collect(outcomes)
+        lines = report.collect_lines(outcomes)
         assert report.weak_start(lines) is None
-        return " ".join(report.findings(lines))
+        return " ".join(report.summarise_findings(lines))
 
     assert "the answers of SamPO are 9.3 tokens longer than those of DPO, 49.3 against 40.0" in sentences([49.3])
     assert "the answers of SamPO are 9.3 tokens shorter than those of DPO, 30.7 against 40.0" in sentences([30.7])
@@ -443,8 +445,10 @@ def test_the_published_table_is_made_from_the_published_records():
     records = results.read(root / "measurements" / "lab.jsonl")
     outcomes = report.outcomes_of(records)
     assert len(outcomes) == 3 * 10  # three seeds of the start and of three methods on three groups
-    about = report.describe(outcomes, records[-1].command)
-    assert (root / "docs" / "lab" / "table.md").read_text() == report.markdown(report.collect(outcomes), about=about)
+    about = report.describe_runs(outcomes, records[-1].command)
+    assert (root / "docs" / "lab" / "table.md").read_text() == report.markdown(
+        report.collect_lines(outcomes), about=about
+    )
     assert all(record.commit and not record.commit.endswith("-dirty") for record in records)
 
 

@@ -79,7 +79,7 @@ def test_accuracies_of_several_checkpoints_stand_side_by_side(found):
 
 
 def test_log_ratios_are_drawn_by_place_and_by_class(found):
-    axes = figures.log_ratio_by_place(found)
+    axes = figures.log_ratio_by_position(found)
     for side in ("chosen", "rejected"):
         rows = some(found, "log_ratio_at", side=side)
         places, values, segments = drawn(axes)[side]
@@ -96,20 +96,20 @@ def test_log_ratios_are_drawn_by_place_and_by_class(found):
 
 
 def test_pressure_is_drawn_for_the_groups_asked_for(found):
-    axes = figures.length_pressure(found, groups=("chosen shorter", "all", "nobody"))
+    axes = figures.draw_length_pressure(found, groups=("chosen shorter", "all", "nobody"))
     assert list(drawn(axes)) == ["chosen shorter", "all"]
     values, _, segments = drawn(axes)["all"]
     check(values, some(found, "pressure", group="all"), segments, axis=0)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["all"]
     with pytest.raises(ValueError, match="must name findings, got"):
-        figures.length_pressure(found, methods=["sampoo"])
+        figures.draw_length_pressure(found, methods=["sampoo"])
 
 
 def test_axes_that_are_given_are_drawn_into(found):
     from matplotlib.figure import Figure
 
     given = Figure().subplots()
-    assert figures.length_pressure(found, axes=given) is given
+    assert figures.draw_length_pressure(found, axes=given) is given
 
 
 def test_without_a_reference_there_is_no_reward_to_draw(found, scores):
@@ -121,5 +121,5 @@ def test_without_a_reference_there_is_no_reward_to_draw(found, scores):
 
 
 def test_names_from_data_are_text_in_the_picture(found):
-    svg = saved(figures.length_pressure(found, groups=("source: <b>",)))
+    svg = saved(figures.draw_length_pressure(found, groups=("source: <b>",)))
     assert b"<b>" not in svg

@@ -193,7 +193,13 @@ def page(report) -> Page:
 
 def test_everything_that_is_there_has_a_section_and_no_file_is_left_out(report):
     assert report.shown == [
-        *("Preference data", "Training", "What length says of a model", "Win rate and verbosity", "Answers"),
+        *(
+            "Preference data",
+            "Training",
+            "Length pressure and rewards of a model",
+            "Win rate and verbosity",
+            "Answers",
+        ),
         *("The lab", "Benchmarks", "Other records"),
     ]
     assert report.problems == []

@@ -1,7 +1,7 @@
 """Answers of models: one JSON record each, with all that it depends on; to and from AlpacaEval's format.
 
 A prompt is a string or a list of messages. Its id is a hash of the conversation, in which a string is one message of
-the user; so answers of different origins find each other.
+the user; so answers of different origins can be matched.
 """
 
 import hashlib
@@ -125,8 +125,8 @@ def _content_text(content: Any) -> str:
 def read_answers(path: str | Path) -> list[Answer]:
     """Answers from our JSONL, from any JSONL with a prompt and an answer, or from AlpacaEval's JSON list.
 
-    What is read is what `json_files` describes. Fields that we do not know are kept in `extra`. An unfinished last
-    line is left out, with a warning.
+    `json_files` describes the accepted formats. Unknown fields are kept in `extra`. An unfinished last
+    line is omitted, with a warning.
 
     Raises:
         ValueError: a row is no answer, or two are of the same prompt, sample and model.
@@ -157,7 +157,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(row, dict):
             yield row
         elif row.cut_off:
-            logger.warning("%s: an unfinished last line left out: %s", path, row.position)
+            logger.warning("%s: omitted an unfinished last line: %s", path, row.position)
         else:
             what = KINDS[row.kind][0].format(are="is", have="has")
             raise ValueError(

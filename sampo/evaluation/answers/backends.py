@@ -1,4 +1,4 @@
-"""What generates answers: transformers in this process, or any OpenAI-compatible server."""
+"""Backends that generate answers: transformers in this process, or any OpenAI-compatible server."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..models import tokenizer_hash
+from ..texts import tokenizer_hash
 from .generate import Job, Output, Sampling
 
 if TYPE_CHECKING:
     from ...models.inference import Loaded
     from ..endpoint import Endpoint
-    from ..models import Texts
+    from ..texts import Texts
 
 # --- transformers --------------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class TransformersBackend:
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
-                logits_processor=[] if sampling.greedy else [Draw(seeds, width, sampling)],
+                logits_processor=[] if sampling.greedy else [RowSampler(seeds, width, sampling)],
             )
         return [self._output(row) for row in found[:, width:].tolist()]
 
@@ -102,7 +102,7 @@ class TransformersBackend:
 
 @contextmanager
 def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
-    """Replace the model's own generation settings: transformers fills in from them what given settings leave open.
+    """Replace the model's own generation settings: transformers takes from them what given settings omit.
 
     With an adapter, the base model generates with settings of its own, so these are replaced too.
     """
@@ -118,10 +118,10 @@ def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = ()) -> list[int]:
-    """Ids that end an answer: of the model, of its tokenizer, and those that are asked for.
+    """Ids that end an answer: those of the model, of its tokenizer, and `further` ones.
 
     Raises:
-        ValueError: there is none, or one is no single token.
+        ValueError: no end token exists, or one is not a single token.
     """
     found = generation_config.eos_token_id if generation_config is not None else None
     ids = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id]
@@ -136,7 +136,7 @@ def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = 
     return known
 
 
-class Draw:
+class RowSampler:
     """A logits processor that keeps one token: the one that a row's own random number selects.
 
     Number t of a row is a quantile of the distribution over the tokens, in the order of their ids. So a draw needs one
@@ -226,9 +226,9 @@ class EndpointBackend:
 def _of_reply(body: str) -> Output:
     from ..server_text import read_reply, usage_of, visible
 
-    choice, fault = read_reply(body)
+    choice, failure = read_reply(body)
     if choice is None:
-        return Output(failure=fault, detail=visible(body[:200]))
+        return Output(failure=failure, detail=visible(body[:200]))
     message, reason = choice["message"], choice.get("finish_reason")
     if message.get("refusal") or reason == "content_filter":
         return Output(failure="refused", detail=visible(body[:200]))

@@ -55,9 +55,7 @@ class Sampling:
         if wrong:
             raise ValueError(f"Sampling must be possible, got {', '.join(wrong)}.")
         if self.greedy and (self.top_p < 1 or self.top_k or self.samples > 1):
-            raise ValueError(
-                "With `temperature` 0 there is nothing to draw: leave out `top_p`, `top_k` and `samples`."
-            )
+            raise ValueError("With `temperature` 0 nothing is sampled: omit `top_p`, `top_k` and `samples`.")
 
     @property
     def greedy(self) -> bool:
@@ -102,8 +100,8 @@ class Output:
 class Backend(Protocol):
     """Generates answers.
 
-    `about` are `model`, `weights`, `backend`, `tokenizer`, `template` and `dtype` of its answers; `options` are what
-    else they depend on, and go into `sampling`.
+    `about` are `model`, `weights`, `backend`, `tokenizer`, `template` and `dtype` of its answers; `options` are
+    further settings that they depend on, and are part of `sampling`.
     """
 
     about: Mapping[str, Any]
@@ -120,7 +118,7 @@ class Backend(Protocol):
 
 @dataclass
 class GenerationReport:
-    """What a run did.
+    """Counts of a run.
 
     Attributes:
         answers: Answers in the file at the end.
@@ -128,7 +126,7 @@ class GenerationReport:
         failures: Reason → number of answers that are missing.
         cut: Answers that were cut by `max_tokens`.
         tokens: Tokens of all answers whose number is known.
-        counted: How many these are.
+        counted: Number of these answers.
         details: Of the first failure of each kind.
     """
 
@@ -172,8 +170,8 @@ def generate(
             done += len(finished)
             if progress:
                 progress(done, len(todo))
-        place = {(job.question.prompt_id, job.sample): number for number, job in enumerate(jobs)}
-        ordered = sorted(journal.rows, key=lambda row: place[row["prompt_id"], row["sample"]])
+        position = {(job.question.prompt_id, job.sample): number for number, job in enumerate(jobs)}
+        ordered = sorted(journal.rows, key=lambda row: position[row["prompt_id"], row["sample"]])
         if ordered != journal.rows:
             journal.rewrite(ordered)
     report.answers = len(ordered)
@@ -192,7 +190,7 @@ def _answer_settings(backend: Backend, sampling: Sampling) -> dict[str, Any]:
 
 
 def _checked(journal: Journal, backend: Backend, sampling: Sampling, questions: Sequence[Question]) -> list[Answer]:
-    """The answers that are there, which must be of these settings and to these prompts."""
+    """The existing answers, which must have these settings and belong to these prompts."""
     answers = []
     for number, row in enumerate(journal.rows, 1):
         with named(journal.path, "Name another file", line=number):

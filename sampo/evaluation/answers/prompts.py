@@ -6,7 +6,7 @@ r"""Prompts to answer, from files: JSONL, JSON or Parquet (also `.gz`), folders 
 | `instruction` | AlpacaEval |
 | `messages` | all before the last answer |
 | `conversations` | all before the last answer, ShareGPT's messages too |
-| `chosen`, `rejected` | preference pairs, such as HH-RLHF transcripts: what both share, as training has it |
+| `chosen`, `rejected` | preference pairs, such as HH-RLHF transcripts: the shared beginning, as in training |
 
 A column `system` or `input` is used as in preference data (`source_columns`): two rows that differ there alone are two
 prompts.
@@ -132,7 +132,7 @@ def check_prompts(
     text = f"{len(issues):,} of {len(questions):,} prompts, the first {begin!r} {why}"
     if on_bad_rows == "error" or len(issues) == len(questions):
         raise ValueError(
-            f"The chat template must show all that is said, got issues in {text}. Take another template "
+            f"The chat template must render all messages completely, got issues in {text}. Take another template "
             "(`chat_template`), correct the prompts, or set `on_bad_rows` to `drop`."
         )
     logger.warning("dropped %s", text)
@@ -163,8 +163,8 @@ def _questions(table: SourceTable, label: str, columns: dict[str, str]) -> Itera
             prompt_id(prompt)
             if not isinstance(prompt, str):  # Arrow fills the keys that a message lacks with nulls
                 prompt = [without_nulls(message) for message in prompt]
-        except _Bad as fault:
-            yield str(fault)
+        except _Bad as error:
+            yield str(error)
             continue
         except ValueError:
             yield "of the wrong type"
@@ -187,9 +187,9 @@ def _transcript(text: str) -> Prompt:
     """Read a transcript that ends before an answer, with two made-up answers, by the reader of pairs."""
     text = text.rstrip().removesuffix("Assistant:").rstrip()
     responses = [f"{text}\n\nAssistant: {answer}" for answer in ("a", "b")]
-    (prompt, *_), faults = READERS["transcripts"](None, *responses)
-    if faults:
-        raise _Bad("no whole transcript")
+    (prompt, *_), issues = READERS["transcripts"](None, *responses)
+    if issues:
+        raise _Bad("not a complete transcript")
     return prompt
 
 
@@ -218,10 +218,10 @@ def _reader_of_pairs(rows: TableRows) -> Callable[[Any, Any, Any], Prompt]:
     reader = READERS[_layout(rows)]
 
     def read(given: Any, chosen: Any, rejected: Any) -> Prompt:
-        (prompt, *_), faults = reader(given, chosen, rejected)
-        # two equal answers, or an empty one, spoil a pair and not its prompt; but then the reader has stopped early
-        if faults or not prompt:
-            raise _Bad(f"{faults[0][0]} in `{faults[0][1]}`" if faults else "without a prompt")
+        (prompt, *_), issues = reader(given, chosen, rejected)
+        # two equal answers, or an empty one, make a pair bad and not its prompt; but then the reader has stopped early
+        if issues or not prompt:
+            raise _Bad(f"{issues[0][0]} in `{issues[0][1]}`" if issues else "without a prompt")
         return prompt
 
     return read

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible URL. Every reply is kept, so no request is paid for twice.
+"""A judge behind an OpenAI-compatible URL. Every reply is kept, so no request is sent twice.
 
 Every reply goes to the cache as it came, before it is read; a verdict is read from the cache each time. So an improved
 parser needs no new request. A reply that cannot be read is asked for again, at most `attempts` times in all runs
@@ -26,7 +26,7 @@ CHARS_PER_TOKEN = 4  # of English, roughly; for the estimate of a dry run alone
 
 @dataclass(frozen=True)
 class KeptReply:
-    """What is read of a row of the cache: the hash of a request, and the server's reply as it came."""
+    """The fields of a row of the cache that are read: the hash of a request, and the server's reply as it came."""
 
     key: str
     reply: str
@@ -34,7 +34,7 @@ class KeptReply:
 
 @dataclass(frozen=True)
 class RequestEstimate:
-    """What a run would need: replies kept, requests at least and at most, tokens to read, tokens to write at most."""
+    """Requirements of a run: replies kept, requests at least and at most, tokens to read, tokens to write at most."""
 
     kept: int
     requests: int
@@ -47,8 +47,8 @@ class EndpointJudge:
     """Asks an endpoint, and keeps its replies.
 
     Args:
-        endpoint: Whom to ask.
-        template: What to ask.
+        endpoint: Server of the judge.
+        template: Prompt of the judge.
         cache: JSONL file of replies; may be shared by judges and runs, one at a time.
         temperature: Of the judge.
         top_logprobs: For a template that reads log-probabilities.
@@ -88,7 +88,7 @@ class EndpointJudge:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the verdicts depend on."""
+        """The settings that the verdicts depend on."""
         return {
             "url": self.endpoint.url,
             "model": self.endpoint.model,
@@ -99,7 +99,7 @@ class EndpointJudge:
         }
 
     def close(self) -> None:
-        """Give the cache to others, and close the connections."""
+        """Release the cache, and close the connections."""
         self._journal.close()
         self.endpoint.close()
 

@@ -47,7 +47,7 @@ class HumanJudge:
         except csv.Error as error:
             raise ValueError(f"{path}, line {rows.line_num} must be a row of a CSV, got: {error}.") from None
 
-    def _add(self, row: Mapping[str, str], place: str) -> None:
+    def _add(self, row: Mapping[str, str], position: str) -> None:
         given = (row["preferred"] or "").strip().lower()
         if not given:
             return
@@ -57,7 +57,7 @@ class HumanJudge:
             value = -1.0
         if not 0 <= value <= 1:
             raise ValueError(
-                f"{place}: `preferred` must be A, B, tie, empty or from 0 to 1, got {row['preferred']!r}."
+                f"{position}: `preferred` must be A, B, tie, empty or from 0 to 1, got {row['preferred']!r}."
             )
         texts = _normalise(row["answer_a"] or ""), _normalise(row["answer_b"] or "")
         key = (row.get("prompt_id") or "").strip() or _normalise(row.get("prompt") or "")
@@ -86,9 +86,9 @@ def _read_csv(path: Path) -> csv.DictReader:
             text = content.decode(encoding)
             break
         except UnicodeDecodeError as error:
-            fault = error
+            issue = error
     else:
-        raise ValueError(f"{path} must be a CSV in UTF-8, got: {fault}. Save it as `CSV UTF-8`.")
+        raise ValueError(f"{path} must be a CSV in UTF-8, got: {issue}. Save it as `CSV UTF-8`.")
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # of this process; answers may be long
     head = text.partition("\n")[0]
     return csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))

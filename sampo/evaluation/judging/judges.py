@@ -1,7 +1,7 @@
 """Judges: (prompt, answer A, answer B) → preference for A in [0, 1], or a failure with its reason.
 
-Here are the protocol, the joining of two files of answers, both orders, and the control with an empty answer. The
-judges themselves: `endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies,
+This module has the protocol, the join of two files of answers, both orders, and the control with an empty answer. The
+judges: `endpoint_judge` asks a model behind a URL, `model_judges` asks reward models and policies,
 `rule_judges` follow a rule, and `human_judge` reads annotations.
 
 A failure is never a tie: it has no preference, and is counted.
@@ -27,7 +27,7 @@ ONCE = "shown in one order only"  # `detail` of a preference for an order that w
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a judge sees, in this order."""
+    """The input of a judge; A is shown first."""
 
     prompt: Any
     prompt_id: str
@@ -43,7 +43,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A preference for answer A in [0, 1], or None and why there is none: one word, and details for people."""
+    """A preference for answer A in [0, 1], or None with a one-word reason and details."""
 
     preference: float | None
     failure: str | None = None
@@ -162,8 +162,8 @@ def nearly_matched(system: Sequence[Answer], baseline: Sequence[Answer]) -> int:
     return len(set(texts[0]) & set(texts[1]))
 
 
-def draw(pairs: Sequence[AnswerPair], n: int | None, seed: int = 0) -> list[AnswerPair]:
-    """The pairs of `n` prompts, drawn by a hash: a larger `n` adds some, and kept replies still serve."""
+def draw_pairs(pairs: Sequence[AnswerPair], n: int | None, seed: int = 0) -> list[AnswerPair]:
+    """The pairs of `n` prompts, drawn by a hash: a larger `n` adds prompts, and kept replies remain usable."""
     if n is None:
         return list(pairs)
     kept = drawn_prompts((pair.system.prompt_id for pair in pairs), n, seed)
@@ -227,11 +227,13 @@ def read_judgements(path: str | Path) -> list[Judgement]:
 
 
 def empty_answers(pairs: Sequence[AnswerPair], n: int | None = None, seed: int = 0) -> list[AnswerPair]:
-    """The control of every judge: an empty answer in the system's place, on `n` prompts (on all without it).
+    """The control of every judge: an empty answer instead of the system's, on `n` prompts (on all without it).
 
     It should win against no answer but another empty one. The control detects a judge that prefers an empty answer,
     and a parser that reads a verdict from nothing.
     """
     if n is not None:
         n = min(n, len({pair.system.prompt_id for pair in pairs}))
-    return [AnswerPair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw(pairs, n, seed)]
+    return [
+        AnswerPair(replace(pair.system, answer="", tokens=0), pair.baseline) for pair in draw_pairs(pairs, n, seed)
+    ]

@@ -1,24 +1,21 @@
 """Judges that are models on this machine: a reward model, and the implicit reward of a policy and its reference.
 
-Both score each answer by itself, so the order of the two does not matter to them; length may. The preference is
+Both score each answer on its own, so the order of the two does not matter to them; length may. The preference is
 sigmoid(score A − score B), the Bradley-Terry model that such scores are trained with.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...io.progress import Progress
 from ...models.inference import default_device, load_causal, load_reward
 from ...models.load import load_tokenizer
 from ..answers.answers import Prompt
-from ..models import Texts
+from ..texts import Texts
 from .judges import Comparison, Verdict
 
-if TYPE_CHECKING:
-    pass
-
-Score = float | str  # or why there is none
+Score = float | str  # or the reason of a failure
 
 
 class _ScoreJudge:

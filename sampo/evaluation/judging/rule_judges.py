@@ -49,7 +49,7 @@ def exact_judge() -> RuleJudge:
 
 
 def contains_judge() -> RuleJudge:
-    """The answer that holds the reference as whole words, in any case."""
+    """The answer that contains the reference as complete words, in any case."""
 
     def score(prompt: Any, answer: str, reference: str | None) -> float | None:
         if reference is None or not reference.strip():

@@ -1,4 +1,4 @@
-"""What a judge is asked, as versioned data in `prompts/*.yaml`, and how its verdict is read.
+"""The prompts of judges, as versioned data in `prompts/*.yaml`, and the parsing of a verdict.
 
 The texts to be judged are data: they stand between marks that cannot be predicted, and they are filled in once, so
 that fields inside them stay as they are. A verdict counts at one position only: in a written reply, its last line,
@@ -79,7 +79,7 @@ class JudgePrompt:
         return hash_json(parts)[:16]
 
     def messages(self, prompt: str, answer_a: str, answer_b: str) -> list[dict[str, str]]:
-        """What the judge is sent.
+        """The messages for the judge.
 
         The mark is a hash of all three texts: the same for the same question, so that replies can be kept, and unknown
         to whoever writes one of them.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 PAIRS = ("()", "[]", "{}", "<>", '""', "''", "“”", "‘’", "«»", "__")
 WRAPPED = re.compile(r"<(\w+)>(.*)</\1>|\\(?:boxed|text|textbf|mathbf|mathrm)\{(.*)\}", re.IGNORECASE)
 NOUN = r"(?:answer|response|output|assistant|summary|option|candidate|model|choice)"
-# how judges call it who do not keep to the label that they were given
+# labels of judges that do not use the given one
 LABEL = rf"(?:(?:my|the|our)\s+)?(?:final\s+|overall\s+)?(?:verdict|judge?ment|preference|preferred)(?:\s+{NOUN})?"
 REASON = re.compile(r"(?P<verdict>.+?)(?:\s*\((?P<brackets>[^()]*)\)|,?\s+because\b(?P<because>.*))")
 DOUBT = re.compile(r"\s*(?:or|and|but|not|no|maybe|perhaps|possibly|unsure)\b|.*(?:\?|\bother\b)", re.IGNORECASE)

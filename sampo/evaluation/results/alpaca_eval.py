@@ -101,7 +101,7 @@ def _check_difficulty(path: Path, by_number: Mapping[int, float]) -> None:
     differing = [i for i, value in by_number.items() if abs(values.get(i, np.inf) - value) > 1e-6]
     if differing:
         raise ValueError(
-            f"{path} must say the same as df_gamed.csv, got another difficulty (or none) for {len(differing)} "
+            f"{path} must agree with df_gamed.csv, got another difficulty (or none) for {len(differing)} "
             f"instructions, first {differing[:3]}. Take both files from one revision."
         )
 
@@ -122,7 +122,7 @@ def alpaca_eval(
             `preference` (1 to 2, 0 a draw, None a failure); an output of None is an empty one.
         gamed: `df_gamed.csv`; without it there is no length-controlled win rate.
         difficulty: `instruction_difficulty.csv`, only to check that it fits the other file.
-        instructions: AlpacaEval's instructions in their order (of the baseline's outputs, say); needed by `prompt`.
+        instructions: AlpacaEval's instructions in their order, as in the baseline's outputs; needed by `prompt`.
         align: difficulty by `prompt`, or by `row` number as AlpacaEval does.
         confidence: of the intervals.
 
@@ -315,7 +315,7 @@ def length_controlled_rate(
 
 
 def _cross_validated(design: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The fit whose penalty has the least log loss on rows left out."""
+    """The fit whose penalty has the least log loss on held-out rows."""
     fold = np.empty(len(labels), dtype=int)
     # the folds of scikit-learn's GroupKFold, in which each row occurs twice: it assigns the rows in this order
     fold[np.argsort(np.full(len(labels), 2))[::-1]] = np.arange(len(labels)) % FOLDS

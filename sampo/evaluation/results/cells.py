@@ -36,5 +36,5 @@ def percent(estimate: Estimate, *, bounds: str = BEHIND) -> str:
 
 
 def mean_length(estimate: Estimate) -> str:
-    """A mean length, rounded to a whole number: `1,234`."""
+    """A mean length, rounded to an integer: `1,234`."""
     return show_estimate(estimate, ",.0f", bounds=NONE)

@@ -60,7 +60,7 @@ def shared_runs(runs: Mapping[str, Judged], *, matched_only: bool = False) -> di
 
     Args:
         runs: by the name of the system.
-        matched_only: leave out prompts that one of them lacks.
+        matched_only: omit prompts that one of them lacks.
 
     Raises:
         ValueError: they may not, and why.
@@ -87,7 +87,7 @@ def shared_prompts(prompts: Mapping[str, Iterable[str]], matched_only: bool = Fa
 
     Args:
         prompts: ids by the name of the system.
-        matched_only: leave out those that one of them lacks.
+        matched_only: omit prompts that one of them lacks.
 
     Raises:
         ValueError: there is none, or one of them lacks some.
@@ -96,9 +96,9 @@ def shared_prompts(prompts: Mapping[str, Iterable[str]], matched_only: bool = Fa
     shared = set.intersection(*own.values())
     apart = {name: len(ids - shared) for name, ids in own.items()}
     if not shared or (any(apart.values()) and not matched_only):
-        said = ", ".join(f"{count} further ones in {name}" for name, count in apart.items())
+        others = ", ".join(f"{count} further ones in {name}" for name, count in apart.items())
         raise ValueError(
-            f"All systems must have the same prompts, got {len(shared)} that all have, and {said}. "
+            f"All systems must have the same prompts, got {len(shared)} that all have, and {others}. "
             + ("To leave these out, set `matched_only`." if shared else "Use one file of prompts.")
         )
     return shared

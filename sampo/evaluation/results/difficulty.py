@@ -74,12 +74,12 @@ def _joint_rows(
     ids = codes_of([prompt for other in others for prompt in other.ids])[1]
     number = {prompt: i for i, prompt in enumerate(ids)}
     y, codes, weight, blocks = [], [], [], []
-    for place, other in enumerate(others):
+    for position, other in enumerate(others):
         data = FitData.of(other, None)
         scale = float(data.scale(np.ones((1, data.prompts)))[0])
         block = np.zeros((len(other), 2 * len(others)))
-        block[:, 2 * place] = np.tanh(data.difference / scale) if scale > 0 else 0.0
-        block[:, 2 * place + 1] = 1.0
+        block[:, 2 * position] = np.tanh(data.difference / scale) if scale > 0 else 0.0
+        block[:, 2 * position + 1] = 1.0
         blocks.append(block)
         y.append(data.y)
         weight.append(data.weight)

@@ -1,8 +1,8 @@
 """The files of a run of `sampo judge`, written and read back: new statistics need no new judgements.
 
-Beside `judgements.jsonl`, one row per prompt and order, lie
+Other files beside `judgements.jsonl` (one row per prompt and order):
 
-- `judgements.control.jsonl`: the same for an empty answer in the system's place;
+- `judgements.control.jsonl`: the same for an empty answer instead of the system's;
 - `judgements.summary.json`: what all of it depends on, the result, failures, cost;
 - `judgements.csv`: the result as one flat row;
 - `judgements.records.jsonl`: each number as a record (`sampo.io.records`).
@@ -30,8 +30,8 @@ from ..server_text import visible
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
-SCHEMA = 1
-AGAIN = "Run `sampo judge` again with the same cache: no reply is paid twice"
+SUMMARY_SCHEMA = 1
+AGAIN = "Run `sampo judge` again with the same cache: no request is sent twice"
 ORDERLESS = frozenset({"reward", "implicit", "longer", "exact", "contains", "lab"})  # judges that see no order
 
 
@@ -88,7 +88,7 @@ class Judged:
         n: prompts that were drawn; None for all.
         seed: of that draw.
         rows: the judgements.
-        empty: judgements on empty answers in the system's place; none where that control was left out.
+        empty: judgements on empty answers instead of the system's; none without that control.
     """
 
     system: AnswerFile
@@ -174,7 +174,7 @@ class Judged:
         return summarise(
             self.verdicts(length_unit),
             cut=self._cut(),
-            order_said=f"{len(once)} of {pairs} pairs shown in one order only" if once else "",
+            order_note=f"{len(once)} of {pairs} pairs shown in one order only" if once else "",
             remarks=remarks,
             system=name or self.system.name,
             baseline=self.baseline.name,
@@ -195,18 +195,18 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
     Args:
         out: file of the judgements; the others lie beside it.
         judged: the run.
-        summary: what came of it.
+        summary: its results.
         more: further entries of the summary file.
         command: that gives the same again.
 
     Returns:
         The files.
     """
-    places = _output_paths(out)
+    paths = _output_paths(out)
     write_judgements(out, judged.rows)
-    write_judgements(places["control"], judged.empty)
+    write_judgements(paths["control"], judged.empty)
     about = {
-        "schema": SCHEMA,
+        "schema": SUMMARY_SCHEMA,
         "judgements_sha256": content_hash(out),
         **{name: asdict(getattr(judged, name)) for name in ("system", "baseline")},
         **{name: getattr(judged, name) for name in ("judge", "n", "seed", "failures")},
@@ -214,38 +214,38 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
         "sentence": summary.sentence(),
         **more,
     }
-    write_atomic(places["summary"], json.dumps(about, indent=2) + "\n")
-    write_atomic(places["table"], csv_text([summary.row()]))
+    write_atomic(paths["summary"], json.dumps(about, indent=2) + "\n")
+    write_atomic(paths["table"], csv_text([summary.row()]))
     made = records(summary, config=judged.config, seed=judged.seed, command=command)
-    write_atomic(places["records"], lines(made))
-    return [out, *places.values()]
+    write_atomic(paths["records"], lines(made))
+    return [out, *paths.values()]
 
 
-def read(path: str | Path) -> Judged:
+def read_judged(path: str | Path) -> Judged:
     """A run that was written.
 
     Raises:
-        FileNotFoundError: the judgements or what lies beside them are not there.
+        FileNotFoundError: the judgements or the files beside them are missing.
         ValueError: they do not belong together.
     """
     path = Path(path)
-    places = _output_paths(path)
-    for needed in (path, places["summary"], places["control"]):
+    paths = _output_paths(path)
+    for needed in (path, paths["summary"], paths["control"]):
         if not needed.is_file():
             raise FileNotFoundError(
                 f"{path} must be what `sampo judge` wrote, with its other files beside it, and {needed} is not there. "
                 f"{AGAIN}."
             )
-    about = read_json(places["summary"], JudgedFile, AGAIN, ignore_unknown=True)
-    if about.schema != SCHEMA or about.judgements_sha256 != content_hash(path):
+    about = read_json(paths["summary"], JudgedFile, AGAIN, ignore_unknown=True)
+    if about.schema != SUMMARY_SCHEMA or about.judgements_sha256 != content_hash(path):
         raise WrongFile(
-            f"{places['summary']} must be of schema {SCHEMA} and written with {path}, got schema {about.schema}"
-            f"{' and other judgements' if about.schema == SCHEMA else ''}. {AGAIN}."
+            f"{paths['summary']} must be of schema {SUMMARY_SCHEMA} and written with {path}, got schema "
+            f"{about.schema}{' and other judgements' if about.schema == SUMMARY_SCHEMA else ''}. {AGAIN}."
         )
     return Judged(
         **{"system": about.system, "baseline": about.baseline, "judge": about.judge, "n": about.n, "seed": about.seed},
         rows=read_judgements(path),
-        empty=read_judgements(places["control"]),
+        empty=read_judgements(paths["control"]),
     )
 
 

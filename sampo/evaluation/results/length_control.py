@@ -313,9 +313,9 @@ def _sandwich(data: FitData, fit: _Fit, confidence: float) -> tuple[Estimate, Es
     correction = n / max(n - k, 1)
     t = stats.t.ppf((1 + confidence) / 2, max(n - k, 1))
     se_rate, se_slope = (np.sqrt(correction * (v**2).sum()) / n for v in (of_rate, influence[:, 0]))
-    centre, half = logit(rate), t * se_rate / max(rate * (1 - rate), 1e-12)
+    centre, half_width = logit(rate), t * se_rate / max(rate * (1 - rate), 1e-12)
     return (
-        Estimate(rate, float(expit(centre - half)), float(expit(centre + half)), float(se_rate), n),
+        Estimate(rate, float(expit(centre - half_width)), float(expit(centre + half_width)), float(se_rate), n),
         Estimate(float(beta[0]), float(beta[0] - t * se_slope), float(beta[0] + t * se_slope), float(se_slope), n),
     )
 
@@ -329,7 +329,7 @@ def length_slope(comparisons: Comparisons, *, confidence: float = 0.95) -> Estim
     """The judge's own slope: change of the logit of a win when the system's answer is twice as long.
 
     From a logistic regression of the preference on log2(system / baseline), clustered by prompt; comparisons with an
-    empty answer are left out. It measures correlation with length, not its effect: where longer answers are also
+    empty answer are omitted. It measures correlation with length, not its effect: where longer answers are also
     better, an unbiased judge has a slope too. Compare it with the slope of the truth or of another judge.
     """
     ratio = length_ratios(comparisons)

@@ -38,9 +38,9 @@ class Summary:
         slope: the judge's slope on log2 of the ratio of lengths, or None.
         longer_wins: control: win rate by a judge that always prefers the longer answer, or None.
         winner_is_longer: how often the judge's winner is the longer answer, or None.
-        empty: control: win rate of an empty answer in the system's place, which should be near 0; None if not judged.
+        empty: control: win rate of an empty answer instead of the system's, should be near 0; None if not judged.
         orders: consistency of the two orders, or None.
-        order_said: text of the sentence in its place, or "".
+        order_note: text for the sentence without `orders`, or "".
         failed_verdicts: verdicts that failed; a pair has one in each order.
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off, or None.
         remarks: further notes.
@@ -62,7 +62,7 @@ class Summary:
     winner_is_longer: Estimate | None = None
     empty: WinRate | None = None
     orders: OrderConsistency | None = None
-    order_said: str = ""
+    order_note: str = ""
     failed_verdicts: int = 0
     cut: tuple[Estimate, Estimate] | None = None
     remarks: tuple[str, ...] = ()
@@ -150,7 +150,7 @@ class Summary:
         bounds = rate.rate.interval
         if bounds and bounds[0] <= 0.5 <= bounds[1]:
             text += " The interval holds 50 %: this does not show which of the two is better."
-        if doubts := [said for said, _ in self._doubts]:
+        if doubts := [doubt for doubt, _ in self._doubts]:
             text += f" Doubtful: {'; '.join(doubts)}."
         return text + f" Intervals are {100 * self.confidence:g} %, over prompts."
 
@@ -164,26 +164,26 @@ def summarise(
     empty: Verdicts | None = None,
     difficulty: Mapping[Any, float] | None = None,
     cut: tuple[Estimate, Estimate] | None = None,
-    order_said: str = "",
+    order_note: str = "",
     remarks: Sequence[str] = (),
     confidence: float = 0.95,
 ) -> Summary:
-    """Everything at once; where lengths do not overlap the control is left out, with the reason.
+    """Everything at once; where lengths do not overlap the control is omitted, with the reason.
 
     Args:
         verdicts: of one judge on one system and one baseline.
         system: name.
         baseline: name.
         judge: name.
-        empty: verdicts of the same judge on empty answers in the system's place.
+        empty: verdicts of the same judge on empty answers instead of the system's.
         difficulty: of the prompts, from other systems (`difficulty_from`), for the control of length.
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off.
-        order_said: text on the order for the sentence, where there is no consistency of orders.
+        order_note: text on the order for the sentence, where there is no consistency of orders.
         remarks: further notes.
         confidence: of all intervals.
     """
     comparisons = compare_orders(verdicts)
-    parts: dict[str, Any] = {"cut": cut, "order_said": order_said, "remarks": tuple(remarks)}
+    parts: dict[str, Any] = {"cut": cut, "order_note": order_note, "remarks": tuple(remarks)}
     parts["failed_verdicts"] = int(np.isnan(verdicts.preference).sum())
     if verdicts.order is not None and comparisons.orders == "both":
         parts["orders"] = order_consistency(verdicts, confidence=confidence)
@@ -216,11 +216,11 @@ def _doubts_of_order(orders: OrderConsistency | None) -> list[tuple[str, str]]:
         return []
     first, same = orders.first_shown.value, orders.consistent.value
     if min(first, 1 - first) < POSITION:
-        said = (
+        doubt = (
             f"the judge names the answer shown {'first' if first > 0.5 else 'second'} in {max(first, 1 - first):.1%}"
         )
-        note = f"{said[0].upper()}{said[1:]} of its verdicts: they are about the position and not about the answers."
-        return [(f"{said} of its verdicts", f"{note} Use another judge or template.")]
+        note = f"{doubt[0].upper()}{doubt[1:]} of its verdicts: they are about the position and not about the answers."
+        return [(f"{doubt} of its verdicts", f"{note} Use another judge or template.")]
     if same < CONSISTENT:
         note = (
             f"The judge says the same in both orders in only {same:.1%} of the pairs, and the answer shown first gets "
@@ -235,9 +235,9 @@ def _doubts_of_cuts(cut: tuple[Estimate, Estimate] | None) -> list[tuple[str, st
     found = []
     for whose, share in zip(("the system's", "the baseline's"), cut or (), strict=False):
         if share.value is not None and share.value > CUT:
-            said = f"{share.value:.1%} of {whose} answers are cut off by the limit of tokens"
-            note = f"{said}: they were judged unfinished, and their length is the limit's."
-            found.append((said, f"{note} Generate them with a higher `max_tokens`."))
+            doubt = f"{share.value:.1%} of {whose} answers are cut off by the limit of tokens"
+            note = f"{doubt}: they were judged unfinished, and their length is the limit's."
+            found.append((doubt, f"{note} Generate them with a higher `max_tokens`."))
     return found
 
 
@@ -270,7 +270,7 @@ def _orders(summary: Summary) -> str:
         return f"both orders, consistent in {percent(summary.orders.consistent, bounds=NONE)}"
     if any(note.startswith("Only one order") for note in summary.raw.notes):
         return "one order only"
-    return summary.order_said or "the order of the answers plays no part"
+    return summary.order_note or "the order of the answers plays no part"
 
 
 def records(

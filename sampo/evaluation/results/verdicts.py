@@ -2,7 +2,7 @@
 
 A verdict is one answer of the judge; a comparison is the mean of its verdicts on one answer of the system and one of
 the baseline, over both orders; a score is the mean comparison of one prompt, and the prompt is the unit of every
-interval. Preferences are the system's: 1 a win, 0 a loss, ½ a tie, NaN a failure. A failure is counted and left out,
+interval. Preferences are the system's: 1 a win, 0 a loss, ½ a tie, NaN a failure. A failure is counted and omitted,
 never counted as a tie.
 """
 
@@ -89,7 +89,7 @@ class Comparisons:
         baseline_length: `(m,)` or None.
         length_unit: what lengths are counted in.
         failed: pairs of answers without any verdict.
-        half_failed: pairs that lack the verdict of one order, and are left out for it.
+        half_failed: pairs that lack the verdict of one order, and are therefore omitted.
         lost_prompts: prompts of which no comparison is left.
         orders: which orders were seen: `both`, `system first`, `baseline first` or `none`.
     """
@@ -195,7 +195,7 @@ def compare_orders(verdicts: Verdicts) -> Comparisons:
     """Average the orders of each pair of answers.
 
     Several verdicts in one order are averaged first, so that a repeated request does not weigh twice. Where the
-    verdicts cover both orders, a pair with a verdict in one order only is left out and counted in `half_failed`:
+    verdicts cover both orders, a pair with a verdict in one order only is omitted and counted in `half_failed`:
     kept, it would bring the judge's bias for a position back in.
     """
     table = _by_order(verdicts)

@@ -1,7 +1,6 @@
-"""Prompts and answers as token ids, and whose tokens they are.
+"""Prompts and answers as token ids, and a hash that identifies the tokenizer.
 
-`Texts` is the one place that turns prompts and answers into tokens, for generating and for scoring alike. Models are
-opened by `sampo.models.inference`.
+Generation and scoring both use `Texts` to tokenise prompts and answers. `sampo.models.inference` loads models.
 """
 
 import hashlib
@@ -23,8 +22,9 @@ FORMATS = ("auto", "chat", "raw")
 def tokenizer_hash(tokenizer: Any) -> str:
     """Identify a tokenizer by a hash of the rules that split ordinary text into tokens.
 
-    The name does not serve: a trained model is saved in its own folder with the tokenizer of its base, and the counts
-    of both compare. Special tokens are omitted: training adds some (such as a padding token) that change no count.
+    The name is not sufficient: a trained model is saved in its own folder with the tokenizer of its base, and the
+    token counts of both are comparable. Special tokens are omitted: training adds some (such as a padding token)
+    that change no count.
     """
     rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
@@ -40,7 +40,7 @@ class Texts:
         tokenizer: The model's.
         prompt_format: `chat`: the chat template, a string being a message of the user; `raw`: a string as it is;
             `auto`: `chat` if there is a template.
-        chat_template: In place of the tokenizer's own.
+        chat_template: Replaces the tokenizer's own.
 
     Raises:
         ValueError: `chat` without a template.
