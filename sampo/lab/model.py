@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..io.files import new_folder
+from ..scoring.scorer import ModelScorer, Rows
 from .world import BOS, EOS, PAD, PROMPT_TOKENS, WORDS
 
 PromptWithAnswer = tuple[list[int], list[int]]  # prompt ids, answer ids
@@ -137,58 +138,52 @@ def sample_answers(
     return answers
 
 
-def _batches(rows: Sequence[PromptWithAnswer], size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Row numbers, input ids (B, P+T-1) and answer ids (B, T; padded with `IGNORED`), similar lengths together."""
-    order = np.argsort([len(answer) for _, answer in rows], kind="stable")
+def _batches(rows: Sequence[PromptWithAnswer], size: int = 256) -> Iterator[list[int]]:
+    """Row numbers, answers of similar length together."""
+    order = np.argsort([len(answer) for _, answer in rows], kind="stable").tolist()
     for start in range(0, len(rows), size):
-        chosen = order[start : start + size]
-        batch = [rows[i] for i in chosen]
-        inputs = _padded([prompt + answer for prompt, answer in batch], PAD)
-        yield chosen, inputs[:, :-1], _padded([answer for _, answer in batch], IGNORED)
+        yield order[start : start + size]
 
 
-@torch.no_grad()
-def _sum_over_answers(
-    models: Sequence[PreTrainedModel], rows: Sequence[PromptWithAnswer], measure: Callable[..., Tensor]
-) -> np.ndarray:
-    """Sum of `measure(targets, *log_probs)` over the answer of each row.
-
-    `measure` gets the answer's tokens (B, T), with padding replaced by `PAD`, and each model's log-probabilities
-    (B, T, V), and returns (B, T).
-    """
-    sums = np.empty(len(rows))
-    for numbers, inputs, answers in _batches(rows):
-        is_answer = answers != IGNORED
-        log_probs = [
-            model(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :].log_softmax(dim=2)
-            for model in models
-        ]
-        values = measure(answers.masked_fill(~is_answer, PAD), *log_probs)  # (B, T)
-        sums[numbers] = (values * is_answer).sum(dim=1).double().numpy()
-    return sums
+def _token_logps(
+    model: PreTrainedModel, rows: Sequence[PromptWithAnswer], target: int | None = None
+) -> list[np.ndarray]:
+    """`(T,)` log-probs in nats at the positions of each row's answer: of its tokens, or of one target."""
+    score = ModelScorer(model, own_head=True)
+    found: list[np.ndarray] = [np.empty(0)] * len(rows)
+    for numbers in _batches(rows):
+        batch = Rows.of([rows[number] for number in numbers])
+        targets = [] if target is None else [torch.full_like(batch.inputs["input_ids"][:, 1:], target)]
+        (logps,) = score(batch.inputs, *targets)  # (B, N)
+        for number, row, is_answer in zip(numbers, logps, batch.mask, strict=True):
+            found[number] = row[is_answer].double().numpy()
+    return found
 
 
 def answer_logps(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np.ndarray:
     """Log-probability of each row's answer, in nats."""
-    return _sum_over_answers([model], rows, lambda t, lp: lp.gather(2, t[..., None])[..., 0])
+    return np.array([logps.sum() for logps in _token_logps(model, rows)])
 
 
+def end_probs(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> list[np.ndarray]:
+    """Probability of the end token at each position of each row's answer, (T,)."""
+    return [np.exp(logps) for logps in _token_logps(model, rows, EOS)]
+
+
+@torch.no_grad()
 def divergence(policy: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> np.ndarray:
     """Sum of KL(policy ‖ reference) over the tokens of each row, in nats.
 
     Over answers sampled from the policy, its mean is KL(policy ‖ reference) of complete answers (up to the cap), with
     less noise than the mean log-ratio, which has the same expectation.
     """
-    return _sum_over_answers([policy, reference], rows, lambda t, p, q: (p.exp() * (p - q)).sum(dim=2))
-
-
-def end_probs(model: PreTrainedModel, rows: Sequence[PromptWithAnswer]) -> list[np.ndarray]:
-    """Probability of the end token at each position of each row's answer, (T,)."""
-    found: list[np.ndarray] = [np.empty(0)] * len(rows)
-    with torch.no_grad():
-        for numbers, inputs, _ in _batches(rows):
-            logits = model(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :]  # (B, T, V)
-            probs = logits.softmax(dim=2)[..., EOS].double().numpy()  # (B, T)
-            for number, row in zip(numbers, probs, strict=True):
-                found[number] = row[: len(rows[number][1])]
-    return found
+    sums = np.empty(len(rows))
+    for numbers in _batches(rows):
+        inputs = _padded([[*rows[number][0], *rows[number][1]] for number in numbers], PAD)[:, :-1]
+        is_answer = _padded([[1] * len(rows[number][1]) for number in numbers], 0)  # (B, T)
+        p, q = (
+            model(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :].log_softmax(dim=2)  # (B, T, V)
+            for model in (policy, reference)
+        )
+        sums[numbers] = ((p.exp() * (p - q)).sum(dim=2) * is_answer).sum(dim=1).double().numpy()
+    return sums

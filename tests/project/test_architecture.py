@@ -41,7 +41,7 @@ ARROWS = {
     "audit": {"data", "io", "models", "stats"},
     "evaluation": {"data", "io", "models", "scoring", "stats"},
     "report": {"audit", "checkpointing", "data", "diagnostics", "evaluation", "io", "stats"},
-    "lab": {"config", "evaluation", "io", "plugins", "report", "trainer", "weighting"},
+    "lab": {"config", "evaluation", "io", "plugins", "report", "scoring", "trainer", "weighting"},
     "cli": {"commands", "plugins"},
 }
 
