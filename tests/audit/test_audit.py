@@ -542,7 +542,7 @@ def test_the_last_sentence_names_the_options_that_the_bias_touches():
     assert "`sampled_sides: rejected`" in said(1)
     assert "points to the shorter" in said(-1)
     assert "downsample mostly the rejected responses" in said(-1)
-    assert "does not tell" in said(0)
+    assert "does not distinguish" in said(0)
     assert "`sampled_sides" not in said(0)
     assert all("The data cannot show how" in said(sign) for sign in (-1, 0, 1))
 
