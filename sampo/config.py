@@ -63,7 +63,7 @@ class SamPOConfig(DPOConfig):
         metadata={
             "help": "The end token weighs what makes the length pressure of each response 0 under the reference: "
             "sum_t w_t p_end(t) / (1 - p_end(T)) over the other tokens. For every method; `keep_end_token` is implied "
-            "where there is one. Costs one more forward pass of the reference, with `precompute_ref_log_probs` once."
+            "where there is one. The reference scores it in the same pass as the completion."
         },
     )
     mask_sharing: str = field(
@@ -166,7 +166,7 @@ class SamPOConfig(DPOConfig):
         default=False,
         metadata={
             "help": "Log `length_gap/pressure`: by how much a shift of the end token's logit raises the margin, per "
-            "pair; negative means that training lengthens. Costs one more forward pass without gradient."
+            "pair; negative means that training lengthens. Scored in the same pass as the completion."
         },
     )
 
