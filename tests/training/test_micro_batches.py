@@ -10,6 +10,7 @@ from peft import LoraConfig, PromptTuningConfig
 from streams import collate
 from tiny import make_pairs, make_tokenizer, save_model, training_options
 from transformers import MixtralConfig, MixtralForCausalLM
+from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sampo import SamPOConfig, SamPOTrainer
@@ -187,6 +188,24 @@ def test_a_piece_is_back_propagated_before_the_next_is_computed(model_folder, tm
     trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
     assert len(order) >= 6
     assert order == ["forward", "backward"] * (len(order) // 2)
+
+
+def test_the_loss_of_trl_runs_once_for_each_micro_batch(model_folder, tmp_path, monkeypatch):
+    trainer = make_trainer(model_folder, tmp_path, max_tokens_per_forward=90, per_device_train_batch_size=8)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trl_loss, rows = DPOTrainer._compute_loss, []
+
+    def counted(view, model, inputs, return_outputs):
+        rows.append(len(inputs["input_ids"]))
+        return trl_loss(view, model, inputs, return_outputs)
+
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", counted)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, batch)
+    n_micro_batches = len(trainer.micro_batch_groups(batch))
+    assert n_micro_batches >= 3
+    assert len(rows) == n_micro_batches
+    assert rows[-1] == 16  # the last one computes loss and metrics of all pairs
 
 
 @pytest.mark.parametrize("loss", sorted(BATCH_LOSSES))
