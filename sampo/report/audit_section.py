@@ -62,7 +62,7 @@ def _parts_table(records: Sequence[Record], key: str, title: str, origins: tuple
     if not parts:
         return None
     largest = sorted(parts.items(), key=lambda item: -item[1]["longer"].n)
-    heads = ["", "pairs", "T_w", "T_l", "longer", "shorter", "AUC", "slope", "counted"]
+    heads = ["", "pairs", "T_w", "T_l", "longer", "shorter", "AUC", "slope", "selected"]
     rows = [
         [name, f"{found['longer'].n:,}", *(format_value(found[c].value, MEASURES[c][1]) for c in GROUP_COLUMNS)]
         for name, found in largest[:MAX_PARTS]

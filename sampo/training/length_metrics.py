@@ -132,8 +132,7 @@ class LengthRecorder:
 
     def restore(self, state: dict[str, float]) -> None:
         """Continue the window of a checkpoint."""
-        new_names = {"counted_tokens": "selected_tokens"}  # checkpoints of earlier versions
-        self.sums["train"] = LengthSums({new_names.get(name, name): value for name, value in state.items()})
+        self.sums["train"] = LengthSums(state)
 
 
 def margins(beta: float, scores: Tensor) -> Tensor:
