@@ -146,7 +146,7 @@ def make_tables(audit: Audit) -> list[Table]:
 
 def _group_table(title: str, parts: Mapping[str, LengthBias]) -> Table:
     heads = {"chosen_mean": "T_w", "rejected_mean": "T_l", "longer": "longer", "shorter": "shorter"}
-    heads |= {"auc": "AUC", "slope": "slope", "counted": "counted"}
+    heads |= {"auc": "AUC", "slope": "slope", "counted": "selected"}
     table = Table(title, ["", "pairs", *(heads[name] for name in GROUP_COLUMNS)])
     largest = sorted(parts.items(), key=lambda item: -item[1].pairs)
     for name, bias in largest[:GROUPS_SHOWN]:
