@@ -7,21 +7,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `sampo` and `studies` of this checkout
 sys.path.insert(1, str(ROOT / "benchmarks"))  # scripts, no part of the package
 
-from sampo.io import records as results  # noqa: E402
-from sampo.io.records import Record  # noqa: E402
+if TYPE_CHECKING:
+    from sampo.io.records import Record
 
 MEASUREMENTS = ROOT / "measurements"  # the records; README.md there says what measured each file
 
 
-def read(name: str) -> list[Record]:
+def read(name: str) -> "list[Record]":
     """The records of a file of measurements."""
-    return results.read(MEASUREMENTS / name)
+    from sampo.io import records
+
+    return records.read(MEASUREMENTS / name)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -27,7 +27,6 @@ What we rely on in TRL 1.16, pinned by tests/training/test_trl_contract.py:
    `None` instead of a base model that is not on the hub.
 """
 
-from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -292,10 +291,6 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         """The completion's own tokens, and with `balance_end_token` the end token."""
         end = f"end token {' or '.join(map(str, self.end_token_ids))}"
         return [*super().cached_targets, *([end] if self.args.balance_end_token else [])]
-
-    def reference_logps(self, reference: Any, inputs: dict[str, Any], targets: Sequence[str]) -> dict[str, Tensor]:
-        """For each of `targets`, `(2B, N)` log π_ref at the completion tokens of a collated batch, by one pass."""
-        return self.passes.reference_logps(reference, inputs, targets)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._refuse_what_cannot_be_trained()  # TRL fills the cache within its `__init__`

@@ -46,7 +46,7 @@ class LogWindow:
         loss_sums: of each process.
         metrics: values of each metric of TRL's.
         num_tokens: trained on so far.
-        carried: the state of what the trainer has given to be carried along.
+        carried: the state of the trainer's `Carried` object.
     """
 
     last_logged_step: int
@@ -61,11 +61,13 @@ class LogWindow:
 
 
 class Carried(Protocol):
-    """Something that a checkpoint carries without knowing what it is."""
+    """State that a checkpoint saves and restores without interpreting it."""
 
-    def state(self) -> dict[str, float]: ...  # noqa: D102
+    def state(self) -> dict[str, float]:
+        """What the checkpoint saves."""
 
-    def restore(self, state: dict[str, float]) -> None: ...  # noqa: D102
+    def restore(self, state: dict[str, float]) -> None:
+        """Continue from a saved state."""
 
 
 class WeightsNotFiniteError(FloatingPointError):

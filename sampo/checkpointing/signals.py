@@ -73,7 +73,8 @@ class SaveOnSignal(TrainerCallback):
             self.received = int(flag.item())
         return bool(self.received)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102, transformers'
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop, if a process got a signal."""
         if self._asked_for(args):
             name = "Ctrl-C" if self.received == signal.SIGINT else "SIGTERM"
             now = " Ctrl-C once more stops at once." if self.received == signal.SIGINT else ""
@@ -81,10 +82,12 @@ class SaveOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = self.stopped = True
             control.should_evaluate = False  # there may be seconds left
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        if not self.stopped and self._asked_for(args):  # the signal came during the save
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop, if the signal came during the save."""
+        if not self.stopped and self._asked_for(args):
             control.should_training_stop = self.stopped = True
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Do nothing more after a stop."""
         if self.stopped:
             control.should_save = control.should_evaluate = control.should_log = False

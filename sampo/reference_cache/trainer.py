@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import tqdm
@@ -71,6 +71,7 @@ class CachedReferenceTrainer(DPOTrainer):
 
     args: SamPOConfig
     model: Any
+    passes: Any  # its `reference_logps` scores a batch by the reference
     _signature_columns: Any
 
     rebuild_ref_cache = False  # `sampo cache --rebuild`
@@ -87,12 +88,6 @@ class CachedReferenceTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, *rest, **kwargs)
         if args.precompute_ref_log_probs:
             self.data_collator = RefCollator(self.data_collator, args.ref_cache_dtype)
-
-    def reference_logps(
-        self, reference: Any, inputs: dict[str, Any], targets: Sequence[str]
-    ) -> dict[str, torch.Tensor]:
-        """For each of `targets`, `(2B, L − 1)` log π_ref at the completion tokens of a collated batch, by one pass."""
-        raise NotImplementedError
 
     @property
     def cached_targets(self) -> list[str]:
@@ -236,7 +231,7 @@ class CachedReferenceTrainer(DPOTrainer):
     ) -> dict[str, list[Sides]]:
         inputs = self._prepare_inputs(self.data_collator(rows))
         mask = inputs["completion_mask"][:, 1:].bool()
-        found = self.reference_logps(reference, inputs, targets)
+        found = self.passes.reference_logps(reference, inputs, targets)
         return {each: split_rows(logps, mask) for each, logps in found.items()}
 
     # --- comparing -------------------------------------------------------------------------------------------------
@@ -289,4 +284,4 @@ def _load(path: str | Path, args: SamPOConfig) -> Any:
 
 
 def _loading(args: SamPOConfig) -> dict[str, Any]:
-    return dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # a text only on the command line
+    return dict(cast("dict[str, Any]", args.model_init_kwargs or {}))  # text only before the config parses it

@@ -40,7 +40,8 @@ class Batch(Protocol):
     inputs: dict[str, Any]
 
     @property
-    def stream(self) -> Stream: ...  # noqa: D102
+    def stream(self) -> Stream:
+        """The rows packed."""
 
 
 @dataclass

@@ -23,17 +23,20 @@ class RunState(TrainerCallback, ExportableState):
         self.theta = Theta(length_penalty_lr, theta)
         self._begun = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102, transformers'
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the state of a checkpoint."""
         self.epoch, self._begun = int(state.epoch or 0), False
         saved = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("attributes", {})
         if "adam" in saved:
             self.theta.restore(saved["adam"])
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the epoch."""
         self.epoch += self._begun
         self._begun = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Update θ."""
         self.theta.step()
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, under a random name, never through a link, with the usual permissions."""
+"""Atomic writes: a complete file or none, under a random name, never through a link, with the usual permissions."""
 
 import errno
 import json

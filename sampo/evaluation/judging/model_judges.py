@@ -5,6 +5,7 @@ sigmoid(score A − score B), the Bradley-Terry model that such scores are train
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from .judges import Comparison, Verdict
 Score = float | str  # or the reason of a failure
 
 
-class _ScoreJudge:
+class _ScoreJudge(ABC):
     """Scores every different (prompt, answer) once, long ones together."""
 
     name = ""
@@ -37,8 +38,9 @@ class _ScoreJudge:
             for shown in comparisons
         ]
 
+    @abstractmethod
     def _score(self, rows: Sequence[tuple[Prompt, str]], progress: Progress | None) -> list[Score]:
-        raise NotImplementedError
+        """A score of each row, or why there is none."""
 
     def _in_batches(
         self, lengths: Sequence[int], limit: int | None, score: Callable[[list[int]], list[float]], progress: Any
