@@ -5,6 +5,7 @@ from tiny import make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
 from sampo import SamPOConfig, SamPOTrainer
+from sampo.reference_cache import store
 
 STEPS = 3  # of `training_options`
 BALANCED = {"balance_end_token": True}
@@ -82,3 +83,25 @@ def test_an_end_token_cache_beside_a_complete_one_is_filled_alone(folder, tmp_pa
     assert before == (12 // 4 + 8 // 4, 0)
     before, _, _ = run(folder, tmp_path, precompute_ref_log_probs=True, ref_cache_check=0, **BALANCED)
     assert before == (0, 0)
+
+
+def test_only_the_missing_shards_of_each_cache_are_computed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROWS_PER_SHARD", 4)
+    options = {"precompute_ref_log_probs": True, "ref_cache_check": 0, **BALANCED}
+    run(folder, tmp_path, **options)
+    own, end = sorted(
+        (tmp_path / "cache").glob("*/shard-00002.arrow"),  # of the training data alone
+        key=lambda path: '"tokens"' not in (path.parent / "manifest.json").read_text().split('"targets"')[1][:12],
+    )
+    own.unlink()
+    end.with_name("shard-00001.arrow").unlink()
+    written, write = [], store.RefCache.write
+
+    def watched(cache, shard, *sides):
+        written.append((cache.key.targets == "tokens", shard.number))
+        return write(cache, shard, *sides)
+
+    monkeypatch.setattr(store.RefCache, "write", watched)
+    before, _, _ = run(folder, tmp_path, **options)
+    assert sorted(written) == [(False, 1), (True, 2)]
+    assert before == (2, 0)
