@@ -6,8 +6,7 @@ is predicted inside its branch. Position ids restart with each branch; a branch 
 causally, to itself, never to the other branch or to another pair. Linear layers and norms cost N tokens; the LM head
 sees only the tokens that are to be scored, on every device. Prefix sharing for preference pairs: arXiv 2410.20305.
 
-transformers lets a library register an attention function, and passes extra keyword arguments of the forward to it, so
-no model code is changed. The function is in `attention`; calls without a stream use the model's own attention.
+transformers lets a library register an attention function, so no model code is changed: see `interface`.
 
 Example, with a prompt of the tokens 1 2 3:
 
@@ -22,16 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import Segments, StreamRefused, attend
+from .attention import StreamRefused
+from .interface import reaches_for_masks
 from .lm_head import score_positions
-
-NAME = "sampo_pair_stream"
-# arguments of some models' attention that change its result, and that `attend` does not implement
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+from .segments import Part, Segments
 
 
 class RowsTooLong(StreamRefused):
@@ -84,23 +78,25 @@ def lay_out(
         n_prompt[0] = stops[0] = 1  # a model needs at least one token
     tokens: list[int] = []
     position_ids: list[int] = []
-    borders: list[tuple[int, int, int, int]] = []
+    parts: list[Part] = []
     positions: list[int] = []
     rows: list[int] = []
     columns: list[int] = []
     for group in _groups(ids, n_prompt, stops):
         shared = max(n_prompt[group[0]] - 1, 0)  # the last prompt token belongs to the branches
-        start = len(tokens)
         tokens += ids[group[0]][:shared]
         position_ids += range(shared)
-        for i, row in enumerate(group):
+        prompt = len(parts) if shared else None
+        if shared:
+            parts.append(Part(shared))
+        for row in group:
             branch_start = len(tokens)
             tokens += ids[row][shared : stops[row]]
             position_ids += range(shared, stops[row])
             positions += range(branch_start, len(tokens))
             rows += [row] * (stops[row] - shared)
             columns += range(shared, stops[row])
-            borders.append((start if i == 0 else branch_start, len(tokens), start, start + shared))
+            parts.append(Part(len(tokens) - branch_start, prompt))
 
     def tensor(values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=input_ids.device)
@@ -108,7 +104,7 @@ def lay_out(
     return Stream(
         input_ids=tensor([tokens]),
         position_ids=tensor([position_ids]),
-        segments=Segments(borders, input_ids.device),
+        segments=Segments(parts, input_ids.device),
         positions=tensor(positions),
         rows=tensor(rows),
         columns=tensor(columns),
@@ -165,20 +161,20 @@ def score_packed(
     router = {}
     if hasattr(backbone.config.get_text_config(), "output_router_logits"):
         router["output_router_logits"] = False  # the auxiliary loss is defined for padded rows only
-    output = score_positions(
-        model,
-        backbone,
-        (torch.zeros_like(at), at),
-        (rows, columns),
-        targets,
-        input_ids=stream.input_ids,
-        position_ids=stream.position_ids,
-        # a mask of four dimensions is passed on unchanged; the real mask is in the stream
-        attention_mask=torch.zeros(1, 1, 1, 1, device=stream.input_ids.device),
-        use_cache=False,
-        pair_stream=stream,
-        **router,
-    )
+    with reaches_for_masks():
+        output = score_positions(
+            model,
+            backbone,
+            (torch.zeros_like(at), at),
+            (rows, columns),
+            targets,
+            input_ids=stream.input_ids,
+            position_ids=stream.position_ids,
+            attention_mask=torch.ones_like(stream.input_ids),
+            use_cache=False,
+            pair_stream=stream,
+            **router,
+        )
     layers = backbone.config.get_text_config().num_hidden_layers
     calls = stream.segments.calls
     if calls != layers:
@@ -188,49 +184,12 @@ def score_packed(
     return output
 
 
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    pair_stream: Stream | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The registered function of each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
-    if pair_stream is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    _refuse(pair_stream, kwargs)
-    pair_stream.segments.calls += 1
-    output = attend(pair_stream.segments, query, key, value, kwargs.get("scaling"))
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
-    """Raise if a layer needs what `attend` does not implement."""
-    asked = [f"`{name}`" for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if kwargs.get("is_causal") is False:
-        asked.append("tokens after the query")
-    if kwargs.get("dropout"):
-        asked.append(f"dropout of {kwargs['dropout']}")
-    if asked:
-        raise StreamRefused(f"the model's attention uses {', '.join(asked)}")
-    window = kwargs.get("sliding_window")
-    if window is not None and 0 < window < stream.segments.longest:
-        raise RowsTooLong(f"a layer has a sliding window of {window} tokens, and a row has {stream.segments.longest}")
-
-
 def too_long(config: Any, stream: Stream) -> str | None:
     """Why a batch is too long for packing with a model of this config; None if it is not.
 
-    Some models put a window into their mask and do not pass it to the attention, and some change the rotary
-    frequencies of all rows when one of them, padding included, is longer than a limit.
+    Some models change the rotary frequencies of all rows when one of them, padding included, is longer than a limit.
     """
     text = config.get_text_config()
-    for name in ("sliding_window", "attention_chunk_size", "keep_window_size"):
-        limit = getattr(text, name, None)
-        if limit is not None and 0 < limit < stream.segments.longest:  # 0 and -1 are some models' None
-            return f"the model's `{name}` is {limit} tokens, and a row has {stream.segments.longest}"
     rope = getattr(text, "rope_parameters", None) or {}
     by_type = [value for value in rope.values() if isinstance(value, dict)]  # some have them for each type of layer
     for each in [rope, *by_type]:
@@ -244,10 +203,6 @@ def too_long(config: Any, stream: Stream) -> str | None:
     return None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
 def why_not(model: Any) -> str | None:
     """Why a model cannot take packed rows, as far as is known without running it; None if there is no reason."""
     peft = getattr(model, "active_peft_config", None)
@@ -259,13 +214,3 @@ def why_not(model: Any) -> str | None:
     if text._attn_implementation not in ("sdpa", NAME):
         return f"the model's attention implementation is `{text._attn_implementation}`, not `sdpa`"
     return None
-
-
-def install(model: Any) -> None:
-    """Register the attention for packed rows with a model. Calls without a stream do not change."""
-    model.set_attn_implementation(NAME)
-
-
-def uninstall(model: Any) -> None:
-    """Undo `install`."""
-    model.set_attn_implementation("sdpa")

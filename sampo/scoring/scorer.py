@@ -20,8 +20,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..logs import get_logger
 from .attention import StreamRefused, describe_error
+from .interface import install, uninstall
 from .lm_head import score_positions
-from .packing import RowsTooLong, Stream, install, lay_out, score_packed, too_long, uninstall, why_not
+from .packing import RowsTooLong, Stream, lay_out, score_packed, too_long, why_not
 
 logger = get_logger(__name__)
 

@@ -34,7 +34,8 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from sampo.scoring.packing import install, lay_out, uninstall
+from sampo.scoring.interface import install, uninstall
+from sampo.scoring.packing import lay_out
 
 EXACT = {
     "llama": LlamaConfig(**COMMON, **GROUPED),
