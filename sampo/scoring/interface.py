@@ -1,16 +1,19 @@
 """What transformers is given: an attention function and a mask function for packed rows.
 
-transformers lets a library register both, and passes extra keyword arguments of the forward to the attention, so no
-model code is changed. While a packed row is laid out, the mask function does not make a mask. It returns how far back
-the tokens of a layer attend, which reaches the attention in the place of the mask: families differ in which layers
-have a window, and in whether the attention is told. Calls without a packed row use the model's own implementation.
+transformers lets a library register both, so no model code is changed. In the forward of a packed row the mask
+function does not make a mask. It returns a mark, which reaches the attention in the place of the mask: the number of
+the packed row, and how far back tokens attend. Families differ in which layers have a window, in whether the attention
+is told, and in which keyword arguments reach it, but all of them pass the mask on. Calls without a packed row use the
+model's own implementation.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,14 +23,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import StreamRefused, attend
-from .segments import Reach, Softmax
+from .segments import Reach, Segments, Softmax
 
 NAME = "sampo_pair_stream"
 # arguments of some models' attention that change its result, and that no way implements
 _UNSUPPORTED = ("position_bias", "indices", "block_indices")
 
 _own: dict[str, str] = {}  # of the names that are registered: the implementation that each stands in for
-_laying_out = False  # the forward of a packed row is running
+_numbers = count(1)
+_rows: WeakValueDictionary[int, Segments] = WeakValueDictionary()  # gradient checkpointing needs them after the forward
+_current = 0  # number of the packed row whose forward is running
 
 
 def own_implementation(name: str) -> str:
@@ -58,19 +63,20 @@ def _register(own: str) -> str:
 
 
 @contextmanager
-def reaches_for_masks() -> Iterator[None]:
-    """Within, models make descriptions of their masks instead of masks."""
-    global _laying_out
-    _laying_out = True
+def marks_for_masks(segments: Segments) -> Iterator[None]:
+    """Within, models make marks of a packed row instead of masks."""
+    global _current
+    _current = next(_numbers)
+    _rows[_current] = segments
     try:
         yield
     finally:
-        _laying_out = False
+        _current = 0
 
 
 def _mask(own: str, *args: Any, **kwargs: Any) -> Any:
-    """The registered mask function: `(1, 1, 1, 2)` int64, window and chunk of the mask, 0 for none."""
-    if not _laying_out:
+    """The registered mask function: `(1, 1, 1, 3)` int64, packed row, window and chunk of the mask, 0 for none."""
+    if not _current:
         return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs)
     size, sees = kwargs.get("local_size") or 0, kwargs["mask_function"]
     if kwargs.get("use_vmap"):
@@ -80,17 +86,15 @@ def _mask(own: str, *args: Any, **kwargs: Any) -> Any:
         raise StreamRefused("the model's attention uses tokens after the query")
     # a window of n tokens that ends at position n has position 1, and the chunk of n positions that starts there not
     is_window = size and bool(sees(zero, zero, torch.tensor(size), one))
-    return torch.tensor([size if is_window else 0, 0 if is_window else size])[None, None, None]
+    return torch.tensor([_current, size if is_window else 0, 0 if is_window else size])[None, None, None]
 
 
-def _reach(attention_mask: Any) -> Reach:
-    """The inverse of `_mask`."""
-    if attention_mask is None:
-        return Reach()
-    if attention_mask.shape != (1, 1, 1, 2) or attention_mask.dtype != torch.int64:
-        raise StreamRefused("the model computes the mask of its attention in a way of its own")
-    window, chunk = attention_mask.flatten().tolist()
-    return Reach(window or None, chunk or None)
+def _read(mark: Any) -> tuple[Segments, Reach] | None:
+    """The inverse of `_mask`; None for a real mask."""
+    if mark is None or mark.shape != (1, 1, 1, 3) or mark.dtype != torch.int64:
+        return None
+    row, window, chunk = mark.flatten().tolist()
+    return _rows[row], Reach(window or None, chunk or None)
 
 
 def _attention(
@@ -100,15 +104,18 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    pair_stream: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function of each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
-    if pair_stream is None:
+    read = _read(attention_mask)
+    if read is None:
+        if _current:
+            raise StreamRefused("the model computes the mask of its attention in a way of its own")
         return _call_own(own, module, query, key, value, attention_mask, **kwargs)
     _refuse(kwargs)
-    pair_stream.segments.calls += 1
-    scale, reach, flash = kwargs.get("scaling"), _reach(attention_mask), None
+    segments, reach = read
+    segments.calls += 1
+    scale, flash = kwargs.get("scaling"), None
     if is_flash_attention_requested(requested_attention_implementation=own):  # it has the window as an argument only
         reach = Reach(kwargs.get("sliding_window"), reach.chunk)
         passed = {name: kwargs[name] for name in ("scaling", "softcap", "s_aux", "sliding_window") if name in kwargs}
@@ -119,7 +126,7 @@ def _attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    return attend(pair_stream.segments, query, key, value, softmax, flash), None
+    return attend(segments, query, key, value, softmax, flash), None
 
 
 def _call_own(own: str, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

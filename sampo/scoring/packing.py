@@ -23,9 +23,20 @@ import torch
 from torch import Tensor
 
 from .attention import StreamRefused
-from .interface import reaches_for_masks
+from .interface import marks_for_masks
 from .lm_head import score_positions
 from .segments import Part, Segments
+
+# types of layers, in a config of transformers, that a packed row would change, and why
+_MIXERS = {
+    **dict.fromkeys(
+        ("linear_attention", "conv", "hybrid", "hybrid_sliding"), "carry a state from one response into the next"
+    ),
+    **dict.fromkeys(
+        ("indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"),
+        "select or compress the keys of a row",
+    ),
+}
 
 
 class RowsTooLong(StreamRefused):
@@ -161,7 +172,7 @@ def score_packed(
     router = {}
     if hasattr(backbone.config.get_text_config(), "output_router_logits"):
         router["output_router_logits"] = False  # the auxiliary loss is defined for padded rows only
-    with reaches_for_masks():
+    with marks_for_masks(stream.segments):
         output = score_positions(
             model,
             backbone,
@@ -172,12 +183,11 @@ def score_packed(
             position_ids=stream.position_ids,
             attention_mask=torch.ones_like(stream.input_ids),
             use_cache=False,
-            pair_stream=stream,
             **router,
         )
     layers = backbone.config.get_text_config().num_hidden_layers
     calls = stream.segments.calls
-    if calls != layers:
+    if not calls or calls % layers:  # some families call it twice in each layer
         raise StreamRefused(
             f"{calls} of the model's {layers} layers called the attention function that was registered"
         )
@@ -211,6 +221,11 @@ def why_not(model: Any) -> str | None:
         return "prompt learning puts virtual tokens in front of each row"
     if text is not model.config:
         return "the model takes more than text, whose positions are not those of a row"
-    if text._attn_implementation not in ("sdpa", NAME):
-        return f"the model's attention implementation is `{text._attn_implementation}`, not `sdpa`"
+    for kind in getattr(text, "layer_types", None) or ():
+        if kind in _MIXERS:
+            return f"the model's layers of type `{kind}` {_MIXERS[kind]}"
+    if model._is_stateful:
+        return "the model is recurrent, and its state would go from one response into the next"
+    if not model._can_set_attn_implementation():
+        return "the model's attention is not one of those that transformers lets a library replace"
     return None
