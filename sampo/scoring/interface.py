@@ -40,14 +40,26 @@ def own_implementation(name: str) -> str:
     return _own.get(name, name)
 
 
+def takes_marks(model: Any) -> bool:
+    """Whether a model takes its attention from transformers' interface; the code of some older families does not."""
+    return model._can_set_attn_implementation()
+
+
+def is_installed(config: Any) -> bool:
+    """Whether the attention for packed rows is registered with the model of this config."""
+    return config._attn_implementation in _own
+
+
 def install(model: Any) -> None:
     """Register the attention for packed rows with a model. Calls without a packed row do not change."""
-    model.set_attn_implementation(_register(own_implementation(model.config._attn_implementation)))
+    if takes_marks(model):
+        model.set_attn_implementation(_register(own_implementation(model.config._attn_implementation)))
 
 
 def uninstall(model: Any) -> None:
     """Undo `install`."""
-    model.set_attn_implementation(own_implementation(model.config._attn_implementation))
+    if takes_marks(model):
+        model.set_attn_implementation(own_implementation(model.config._attn_implementation))
 
 
 def _register(own: str) -> str:

@@ -149,21 +149,23 @@ class Scorer:
             batch: on the model's device.
             positions: `(R, N)` bool, where.
             targets: each `(R, N)`, the tokens to be scored there; the batch's own tokens if none is given.
-            more: what this pass gives the model's padded forward beside the scorer's `options`.
+            more: `output_router_logits`, if this pass computes an auxiliary loss.
         """
         each = list(targets) or [batch.inputs["input_ids"][:, 1:]]
         with self._autocast():
             if self.packing.is_to_be_compared(self._unwrap(model)):
-                self._compare(model, batch, positions, each)
+                self._compare(model, batch, positions, each, **more)
             if self.packing.takes(batch):
-                output, others = self._packed(model, batch, positions, each)
+                output, others = self._packed(model, batch, positions, each, **more)
             else:
                 output, others = self._padded(model, batch, positions, each, **more)
         n = batch.inputs["input_ids"].size(1) - 1
         return Scores(output, [scored[:, -n:] for scored in (output.log_probs, *others)])
 
-    def _packed(self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        return score_packed(model, _base(self._unwrap(model)).base_model, batch.stream, positions, targets)
+    def _packed(
+        self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any
+    ) -> tuple[Any, list[Tensor]]:
+        return score_packed(model, _base(self._unwrap(model)).base_model, batch.stream, positions, targets, **more)
 
     def _padded(
         self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any
@@ -185,15 +187,17 @@ class Scorer:
             ]
 
     @torch.no_grad()
-    def _compare(self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor]) -> None:
+    def _compare(self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any) -> None:
         def at_positions(scored: tuple[Any, list[Tensor]]) -> Tensor:
             output, others = scored
-            return torch.cat([each[positions] for each in (output.log_probs, *others)])
+            found = torch.cat([each[positions] for each in (output.log_probs, *others)])
+            # an auxiliary loss weighs as much as all tokens together
+            return torch.cat((found, output.aux_loss.expand(len(found)))) if more else found
 
         self.packing.compare(
             self._unwrap(model),
-            lambda: at_positions(self._packed(model, batch, positions, targets)),
-            lambda: at_positions(self._padded(model, batch, positions, targets)),
+            lambda: at_positions(self._packed(model, batch, positions, targets, **more)),
+            lambda: at_positions(self._padded(model, batch, positions, targets, **more)),
             tolerance=self._tolerance,
             largest=self._largest,
             padded_tokens=batch.inputs["input_ids"].numel(),

@@ -115,6 +115,14 @@ class Segments:
         own = start + (lowest - n_prompt).clamp(min=0)
         return own, prompt + torch.minimum(lowest, n_prompt), prompt + n_prompt
 
+    def dense_mask(self, dtype: torch.dtype) -> Tensor:
+        """`(1, 1, N, N)`: 0 where a token attends to a key, and the lowest number elsewhere, as models add it."""
+        own, prompt_start, prompt_stop = (each[:, None] for each in self.intervals(Reach()))
+        at = torch.arange(len(own), device=self.device)
+        seen = ((at >= own) & (at <= at[:, None])) | ((at >= prompt_start) & (at < prompt_stop))
+        mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
     def bias(self, n_prompt: int, skipped: int, n_tokens: int, reach: Reach, rows: int, dtype: torch.dtype) -> Tensor:
         """`(rows · n_tokens, keys)`: 0 where a token of a part attends to a key, and −∞ elsewhere.
 
