@@ -27,7 +27,7 @@ from .segments import Reach, Segments, Softmax
 
 NAME = "sampo_pair_stream"
 # arguments of some models' attention that change its result, and that no way implements
-_UNSUPPORTED = ("position_bias", "indices", "block_indices")
+_UNSUPPORTED = ("sinks", "position_bias", "indices", "block_indices")
 
 _own: dict[str, str] = {}  # of the names that are registered: the implementation that each stands in for
 _numbers = count(1)

@@ -179,7 +179,6 @@ def test_the_stream_has_only_the_tokens_that_the_needed_ones_depend_on(shapes, s
             columns = [column for column, wanted in enumerate(needed[row].tolist()) if wanted]
             if columns:
                 branches.append(columns[-1] + 1 - (n_prompt - 1))
-                longest = max(longest, columns[-1] + 1)
         expected += (n_prompt - 1 if branches else 0) + sum(branches)
     stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], needed)
     assert stream.input_ids.numel() == max(expected, 1)
