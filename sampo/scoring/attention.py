@@ -1,7 +1,7 @@
-"""Attention of a packed row, by the first way that works: a model's own flash kernels, FlexAttention, PyTorch's
-varlen kernels, or part by part.
+"""Attention of a packed row, by the first way that works.
 
-On CPU it is part by part. On CUDA, a way that fails is followed by the next, with one line in the log. Each way runs
+The ways are a model's own flash kernels, FlexAttention, PyTorch's varlen kernels, and part by part. On CPU it is the
+last. On CUDA, a way that fails is followed by the next, with one line in the log. Each way runs
 forward and backward once for each shape of heads before it is used, because the first batch is compared without
 gradient, and a kernel that fails must fail there.
 """

@@ -31,7 +31,7 @@ _UNSUPPORTED = ("sinks", "position_bias", "indices", "block_indices")
 
 _own: dict[str, str] = {}  # of the names that are registered: the implementation that each stands in for
 _numbers = count(1)
-_rows: WeakValueDictionary[int, Segments] = WeakValueDictionary()  # gradient checkpointing needs them after the forward
+_rows: WeakValueDictionary[int, Segments] = WeakValueDictionary()  # packed rows; a backward pass can need them too
 _current = 0  # number of the packed row whose forward is running
 
 

@@ -109,8 +109,8 @@ class Segments:
             (start, self.n_prompt(part), 0 if part.prompt is None else starts[part.prompt])
             for start, part in zip(starts, self.parts, strict=False)
         ]
-        table = torch.tensor(rows, device=self.device)
-        start, n_prompt, prompt = table.repeat_interleave(torch.tensor(self.sizes, device=self.device), dim=0).unbind(1)
+        table, sizes = (torch.tensor(each, device=self.device) for each in (rows, self.sizes))
+        start, n_prompt, prompt = table.repeat_interleave(sizes, dim=0).unbind(1)
         lowest = reach.lowest(torch.arange(starts[-1], device=self.device) - start + n_prompt)
         own = start + (lowest - n_prompt).clamp(min=0)
         return own, prompt + torch.minimum(lowest, n_prompt), prompt + n_prompt

@@ -1,4 +1,4 @@
-"""Attention of a packed row: each way against a loop over the definition, with windows, chunks, soft-capping and sinks."""
+"""Attention of a packed row: each way against the definition, with windows, chunks, soft-capping and sinks."""
 
 import shutil
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from varlen_reference import own_flash, sequence_by_sequence
 
 from sampo.scoring import attention, segments
 from sampo.scoring.attention import attend
@@ -151,23 +152,6 @@ def test_flex_attention_gives_what_the_parts_give(batch, softmax, key_heads):
     )
 
 
-def sequence_by_sequence(query, key, value, starts_q, starts_k, *, scale, window, softcap=None, sinks=None):
-    """What varlen kernels compute: `(T, heads, d)`, causal and aligned at the end of queries and keys."""
-    found = []
-    bounds = zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True)
-    for q0, q1, k0, k1 in torch.tensor([[int(x) for x in each] for each in bounds]).tolist():
-        q, (k, v) = query[q0:q1].transpose(0, 1), (x[k0:k1].transpose(0, 1) for x in (key, value))
-        k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
-        scores = q @ k.transpose(1, 2) * scale
-        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-        distance = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
-        seen = (distance >= 0) & (distance < (window or 10**9))
-        weights = scores.exp() * seen
-        total = weights.sum(dim=2, keepdim=True) + (0.0 if sinks is None else sinks.exp()[:, None, None])
-        found.append((weights / total @ v).transpose(0, 1))
-    return torch.cat(found)
-
-
 def torchs_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     assert (cu_seq_q.dtype, cu_seq_k.dtype) == (torch.int32, torch.int32)
     assert max_q == int(cu_seq_q.diff().max())
@@ -186,28 +170,7 @@ windows = st.builds(Reach, st.none() | st.integers(1, 150), st.none())
 def test_varlen_kernels_get_each_part_with_the_keys_of_its_prompt(batch, reach, key_heads):
     row, softmax = segments_of(batch), Softmax(scale=0.7, reach=reach)
     heads = random_heads(sum(row.sizes), key_heads=key_heads, grad=True)
-    check(
-        attend_by_torch(row, *heads, softmax, torchs_varlen), by_definition(batch, *heads, softmax), heads
-    )
-
-
-def own_flash(softmax, query, key, value, attention_mask, **kwargs):
-    """A flash implementation of transformers, with what is bound to it."""
-    assert attention_mask is None
-    assert kwargs["is_causal"]
-    assert kwargs["max_length_q"] == int(kwargs["cu_seq_lens_q"].diff().max())
-    assert kwargs["max_length_k"] == int(kwargs["cu_seq_lens_k"].diff().max())
-    tensors = (x[0].transpose(0, 1) for x in (query, key, value))
-    found = sequence_by_sequence(
-        *tensors,
-        kwargs["cu_seq_lens_q"],
-        kwargs["cu_seq_lens_k"],
-        scale=softmax.scale,
-        window=softmax.reach.window,
-        softcap=softmax.softcap,
-        sinks=softmax.sinks,
-    )
-    return found[None], None
+    check(attend_by_torch(row, *heads, softmax, torchs_varlen), by_definition(batch, *heads, softmax), heads)
 
 
 @given(batch=batches, softmax=softmaxes)
