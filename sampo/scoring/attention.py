@@ -100,9 +100,9 @@ def _is_usable(
 @torch.enable_grad()
 def _run(way: Way, segments: Segments, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> list[Tensor]:
     """Result and gradients, apart from the graph of the model."""
-    copies = [x.detach().requires_grad_() for x in (query, key, value)]
-    found = way(segments, *copies, softmax)
-    return [found.detach(), *torch.autograd.grad(found.float().pow(2).sum(), copies)]
+    q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+    found = way(segments, q, k, v, softmax)
+    return [found.detach(), *torch.autograd.grad(found.float().pow(2).sum(), (q, k, v))]
 
 
 def _require_same(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -8,7 +8,7 @@ model's own implementation.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -143,12 +143,10 @@ def _attention(
 
 def _call_own(own: str, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """The model's own attention. Some implementations read their name in the config."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
-    config = getattr(module, "config", None)
-    installed = getattr(config, "_attn_implementation", None)
-    if installed not in _own:
-        return function(module, *args, **kwargs)
+    # an eager attention is a function of the family's module, and not registered
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function, config = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager), module.config
+    installed = config._attn_implementation
     config._attn_implementation_internal = own
     try:
         return function(module, *args, **kwargs)

@@ -11,7 +11,7 @@ through SDPA, which does not keep them.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class Softmax:
     """
 
     scale: float
-    reach: Reach = Reach()
+    reach: Reach = field(default_factory=Reach)
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -89,7 +89,7 @@ class Segments:
     parts: list[Part]
     device: torch.device
     calls: int = 0
-    cache: dict[tuple, object] = field(default_factory=dict)  # masks and indices, the same in each layer
+    cache: dict[tuple, Any] = field(default_factory=dict)  # masks and indices, the same in each layer
 
     @property
     def sizes(self) -> list[int]:
@@ -141,9 +141,7 @@ class Segments:
             seen = (key <= query) & (key >= reach.lowest(query))
             bias = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
             self.cache[name] = bias.repeat(rows, 1)
-        bias = self.cache[name]
-        assert isinstance(bias, Tensor)
-        return bias
+        return self.cache[name]
 
 
 def attend_by_parts(segments: Segments, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:

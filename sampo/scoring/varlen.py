@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from .segments import Segments, Softmax
 
@@ -34,8 +35,7 @@ class Sequences(NamedTuple):
 
 def make_sequences(segments: Segments) -> Sequences:
     """The parts as sequences; made once for each packed row."""
-    found = segments.cache.get(("sequences",))
-    if not isinstance(found, Sequences):
+    if ("sequences",) not in segments.cache:
         indices = torch.arange(sum(segments.sizes)).split(segments.sizes)
         keys = [
             own if part.prompt is None else torch.cat((indices[part.prompt], own))
@@ -47,9 +47,8 @@ def make_sequences(segments: Segments) -> Sequences:
             return torch.tensor([0, *sizes]).cumsum(dim=0).int().to(segments.device)
 
         sequences = (torch.cat(keys).to(segments.device), starts(segments.sizes), starts(n_keys))
-        found = Sequences(*sequences, max(segments.sizes), max(n_keys))
-        segments.cache["sequences",] = found
-    return found
+        segments.cache["sequences",] = Sequences(*sequences, max(segments.sizes), max(n_keys))
+    return segments.cache["sequences",]
 
 
 def can_attend_by_torch(query: Tensor, value: Tensor, softmax: Softmax) -> bool:
@@ -64,11 +63,9 @@ def attend_by_torch(
     key: Tensor,
     value: Tensor,
     softmax: Softmax,
-    varlen_attn: Callable | None = None,
+    varlen_attn: Callable = varlen_attn,
 ) -> Tensor:
     """PyTorch's `varlen_attn`: arguments and result as those of `attend_by_parts`."""
-    if varlen_attn is None:
-        from torch.nn.attention.varlen import varlen_attn
     at = make_sequences(segments)
     found = varlen_attn(
         query[0].transpose(0, 1),

@@ -45,7 +45,7 @@ def test_what_is_not_exact_is_refused_before_anything_is_computed(family):
 
 
 @pytest.mark.filterwarnings(  # of PEFT about its own choices for experts
-    "ignore:target_parameters=:RuntimeWarning", "ignore:The following rank_pattern keys:RuntimeWarning"
+    "ignore:target_parameters=:RuntimeWarning", "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
 )
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "gptj", "nemotron"])
 def test_adapters_and_gradient_checkpointing_are_exact_too(family):
