@@ -342,11 +342,11 @@ def families() -> str:
     n_packed, n_softmax = len(ways["packed"]), sum(map(len, ways.values()))
     others = {kind: sum(map(len, found.values())) for kind, found in by_kind.items() if kind != "softmax attention"}
     about = [
-        f"Of {sum(others.values()) + n_softmax} families, {others.pop('skipped')} are not tried. Of the {n_softmax} with "
-        f"softmax attention in every layer, {n_packed} ({100 * n_packed / n_softmax:.0f} %) are packed. "
+        f"Of {sum(others.values()) + n_softmax} families, {others.pop('skipped')} are not tried. Of the {n_softmax} "
+        f"with softmax attention in every layer, {n_packed} ({100 * n_packed / n_softmax:.0f} %) are packed. "
         + " ".join(f"{number} have {kind}, and are not packed." for kind, number in others.items()),
-        f"Largest difference between packed and padded: {largest['logps_difference_max']:.0e} nats for a log-prob, and "
-        f"{largest['gradients_difference']:.0e} of the norm for all gradients. `{record.command}`; "
+        f"Largest difference between packed and padded: {largest['logps_difference_max']:.0e} nats for a log-prob, "
+        f"and {largest['gradients_difference']:.0e} of the norm for all gradients. `{record.command}`; "
         f"{record.created[:10]}; transformers {record.versions['transformers']}.",
     ]
     rows = [

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -109,6 +109,7 @@ def test_the_dense_mask_is_that_of_the_definition(batch):
 
 
 @given(batch=batches, reach=reaches)
+@example(batch=[(60, [250, 20])], reach=Reach())  # a full block across the end of the prompt
 @settings(max_examples=20, deadline=None)
 def test_the_block_mask_is_the_one_that_torch_makes_of_the_dense_mask(batch, reach):
     dense = seen_by_definition(batch, reach)

@@ -166,6 +166,13 @@ def test_a_mask_that_is_not_transformers_is_refused():
         streamed_output(model, collate([(4, 4, 3)]))
 
 
+def test_a_layer_that_does_not_call_the_attention_is_found():
+    model = make(LlamaConfig(**COMMON, **GROUPED))
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(StreamRefused, match="1 of the model's 2 layers called the attention function"):
+        streamed_output(model, collate([(4, 4, 3)]))
+
+
 def test_a_mask_with_a_pattern_of_the_models_own_or_with_later_tokens_is_refused(monkeypatch):
     batch, model = collate([(4, 4, 3)]), make(LlamaConfig(**COMMON, **GROUPED))
     model.config.is_causal = False

@@ -126,6 +126,7 @@ SIZES = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
+    "attn_logit_softcapping": 1.5,
     "sliding_window": 8,
     "use_sliding_window": True,
     "max_window_layers": 1,
