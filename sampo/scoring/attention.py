@@ -20,9 +20,10 @@ from .varlen import attend_by_own, attend_by_torch, can_attend_by_torch
 logger = get_logger(__name__)
 
 Way = Callable[[Segments, Tensor, Tensor, Tensor, Softmax], Tensor]
+FLASH_BACKEND = "the flash backend of FlexAttention"
 # bf16 differs by about 0.01 for values of order 1
 _SAME = 0.05
-_works: dict[tuple, bool] = {}  # of (way, shape of heads): whether it has run forward and backward, or failed
+tried: dict[tuple, bool] = {}  # of (way, shape of heads): whether it has run forward and backward, or failed
 
 
 class StreamRefused(RuntimeError):
@@ -54,27 +55,24 @@ def attend(
     Returns:
         `(1, N, heads, e)`.
     """
-    for name, way in _ways(query, value, softmax, own).items():
+    for name, way in list_ways(query, value, softmax, own).items():
         if _is_usable(name, way, segments, query, key, value, softmax):
             return way(segments, query, key, value, softmax)
     return attend_by_parts(segments, query, key, value, softmax)
 
 
-def _ways(query: Tensor, value: Tensor, softmax: Softmax, own: Callable | None) -> dict[str, Way]:
+def list_ways(query: Tensor, value: Tensor, softmax: Softmax, own: Callable | None) -> dict[str, Way]:
     """The kernels that could compute it, best first."""
     ways: dict[str, Way] = {}
     if own is not None and softmax.reach.chunk is None:
         ways["the model's own flash attention"] = lambda segments, q, k, v, _: attend_by_own(segments, q, k, v, own)
     if query.device.type == "cuda":
         if has_flash_backend(query.device):
-            ways[_FLASH_BACKEND] = partial(attend_by_flex, kernel_options={"BACKEND": "FLASH"})
+            ways[FLASH_BACKEND] = partial(attend_by_flex, kernel_options={"BACKEND": "FLASH"})
         ways["FlexAttention"] = attend_by_flex
         if can_attend_by_torch(query, value, softmax):
             ways["varlen_attn"] = attend_by_torch
     return ways
-
-
-_FLASH_BACKEND = "the flash backend of FlexAttention"
 
 
 def _is_usable(
@@ -83,18 +81,18 @@ def _is_usable(
     """Whether a way runs, forward and backward, for heads of this shape."""
     shape = (query.size(1), key.size(1), query.size(3), value.size(3), query.dtype, query.device.type)
     kind = (softmax.reach, softmax.softcap, softmax.sinks is not None)
-    if (name, shape, kind) not in _works:
+    if (name, shape, kind) not in tried:
         try:
             found = _run(way, segments, query, key, value, softmax)
-            if name == _FLASH_BACKEND:  # it has computed wrong gradients without an error (pytorch#188322)
+            if name == FLASH_BACKEND:  # it has computed wrong gradients without an error (pytorch#188322)
                 _require_same(found, _run(attend_by_flex, segments, query, key, value, softmax))
-            _works[name, shape, kind] = True
+            tried[name, shape, kind] = True
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # errors of a compiler have no common type
             logger.warning(f"pair_stream: {name} is not used, because it failed with {describe_error(error)}.")
-            _works[name, shape, kind] = False
-    return _works[name, shape, kind]
+            tried[name, shape, kind] = False
+    return tried[name, shape, kind]
 
 
 @torch.enable_grad()

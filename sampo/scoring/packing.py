@@ -25,7 +25,7 @@ from torch import Tensor
 from .attention import StreamRefused
 from .interface import is_installed, marks_for_masks, takes_marks
 from .lm_head import score_positions
-from .segments import Part, Segments
+from .segments import Segment, Segments
 
 # types of layers, in a config of transformers, that a packed row would change, and why
 _MIXERS = {
@@ -105,7 +105,7 @@ def lay_out(
         n_prompt[0] = stops[0] = 1  # a model needs at least one token
     tokens: list[int] = []
     position_ids: list[int] = []
-    parts: list[Part] = []
+    parts: list[Segment] = []
     positions: list[int] = []
     rows: list[int] = []
     columns: list[int] = []
@@ -117,7 +117,7 @@ def lay_out(
         n_rows += [len(group)] * shared
         prompt = len(parts) if shared else None
         if shared:
-            parts.append(Part(shared))
+            parts.append(Segment(shared))
         for row in group:
             branch_start = len(tokens)
             tokens += ids[row][shared : stops[row]]
@@ -127,7 +127,7 @@ def lay_out(
             positions += range(branch_start, branch_start + predicting - shared)
             rows += [row] * (predicting - shared)
             columns += range(shared, predicting)
-            parts.append(Part(len(tokens) - branch_start, prompt))
+            parts.append(Segment(len(tokens) - branch_start, prompt))
 
     def tensor(values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=input_ids.device)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Above, SDPA is faster (measured for float32), or the probabilities need more memory than the rest of a layer.
-_MOST_KEYS = {torch.float32: 256}
+MOST_KEYS = {torch.float32: 256}
 _MOST_KEYS_IN_HALF = 1024
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """A prompt or a branch: consecutive tokens of a packed row.
 
     Attributes:
@@ -85,7 +85,7 @@ class Segments:
         calls: number of calls of the attention.
     """
 
-    parts: list[Part]
+    parts: list[Segment]
     device: torch.device
     calls: int = 0
     cache: dict[tuple, Any] = field(default_factory=dict)  # masks and indices, the same in each layer
@@ -95,7 +95,7 @@ class Segments:
         """Tokens of each part."""
         return [part.n_tokens for part in self.parts]
 
-    def n_prompt(self, part: Part) -> int:
+    def n_prompt(self, part: Segment) -> int:
         """Tokens of a part's prompt."""
         return 0 if part.prompt is None else self.parts[part.prompt].n_tokens
 
@@ -158,7 +158,7 @@ def attend_by_parts(segments: Segments, query: Tensor, key: Tensor, value: Tenso
     """
     # the backward pass of a split is one concatenation; that of a slice would fill a tensor of full size for each
     queries, keys, values = (x.split(segments.sizes, dim=2) for x in (query, key, value))
-    most = _MOST_KEYS.get(query.dtype, _MOST_KEYS_IN_HALF)
+    most = MOST_KEYS.get(query.dtype, _MOST_KEYS_IN_HALF)
     found = []
     for i, part in enumerate(segments.parts):
         q, k, v = queries[i], keys[i], values[i]

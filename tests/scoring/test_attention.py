@@ -15,7 +15,7 @@ from varlen_reference import own_flash, sequence_by_sequence
 from sampo.scoring import attention, segments
 from sampo.scoring.attention import attend
 from sampo.scoring.flex import attend_by_flex, make_block_mask, sees
-from sampo.scoring.segments import Part, Reach, Segments, Softmax, attend_by_parts
+from sampo.scoring.segments import Segment, Reach, Segments, Softmax, attend_by_parts
 from sampo.scoring.varlen import attend_by_own, attend_by_torch
 
 # FlexAttention wants to be compiled, which takes half a minute here
@@ -40,7 +40,7 @@ def segments_of(batch):
     parts = []
     for n_prompt, branches in batch:
         prompt = len(parts) if n_prompt else None
-        parts += [Part(n_prompt)] * (n_prompt > 0) + [Part(n_branch, prompt) for n_branch in branches]
+        parts += [Segment(n_prompt)] * (n_prompt > 0) + [Segment(n_branch, prompt) for n_branch in branches]
     return Segments(parts, torch.device("cpu"))
 
 
@@ -132,7 +132,7 @@ def test_by_parts_output_and_gradients_are_those_of_the_definition(most_keys, ba
     row = segments_of(batch)
     heads = random_heads(sum(row.sizes), key_heads=key_heads, grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(segments._MOST_KEYS, torch.float32, most_keys)
+        patch.setitem(segments.MOST_KEYS, torch.float32, most_keys)
         check(attend(row, *heads, softmax), by_definition(batch, *heads, softmax), heads)
 
 
@@ -193,7 +193,7 @@ def test_a_models_own_flash_attention_gets_the_same_sequences(batch, softmax):
 @pytest.fixture
 def ladder(monkeypatch):
     """Ways that are recorded; the first fails in its backward pass, the second gives its result."""
-    monkeypatch.setattr(attention, "_works", {})
+    monkeypatch.setattr(attention, "tried", {})
     used = []
 
     class Fails(torch.autograd.Function):
@@ -214,7 +214,7 @@ def ladder(monkeypatch):
         return attend_by_parts(row, query, key, value, softmax)
 
     ways = SimpleNamespace(used=used, by_name={"first": first, "second": second})
-    monkeypatch.setattr(attention, "_ways", lambda *_: ways.by_name)
+    monkeypatch.setattr(attention, "list_ways", lambda *_: ways.by_name)
     return ways
 
 
@@ -250,7 +250,7 @@ def test_the_flash_backend_of_flex_attention_must_agree_with_its_default(ladder,
         return attend_by_parts(row, query, key * (1 + error), value, softmax)
 
     monkeypatch.setattr(attention, "attend_by_flex", ladder.by_name["second"])
-    ladder.by_name = {attention._FLASH_BACKEND: backend, "second": ladder.by_name["second"]}
+    ladder.by_name = {attention.FLASH_BACKEND: backend, "second": ladder.by_name["second"]}
     attend(segments_of([(3, [4, 5])]), *random_heads(12), PLAIN)
     assert ladder.used == (["flash", "second", "flash"] if kept else ["flash", "second", "second", "second"])
     assert ("failed with ArithmeticError: it differs from the default kernels by" in caplog.text) == (not kept)
@@ -259,7 +259,7 @@ def test_the_flash_backend_of_flex_attention_must_agree_with_its_default(ladder,
 def test_the_ways_are_chosen_by_device_and_layer(monkeypatch):
     def names(device, softmax=PLAIN, own=None, dtype=torch.bfloat16):
         head = SimpleNamespace(device=torch.device(device), dtype=dtype, size=lambda _: 8)
-        return list(attention._ways(head, head, softmax, own))
+        return list(attention.list_ways(head, head, softmax, own))
 
     monkeypatch.setattr(attention, "has_flash_backend", lambda device: False)
     flash = "the model's own flash attention"
@@ -270,7 +270,7 @@ def test_the_ways_are_chosen_by_device_and_layer(monkeypatch):
     assert names("cuda", Softmax(scale=1, reach=Reach(8)), own=print) == [flash, "FlexAttention", "varlen_attn"]
     assert names("cuda", Softmax(scale=1, reach=Reach(chunk=8)), own=print) == ["FlexAttention"]
     monkeypatch.setattr(attention, "has_flash_backend", lambda device: True)
-    assert names("cuda") == [attention._FLASH_BACKEND, "FlexAttention", "varlen_attn"]
+    assert names("cuda") == [attention.FLASH_BACKEND, "FlexAttention", "varlen_attn"]
 
 
 @pytest.mark.filterwarnings(
