@@ -15,7 +15,7 @@ from varlen_reference import own_flash, sequence_by_sequence
 from sampo.scoring import attention, segments
 from sampo.scoring.attention import attend
 from sampo.scoring.flex import attend_by_flex, make_block_mask, sees
-from sampo.scoring.segments import Segment, Reach, Segments, Softmax, attend_by_parts
+from sampo.scoring.segments import Reach, Segment, Segments, Softmax, attend_by_parts
 from sampo.scoring.varlen import attend_by_own, attend_by_torch
 
 # FlexAttention wants to be compiled, which takes half a minute here
