@@ -17,6 +17,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
+from .cpu_head import fast_head
 from .lm_head import PER_TOKEN, score_positions
 from .packing import Stream, lay_out, score_packed
 from .ways import GROUPED, PACKED, PADDED, Ways, group_rows
@@ -134,6 +135,7 @@ class Scorer:
         largest: Callable[[Tensor], list[float]] = Tensor.tolist,
     ):
         self.models, self._head = list(models), head
+        self._head_function = nullcontext if pair_stream == "false" else fast_head  # `false` is TRL's to the bit
         self.ways = Ways(pair_stream, models, refuse=refuse, may_group=may_group)
         self._tolerance = 0.1 if reduced else 1e-4  # rounding is a few hundredths in bf16 and 1e-6 in float32
         self._unwrap, self._options, self._autocast, self._largest = unwrap, options, autocast, largest
@@ -149,7 +151,7 @@ class Scorer:
             more: what this pass gives the model's padded forward beside the scorer's `options`.
         """
         each = list(targets) or [batch.inputs["input_ids"][:, 1:]]
-        with self._autocast():
+        with self._autocast(), self._head_function():
             unwrapped = self._unwrap(model)
             if self.ways.is_on_trial(unwrapped):
                 self._compare(model, batch, positions, each)

@@ -19,7 +19,6 @@ from .packing import RowsTooLong, Stream, install, too_long, uninstall, why_not
 
 logger = get_logger(__name__)
 
-MODES = ("auto", "true", "false")  # of `pair_stream`
 PACKED, GROUPED, PADDED = "packed rows", "rows grouped by length", "the plain forward over padded rows"
 _CLEARLY = 1.25  # times as fast, in which case no further batch is timed
 _WARM_UP_SECONDS = 1.0  # on CPU, what the first calls of a process take longer is well below this
