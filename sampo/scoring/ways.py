@@ -45,6 +45,7 @@ class Ways:
             ValueError: `true`, and there is a reason against packing.
         """
         self.mode, self.way, self._models, self._may_group = mode, PADDED, list(models), may_group
+        self._installed = False
         self._start_trials()
         if mode == "false":
             return
@@ -54,6 +55,7 @@ class Ways:
             return
         for model in models:
             install(model)
+        self._installed = True
 
     def _start_trials(self) -> None:
         self._compared: set[int] = set()  # ids of the models of which a batch agreed
@@ -176,10 +178,10 @@ class Ways:
                 self._take_padded()
 
     def _take_padded(self) -> None:
-        if self.way == PACKED:
+        if self._installed:
             for model in self._models:
                 uninstall(model)
-        self.way = PADDED
+        self.way, self._installed = PADDED, False
 
     def _fall_back(self, reason: str, cause: Exception | None = None) -> None:
         """From packed rows to rows grouped by length, from these to padded ones."""

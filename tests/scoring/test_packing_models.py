@@ -175,7 +175,7 @@ def test_a_model_that_mixes_neighbours_outside_of_attention_is_found_out_by_the_
             trainer.train()
         return
     first = losses(trainer)[0]
-    assert "auto takes the plain forward, because the log-probs of the first batch differ from" in caplog.text
+    assert "auto takes rows grouped by length, because the log-probs of the first batch differ from" in caplog.text
     if which == "both":
         assert first == pytest.approx(math.log(2), abs=1e-7)
     for model in (trainer.model, trainer.ref_model):
