@@ -334,6 +334,36 @@ def engines() -> str:
     return "\n".join([about + f"{first.created[:10]}; {versions}.", "", table(["engine", *modes], rows)])
 
 
+def families() -> str:
+    """Which families of causal language models are packed, and the reason for each other one."""
+    by_kind: dict[str, dict[str, list[str]]] = {}
+    last = {(each.config["family"], each.name): each for each in read("families.jsonl")}
+    largest: dict[str, float] = {}
+    for (family, name), record in last.items():
+        if record.value is not None:
+            largest[name] = max(largest.get(name, 0.0), record.value)
+        if name == "logps_difference_max":
+            ways = by_kind.setdefault(record.config["kind"], {})
+            ways.setdefault(record.config["way"], []).append(f"`{family}`")
+    ways = by_kind["softmax attention"]
+    n_packed, n_softmax = len(ways["packed"]), sum(map(len, ways.values()))
+    others = {kind: sum(map(len, found.values())) for kind, found in by_kind.items() if kind != "softmax attention"}
+    about = [
+        f"Of {sum(others.values()) + n_softmax} families, {others.pop('skipped')} are not tried. Of the {n_softmax} "
+        f"with softmax attention in every layer, {n_packed} ({100 * n_packed / n_softmax:.0f} %) are packed. "
+        + " ".join(f"{number} have {kind}, and are not packed." for kind, number in others.items()),
+        f"Largest difference between packed and padded: {largest['logps_difference_max']:.0e} nats for a log-prob, "
+        f"and {largest['gradients_difference']:.0e} of the norm for all gradients. `{record.command}`; "
+        f"{record.created[:10]}; transformers {record.versions['transformers']}.",
+    ]
+    rows = [
+        [kind, way, str(len(names)), ", ".join(names)]
+        for kind in sorted(by_kind, key=["softmax attention", *others, "skipped"].index)
+        for way, names in by_kind[kind].items()
+    ]
+    return "\n\n".join([*about, table(["layers", "packed, or the reason", "number", "families"], rows)])
+
+
 def merging() -> str:
     """What merging an adapter changes, from the records of benchmarks/merging.py."""
     import merging as measured
@@ -373,6 +403,7 @@ PARTS = {
     **{"package_diagram": package_diagram, "module_map": module_map},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "hard_prompts": hard_prompts, "merging": merging},
+    "families": families,
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..io.hashing import hash_files, hash_json
+from ..scoring.interface import own_implementation
 
 KEY_SCHEMA = 1
 OWN_TOKENS = "tokens"  # as `targets` of a key
@@ -103,8 +104,7 @@ def identity_of_model(model: Any, arithmetic: str = "no", adapter: str = "ref") 
         "weights": hash_weights(model, adapter),
         "config": hash_config(model, adapter),
         "compute_dtype": str(model.dtype).removeprefix("torch.") + _describe_autocast(arithmetic),
-        # the pair stream registers itself in the place of `sdpa`, which it computes
-        "attention": "sdpa" if attention.startswith("sampo") else attention,
+        "attention": own_implementation(attention),  # packing registers a name of its own in its place
     }
 
 

@@ -20,8 +20,10 @@ _BLOCK_NUMBERS = 2**20  # float32 numbers of a block of rows: 4 MiB
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """As TRL's `ChunkedLogProbFunction`, for a head without bias, soft-capping and scale; the statistics have no
-    gradient."""
+    """As TRL's `ChunkedLogProbFunction`, for a head without bias, soft-capping and scale.
+
+    The statistics have no gradient.
+    """
 
     @staticmethod
     def forward(
@@ -60,7 +62,7 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """d log p(target) / d logit(v) = 1[v = target] − p(v)."""
+        """D log p(target) / d logit(v) = 1[v = target] − p(v)."""
         states, weight, targets, log_z = ctx.saved_tensors
         with maybe_gather_lm_head_ctx(weight):
             cast = weight.to(ctx.dtype)
@@ -149,7 +151,7 @@ class _Dispatch:
 @contextmanager
 def fast_head() -> Iterator[None]:
     """Within it, TRL's fused head computes by [`TokenLogProbs`] on CPU."""
-    module = trl.trainer.utils
+    module: Any = trl.trainer.utils
     function = module._ChunkedLogProbFunction
     module._ChunkedLogProbFunction = _Dispatch(function)
     try:

@@ -6,8 +6,7 @@ is predicted inside its branch. Position ids restart with each branch; a branch 
 causally, to itself, never to the other branch or to another pair. Linear layers and norms cost N tokens; the LM head
 sees only the tokens that are to be scored, on every device. Prefix sharing for preference pairs: arXiv 2410.20305.
 
-transformers lets a library register an attention function, and passes extra keyword arguments of the forward to it, so
-no model code is changed. The function is in `attention`; calls without a stream use the model's own attention.
+transformers lets a library register an attention function, so no model code is changed: see `interface`.
 
 Example, with a prompt of the tokens 1 2 3:
 
@@ -22,16 +21,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import Segments, StreamRefused, attend
+from .attention import StreamRefused
+from .interface import is_installed, marks_for_masks, takes_marks
 from .lm_head import score_positions
+from .segments import Part, Segments
 
-NAME = "sampo_pair_stream"
-# arguments of some models' attention that change its result, and that `attend` does not implement
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+# types of layers, in a config of transformers, that a packed row would change, and why
+_MIXERS = {
+    **dict.fromkeys(
+        ("linear_attention", "conv", "hybrid", "hybrid_sliding"), "carry a state from one response into the next"
+    ),
+    **dict.fromkeys(
+        ("indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"),
+        "select or compress the keys of a row",
+    ),
+}
+# families whose code does something that a packed row would change, and that their config does not say
+_FAMILIES = {
+    "cpmant": "the model puts tokens of its own in front of each row",
+    "doge": "the model's mask depends on the values",
+    "openai-gpt": "the model makes its mask of the padding alone",
+}
+_MOST_DENSE = 4096  # tokens of a packed row for a model that needs an N × N mask
 
 
 class RowsTooLong(StreamRefused):
@@ -50,6 +62,7 @@ class Stream:
         rows: `(M,)` its row in the `(2B, L − 1)` layout of TRL.
         columns: `(M,)` its column there.
         row_length: L, tokens of the longest row before it was laid out.
+        n_rows: `(1, N)` float, number of rows that each token stands for: 2 for a prompt that both of a pair share.
     """
 
     input_ids: Tensor
@@ -59,10 +72,16 @@ class Stream:
     rows: Tensor
     columns: Tensor
     row_length: int
+    n_rows: Tensor
 
 
 def lay_out(
-    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, needed: Tensor | None = None
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    needed: Tensor | None = None,
+    *,
+    every_token: bool = False,
 ) -> Stream:
     """Lay a collated batch out as one row.
 
@@ -72,6 +91,8 @@ def lay_out(
         completion_mask: `(2B, L)`.
         needed: `(2B, L − 1)` bool, the completion tokens that may be scored; None for all. Tokens after the last one
             of a row are omitted, which is exact because attention is causal; a row without any gets no branch.
+        every_token: omit none of them, not even the last token of a row, which predicts nothing: the auxiliary loss of
+            a mixture of experts is a mean over all.
 
     Rows of a pair that do not begin with the same prompt (possible with `truncation_mode: keep_end`) share nothing:
     each gets its own prompt.
@@ -79,28 +100,34 @@ def lay_out(
     ids = input_ids.tolist()
     n_prompt = (attention_mask.sum(dim=1) - completion_mask.sum(dim=1)).tolist()
     in_completion = completion_mask[:, 1:].bool()
-    stops = _stops(in_completion if needed is None else needed)
+    stops = attention_mask.sum(dim=1).tolist() if every_token else _stops(in_completion if needed is None else needed)
     if not any(stops):
         n_prompt[0] = stops[0] = 1  # a model needs at least one token
     tokens: list[int] = []
     position_ids: list[int] = []
-    borders: list[tuple[int, int, int, int]] = []
+    parts: list[Part] = []
     positions: list[int] = []
     rows: list[int] = []
     columns: list[int] = []
+    n_rows: list[int] = []
     for group in _groups(ids, n_prompt, stops):
         shared = max(n_prompt[group[0]] - 1, 0)  # the last prompt token belongs to the branches
-        start = len(tokens)
         tokens += ids[group[0]][:shared]
         position_ids += range(shared)
-        for i, row in enumerate(group):
+        n_rows += [len(group)] * shared
+        prompt = len(parts) if shared else None
+        if shared:
+            parts.append(Part(shared))
+        for row in group:
             branch_start = len(tokens)
             tokens += ids[row][shared : stops[row]]
             position_ids += range(shared, stops[row])
-            positions += range(branch_start, len(tokens))
-            rows += [row] * (stops[row] - shared)
-            columns += range(shared, stops[row])
-            borders.append((start if i == 0 else branch_start, len(tokens), start, start + shared))
+            n_rows += [1] * (stops[row] - shared)
+            predicting = min(stops[row], input_ids.size(1) - 1)  # the last token of the longest row has no column
+            positions += range(branch_start, branch_start + predicting - shared)
+            rows += [row] * (predicting - shared)
+            columns += range(shared, predicting)
+            parts.append(Part(len(tokens) - branch_start, prompt))
 
     def tensor(values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=input_ids.device)
@@ -108,11 +135,12 @@ def lay_out(
     return Stream(
         input_ids=tensor([tokens]),
         position_ids=tensor([position_ids]),
-        segments=Segments(borders, input_ids.device),
+        segments=Segments(parts, input_ids.device),
         positions=tensor(positions),
         rows=tensor(rows),
         columns=tensor(columns),
         row_length=input_ids.size(1),
+        n_rows=tensor([n_rows]).float(),
     )
 
 
@@ -135,7 +163,13 @@ def _groups(ids: list[list[int]], n_prompt: list[int], stops: list[int]) -> Iter
 
 
 def score_packed(
-    model: Any, backbone: Any, stream: Stream, positions: Tensor, targets: list[Tensor]
+    model: Any,
+    backbone: Any,
+    stream: Stream,
+    positions: Tensor,
+    targets: list[Tensor],
+    *,
+    output_router_logits: bool = False,
 ) -> tuple[Any, list[Tensor]]:
     """Score one or several tokens at each position, in the layout that the padded forward has.
 
@@ -145,6 +179,7 @@ def score_packed(
         stream: the batch.
         positions: `(2B, L − 1)` bool, the tokens that go through the LM head; they must be in the stream.
         targets: each `(2B, L − 1)`, the tokens to be scored there. Those after the first are scored without gradient.
+        output_router_logits: compute the auxiliary loss of a mixture of experts; the stream must have every token.
 
     Returns:
         TRL's `FusedCausalLMOutput` for the first target, with `(2B, L − 1)` fields that are zero where `positions` is
@@ -164,73 +199,48 @@ def score_packed(
     stream.segments.calls = 0
     router = {}
     if hasattr(backbone.config.get_text_config(), "output_router_logits"):
-        router["output_router_logits"] = False  # the auxiliary loss is defined for padded rows only
-    output = score_positions(
-        model,
-        backbone,
-        (torch.zeros_like(at), at),
-        (rows, columns),
-        targets,
-        input_ids=stream.input_ids,
-        position_ids=stream.position_ids,
-        # a mask of four dimensions is passed on unchanged; the real mask is in the stream
-        attention_mask=torch.zeros(1, 1, 1, 1, device=stream.input_ids.device),
-        use_cache=False,
-        pair_stream=stream,
-        **router,
-    )
+        router["output_router_logits"] = output_router_logits
+    marked = takes_marks(backbone)
+    if not marked:
+        mask = stream.segments.dense_mask(backbone.dtype)
+    elif output_router_logits:
+        mask = stream.n_rows  # the auxiliary loss multiplies by it; all else asks only whether it is 0
+    else:
+        mask = torch.ones_like(stream.input_ids)
+    with marks_for_masks(stream.segments):
+        output = score_positions(
+            model,
+            backbone,
+            (torch.zeros_like(at), at),
+            (rows, columns),
+            targets,
+            input_ids=stream.input_ids,
+            position_ids=stream.position_ids,
+            attention_mask=mask,
+            use_cache=False,
+            **router,
+        )
     layers = backbone.config.get_text_config().num_hidden_layers
     calls = stream.segments.calls
-    if calls != layers:
+    scored = output[0].log_probs
+    if scored.requires_grad:  # gradient checkpointing computes the attention again in the backward pass
+        scored.register_hook(lambda _, needed=stream.segments: None)  # kept as long as the graph
+    if marked and (not calls or calls % layers):  # some families call it twice in each layer
         raise StreamRefused(
             f"{calls} of the model's {layers} layers called the attention function that was registered"
         )
     return output
 
 
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    pair_stream: Stream | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The registered function of each layer; `query` is `(1, heads, N, d)`, the result `(1, N, heads, d)`."""
-    if pair_stream is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    _refuse(pair_stream, kwargs)
-    pair_stream.segments.calls += 1
-    output = attend(pair_stream.segments, query, key, value, kwargs.get("scaling"))
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _refuse(stream: Stream, kwargs: dict[str, Any]) -> None:
-    """Raise if a layer needs what `attend` does not implement."""
-    asked = [f"`{name}`" for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if kwargs.get("is_causal") is False:
-        asked.append("tokens after the query")
-    if kwargs.get("dropout"):
-        asked.append(f"dropout of {kwargs['dropout']}")
-    if asked:
-        raise StreamRefused(f"the model's attention uses {', '.join(asked)}")
-    window = kwargs.get("sliding_window")
-    if window is not None and 0 < window < stream.segments.longest:
-        raise RowsTooLong(f"a layer has a sliding window of {window} tokens, and a row has {stream.segments.longest}")
-
-
 def too_long(config: Any, stream: Stream) -> str | None:
     """Why a batch is too long for packing with a model of this config; None if it is not.
 
-    Some models put a window into their mask and do not pass it to the attention, and some change the rotary
-    frequencies of all rows when one of them, padding included, is longer than a limit.
+    Some models change the rotary frequencies of all rows when one of them, padding included, is longer than a limit.
     """
     text = config.get_text_config()
-    for name in ("sliding_window", "attention_chunk_size", "keep_window_size"):
-        limit = getattr(text, name, None)
-        if limit is not None and 0 < limit < stream.segments.longest:  # 0 and -1 are some models' None
-            return f"the model's `{name}` is {limit} tokens, and a row has {stream.segments.longest}"
+    n_tokens = stream.input_ids.numel()
+    if not is_installed(text) and n_tokens > _MOST_DENSE:
+        return f"the model takes a dense mask (of at most {_MOST_DENSE:,} tokens), and a batch has {n_tokens:,}"
     rope = getattr(text, "rope_parameters", None) or {}
     by_type = [value for value in rope.values() if isinstance(value, dict)]  # some have them for each type of layer
     for each in [rope, *by_type]:
@@ -244,10 +254,6 @@ def too_long(config: Any, stream: Stream) -> str | None:
     return None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
 def why_not(model: Any) -> str | None:
     """Why a model cannot take packed rows, as far as is known without running it; None if there is no reason."""
     peft = getattr(model, "active_peft_config", None)
@@ -256,16 +262,25 @@ def why_not(model: Any) -> str | None:
         return "prompt learning puts virtual tokens in front of each row"
     if text is not model.config:
         return "the model takes more than text, whose positions are not those of a row"
-    if text._attn_implementation not in ("sdpa", NAME):
-        return f"the model's attention implementation is `{text._attn_implementation}`, not `sdpa`"
+    for kind in getattr(text, "layer_types", None) or ():
+        if kind in _MIXERS:
+            return f"the model's layers of type `{kind}` {_MIXERS[kind]}"
+    if model._is_stateful:
+        return "the model is recurrent, and its state would go from one response into the next"
+    if text.model_type in _FAMILIES:
+        return _FAMILIES[text.model_type]
+    if not takes_marks(model):
+        return _why_no_dense_mask(model if peft is None else model.get_base_model())
     return None
 
 
-def install(model: Any) -> None:
-    """Register the attention for packed rows with a model. Calls without a stream do not change."""
-    model.set_attn_implementation(NAME)
-
-
-def uninstall(model: Any) -> None:
-    """Undo `install`."""
-    model.set_attn_implementation("sdpa")
+def _why_no_dense_mask(model: Any) -> str | None:
+    """The same for a model whose attention cannot be replaced, and which gets the mask of the packed row instead."""
+    text = model.config
+    if getattr(text, "alibi", False) or any("alibi" in name for name in dir(type(model.base_model))):
+        return "the model's ALiBi counts positions along the packed row"
+    if "local" in getattr(text, "attention_layers", ()):
+        return "the model's local layers count positions along the packed row"
+    if text._attn_implementation not in ("eager", "sdpa"):
+        return f"the model's own code for `{text._attn_implementation}` takes no mask"
+    return None

@@ -148,13 +148,13 @@ class Scorer:
             batch: on the model's device.
             positions: `(R, N)` bool, where.
             targets: each `(R, N)`, the tokens to be scored there; the batch's own tokens if none is given.
-            more: what this pass gives the model's padded forward beside the scorer's `options`.
+            more: `output_router_logits`, if this pass computes an auxiliary loss.
         """
         each = list(targets) or [batch.inputs["input_ids"][:, 1:]]
         with self._autocast(), self._head_function():
             unwrapped = self._unwrap(model)
             if self.ways.is_on_trial(unwrapped):
-                self._compare(model, batch, positions, each)
+                self._compare(model, batch, positions, each, **more)
             way = self.ways.of(unwrapped, lambda: batch.stream)
             output, others = self._score(way, model, batch, positions, each, **more)
         n = batch.inputs["input_ids"].size(1) - 1
@@ -165,7 +165,7 @@ class Scorer:
     ) -> tuple[Any, list[Tensor]]:
         if way == PACKED:
             backbone = _base(self._unwrap(model)).base_model
-            return score_packed(model, backbone, batch.stream, positions, targets)
+            return score_packed(model, backbone, batch.stream, positions, targets, **more)
         by_rows = self._grouped if way == GROUPED else self._padded
         return by_rows(model, {**self._options(batch.inputs), **more}, positions, targets)
 
@@ -173,7 +173,8 @@ class Scorer:
         self, model: Any, options: dict[str, Any], positions: Tensor, targets: list[Tensor]
     ) -> tuple[Any, list[Tensor]]:
         if self._head == "positions":
-            at = positions.nonzero(as_tuple=True)
+            rows, columns = positions.nonzero(as_tuple=True)
+            at = rows, columns
             return score_positions(model, _base(self._unwrap(model)).base_model, at, at, targets, **options)
         if self._head == "logits":
             logps = model(**options).logits[:, :-1].float().log_softmax(dim=2)  # (R, N, V)
@@ -201,17 +202,21 @@ class Scorer:
                 full[rows, : value.size(1)] = value
             return full
 
-        by_name = {name: [getattr(output, name, None) for _, output, _ in parts] for name in PER_TOKEN}
-        output = SimpleNamespace(**{name: None if each[0] is None else join(each) for name, each in by_name.items()})
-        return output, [join(list(each)) for each in zip(*(others for _, _, others in parts), strict=True)]
+        outputs, others = [output for _, output, _ in parts], [others for _, _, others in parts]
+        known = [name for name in PER_TOKEN if getattr(outputs[0], name, None) is not None]
+        joined = {name: join([getattr(output, name) for output in outputs]) for name in known}
+        missing = dict.fromkeys(PER_TOKEN)
+        return SimpleNamespace(**missing | joined), [join(list(each)) for each in zip(*others, strict=True)]
 
     @torch.no_grad()
-    def _compare(self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor]) -> None:
+    def _compare(self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any) -> None:
         way, real = self.ways.way, batch.inputs["attention_mask"]
 
         def at_positions(scored: tuple[Any, list[Tensor]]) -> Tensor:
             output, others = scored
-            return torch.cat([each[positions] for each in (output.log_probs, *others)])
+            found = torch.cat([each[positions] for each in (output.log_probs, *others)])
+            # an auxiliary loss weighs as much as all tokens together
+            return torch.cat((found, output.aux_loss.expand(len(found)))) if more else found
 
         if way == PACKED:
             tokens = batch.stream.input_ids.numel()
@@ -219,8 +224,8 @@ class Scorer:
             tokens = sum(len(rows) * length for rows, length in _row_groups(real))
         self.ways.compare(
             self._unwrap(model),
-            lambda: at_positions(self._score(way, model, batch, positions, targets)),
-            lambda: at_positions(self._score(PADDED, model, batch, positions, targets)),
+            lambda: at_positions(self._score(way, model, batch, positions, targets, **more)),
+            lambda: at_positions(self._score(PADDED, model, batch, positions, targets, **more)),
             tolerance=self._tolerance,
             largest=self._largest,
             tokens=(real.numel(), tokens),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..logs import get_logger
 from .attention import StreamRefused, describe_error
-from .packing import RowsTooLong, Stream, install, too_long, uninstall, why_not
+from .interface import install, uninstall
+from .packing import RowsTooLong, Stream, too_long, why_not
 
 logger = get_logger(__name__)
 

@@ -24,6 +24,7 @@ class PairBatch:
         positions: `(2B, N)` bool, the tokens that go through the LM head of the policy.
         ref_positions: `(2B, N)` bool, and of the reference.
         weights: for each draw; None until they can be known.
+        every_token: the stream has unscored tokens too.
     """
 
     inputs: dict[str, Any]
@@ -33,6 +34,7 @@ class PairBatch:
     positions: Tensor
     ref_positions: Tensor
     weights: list[Weights] | None = None
+    every_token: bool = False
 
     @property
     def n_pairs(self) -> int:
@@ -56,9 +58,10 @@ class PairBatch:
 
     @cached_property
     def stream(self) -> Stream:
-        """The batch as one row, as far as its scored tokens need it."""
+        """The batch as one row, as far as its scored tokens or `every_token` need it."""
         ids, real, completion = (self.inputs[name] for name in ("input_ids", "attention_mask", "completion_mask"))
-        return lay_out(ids, real, completion, needed=self.positions | self.ref_positions)
+        needed = self.positions | self.ref_positions
+        return lay_out(ids, real, completion, needed, every_token=self.every_token)
 
 
 @dataclass

@@ -57,6 +57,7 @@ class Passes:
         run_state = self._trainer.run_state
         run_state.way = self._scorer.ways.settle(run_state.way)
         weigher, reference = self._weigher, None
+        batch.every_token = self._trainer.aux_loss_enabled
         if weigher.needs_end_probs:  # of the reference, before the weights are known
             reference = self._score_reference(batch)
             if not weigher.method.needs_log_ratios:
@@ -152,11 +153,6 @@ class Passes:
         """A reason that only the trainer knows."""
         if self._trainer._is_vision_dataset:
             return "vision data are laid out by their processor"
-        if self._trainer.aux_loss_enabled:
-            return (
-                "the auxiliary loss of a mixture of experts counts the tokens of padded rows "
-                "(`router_aux_loss_coef: 0` switches it off)"
-            )
         if is_compiled(self._trainer.accelerator, self._models):
             return "`torch_compile` compiles the model's own attention"
         if self._args.neftune_noise_alpha:

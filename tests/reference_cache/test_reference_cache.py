@@ -23,7 +23,7 @@ from sampo.data.token_ids import hash_token_ids
 from sampo.io.hashing import SEAL, seal, unseal
 from sampo.reference_cache import store as ref_logps
 from sampo.reference_cache import trainer as cached_reference
-from sampo.reference_cache.key import RefKey, hash_config, hash_model_files, hash_weights
+from sampo.reference_cache.key import RefKey, hash_config, hash_model_files, hash_weights, identity_of_model
 from sampo.reference_cache.store import (
     CHOSEN_REF_LOGPS,
     END,
@@ -34,6 +34,7 @@ from sampo.reference_cache.store import (
     RefCollator,
     decode,
 )
+from sampo.scoring.interface import install
 from sampo.training.description import describe_reference
 from sampo.weighting import WEIGHTINGS
 
@@ -378,6 +379,16 @@ def test_each_field_of_the_key_sees_what_it_is_for_and_nothing_else(model_folder
     assert {name for name in one if one[name] != two[name]} == {field}
     assert key_of(first).digest != new.cache.key.digest
     assert new.computed == 20
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_packing_does_not_change_the_key(own):
+    model = make_model()
+    model.set_attn_implementation(own)
+    before = identity_of_model(model)
+    install(model)
+    assert identity_of_model(model) == before
+    assert before["attention"] == own
 
 
 def test_every_field_of_the_key_has_a_test_and_a_part_in_the_digest():

@@ -10,6 +10,7 @@ from tiny import make_pairs, make_tokenizer, training_options
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from trl import DPOConfig, DPOTrainer
 
+from sampo.scoring.packing import lay_out
 from sampo.scoring.scorer import ModelScorer
 
 SMALL = {**COMMON, **GROUPED, "num_experts_per_tok": 2}
@@ -45,25 +46,36 @@ def trls(folder, tmp_path, **options):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_with_all_tokens_the_losses_are_trls_whatever_the_stream(experts, tmp_path, caplog, cached):
-    folder, has_loss = experts
+def test_with_all_tokens_the_losses_are_trls_whatever_the_stream(experts, tmp_path, cached):
+    folder, _ = experts
     options = {"precompute_ref_log_probs": True} if cached else {}
     theirs = trls(folder, tmp_path, **options)
     options |= {"token_weighting": "all", "max_steps": 2, "ref_cache_dir": str(tmp_path / "cache")}
-    for stream in ("false", "auto"):
+    for stream in ("false", "true"):
         ours = losses(make_trainer(folder, tmp_path, pair_stream=stream, **options))
         exact = stream == "false" and not cached
         assert ours == (theirs if exact else pytest.approx(theirs, abs=1e-4))
-    assert ("the auxiliary loss of a mixture of experts" in caplog.text) == has_loss
-    if has_loss:
-        with pytest.raises(
-            ValueError, match=r"`pair_stream: true` must .* \(`router_aux_loss_coef: 0` switches it off"
-        ):
-            make_trainer(folder, tmp_path, pair_stream="true", **options | {"ref_cache_dir": str(tmp_path / "new")})
-        assert not (tmp_path / "new").exists()  # nothing was computed before
-    else:
-        ours = losses(make_trainer(folder, tmp_path, pair_stream="true", **options))
-        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["auto", "true"])
+def test_a_wrong_auxiliary_loss_is_found_by_the_first_batch(tmp_path, caplog, monkeypatch, mode):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS["mixtral"]()).float().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+
+    def with_ones(*args, **kwargs):
+        stream = lay_out(*args, **kwargs)
+        stream.n_rows = torch.ones_like(stream.n_rows)  # as if no prompt were shared
+        return stream
+
+    monkeypatch.setattr("sampo.training.batch.lay_out", with_ones)
+    trainer = make_trainer(str(tmp_path / "model"), tmp_path, pair_stream=mode, max_steps=1)
+    if mode == "true":
+        with pytest.raises(ValueError, match="the log-probs of the first batch differ"):
+            trainer.train()
+        return
+    trainer.train()
+    assert "auto takes the plain forward over padded rows, because the log-probs of the first" in caplog.text
 
 
 def test_a_coefficient_of_0_lets_the_stream_in_and_pieces_too(experts, tmp_path, caplog):

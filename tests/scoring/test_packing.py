@@ -34,7 +34,8 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from sampo.scoring.packing import install, lay_out, uninstall
+from sampo.scoring.interface import install, uninstall
+from sampo.scoring.packing import lay_out
 
 EXACT = {
     "llama": LlamaConfig(**COMMON, **GROUPED),
@@ -171,18 +172,16 @@ def test_what_comes_after_the_last_needed_token_can_be_left_out(models, shapes, 
 def test_the_stream_has_only_the_tokens_that_the_needed_ones_depend_on(shapes, seed):
     batch = collate(shapes, seed)
     needed = draw_needed(batch, seed)
-    expected = longest = 0
+    expected = 0
     for pair, (n_prompt, _, _) in enumerate(shapes):
         branches = []
         for row in (pair, pair + len(shapes)):
             columns = [column for column, wanted in enumerate(needed[row].tolist()) if wanted]
             if columns:
                 branches.append(columns[-1] + 1 - (n_prompt - 1))
-                longest = max(longest, columns[-1] + 1)
         expected += (n_prompt - 1 if branches else 0) + sum(branches)
     stream = lay_out(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], needed)
     assert stream.input_ids.numel() == max(expected, 1)
-    assert stream.segments.longest == max(longest, 1)
 
 
 def test_scoring_a_token_that_was_left_out_is_our_own_mistake(models):

@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
-from streams import collate, plain_output
+from streams import collate
 from tiny import make_model, make_pairs, save_model
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.scoring.attention import StreamRefused
-from sampo.scoring.packing import NAME, RowsTooLong, lay_out, score_packed
+from sampo.scoring.interface import is_installed
+from sampo.scoring.packing import RowsTooLong
 from sampo.scoring.scorer import ModelScorer, Rows, Scorer, take_rows
 from sampo.scoring.ways import GROUPED, PACKED, PADDED, Ways, group_rows
 
@@ -38,7 +39,7 @@ class Decision:
 
     @property
     def packs(self):
-        assert (self.ways.way == PACKED) == (self.model.config._attn_implementation == NAME)
+        assert (self.ways.way == PACKED) == is_installed(self.model.config)
         return self.ways.way == PACKED
 
     @property
@@ -124,23 +125,6 @@ def test_a_first_batch_with_too_long_rows_leaves_the_decision_to_the_next():
     elsewhere.compare(raising(RowsTooLong("long")), everywhere=1e-6)  # other processes had short rows
     assert elsewhere.packs
     assert not elsewhere.is_on_trial
-
-
-def test_flex_attention_that_does_not_run_here_makes_auto_fall_back(caplog):
-    decision, batch = Decision(), collate([(4, 6, 5)])
-    ModelScorer(decision.model, pair_stream="false")  # gives it TRL's head
-    stream = lay_out(*(batch[name] for name in ("input_ids", "attention_mask", "completion_mask")))
-    stream.segments.way = "flex"
-    places, targets = batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
-
-    def packed():
-        return score_packed(decision.model, decision.model.base_model, stream, places, [targets])[0].log_probs[places]
-
-    decision.compare(packed, lambda: plain_output(decision.model, batch).log_probs[places])
-    assert (
-        "because FlexAttention failed with NotImplementedError: FlexAttention does not support backward" in caplog.text
-    )
-    assert not decision.packs
 
 
 def test_after_packed_rows_come_grouped_ones_and_after_these_padded_ones(caplog):

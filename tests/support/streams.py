@@ -10,7 +10,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from sampo import SamPOConfig, SamPOTrainer
-from sampo.scoring.packing import install, lay_out, score_packed, uninstall
+from sampo.scoring.interface import install, uninstall
+from sampo.scoring.packing import lay_out, score_packed
 
 COMMON = {
     "vocab_size": 69,
