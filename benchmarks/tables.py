@@ -7,27 +7,6 @@ from statistics import median
 from sampo.io.records import Record
 
 OF_A_PART = ("side", "repeat", "group")
-# (what, better side, other side, the least that it must be times better)
-TARGETS = (
-    ("step with live reference, against TRL", "SamPO, stream", "TRL", 8.0),
-    ("step with cached reference, against TRL", "SamPO, stream, reference cached", "TRL", 12.0),
-    ("step with live reference, against TRL with compact head", "SamPO, stream", "TRL, compact head", 2.5),
-    (
-        "step with cached reference, against TRL with compact head",
-        "SamPO, stream, reference cached",
-        "TRL, compact head",
-        3.5,
-    ),
-    ("`sampo` against `all` on the same path (1 % slower at most)", "SamPO, stream", "DPO, stream", 1 / 1.01),
-)
-MEMORY_TARGET = ("SamPO, stream", "TRL", 0.5)
-README_SIDES = {
-    "TRL": "TRL `DPOTrainer`",
-    "TRL, compact head": "TRL, head on labelled tokens only",
-    "authors' SamPO loss": "the authors' SamPO loss",
-    "SamPO, stream": "sampo, live reference",
-    "SamPO, stream, reference cached": "sampo, cached reference",
-}
 
 
 @dataclass
@@ -74,25 +53,16 @@ class Run:
         ratios = sorted(theirs[i] / ours[i] for i in ours.keys() & theirs.keys())
         return (median(ratios), ratios[0], ratios[-1]) if ratios else None
 
-    def repeats(self, *sides: str) -> int:
-        """Of all these sides."""
-        return min(len(self.sides.get(side, {}).get("seconds", ())) for side in sides)
-
 
 def runs(records: list[Record]) -> list[Run]:
     """One run per setting: of the commits that measured it the one with the most sides, and of these the last."""
-    return [max(several, key=lambda run: (len(run.sides), run.last.created)) for several in _by_setting(records)]
-
-
-def _by_setting(records: list[Record]) -> list[list[Run]]:
-    """For each setting the runs of all commits that measured it."""
     found: dict[str, dict[str | None, Run]] = {}
     for record in records:
         setting = {name: value for name, value in record.config.items() if name not in OF_A_PART}
         if setting.get("benchmark") == "step_time":
             by_commit = found.setdefault(json.dumps(setting, sort_keys=True), {})
             by_commit.setdefault(record.commit, Run(setting, record)).add(record)
-    return [list(by_commit.values()) for by_commit in found.values()]
+    return [max(each.values(), key=lambda run: (len(run.sides), run.last.created)) for each in found.values()]
 
 
 def times(ratio: tuple[float, float, float] | None) -> str:
@@ -145,37 +115,6 @@ def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main_run(all_runs: list[Run]) -> Run | None:
-    """The run for the targets: real pairs on a CPU; the largest batch, then the newest."""
-    real = [run for run in all_runs if run.timed and run.setting["data"] != "random words" and is_cpu(run)]
-    real = [run for run in real if "purpose" not in run.setting]
-    return max(real, key=lambda run: (run.setting["batch"], run.last.created), default=None)
-
-
-def is_cpu(run: Run) -> bool:
-    return run.setting["device"].endswith("(CPU)")
-
-
-def targets_table(run: Run, records: list[Record]) -> list[str]:
-    """What was wanted, and what came out of the commit that repeated both sides of a ratio most often."""
-    (same,) = (several for several in _by_setting(records) if several[0].setting == run.setting)
-    lines = [row(["target", "wanted", "measured (lowest to highest)", "repeats, commit", "met"]), row(["---"] * 5)]
-    for what, side, base, wanted in TARGETS:
-        best = max(same, key=lambda one: (one.repeats(side, base), one.last.created))
-        ratio = best.ratio(side, base)
-        measured = f"{ratio[0]:.2f} × ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "not measured"
-        source = f"{best.repeats(side, base)}, {(best.last.commit or 'unknown')[:7]}" if ratio else "–"
-        met = "–" if ratio is None else "yes" if ratio[0] >= wanted else "no"
-        lines.append(row([what, f"≥ {wanted:.2f} ×", measured, source, met]))
-    side, base, wanted = MEMORY_TARGET
-    peaks = [run.sides.get(name, {}).get("peak_memory_gib") for name in (side, base)]
-    share = peaks[0] / peaks[1] if all(peaks) else None
-    measured = "not measured" if share is None else f"{share:.2f} ×"
-    met = "–" if share is None else "yes" if share <= wanted else "no"
-    source = f"1, {(run.last.commit or 'unknown')[:7]}"
-    return [*lines, row([f"peak memory, {side} against {base}", f"≤ {wanted:.2f} ×", measured, source, met])]
-
-
 def profile_table(run: Run) -> list[str]:
     """Share of the operations' time by groups; columns are sides."""
     sides = {side: numbers["group_seconds"] for side, numbers in run.sides.items() if "group_seconds" in numbers}
@@ -208,34 +147,10 @@ def sweep_tables(all_runs: list[Run]) -> list[str]:
     return lines[:-1]
 
 
-def readme_table(records: list[Record]) -> str:
-    """The few sides that a reader wants first."""
-    run = main_run(runs(records))
-    if run is None:
-        return "Not measured yet."
-    heads = ["forward and backward pass", "pairs/s", "× TRL", "peak memory, GiB"]
-    lines = [row(heads), row(["---"] * len(heads))]
-    for side, title in README_SIDES.items():
-        if side not in run.timed:
-            lines.append(row([title, "not measured", "–", "–"]))
-            continue
-        peak = run.sides[side].get("peak_memory_gib")
-        speed = f"{median(run.speeds(side)):.3g}"
-        lines.append(row([title, speed, times(run.ratio(side, "TRL")), "–" if peak is None else f"{peak:.2f}"]))
-    s = run.setting
-    text = (
-        f"{s['model']}, {s['dtype']}, {s['threads']} CPU thread(s), {s['batches']} batch(es) of {s['batch']} HH-RLHF "
-        f"pairs, median of {len(run.sides[run.timed[0]]['seconds'])} repeats."
-    )
-    return "\n".join([*lines, "", text])
-
-
 def results_tables(records: list[Record]) -> str:
     """All of RESULTS.md that is numbers."""
     all_runs = runs(records)
     lines: list[str] = []
-    if main := main_run(all_runs):
-        lines += ["### Targets", "", about(main), "", *targets_table(main, records), ""]
     for run in all_runs:
         if run.timed and "purpose" not in run.setting:
             lines += [f"### {run.setting['model']}, {run.setting['shape']}", "", about(run), "", *sides_table(run), ""]
@@ -245,3 +160,135 @@ def results_tables(records: list[Record]) -> str:
         if any("group_seconds" in numbers for numbers in run.sides.values()):
             lines += ["### Where the time goes", "", about(run), "", *profile_table(run), ""]
     return "\n".join(lines[:-1] or ["Nothing is recorded."])
+
+
+# --- class_swap.py ---------------------------------------------------------------------------------------------------
+
+CACHED = ", reference cached"
+BASES = ("TRL", "TRL, compact head", "limit")
+# (side, base, the least that it must be times as fast)
+TARGETS = (
+    ("SamPO", "TRL", 9.0),
+    ("SamPO" + CACHED, "TRL", 11.0),
+    ("SamPO", "TRL, compact head", 4.0),
+    ("SamPO" + CACHED, "TRL, compact head", 5.0),
+    ("SamPO", "limit", 0.8),
+    ("SamPO" + CACHED, "limit" + CACHED, 0.8),
+)
+SWAPPED = {
+    "TRL": "TRL `DPOTrainer`",
+    "TRL, compact head": "TRL, head on labelled tokens only",
+    "SamPO": "sampo",
+}
+
+
+@dataclass
+class Swap:
+    """All numbers of one setting of `class_swap.py` that one commit measured.
+
+    Attributes:
+        setting: what all sides share.
+        last: the newest record.
+        seconds: side -> repeat -> seconds.
+        memory: side -> repeat -> peak in GiB.
+    """
+
+    setting: dict
+    last: Record
+    seconds: dict[str, dict[int, float]] = field(default_factory=dict)
+    memory: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def speed(self, side: str) -> float | None:
+        """Pairs per second, the median over the repeats."""
+        found = self.seconds.get(side)
+        return self.setting["batch"] * self.setting["batches"] / median(found.values()) if found else None
+
+    def ratio(self, side: str, base: str) -> tuple[float, float, float] | None:
+        """How many times as fast a side is as another: of the medians, with the lowest and highest quotient."""
+        ours, theirs = self.seconds.get(side), self.seconds.get(base)
+        if not ours or not theirs:
+            return None
+        quotients = sorted(theirs[i] / ours[i] for i in ours.keys() & theirs.keys())
+        return median(theirs.values()) / median(ours.values()), quotients[0], quotients[-1]
+
+
+def swaps(records: list[Record]) -> list[Swap]:
+    """One per setting: of the commits that measured it the one with the most sides, and of these the last."""
+    found: dict[str, dict[str | None, Swap]] = {}
+    for record in records:
+        if record.config.get("benchmark") != "class_swap":
+            continue
+        setting = {name: value for name, value in record.config.items() if name not in OF_A_PART}
+        by_commit = found.setdefault(json.dumps(setting, sort_keys=True), {})
+        swap = by_commit.setdefault(record.commit, Swap(setting, record))
+        swap.last = record
+        part = {"seconds": swap.seconds, "peak_memory_gib": swap.memory}.get(record.name)
+        if part is not None:
+            part.setdefault(record.config["side"], {})[record.config["repeat"]] = record.value
+    return [max(each.values(), key=lambda s: (len(s.seconds), s.last.created)) for each in found.values()]
+
+
+def class_swap_table(swap: Swap) -> list[str]:
+    """Each side against TRL, TRL with a compact head and the limit, with the reference as live as its own."""
+    heads = ["side", "pairs/s", *(f"× {base}" for base in BASES[:2]), "of the limit", "peak memory, GiB"]
+    lines = [row(heads), row(["---"] * len(heads))]
+    for side in swap.seconds:
+        cached = CACHED if side.endswith(CACHED) else ""
+        # a cache is what sampo adds: its step is compared with TRL's step with a live reference too
+        ratios = [swap.ratio(side, base + ("" if side.startswith("SamPO") else cached)) for base in BASES[:2]]
+        limit = swap.ratio(side, "limit" + cached)
+        memory = swap.memory.get(side)
+        cells = [f"{swap.speed(side):.3g}", *map(times, ratios), f"{limit[0]:.0%}" if limit else "–"]
+        lines.append(row([side, *cells, f"{max(memory.values()):.2f}" if memory else "–"]))
+    return lines
+
+
+def about_swap(swap: Swap) -> str:
+    """The setting in words."""
+    s = swap.setting
+    data = f"pairs of {s['data']}" if s["data"] != "random words" else f"pairs of random words, shape {s['shape']}"
+    repeats = max(len(each) for each in swap.seconds.values())
+    return (
+        f"{s['model']}, {s['device']}, {s['threads']} thread(s), {s['batches']} shuffled batches of {s['batch']} "
+        f"{data}, max_length {s['max_length']}, all other options at their defaults, median of {repeats} run(s). "
+        f"`{swap.last.command}`; {swap.last.created[:10]}, commit {(swap.last.commit or 'unknown')[:7]}"
+    )
+
+
+def targets_table(swap: Swap) -> list[str]:
+    """What was wanted, and what came out."""
+    lines = [row(["target", "wanted", "measured", "met"]), row(["---"] * 4)]
+    for side, base, wanted in TARGETS:
+        if (ratio := swap.ratio(side, base)) is not None:
+            cells = [f"{side} against {base}", f"≥ {wanted:g} ×", f"{ratio[0]:.2f} ×"]
+            lines.append(row([*cells, "yes" if ratio[0] >= wanted else "no"]))
+    return lines
+
+
+def swap_tables(records: list[Record]) -> str:
+    """All settings."""
+    lines: list[str] = []
+    for swap in swaps(records):
+        lines += [f"### {swap.setting['model']}, {swap.setting['shape']}", "", about_swap(swap) + ".", ""]
+        lines += [*class_swap_table(swap), ""]
+        if swap.setting["data"] != "random words":
+            lines += [*targets_table(swap), ""]
+    return "\n".join(lines[:-1] or ["Not measured yet."])
+
+
+def readme_swap(records: list[Record]) -> str:
+    """The few sides that a reader wants first: real pairs, and the setting with the most sides."""
+    real = [swap for swap in swaps(records) if swap.setting["data"] != "random words"]
+    if not real:
+        return "Not measured yet."
+    swap = max(real, key=lambda each: (len(each.seconds), each.last.created))
+    heads = ["`trainer.train()` with", "pairs/s", "× TRL", "peak memory, GiB"]
+    lines = [row(heads), row(["---"] * len(heads))]
+    for side, title in SWAPPED.items():
+        for name, words in (("", "live reference"), (CACHED, "cached reference")):
+            if (speed := swap.speed(side + name)) is None:
+                continue
+            memory = swap.memory[side + name]
+            cells = [f"{title}, {words}", f"{speed:.3g}", times(swap.ratio(side + name, "TRL"))]
+            lines.append(row([*cells, f"{max(memory.values()):.2f}"]))
+    return "\n".join([*lines, "", about_swap(swap) + "."])

@@ -75,7 +75,7 @@ def test_a_wrong_auxiliary_loss_is_found_by_the_first_batch(tmp_path, caplog, mo
             trainer.train()
         return
     trainer.train()
-    assert "auto takes the plain forward, because the log-probs of the first" in caplog.text
+    assert "auto takes the plain forward over padded rows, because the log-probs of the first" in caplog.text
 
 
 def test_a_coefficient_of_0_lets_the_stream_in_and_pieces_too(experts, tmp_path, caplog):
