@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from families import make_model as make_family
 from tiny import make_pairs, save_model, training_options
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -136,6 +137,19 @@ def test_per_token_log_probs_have_one_column_less_than_the_input_and_are_zero_wi
     )
     assert output.log_probs.shape == (8, batch["input_ids"].size(1) - 1)
     assert torch.equal(output.log_probs != 0, batch["completion_mask"][:, 1:].bool())
+
+
+def test_the_auxiliary_loss_weighs_tokens_by_the_attention_mask():
+    model = make_family("mixtral")
+    ids = torch.randint(4, 60, (1, 7), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones(1, 7), {"shift_labels": ids, "fused_lm_head": True, "output_router_logits": True}
+
+    def aux_loss(ids, mask):
+        return model(input_ids=ids, attention_mask=mask, **labels | {"shift_labels": ids}).aux_loss
+
+    mask[0, :4] = 2.0  # a causal model computes the same for these four whatever follows: two rows that share them
+    expected = aux_loss(torch.cat((ids, ids)), torch.tensor([[1.0] * 7, [1.0] * 4 + [0.0] * 3]))
+    torch.testing.assert_close(aux_loss(ids, mask), expected)
 
 
 def test_all_precomputing_goes_through_one_method_when_the_models_are_ready(model_and_data):
