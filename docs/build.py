@@ -372,20 +372,36 @@ PARTS = {
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
+def generated() -> dict[Path, str]:
+    """Every file with a generated part, and what it must hold."""
+    from command_pages import command_pages
+
+    found = {}
+    for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        found[path] = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
+    return found | {ROOT / "docs" / "commands" / name: text for name, text in command_pages().items()}
+
+
 def main() -> None:
-    """Fill every generated block of README and docs."""
+    """Fill every generated block of README and docs, and write the generated pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        old = path.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
-        if new != old and check:
-            stale.append(str(path.relative_to(ROOT)))
-        elif new != old:
-            path.write_text(new, encoding="utf-8")
-    if stale:
+    pages = generated()
+    for path, text in pages.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for path in sorted(set((ROOT / "docs" / "commands").glob("*.md")) - set(pages)):  # of a command that is gone
+        stale.append(str(path.relative_to(ROOT)))
+        if not check:
+            path.unlink()
+    if stale and check:
         sys.exit(f"{', '.join(stale)} must match the code, and do not: run `python docs/build.py`.")
 
 
