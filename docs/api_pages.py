@@ -29,6 +29,7 @@ def api_pages() -> dict[str, str]:
     for page, (title, packages) in PAGES.items():
         parts = [f"# {title}"]
         for package in packages:
+            parts += [about] if (about := ast.get_docstring(_parse(PACKAGE / package / "__init__.py"))) else []
             parts += [_directive(name) for name in module_names(package)]
         pages[f"{page}.md"] = "\n\n".join(parts) + "\n"
     return pages
@@ -38,7 +39,7 @@ def module_names(package: str) -> list[str]:
     """Modules of a package that have public names, without those that are executed as scripts."""
     found = []
     for path in sorted((PACKAGE / package).rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = _parse(path)
         kinds = (ast.FunctionDef, ast.ClassDef)
         public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
         if public and path.stem not in ("__init__", "__main__"):
@@ -59,7 +60,7 @@ def _directive(module: str) -> str:
 @cache
 def public_names() -> dict[str, str]:
     """Each name of `from sampo import …` with its full path, from the table in `sampo/__init__.py`."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    tree = _parse(PACKAGE / "__init__.py")
     (table,) = (
         node.value
         for node in tree.body
@@ -68,17 +69,22 @@ def public_names() -> dict[str, str]:
     return {name: f"sampo.{module}.{name}" for name, module in ast.literal_eval(table).items()}
 
 
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def _public_page() -> str:
     """The names that `sampo` itself has: the trainer first, the errors last."""
     names = public_names()
     errors = [name for name in names if name.endswith("Error") or name == "Preempted"]
+    short = "\n    options:\n      heading_level: {level}\n      show_root_full_path: false"
     parts = [
         "# API reference",
         "`from sampo import …` has these names. The pages of the packages list every public function and class; their "
         "paths may change between versions, with a line in the [changelog](../changelog.md). The options of "
         "`SamPOConfig` are listed in [configuration](../configuration.md).",
-        *(f"::: {path}" for name, path in names.items() if name not in errors),
+        *(f"::: {path}{short.format(level=2)}" for name, path in names.items() if name not in errors),
         "## Errors",
-        *(f"::: {names[name]}\n    options:\n      heading_level: 3" for name in errors),
+        *(f"::: {names[name]}{short.format(level=3)}" for name in errors),
     ]
     return "\n\n".join(parts) + "\n"

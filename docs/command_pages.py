@@ -155,9 +155,9 @@ def _shown_value(action: argparse.Action) -> str:
     if action.metavar is not None:
         value = action.metavar if isinstance(action.metavar, str) else " ".join(action.metavar)
     elif action.choices is not None:
-        value = "|".join(map(str, action.choices))
+        value = " | ".join(map(str, action.choices))
     elif isinstance(action.default, bool):
-        value = "true|false"
+        value = "true | false"
     else:
         value = (action.dest if not action.option_strings else _kind(action)).upper()
     return f"{value} …" if action.nargs in ("+", "*") else value

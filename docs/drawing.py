@@ -1,6 +1,7 @@
 """A graph without cycles as an SVG in layers, which needs no script in the page and takes the colours of its text."""
 
 from html import escape
+from itertools import pairwise
 
 Node = tuple[str, int]  # a name and its column; a long arrow has a point in each column that it passes
 WIDTH, HEIGHT, ACROSS, DOWN = 122, 26, 158, 46  # of a box; distances of columns and rows
@@ -50,7 +51,7 @@ def _layers(graph: dict[str, set[str]], column: dict[str, int]) -> tuple[list[li
             for point in between:
                 layers[point[1]].append(point)
             arrows.append([(source, column[source]), *between, (target, column[target])])
-    steps = [step for arrow in arrows for step in zip(arrow, arrow[1:], strict=False)]
+    steps = [step for arrow in arrows for step in pairwise(arrow)]
     near: dict[Node, list[Node]] = {}
     for a, b in steps:
         near.setdefault(a, []).append(b)

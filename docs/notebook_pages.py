@@ -1,7 +1,7 @@
 """Tutorials: the notebooks with their committed outputs, as Markdown.
 
-A converter of our own instead of mkdocs-jupyter or nbconvert: their HTML templates load scripts from other hosts, their
-code cells are not highlighted like those of the other pages, and the links of the cells would need a second pass.
+A converter of our own instead of mkdocs-jupyter or nbconvert: their HTML templates load scripts from other hosts,
+their code cells do not look like those of the other pages, and the links of the cells would need a second pass.
 """
 
 import base64

@@ -1,7 +1,7 @@
-"""Hooks of MkDocs: pages that lie outside docs/ or are made during the build, and links that fit both GitHub and the site.
+"""Hooks of MkDocs: pages from outside of docs/ or made during the build, and links that fit both GitHub and the site.
 
-The Markdown files link to each other by their paths in the repository. The hooks map such a link to the page of the site,
-or to the file in the repository where the site has no page of it.
+The Markdown files link to each other by their paths in the repository. The hooks map such a link to the page of the
+site, or to the file in the repository where the site has no page of it.
 """
 
 import posixpath
@@ -18,7 +18,7 @@ from mkdocs.structure.nav import Section
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
-from api_pages import api_pages  # noqa: E402
+from api_pages import api_pages, public_names  # noqa: E402
 from notebook_pages import convert  # noqa: E402
 from packages import package_drawing  # noqa: E402
 
@@ -35,6 +35,8 @@ NOTEBOOKS = {
 FENCES = re.compile(r"(^ *```.*?^ *```[^\n]*$)", re.DOTALL | re.MULTILINE)
 COMMENTS = re.compile(r"^<!--.*?-->$", re.DOTALL | re.MULTILINE)
 LINKS = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\"#\s]+)")
+TABLES = re.compile(r"^\|.*\|$", re.MULTILINE)
+BRACKETS = re.compile(r"\[<code>(\w+)</code>\]")
 MERMAID = re.compile(r"^```mermaid\n.*?^```$", re.DOTALL | re.MULTILINE)
 NO_SUMMARY = ("[!", "This is the notebook ")  # paragraphs that do not describe their page
 FULL_TEXT = "llms-full.txt"
@@ -81,11 +83,29 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     known = {file.src_uri for file in files if file.inclusion != InclusionLevel.EXCLUDED}
     markdown = MERMAID.sub(lambda match: package_drawing(), markdown)
     parts = FENCES.split(markdown)
-    parts[::2] = [COMMENTS.sub("\n", rewrite_links(part, source, known)) for part in parts[::2]]
+    parts[::2] = [TABLES.sub(_fit_table, COMMENTS.sub("\n", rewrite_links(p, source, known))) for p in parts[::2]]
     text = "".join(parts)
     page.meta.setdefault("description", first_sentence(text))
     _shown[source] = text
     return text
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """In docstrings, names in brackets (TRL's style) as links to what has the name."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in public_names():
+            return f"<code>{name}</code>"
+        return f'<autoref identifier="{public_names()[name]}" optional><code>{name}</code></autoref>'
+
+    return BRACKETS.sub(replace, html) if page.file.src_uri.startswith("api/") else html
+
+
+def _fit_table(match: re.Match[str]) -> str:
+    """A row of a table: in code a bar needs no escape here, unlike on GitHub, and a number stays on one line."""
+    row = re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), match[0])
+    return re.sub(r"(?<=\d) (±|…) (?=[-+\d])", "\u00a0\\1\u00a0", row)
 
 
 def rewrite_links(markdown: str, page: str, known: set[str]) -> str:
