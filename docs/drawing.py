@@ -4,7 +4,7 @@ from html import escape
 from itertools import pairwise
 
 Node = tuple[str, int]  # a name and its column; a long arrow has a point in each column that it passes
-WIDTH, HEIGHT, ACROSS, DOWN = 122, 26, 158, 46  # of a box; distances of columns and rows
+WIDTH, HEIGHT, ACROSS, DOWN = 108, 26, 130, 38  # of a box; distances of columns and rows
 
 
 def draw(graph: dict[str, set[str]], title: str) -> str:
@@ -19,7 +19,7 @@ def draw(graph: dict[str, set[str]], title: str) -> str:
         if column.get(name) == at:
             shapes.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4"/>')
             middle = f'x="{x + WIDTH / 2:g}" y="{y + HEIGHT / 2 + 4:g}"'
-            shapes.append(f'<text {middle} text-anchor="middle" font-size="12">{escape(name)}</text>')
+            shapes.append(f'<text {middle} text-anchor="middle" font-size="13">{escape(name)}</text>')
     marker = '<marker id="arrow" viewBox="0 0 6 6" refX="6" refY="3" markerWidth="7" markerHeight="7" orient="auto">'
     head = f'<svg role="img" aria-label="{escape(title)}" width="{wide + 2}" height="{high + 2}"'
     head += f' viewBox="-1 -1 {wide + 2} {high + 2}" xmlns="http://www.w3.org/2000/svg">'

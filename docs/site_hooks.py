@@ -105,6 +105,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
 def _fit_table(match: re.Match[str]) -> str:
     """A row of a table: in code a bar needs no escape here, unlike on GitHub, and a number stays on one line."""
     row = re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), match[0])
+    row = re.sub(r"^\| `(--\w+)` \|", r'| <code class="option">\1</code> |', row)
     return re.sub(r"(?<=\d) (±|…) (?=[-+\d])", "\u00a0\\1\u00a0", row)
 
 
