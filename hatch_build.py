@@ -1,4 +1,4 @@
-"""The README of the distribution: its links and figures lead to the repository, for PyPI shows it without the files."""
+"""The README of the distribution: its links and figures lead to the repository, since PyPI has no other files."""
 
 import re
 from pathlib import Path

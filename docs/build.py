@@ -90,6 +90,14 @@ def lab() -> str:
     return markdown_table(lines, LAB_COLUMNS)
 
 
+def lab_table() -> str:
+    """The whole table of the lab, as `sampo lab` writes it."""
+    from sampo.lab.report import collect_lines, describe_runs, markdown, outcomes_of
+
+    outcomes = outcomes_of(read("lab.jsonl"))
+    return markdown(collect_lines(outcomes), about=describe_runs(outcomes, "sampo lab"))
+
+
 @cache
 def _study() -> Any:
     from studies.analysis import Study
@@ -380,16 +388,31 @@ def generated() -> dict[Path, str]:
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")
         found[path] = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
+    found[ROOT / "docs" / "lab" / "table.md"] = lab_table()
     return found | {ROOT / "docs" / "commands" / name: text for name, text in command_pages().items()}
 
 
+def stale_figures() -> dict[Path, str]:
+    """Figures that differ from what the records give, as they should be; none without matplotlib."""
+    from importlib.util import find_spec
+
+    from figures import figures, same_drawing
+
+    if not find_spec("matplotlib"):
+        return {}
+    from sampo.lab.report import collect_lines, outcomes_of
+
+    drawn = figures(_study(), collect_lines(outcomes_of(read("lab.jsonl"))))
+    return {path: new for path, new in drawn.items() if not path.is_file() or not same_drawing(path.read_text(), new)}
+
+
 def main() -> None:
-    """Fill every generated block of README and docs, and write the generated pages."""
+    """Fill every generated block of README and docs, and write the generated pages and figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    pages = generated()
+    pages = {**generated(), **stale_figures()}
     for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
