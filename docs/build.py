@@ -392,6 +392,22 @@ def generated() -> dict[Path, str]:
     return found | {ROOT / "docs" / "commands" / name: text for name, text in command_pages().items()}
 
 
+def notebooks() -> dict[Path, str]:
+    """Each notebook with its badge and the cell that installs sampo; none without nbformat and nbclient."""
+    from importlib.util import find_spec
+
+    if not (find_spec("nbformat") and find_spec("nbclient")):
+        return {}
+    import nbformat
+
+    sys.path.insert(1, str(ROOT / "notebooks"))
+    from execute import with_setup
+
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    read = {path: nbformat.read(path, as_version=4) for path in paths}
+    return {path: nbformat.writes(with_setup(notebook, path.name)) + "\n" for path, notebook in read.items()}
+
+
 def stale_figures() -> dict[Path, str]:
     """Figures that differ from what the records give, as they should be; none without matplotlib."""
     from importlib.util import find_spec
@@ -412,7 +428,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    pages = {**generated(), **stale_figures()}
+    pages = {**generated(), **notebooks(), **stale_figures()}
     for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue

@@ -42,7 +42,7 @@ def convert(path: Path, about: str) -> Tutorial:
 
 def is_setup(source: str) -> bool:
     """Whether a cell only opens or installs, which `notebooks/execute.py` writes into each notebook."""
-    return "colab-badge.svg" in source or source.startswith("# Installs sampo")
+    return "/assets/colab-badge.svg" in source or source.startswith("# Installs sampo")
 
 
 def _output(output: dict[str, Any], pictures: dict[str, bytes], stem: str) -> str:
