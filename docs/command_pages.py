@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
@@ -136,7 +136,7 @@ def names_of(*kinds: type) -> set[str]:
     return {field.name for kind in kinds for field in fields(kind)}
 
 
-def options_table(actions: Iterable[argparse.Action], parser: argparse.ArgumentParser, brief: bool = False) -> str:
+def options_table(actions: Sequence[argparse.Action], parser: argparse.ArgumentParser, brief: bool = False) -> str:
     """Options with value, default and help; `brief`: of the help the first sentence only."""
     rows = []
     for action in actions:
@@ -147,7 +147,14 @@ def options_table(actions: Iterable[argparse.Action], parser: argparse.ArgumentP
         name = action.option_strings[0] if action.option_strings else _shown_value(action)
         value = "" if not action.option_strings or action.nargs == 0 else _shown_value(action)
         rows.append((f"`{name}`", f"`{_cell(value)}`" if value else "", _shown_default(action), _cell(text)))
-    return _table(("option", "value", "default", "meaning"), rows)
+    heads = (
+        "option" if any(action.option_strings for action in actions) else "argument",
+        "value",
+        "default",
+        "meaning",
+    )
+    shown = [i for i in range(len(heads)) if i in (0, 3) or any(row[i] for row in rows)]  # no empty column
+    return _table(tuple(heads[i] for i in shown), [tuple(row[i] for i in shown) for row in rows])
 
 
 def _shown_value(action: argparse.Action) -> str:
