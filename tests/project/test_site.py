@@ -63,6 +63,10 @@ def test_each_command_has_a_page_with_every_option_and_a_guide():
     assert {path.stem for path in (DOCS / "commands").glob("*.md")} == {*COMMANDS, "README"}
     missing = [page for pages in GUIDES.values() for page in pages if not (DOCS / f"{page}.md").is_file()]
     assert not missing
+    unlinked = [
+        name for name, (page, *_) in GUIDES.items() if f"commands/{name}.md" not in (DOCS / f"{page}.md").read_text()
+    ]
+    assert not unlinked
     for name, parser in (("judge", judge.make_parser()), ("train", options.make_parser())):
         page = (DOCS / "commands" / f"{name}.md").read_text(encoding="utf-8")
         wanted = [action.option_strings[0] for action in parser._actions if action.option_strings]
