@@ -78,12 +78,25 @@ def light(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata = nbformat.from_dict({**KEPT_METADATA, "sampo": {"made_from": made_from(notebook)}})
     for cell in notebook.cells:
         cell.metadata = NotebookNode()
+        if "outputs" in cell:
+            cell.outputs = joined(cell.outputs)
         for output in cell.get("outputs", []):
             for picture in ("image/png", "image/svg+xml"):  # the text beside one is a class and an address
                 if picture in output.get("data", {}):
                     output.data = NotebookNode({picture: output.data[picture]})
                     output.metadata = NotebookNode()
     return notebook
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """The outputs with printed texts that follow each other as one: the kernel divides them by time."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def made_from(notebook: NotebookNode) -> str:

@@ -270,6 +270,16 @@ def test_pictures_lose_their_address_and_cells_their_time_stamps():
     assert "papermill" not in kept.metadata
 
 
+def test_printed_lines_are_one_output_however_the_kernel_divided_them():
+    from nbformat.v4 import new_output
+
+    notebook = notebook_of("1")
+    lines = [new_output("stream", name="stdout", text=f"{i}\n") for i in range(3)]
+    notebook.cells[1].outputs = [*lines[:2], new_output("display_data", {"text/plain": "x"}), lines[2]]
+    kept = light(notebook).cells[1].outputs
+    assert [output.get("text", "x") for output in kept] == ["0\n1\n", "x", "2\n"]
+
+
 def test_the_hash_changes_with_code_and_records_and_not_with_prose():
     records = '"../measurements/lab.jsonl"'
     plain = made_from(notebook_of("a = 1", "b = 2"))
