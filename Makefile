@@ -10,7 +10,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-all test-coverage test-latest notebooks bench-check bench-check-quick bench-gpu check format format-check clean
+.PHONY: help install quickstart test test-slow test-all test-coverage test-latest notebooks bench-check bench-check-quick \
+	bench-gpu check format format-check docs docs-serve package-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,10 +78,25 @@ check: install  ## lint, format and types, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A banner about MkDocs 2, which pyproject.toml excludes
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: install  ## build the site into site/; a broken link or a page without an entry in the navigation is an error
+	$(MKDOCS) build --strict
+
+docs-serve: install  ## show the site at http://127.0.0.1:8000, and build it anew on each change
+	$(MKDOCS) serve
+
+package-check: install  ## build wheel and source archive into dist/, and check both
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
 format: install  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove what was built; .venv and results stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@
 
 A baseline has the ratios of `class_swap.py` against TRL, each the median of three runs with its spread, the peak
 memory, the machine and the versions. The check measures again and fails when a ratio falls below the baseline's by
-more than the noise of both, or the memory rises by a tenth. On another machine it only reports.
+more than the noise of both, or the memory rises by a quarter. On another machine it only reports.
 """
 
 import argparse
@@ -71,9 +71,9 @@ def compare(kept: dict, now: dict) -> list[str]:
                 f"{side} must be at least {lowest:.2f} × TRL (baseline {before['ratio']:.2f} × with its noise), got "
                 f"{after['ratio']:.2f} ×"
             )
-        if after["peak_memory_gib"] > 1.1 * before["peak_memory_gib"]:
+        if after["peak_memory_gib"] > 1.25 * before["peak_memory_gib"]:
             issues.append(
-                f"{side} must need at most a tenth more than {before['peak_memory_gib']:.2f} GiB, got "
+                f"{side} must need at most a quarter more than {before['peak_memory_gib']:.2f} GiB, got "
                 f"{after['peak_memory_gib']:.2f} GiB"
             )
     return issues

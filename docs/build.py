@@ -90,6 +90,14 @@ def lab() -> str:
     return markdown_table(lines, LAB_COLUMNS)
 
 
+def lab_table() -> str:
+    """The whole table of the lab, as `sampo lab` writes it."""
+    from sampo.lab.report import collect_lines, describe_runs, markdown, outcomes_of
+
+    outcomes = outcomes_of(read("lab.jsonl"))
+    return markdown(collect_lines(outcomes), about=describe_runs(outcomes, "sampo lab"))
+
+
 @cache
 def _study() -> Any:
     from studies.analysis import Study
@@ -411,20 +419,67 @@ PARTS = {
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
+def generated() -> dict[Path, str]:
+    """Every file with a generated part, and what it must hold."""
+    from command_pages import command_pages
+
+    found = {}
+    for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        found[path] = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
+    found[ROOT / "docs" / "lab" / "table.md"] = lab_table()
+    return found | {ROOT / "docs" / "commands" / name: text for name, text in command_pages().items()}
+
+
+def notebooks() -> dict[Path, str]:
+    """Each notebook with its badge and the cell that installs sampo; none without nbformat and nbclient."""
+    from importlib.util import find_spec
+
+    if not (find_spec("nbformat") and find_spec("nbclient")):
+        return {}
+    import nbformat
+
+    sys.path.insert(1, str(ROOT / "notebooks"))
+    from execute import with_setup
+
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    read = {path: nbformat.read(path, as_version=4) for path in paths}
+    return {path: nbformat.writes(with_setup(notebook, path.name)) + "\n" for path, notebook in read.items()}
+
+
+def stale_figures() -> dict[Path, str]:
+    """Figures that differ from what the records give, as they should be; none without matplotlib."""
+    from importlib.util import find_spec
+
+    from figures import figures, same_drawing
+
+    if not find_spec("matplotlib"):
+        return {}
+    from sampo.lab.report import collect_lines, outcomes_of
+
+    drawn = figures(_study(), collect_lines(outcomes_of(read("lab.jsonl"))))
+    return {path: new for path, new in drawn.items() if not path.is_file() or not same_drawing(path.read_text(), new)}
+
+
 def main() -> None:
-    """Fill every generated block of README and docs."""
+    """Fill every generated block of README and docs, and write the generated pages and figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        old = path.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
-        if new != old and check:
-            stale.append(str(path.relative_to(ROOT)))
-        elif new != old:
-            path.write_text(new, encoding="utf-8")
-    if stale:
+    pages = {**generated(), **notebooks(), **stale_figures()}
+    for path, text in pages.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for path in sorted(set((ROOT / "docs" / "commands").glob("*.md")) - set(pages)):  # of a command that is gone
+        stale.append(str(path.relative_to(ROOT)))
+        if not check:
+            path.unlink()
+    if stale and check:
         sys.exit(f"{', '.join(stale)} must match the code, and do not: run `python docs/build.py`.")
 
 

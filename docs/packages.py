@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from drawing import draw
+
 PACKAGE = Path(__file__).resolve().parent.parent / "sampo"
 
 
@@ -60,6 +62,11 @@ def package_diagram() -> str:
         f"    {a} --> {b}" for a, imports in sorted(reduce_graph(package_graph()).items()) for b in sorted(imports)
     ]
     return "\n".join(["```mermaid", "graph LR", *lines, "```"])
+
+
+def package_drawing() -> str:
+    """The same as an SVG for the site, where Mermaid would load a script from another host."""
+    return f'<div class="drawing">\n{draw(reduce_graph(package_graph()), "Imports between the packages")}\n</div>'
 
 
 def module_map() -> str:

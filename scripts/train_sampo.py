@@ -1,11 +1,17 @@
 # /// script
+# requires-python = ">=3.11"
 # dependencies = [
 #     "sampo-dpo",
 #     "trackio",
 # ]
+#
+# [tool.uv.sources]
+# sampo-dpo = { path = ".." }  # this checkout: the package is not on PyPI yet, remove the line after the release
 # ///
 
 """What `accelerate launch` starts; `sampo train` is the same. Options, data and saving: `sampo/commands/train.py`.
+
+`uv run scripts/train_sampo.py …` installs what it needs from this checkout; `pip install .` does so for `accelerate`.
 
 # Full training
 ```bash

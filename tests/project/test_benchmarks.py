@@ -318,7 +318,7 @@ def test_a_baseline_fails_below_its_noise_only():
 
     assert compared(6.9, 4.3) == []
     assert "must be at least 6.80 × TRL (baseline 8.00 ×" in compared(6.7, 4.0)[0]
-    assert "must need at most a tenth more than 4.00 GiB, got 4.50 GiB" in compared(8.0, 4.5)[0]
+    assert "must need at most a quarter more than 4.00 GiB, got 5.50 GiB" in compared(8.0, 5.5)[0]
 
 
 def test_each_configuration_has_its_baseline():

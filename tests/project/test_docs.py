@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -77,6 +77,10 @@ def check(words: list[str]) -> bool:
         check_train(words[words.index(script) + 1 :])
     elif words[:2] == ["kubectl", "apply"]:
         assert (ROOT / words[words.index("-f") + 1]).is_file(), words
+    elif words[0] == "docker":
+        check_docker(words[1:])
+    elif words[0] == "uvx":
+        assert words[1:4] == ["--from", ".", "sampo"], words
     elif words[0] == "python":
         if words[1:3] == ["-m", "studies.run"]:
             from studies.run import make_parser
@@ -85,8 +89,20 @@ def check(words: list[str]) -> bool:
         elif words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words
     else:
-        assert words[0] in ("pip", "git", "cd", "tensorboard", "vllm"), f"say in this test how to check {words}"
+        assert words[0] in ("pip", "uv", "git", "cd", "tensorboard", "vllm"), f"say in this test how to check {words}"
     return True
+
+
+def check_docker(words: list[str]) -> None:
+    """The image is built with arguments that the Dockerfile has, and runs a command of sampo."""
+    if words[0] == "build":
+        known = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+        given = [words[i + 1].split("=")[0] for i, word in enumerate(words) if word == "--build-arg"]
+        assert set(given) <= set(known), words
+        assert words[-1] == ".", words
+    else:
+        assert words[0] == "run", words
+        check_sampo(words[words.index("sampo") + 1 :])
 
 
 def check_sampo(words: list[str]) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 sys.path.insert(0, str(FOLDER))
-from execute import execute, light, made_from  # noqa: E402
+from execute import execute, is_setup, light, made_from, with_setup  # noqa: E402
 
 NAMES = ("length_bias", "what_is_learned", "win_rate_and_length", "choosing_a_weighting")
 LARGEST = 300_000  # bytes
@@ -45,8 +45,8 @@ def pictures(notebook):
 
 
 def with_settings(notebook, **settings):
-    """The notebook with other values in its first code cell, each of which it must name."""
-    cell = code_cells(notebook)[0]
+    """The notebook with other values in its settings, the first code cell after the set-up, which must name each."""
+    cell = next(cell for cell in code_cells(notebook) if not is_setup(cell.source))
     for name, value in settings.items():
         cell.source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.MULTILINE)
         assert found == 1, f"{name} is no setting"
@@ -100,10 +100,55 @@ def test_prose_states_no_measured_numbers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_to_files(name):
-    prose = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+    prose = "\n".join(c.source for c in read(name).cells if c.cell_type == "markdown" and not is_setup(c.source))
     links = re.findall(r"\]\(([^)#]+)", prose)
     assert links
     assert [link for link in links if not (FOLDER / link).is_file()] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_tells_how_long_it_takes_and_what_to_do_with_data_of_ones_own(name):
+    badge, first, install, *_, last = read(name).cells
+    assert is_setup(badge.source)
+    assert is_setup(install.source)
+    assert f"/blob/main/notebooks/{name}.ipynb" in badge.source
+    assert first.source.startswith("# ")
+    assert re.search(r"takes\s+(about\s+a\s+minute|one\s+to\s+two\s+minutes|seconds)", first.source)
+    assert last.source.startswith("## With your own ")
+    assert "`DATA`" in last.source
+
+
+def test_the_cells_of_the_setup_are_written_once_and_with_the_address_of_the_repository():
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+    notebook = new_notebook(cells=[new_markdown_cell("# Title"), new_code_cell("1")])
+    once = with_setup(notebook, "a.ipynb", "https://github.com/people/project")
+    sources = [cell.source for cell in once.cells]
+    assert sources[0] == (
+        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+        "(https://colab.research.google.com/github/people/project/blob/main/notebooks/a.ipynb)"
+    )
+    assert sources[1] == "# Title"
+    assert "git clone --quiet --depth 1 https://github.com/people/project sampo-checkout" in sources[2]
+    assert sources[3] == "1"
+    again = with_setup(once, "b.ipynb", "https://github.com/others/fork")
+    assert len(again.cells) == 4
+    assert "others/fork/blob/main/notebooks/b.ipynb" in again.cells[0].source
+
+
+def test_the_install_cell_clones_and_installs_only_where_sampo_is_missing(tmp_path, monkeypatch):
+    source = next(cell for cell in code_cells(read("length_bias")) if is_setup(cell.source)).source
+    commands = []
+    plain = re.sub(r"^(\s*)[!%](.*)$", r"\1run(\2)", source, flags=re.MULTILINE)
+    plain = re.sub(r"run\((.*)\)$", lambda match: f"run({match[1]!r})", plain, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(plain, {"run": commands.append})
+    assert (commands, Path.cwd()) == ([], tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "sampo-checkout" / "notebooks").mkdir(parents=True)
+    exec(plain, {"run": commands.append})
+    assert [command.split()[0] for command in commands] == ["git", "pip"]
+    assert Path.cwd() == tmp_path / "sampo-checkout" / "notebooks"
 
 
 # --- they run -------------------------------------------------------------------------------------------------------
@@ -150,7 +195,7 @@ def test_length_bias_audits_pairs_of_ones_own(tmp_path):
     assert_ran_to_the_end(done)
     assert f"{100 * longer:.1f} %" in said(done)
     assert "60 pairs" in said(done)
-    assert "put in" not in said(done)
+    assert "true value" not in said(done)
 
 
 @pytest.mark.slow
@@ -223,6 +268,16 @@ def test_pictures_lose_their_address_and_cells_their_time_stamps():
     assert [output.data for output in kept.cells[1].outputs] == [{"image/png": "AAAA"}, {"text/plain": "kept"}]
     assert kept.cells[1].metadata == {}
     assert "papermill" not in kept.metadata
+
+
+def test_printed_lines_are_one_output_however_the_kernel_divided_them():
+    from nbformat.v4 import new_output
+
+    notebook = notebook_of("1")
+    lines = [new_output("stream", name="stdout", text=f"{i}\n") for i in range(3)]
+    notebook.cells[1].outputs = [*lines[:2], new_output("display_data", {"text/plain": "x"}), lines[2]]
+    kept = light(notebook).cells[1].outputs
+    assert [output.get("text", "x") for output in kept] == ["0\n1\n", "x", "2\n"]
 
 
 def test_the_hash_changes_with_code_and_records_and_not_with_prose():
