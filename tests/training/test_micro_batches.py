@@ -1,4 +1,4 @@
-"""A batch cut into pieces: the same loss, gradients and log, with the memory of one piece; and the compact head."""
+"""Steps in full micro-batches: the loss, gradients and log of plain accumulation; and the compact head."""
 
 import random
 
@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig
 from streams import collate
 from tiny import make_pairs, make_tokenizer, save_model, training_options
-from transformers import MixtralConfig, MixtralForCausalLM
-from trl import DPOTrainer
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config_checks import BATCH_LOSSES, LOSS_TYPES
 from sampo.scoring.packing import lay_out
-from sampo.training.micro_batches import group_pairs, pair_tokens, put_pairs, take_pairs
+from sampo.training.micro_batches import by_pair, by_row, deal_groups, group_pairs, pair_tokens, widen_table
 
 sizes = st.integers(1, 14)
 shapes_of_pairs = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=7)
@@ -41,41 +40,83 @@ def make_trainer(model, tmp_path, data=None, **options):
 # --- which pairs go together -----------------------------------------------------------------------------------------
 
 
+def one_pair(batch, i):
+    """As a batch without padding."""
+    rows = [i, i + len(batch["input_ids"]) // 2]
+    length = int(batch["attention_mask"][rows].sum(dim=1).max())
+    return {name: value[rows, :length] for name, value in batch.items()}
+
+
 @given(shapes=shapes_of_pairs, seed=st.integers(0, 50))
 @settings(max_examples=40, deadline=None)
 def test_the_tokens_of_a_pair_are_those_that_the_stream_lays_out_for_it(shapes, seed):
     batch = collate(shapes, seed, max_length=18, mode=random.Random(seed).choice(["keep_start", "keep_end"]))
-    streamed, longest = pair_tokens(batch)
-    for i in range(len(shapes)):
-        alone = take_pairs(batch, [i])
+    for i, (streamed, longest) in enumerate(pair_tokens(batch).tolist()):
+        alone = one_pair(batch, i)
         laid = lay_out(alone["input_ids"], alone["attention_mask"], alone["completion_mask"])
-        assert streamed[i] == laid.input_ids.numel()
-        assert longest[i] == alone["attention_mask"].sum(dim=1).max()
-        assert alone["input_ids"].size(1) == longest[i]
+        assert streamed == laid.input_ids.numel()
+        assert longest == alone["input_ids"].size(1)
 
 
 def test_a_prompt_that_only_begins_like_the_other_is_not_shared():
     rows = [{"prompt_ids": [5, 0], "chosen_ids": [7], "rejected_ids": [8]}]
     batch = DataCollatorForPreference(pad_token_id=0)(rows)
-    assert pair_tokens(batch)[0] == [3]  # 5 | 0 | 0, and each last token predicts nothing
+    assert pair_tokens(batch)[0, 0] == 3  # 5 | 0 | 0, and each last token predicts nothing
     batch["completion_mask"][1, 1] = 1  # the rejected row's prompt is 5, and padding looks like the token 0
-    assert pair_tokens(batch)[0] == [4]
+    assert pair_tokens(batch)[0, 0] == 4
+
+
+def cost_of(group, tokens, padded):
+    """By hand: all rows at the length of the longest, or the sum."""
+    if padded:
+        return sum(2 * max(tokens[j][1] for j in group) for _ in group)
+    return sum(tokens[i][0] for i in group)
 
 
 @given(
     tokens=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=9),
     limit=st.integers(1, 200),
     padded=st.booleans(),
-    at_least=st.integers(1, 12),
+    processes=st.integers(1, 4),
 )
-def test_every_pair_is_in_one_group_and_no_group_of_several_is_over_the_limit(tokens, limit, padded, at_least):
+def test_every_pair_is_in_one_group_and_no_group_of_several_is_over_the_limit(tokens, limit, padded, processes):
     streamed, longest = [s for s, _ in tokens], [n for _, n in tokens]
-    groups = group_pairs(streamed, longest, limit, padded=padded, at_least=at_least)
+    groups = group_pairs(streamed, longest, limit, padded=padded, processes=processes)
     assert sorted(i for group in groups for i in group) == list(range(len(tokens)))
-    assert len(groups) >= min(at_least, len(tokens))
+    assert all(groups)
+    assert len(groups) % processes == 0 or len(groups) == len(tokens)
     for group in groups:
-        cost = 2 * len(group) * max(longest[i] for i in group) if padded else sum(streamed[i] for i in group)
-        assert len(group) == 1 or cost <= limit
+        assert len(group) == 1 or cost_of(group, tokens, padded) <= limit
+    dealt = deal_groups(groups, [cost_of(group, tokens, padded) for group in groups], processes)
+    assert sorted(group for each in dealt for group in each if group) == sorted(groups)
+    assert {len(each) for each in dealt} == {-(-len(groups) // processes)}
+    assert all(all(each[:-1]) for each in dealt)  # only the last forward of a process may be empty
+
+
+def partitions(items):
+    """All ways to put items into groups."""
+    if not items:
+        yield []
+        return
+    for rest in partitions(items[1:]):
+        yield [[items[0]], *rest]
+        for i in range(len(rest)):
+            yield [*rest[:i], [items[0], *rest[i]], *rest[i + 1 :]]
+
+
+@given(
+    tokens=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=6),
+    limit=st.integers(1, 200),
+    padded=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_groups_are_as_few_as_can_be_or_for_streams_one_more(tokens, limit, padded):
+    def fits(groups):
+        return all(len(group) == 1 or cost_of(group, tokens, padded) <= limit for group in groups)
+
+    fewest = min(len(groups) for groups in partitions(list(range(len(tokens)))) if fits(groups))
+    groups = group_pairs([s for s, _ in tokens], [n for _, n in tokens], limit, padded=padded)
+    assert fewest <= len(groups) <= fewest + (not padded)
 
 
 def test_groups_are_few_and_of_like_size():
@@ -83,18 +124,30 @@ def test_groups_are_few_and_of_like_size():
     groups = group_pairs(streamed, streamed, 100, padded=False)
     assert len(groups) == 2  # 200 tokens
     assert sorted(sum(streamed[i] for i in group) for group in groups) == [100, 100]
+    longest = [100, 10, 10, 10, 10, 10, 10, 10]
+    assert sorted(map(len, group_pairs(longest, longest, 200, padded=True))) == [1, 7]
 
 
-def test_pieces_put_back_are_the_batch():
-    batch = collate([(3, 4, 5), (2, 9, 1), (6, 2, 2)])
-    rows = torch.rand(batch["input_ids"].shape) * batch["attention_mask"]
-    for name, whole in {"rows": rows, "places": rows[:, 1:], "numbers": torch.rand(6), "pairs": torch.rand(3)}.items():
-        back = torch.zeros_like(whole)
-        for group in ([2, 0], [1]):
-            taken = take_pairs({**batch, "it": whole}, group)
-            assert name != "places" or taken["it"].size(1) == taken["input_ids"].size(1) - 1
-            put_pairs(back, group, taken["it"], n_pairs=3)
-        assert torch.equal(back, whole), name
+def test_processes_get_like_tokens_at_each_forward_and_in_total():
+    groups = [[0], [1], [2], [3], [4], [5]]
+    dealt = deal_groups(groups, [60, 50, 40, 30, 20, 10], 2)
+    assert dealt == [[[0], [3], [4]], [[1], [2], [5]]]  # 60, 30, 20 and 50, 40, 10
+    assert deal_groups([[0], [1], [2]], [3, 2, 1], 2) == [[[0], []], [[1], [2]]]
+
+
+def test_rows_by_pair_and_back_are_the_rows():
+    rows = {
+        "both": torch.rand(6, 5),
+        "numbers": torch.rand(6),
+        "pairs": torch.rand(3),
+        "flags": torch.rand(6, 4) > 0.5,
+    }
+    table = by_pair(rows, 3)
+    assert torch.equal(table["both"][1], rows["both"][[1, 4]])
+    assert table["pairs"].shape == (3, 1)
+    back = by_row(widen_table(widen_table(table, 2), -2))
+    assert all(torch.equal(back[name], rows[name]) for name in rows)
+    assert widen_table(table, 2)["flags"].shape == (3, 2, 6)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -123,89 +176,142 @@ def log_of(trainer):
     return steps
 
 
+def watch_forwards(trainer):
+    """Fills with (step, number of tokens) of each forward of the policy that is back-propagated."""
+    seen = []
+    trainer.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            seen.append((trainer.state.global_step, kwargs["input_ids"].numel())) if torch.is_grad_enabled() else None
+        ),
+        with_kwargs=True,
+    )
+    return seen
+
+
+# 22 pairs in batches of 3: the last batch of an epoch has one pair, and its step has two batches instead of three.
+ACCUMULATED = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "max_steps": 4}
+
+
 @pytest.mark.parametrize(
     ("options", "stream"),
     [(o, "true") for o in LOSSES] + [(o, stream) for o in RUNS for stream in ("true", "false")],
     ids=lambda value: str({**value, "peft_config": "LoRA"} if "peft_config" in value else value),
 )
-def test_a_run_in_pieces_has_the_log_of_a_run_without(model_folder, tmp_path, options, stream):
-    seen = []
+def test_a_run_in_full_micro_batches_has_the_log_of_plain_accumulation(model_folder, tmp_path, options, stream):
     logs, weights = [], []
     for limit in (None, 90):
         trainer = make_trainer(
             model_folder,
             tmp_path,
+            make_pairs(22),
             pair_stream=stream,
             max_tokens_per_forward=limit,
-            per_device_train_batch_size=6,
-            max_steps=3,
-            **options,
+            include_num_input_tokens_seen="non_padding",
+            **{**ACCUMULATED, **options},
         )
-        trainer.model.base_model.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()) if torch.is_grad_enabled() else None,
-            with_kwargs=True,
-        )
+        seen = watch_forwards(trainer)
         logs.append(log_of(trainer))
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]))
-        largest = max(seen)
-        seen.clear()
-    assert largest <= 90
+    assert max(tokens for _, tokens in seen) <= 90
     coarse = 2e-2 if options.get("bf16") else 2e-4  # rounding of sums in another order, and Adam's own of 1e-8
-    for whole, pieces in zip(*logs, strict=True):
+    for plain, filled in zip(*logs, strict=True):
         of_margins = {"length_gap/correlation", "length_gap/slope"}  # rounding decides while all margins are 0
-        assert whole.keys() - of_margins == pieces.keys() - of_margins
-        for name, value in whole.items():
+        assert plain.keys() - of_margins == filled.keys() - of_margins
+        for name, value in plain.items():
             rounded = options.get("bf16") or options.get("precompute_ref_log_probs")
             if name not in of_margins and not (rounded and "accuracies" in name):
-                assert pieces[name] == pytest.approx(value, rel=coarse, abs=coarse), name
+                assert filled[name] == pytest.approx(value, rel=coarse, abs=coarse), name
     if not options.get("bf16"):  # there Adam makes a whole step of a gradient that is rounding
         assert (weights[0] - weights[1]).abs().max() < 1e-4
 
 
-def test_the_gradients_of_the_pieces_add_up_to_those_of_the_batch(model_folder, tmp_path):
+def one_step(trainer, n_batches):
+    """Loss and gradients of the first step, and the batches, as the training loop asks for them."""
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), n_batches, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(batches)
+    loss = sum(trainer.training_step(trainer.model, batch) for batch in batches)
+    return [loss, *(p.grad for p in trainer.model.parameters())], batches
+
+
+@pytest.mark.parametrize("losses", [["ipo"], ["sigmoid", "sft"]])
+@pytest.mark.parametrize("limit", [60, 10_000])
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_the_gradients_of_the_micro_batches_add_up_to_those_of_the_step(model_folder, tmp_path, losses, limit, stream):
     gradients = []
-    for limit in (None, 60):
-        trainer = make_trainer(
-            model_folder, tmp_path, max_tokens_per_forward=limit, per_device_train_batch_size=8, loss_type="ipo"
-        )
-        batch = next(iter(trainer.get_train_dataloader()))
-        trainer.current_gradient_accumulation_steps = 1
-        loss = trainer.training_step(trainer.model, batch)
-        gradients.append([loss, *(p.grad for p in trainer.model.parameters())])
-    for whole, pieces in zip(*gradients, strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+    options = {"per_device_train_batch_size": 3, "loss_type": losses, "pair_stream": stream}
+    for each in (None, limit):  # batches of 3, 3 and 2 pairs, each a mean of its own
+        trainer = make_trainer(model_folder, tmp_path, make_pairs(8), max_tokens_per_forward=each, **options)
+        found, batches = one_step(trainer, 3)
+        gradients.append(found)
+    assert [len(batch["input_ids"]) for batch in batches] == [6, 6, 4]
+    for plain, filled in zip(*gradients, strict=True):
+        torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_piece_is_back_propagated_before_the_next_is_computed(model_folder, tmp_path):
-    trainer = make_trainer(model_folder, tmp_path, max_tokens_per_forward=90, per_device_train_batch_size=8)
+@pytest.mark.parametrize(("limit", "forwards"), [(None, 8), (100_000, 1), (110, 2), (1, 8)])
+def test_an_accumulation_of_single_pairs_runs_in_as_few_forwards_as_the_limit_allows(
+    model_folder, tmp_path, limit, forwards
+):
+    trainer = make_trainer(
+        model_folder,
+        tmp_path,
+        make_pairs(24, min_len=4, max_len=6),
+        pair_stream="true",
+        token_weighting="all",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        max_tokens_per_forward=limit,
+        max_steps=3,
+    )
+    seen = watch_forwards(trainer)
+    substeps = []
+
+    class Substeps(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            substeps.append(state.global_step)
+
+    trainer.add_callback(Substeps())
+    trainer.train()
+    assert [step for step, _ in seen] == [step for step in range(3) for _ in range(forwards)]
+    assert substeps == [step for step in range(3) for _ in range(7)]
+    if limit == 110:  # of like size
+        assert all(abs(a[1] - b[1]) <= 7 for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_a_micro_batch_is_back_propagated_before_the_next_is_computed(model_folder, tmp_path):
+    trainer = make_trainer(
+        model_folder, tmp_path, pair_stream="false", max_tokens_per_forward=90, per_device_train_batch_size=8
+    )
     order = []
     trainer.model.base_model.register_forward_pre_hook(
         lambda *_: order.append("forward") if torch.is_grad_enabled() else None
     )
     backward = trainer.accelerator.backward
     trainer.accelerator.backward = lambda *args, **kwargs: (order.append("backward"), backward(*args, **kwargs))[1]
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    one_step(trainer, 1)
     assert len(order) >= 6
     assert order == ["forward", "backward"] * (len(order) // 2)
 
 
-def test_the_loss_of_trl_runs_once_for_each_micro_batch(model_folder, tmp_path, monkeypatch):
-    trainer = make_trainer(model_folder, tmp_path, max_tokens_per_forward=90, per_device_train_batch_size=8)
-    batch = next(iter(trainer.get_train_dataloader()))
-    trl_loss, rows = DPOTrainer._compute_loss, []
+def test_a_step_that_a_callback_stops_early_leaves_no_pairs_to_the_next(model_folder, tmp_path):
+    """The next call of `train` begins with its own batches."""
 
-    def counted(view, model, inputs, return_outputs):
-        rows.append(len(inputs["input_ids"]))
-        return trl_loss(view, model, inputs, return_outputs)
+    class StopAtSubstep(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 1
 
-    monkeypatch.setattr(DPOTrainer, "_compute_loss", counted)
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.training_step(trainer.model, batch)
-    n_micro_batches = len(trainer.micro_batch_groups(batch))
-    assert n_micro_batches >= 3
-    assert len(rows) == n_micro_batches
-    assert rows[-1] == 16  # the last one computes loss and metrics of all pairs
+    options = {"gradient_accumulation_steps": 2, "max_tokens_per_forward": 500, "logging_steps": 1}
+    trainer = make_trainer(model_folder, tmp_path, pair_stream="false", **options)
+    callback = StopAtSubstep()
+    trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    trainer.remove_callback(callback)
+    seen = []
+    share = trainer.share_pairs
+    trainer.share_pairs = lambda batches: seen.append([len(b["input_ids"]) // 2 for b in batches]) or share(batches)
+    trainer.train()
+    assert seen == [[4, 4]] * 3
 
 
 @pytest.mark.parametrize("loss", sorted(BATCH_LOSSES))
