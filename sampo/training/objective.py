@@ -118,8 +118,8 @@ class Objective:
             return 0.0
         logps, mask = scored.logps[: batch.n_pairs], batch.mask[: batch.n_pairs]
         if token_weights is None:
-            return -self.sft_weight * logps[mask].mean()
-        return -self.sft_weight * (token_weights[:, None] * logps * mask).sum()
+            return -(self.sft_weight * logps[mask].sum() / mask.sum())
+        return -(self.sft_weight * (token_weights[:, None] * logps * mask).sum())
 
     def _view(self, accelerator: Any) -> _View:
         """The trainer as TRL's loss sees it."""
