@@ -91,6 +91,9 @@ def test_every_pair_is_in_one_group_and_no_group_of_several_is_over_the_limit(to
     assert sorted(group for each in dealt for group in each if group) == sorted(groups)
     assert {len(each) for each in dealt} == {-(-len(groups) // processes)}
     assert all(all(each[:-1]) for each in dealt)  # only the last forward of a process may be empty
+    if not padded and len(groups) % processes == 0:
+        totals = [sum(cost_of(group, tokens, padded) for group in each) for each in dealt]
+        assert max(totals) - min(totals) <= max(streamed)
 
 
 def partitions(items):
