@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ..config_checks import AUTO
 from .micro_batches import MICRO_BATCH, MicroBatch, Step
+from .token_budget import find_token_budget
 
 
 class MicroBatchTrainer(Trainer):
@@ -22,6 +24,7 @@ class MicroBatchTrainer(Trainer):
 
     args: Any
     passes: Any
+    run_state: Any
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the batches are kept for the step."""
@@ -40,11 +43,20 @@ class MicroBatchTrainer(Trainer):
                 super().training_step(model, {**part.inputs, MICRO_BATCH: part}, num_items_in_batch)
         return torch.stack(step.losses).sum() / self.current_gradient_accumulation_steps
 
+    @property
+    def tokens_per_forward(self) -> int:
+        """`max_tokens_per_forward`; `auto` is found out once in a run and saved with its checkpoints."""
+        if self.args.max_tokens_per_forward != AUTO:
+            return self.args.max_tokens_per_forward
+        if self.run_state.tokens_per_forward is None:
+            self.run_state.tokens_per_forward = find_token_budget(self)
+        return self.run_state.tokens_per_forward
+
     def share_pairs(self, batches: list[dict[str, Any]]) -> Step:
         """The pairs of some batches in micro-batches, shared with the other processes."""
         return Step(
             [self._prepare_inputs(batch) for batch in batches],
-            self.args.max_tokens_per_forward,
+            self.tokens_per_forward,
             padded=not self.passes.packed,
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,

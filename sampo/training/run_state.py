@@ -1,4 +1,4 @@
-"""State of a run without the model, saved with every checkpoint: the epoch, and θ of a learned length penalty."""
+"""State of a run without the model, saved with every checkpoint: the epoch, θ of a length penalty, found numbers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .length_penalty import Theta
 
 
 class RunState(TrainerCallback, ExportableState):
-    """The index of the epoch, and θ of a learned length penalty.
+    """The index of the epoch, θ of a learned length penalty, and what was found out about the device.
 
     It is saved in `trainer_state.json` with every checkpoint. transformers restores callbacks only on request
     (`restore_callback_states_from_checkpoint`), so the state is taken back here.
@@ -16,11 +16,13 @@ class RunState(TrainerCallback, ExportableState):
     Attributes:
         epoch: index of the running epoch, 0, 1, … `state.epoch` itself is late by an epoch border for streamed data.
         theta: of the length penalty.
+        tokens_per_forward: what `max_tokens_per_forward: auto` has found, once it has.
     """
 
     def __init__(self, length_penalty_lr: float = 0.05, theta: float = 0.0):
         self.epoch = 0
         self.theta = Theta(length_penalty_lr, theta)
+        self.tokens_per_forward: int | None = None
         self._begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -29,6 +31,7 @@ class RunState(TrainerCallback, ExportableState):
         saved = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("attributes", {})
         if "adam" in saved:
             self.theta.restore(saved["adam"])
+        self.tokens_per_forward = saved.get("tokens_per_forward", self.tokens_per_forward)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epoch."""
@@ -41,7 +44,10 @@ class RunState(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps."""
-        return {"args": {"length_penalty_lr": self.theta.lr}, "attributes": {"adam": self.theta.state()}}
+        return {
+            "args": {"length_penalty_lr": self.theta.lr},
+            "attributes": {"adam": self.theta.state(), "tokens_per_forward": self.tokens_per_forward},
+        }
 
     @property
     def adam(self) -> dict[str, float]:

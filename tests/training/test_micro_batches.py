@@ -1,6 +1,10 @@
 """Steps in full micro-batches: the loss, gradients and log of plain accumulation; and the compact head."""
 
+import math
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +19,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.config_checks import BATCH_LOSSES, LOSS_TYPES
 from sampo.scoring.packing import lay_out
-from sampo.training.micro_batches import by_pair, by_row, deal_groups, group_pairs, pair_tokens, widen_table
+from sampo.training import micro_batch_trainer
+from sampo.training.batch import Draw, Scored
+from sampo.training.micro_batches import Step, by_pair, by_row, deal_groups, group_pairs, pair_tokens, widen_table
+from sampo.training.token_budget import largest_that_fits, probe
 
 sizes = st.integers(1, 14)
 shapes_of_pairs = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=7)
@@ -37,7 +44,7 @@ def make_trainer(model, tmp_path, data=None, **options):
     )
 
 
-# --- which pairs go together -----------------------------------------------------------------------------------------
+# --- which pairs go together ----------------------------------------------------------------------------------------
 
 
 def one_pair(batch, i):
@@ -153,7 +160,7 @@ def test_rows_by_pair_and_back_are_the_rows():
     assert widen_table(table, 2)["flags"].shape == (3, 2, 6)
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------------------------
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 LOSSES = [{"loss_type": name, "label_smoothing": 0.1} for name in sorted(LOSS_TYPES - BATCH_LOSSES)]
@@ -323,6 +330,156 @@ def test_losses_that_compare_the_pairs_of_a_batch_are_refused(tmp_path, loss):
         SamPOConfig(**training_options(tmp_path, loss_type=loss, max_tokens_per_forward=100))
 
 
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+class Processes:
+    """Several processes as threads: `gather` of each waits for all, and they must call it in the same order."""
+
+    def __init__(self, n):
+        self.barrier, self.values = threading.Barrier(n, timeout=20), [None] * n
+
+    def gather_of(self, rank):
+        def gather(value):
+            self.values[rank] = value
+            self.barrier.wait()
+            shapes = {(tuple(each.shape), each.dtype) for each in self.values}
+            assert len(shapes) == 1, shapes
+            found = torch.cat(self.values)
+            self.barrier.wait()
+            return found
+
+        return gather
+
+    def run(self, work):
+        """The result of `work(rank, gather)` of each."""
+        n = len(self.values)
+        with ThreadPoolExecutor(n) as pool:
+            return list(pool.map(lambda rank: work(rank, self.gather_of(rank)), range(n)))
+
+
+def scores_of(inputs):
+    """Numbers that tell rows and positions apart, as log-probs of a batch."""
+    rows = inputs["input_ids"].float() * inputs["attention_mask"]
+    sums = rows.sum(dim=1)
+    draw = Draw(weights=rows[:, 1:] / 2, ref_sums=-sums, scores=sums)
+    output = SimpleNamespace(
+        entropy=rows[:, 1:] * 3, is_top1=rows[:, 1:] > 30, mean_logits=None, log_sum_sq_probs=None
+    )
+    return Scored(output, rows[:, 1:], inputs["ref"], [draw], sums.view(2, -1).sum(dim=0))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sizes", [[[2, 2], [2, 2]], [[3, 1], [1, 1], [2, 2]], [[2], [1]], [[1], [1], [1], [4]]])
+def test_each_pair_is_computed_once_and_its_log_probs_return_to_its_batch(sizes, padded):
+    rng, batches = random.Random(3), []
+    for of_rank in sizes:
+        batches.append([])
+        for n_pairs in of_rank:
+            batch = collate([[rng.randint(1, 20) for _ in range(3)] for _ in range(n_pairs)], rng.randint(0, 99))
+            batches[-1].append({**batch, "ref": torch.rand(batch["input_ids"][:, 1:].shape)})
+
+    def work(rank, gather):
+        parts, weights = [], []
+        options = {"padded": padded, "processes": len(sizes), "rank": rank, "gather": gather}
+        step = Step(batches[rank], 120, **options)
+        for part in step:
+            n_pairs = len(part.inputs["input_ids"]) // 2
+            parts += [part.inputs["input_ids"][[i, i + n_pairs]] for i in range(n_pairs) if part.pairs]
+            weights += [
+                part.pair_weights,
+                part.token_weights * part.inputs["completion_mask"][:n_pairs, 1:].sum(dim=1),
+            ]
+            part.keep(scores_of(part.inputs))
+        return len(list(step)), parts, sum(each.sum() for each in weights), step.scored_batches()
+
+    done = Processes(len(sizes)).run(work)
+    assert len({n_forwards for n_forwards, *_ in done}) == 1
+    computed = [tuple(row[row > 0].tolist()) for _, parts, *_ in done for part in parts for row in part]
+    given = [tuple(row[row > 0].tolist()) for each in batches for batch in each for row in batch["input_ids"]]
+    assert sorted(computed) == sorted(given)
+    n_batches = sum(map(len, sizes))
+    assert sum(total for *_, total, _ in done) == pytest.approx(2 * n_batches)  # each batch has two means
+    for (*_, found), own in zip(done, batches, strict=True):
+        for scored, batch in zip(found, own, strict=True):
+            expected = scores_of(batch).tensors()
+            actual = scored.tensors()
+            assert actual.keys() == expected.keys()
+            for name in expected.keys() - {"ref_logps"}:
+                assert torch.equal(actual[name], expected[name]), name
+            real = batch["attention_mask"][:, 1:].bool()
+            assert torch.equal(scored.ref_logps[real], batch["ref"][real])
+
+
+# --- auto ------------------------------------------------------------------------------------------------------------
+
+
+@given(room=st.integers(10, 5000), one=st.integers(1, 10), most=st.integers(1, 300))
+def test_the_budget_is_the_largest_that_fits_to_one_pair_or_a_sixteenth(room, one, most):
+    asked = []
+    found = largest_that_fits(lambda tokens: asked.append(tokens) or tokens <= room, one, most)
+    assert found % one == 0
+    best = min(room // one, most) * one
+    assert best - max(one, best / 16) <= found <= best
+    assert max(asked) <= 2 * best + one  # never far more than fits
+    assert len(asked) <= 2 + 2 * math.log2(most + 1)
+
+
+def test_a_pair_that_does_not_fit_is_an_error_with_advice():
+    with pytest.raises(RuntimeError, match=r"must fit the memory of the device, got out of memory at 64 tokens"):
+        largest_that_fits(lambda tokens: False, 64, 8)
+
+
+def test_the_probe_runs_out_of_memory_and_leaves_nothing_behind(model_folder, tmp_path):
+    trainer = make_trainer(
+        model_folder, tmp_path, pair_stream="true", max_tokens_per_forward="auto", gradient_accumulation_steps=8
+    )
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in trainer.train_dataset
+    )
+    seen = []
+
+    def run_out(module, args, kwargs):
+        seen.append(kwargs["input_ids"].numel())
+        if seen[-1] > 500:
+            raise torch.OutOfMemoryError
+
+    hook = trainer.model.base_model.register_forward_pre_hook(run_out, with_kwargs=True)
+    before = torch.get_rng_state()
+    budget = probe(trainer)
+    hook.remove()
+    pairs = 500 // (2 * (longest - 1))
+    assert 0.9 * 2 * longest * (pairs * 15 / 16 - 1) <= budget <= 0.9 * 2 * longest * pairs
+    assert max(seen) > 500
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_auto_is_found_once_said_and_kept_in_the_checkpoint(model_folder, tmp_path, monkeypatch, caplog):
+    found = iter([120, 70])
+    monkeypatch.setattr(micro_batch_trainer, "find_token_budget", lambda trainer: next(found))
+    options = {"pair_stream": "true", "max_tokens_per_forward": "auto", "save_strategy": "steps", "save_steps": 1}
+    options |= {"gradient_accumulation_steps": 3}
+    whole = make_trainer(model_folder, tmp_path, **options)
+    log = log_of(whole)
+    resumed = make_trainer(model_folder, tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.tokens_per_forward == whole.tokens_per_forward == 120
+    losses = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
+    assert losses == [entry["loss"] for entry in log if "loss" in entry]
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    monkeypatch.undo()
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(model_folder, tmp_path / "c", max_tokens_per_forward="auto", max_steps=1)
+        trainer.train()
+    assert trainer.tokens_per_forward == 4096
+    assert caplog.text.count("max_tokens_per_forward: auto takes 4,096 tokens") == 1
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("value", [0, -3, 2.5, "many"])
 def test_a_limit_that_is_no_count_is_refused(tmp_path, value):
     with pytest.raises(ValueError, match="`max_tokens_per_forward` must be a whole number of at least 1"):
@@ -350,7 +507,7 @@ def test_what_cannot_be_cut_at_pair_borders_is_refused(model_folder, tmp_path):
         make_trainer(folder, tmp_path, max_tokens_per_forward=100)
 
 
-# --- the head --------------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------------------------
 
 
 def projected(trainer, monkeypatch):
