@@ -67,20 +67,51 @@ def group_pairs(streamed: list[int], longest: list[int], limit: int, *, padded: 
     """
     sizes = longest if padded else streamed
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    fewest = -(-sum(sizes) * (2 if padded else 1) // (limit * processes)) * processes
+    groups = (_fill_with_like_sizes if padded else _fill_first_fit)(order, sizes, limit)
+    count = min(-(-len(groups) // processes) * processes, len(order))
+    balanced = (_split_like_sizes if padded else _spread)(order, sizes, count)
+
+    def cost(group: list[int]) -> int:
+        return group_cost(group, streamed, longest, padded=padded)
+
+    if all(cost(group) <= limit or len(group) == 1 for group in balanced):
+        groups = balanced
+    while len(groups) < count:
+        largest = max((group for group in groups if len(group) > 1), key=cost)
+        groups.remove(largest)
+        groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return groups
+
+
+def _fill_first_fit(order: list[int], sizes: list[int], limit: int) -> Groups:
+    """Each pair, the largest first, into the first group with room: at most 11/9 of the fewest groups, and one."""
     groups: Groups = []
-    for count in range(max(fewest, processes), len(order) + processes, processes):
-        groups = _split_like_sizes(order, longest, count) if padded else _spread(order, streamed, count)
-        costs = [group_cost(group, streamed, longest, padded=padded) for group in groups]
-        if all(cost <= limit or len(group) == 1 for cost, group in zip(costs, groups, strict=True)):
-            return groups
-    return [[i] for i in order]
+    room: list[int] = []
+    for i in order:
+        number = next((number for number, left in enumerate(room) if sizes[i] <= left), len(groups))
+        if number == len(groups):
+            groups.append([])
+            room.append(limit)
+        groups[number].append(i)
+        room[number] -= sizes[i]
+    return groups
+
+
+def _fill_with_like_sizes(order: list[int], longest: list[int], limit: int) -> Groups:
+    """The next largest pair into the last group, if it has room: the fewest groups, for the longest row decides."""
+    groups: Groups = []
+    for i in order:
+        if groups and 2 * (len(groups[-1]) + 1) * longest[groups[-1][0]] <= limit:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _spread(order: list[int], sizes: list[int], count: int) -> Groups:
     """The next largest pair to the smallest group."""
-    groups: Groups = [[] for _ in range(min(count, len(order)))]
-    heap = [(0, number) for number in range(len(groups))]
+    groups: Groups = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
     for i in order:
         total, number = heap[0]
         groups[number].append(i)
@@ -89,28 +120,13 @@ def _spread(order: list[int], sizes: list[int], count: int) -> Groups:
 
 
 def _split_like_sizes(order: list[int], longest: list[int], count: int) -> Groups:
-    """Like with like, because the longest row decides: the split that makes the largest group cheapest."""
-
-    def fill(limit: int) -> Groups:
-        groups: Groups = []
-        for i in order:
-            if groups and 2 * (len(groups[-1]) + 1) * longest[groups[-1][0]] <= limit:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return groups
-
+    """At most so many groups of like sizes, of which the most expensive one is as cheap as it can be."""
     low, high = 2 * longest[order[0]], 2 * longest[order[0]] * len(order)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(fill(middle)) <= count else (middle + 1, high)
-    groups = fill(low)
-    while len(groups) < min(count, len(order)):
-        costs = [2 * len(group) * longest[group[0]] * (len(group) > 1) for group in groups]
-        largest = costs.index(max(costs))
-        group = groups[largest]
-        groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
-    return groups
+        enough = len(_fill_with_like_sizes(order, longest, middle)) <= count
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return _fill_with_like_sizes(order, longest, low)
 
 
 def deal_groups(groups: Groups, costs: list[int], processes: int) -> list[Groups]:
