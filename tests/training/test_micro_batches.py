@@ -141,6 +141,12 @@ def test_groups_are_few_and_of_like_size():
     assert sorted(sum(streamed[i] for i in group) for group in groups) == [100, 100]
     longest = [100, 10, 10, 10, 10, 10, 10, 10]
     assert sorted(map(len, group_pairs(longest, longest, 200, padded=True))) == [1, 7]
+    sizes = [3, 3, 2, 2, 2]  # the next largest to the smallest group would need three
+    assert sorted(sorted(sizes[i] for i in group) for group in group_pairs(sizes, sizes, 6, padded=False)) == [
+        [2, 2, 2],
+        [3, 3],
+    ]
+    assert len(group_pairs([10, 5, 5], [10, 5, 5], 99, padded=True, processes=3)) == 3  # two would be as cheap
 
 
 def test_processes_get_like_tokens_at_each_forward_and_in_total():
@@ -321,6 +327,7 @@ def test_a_step_that_a_callback_stops_early_leaves_no_pairs_to_the_next(model_fo
     trainer.add_callback(callback)
     trainer.train()
     assert trainer.state.global_step == 1
+    assert all(p.grad is None for p in trainer.model.parameters())  # nothing is computed before the last batch
     trainer.remove_callback(callback)
     seen = []
     share = trainer.share_pairs
