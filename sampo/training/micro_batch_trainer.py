@@ -1,6 +1,6 @@
 """A trainer that computes each optimiser step in full micro-batches (`max_tokens_per_forward`).
 
-What it relies on in transformers 5.23, pinned by tests/training/test_micro_batches.py: `get_batch_samples` returns all
+What it relies on in transformers 5.23, pinned by tests/training/test_trl_contract.py: `get_batch_samples` returns all
 batches of a step, and `training_step` is called with each of them in turn, the last time with gradients synchronised.
 It divides the loss of a call by `current_gradient_accumulation_steps`, their number. All else that the loop counts, it
 counts by these batches.

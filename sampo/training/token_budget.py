@@ -2,7 +2,7 @@
 
 On CUDA it is found before the first step, by forward and backward passes over pairs as long as the longest of the
 data: their number doubles until the memory is exhausted, and then the interval is halved. A tenth is kept free.
-Elsewhere it is 4,096: main memory seldom ends a run, and on a CPU a longer row is not faster.
+Elsewhere it is 4,096, a pair of 2 × 2,048 tokens: a CPU's system kills a process that tries out its memory.
 """
 
 from collections.abc import Callable
