@@ -210,11 +210,11 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, outputs=outputs)
 
     def _micro_batch_loss(self, model: Any, part: MicroBatch, batch: PairBatch, scored: Scored) -> Tensor:
-        """Of the last micro-batch, after the loss and the metrics of each batch of the step."""
+        """Of a micro-batch; with the last one, loss and metrics of each batch of the step are computed too."""
         loss = self.objective.of_micro_batch(model, batch, scored, self.length_penalty.shift(batch.lengths), part)
         check_finite(loss, batch, scored, f"step {self.state.global_step + 1} (train)")
         part.keep(scored)
-        if part.is_last:  # before it is back-propagated, for DeepSpeed then updates the weights
+        if part.is_last:  # now, because DeepSpeed updates the weights when this one is back-propagated
             step = part.step
             for inputs, of_batch in zip(step.batches, step.scored_batches(), strict=True):
                 full = self.weigher.find_completions(inputs, batch.epoch)
