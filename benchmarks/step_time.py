@@ -58,6 +58,10 @@ class Log:
         comparable = args.commit and not args.commit.endswith("-dirty") and not args.fresh
         self.done = {(r.name, r.key) for r in results.read(self.path) if comparable and r.commit == args.commit}
 
+    def is_of_this_run(self, record) -> bool:
+        """Whether the record has this run's settings and commit."""
+        return record.commit == self.about["commit"] and self.config.items() <= record.config.items()
+
     def has(self, name: str, **config) -> bool:
         return (name, results.config_key(self.config | config)) in self.done
 
@@ -78,10 +82,10 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores (CPU)"
 
 
-def command_of(args) -> str:
+def command_of(args, parser, script: str = "step_time") -> str:
     """The command line, with a variable for each folder of this machine."""
-    words = ["python", "benchmarks/step_time.py"]
-    for name, default in vars(make_parser().parse_args([])).items():
+    words = ["python", f"benchmarks/{script}.py"]
+    for name, default in vars(parser.parse_args([])).items():
         value = getattr(args, name)
         if name == "out" or value == default:
             continue
@@ -312,7 +316,8 @@ def main() -> None:
     if args.data and args.shape != "hh":
         sys.exit(f"`--data` has its own lengths, got `--shape {args.shape}` beside it. Leave one of them out.")
     # the commit is asked for once: somebody may commit documents while this runs
-    args.command, args.commit, args.purpose = command_of(args), results.commit(), None
+    args.command, args.commit, args.purpose = command_of(args, make_parser()), results.commit(), None
+    args.benchmark = "step_time"
     if args.tiny:
         vars(args).update(TINY)
     # a fork of a server that has imported everything and computed nothing: quick, and alike for all

@@ -245,3 +245,17 @@ def results_tables(records: list[Record]) -> str:
         if any("group_seconds" in numbers for numbers in run.sides.values()):
             lines += ["### Where the time goes", "", about(run), "", *profile_table(run), ""]
     return "\n".join(lines[:-1] or ["Nothing is recorded."])
+
+
+def class_swap_table(records: list[Record], setting: dict) -> list[str]:
+    """Pairs per second of each side through `train()`, against TRL and against the limit."""
+    found = [r for r in records if setting.items() <= r.config.items()]
+    seconds: dict[str, list[float]] = {}
+    for record in found:
+        if record.name == "seconds":
+            seconds.setdefault(record.config["side"], []).append(record.value)
+    heads = ["side", "pairs/s"]
+    lines = [row(heads), row(["---"] * len(heads))]
+    for side, values in seconds.items():
+        lines.append(row([side, f"{setting['batch'] * setting['batches'] / median(values):.3g}"]))
+    return lines

@@ -44,6 +44,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
         "initializer_range": 0.2,
     },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "qwen2.5-0.5b": {"model_type": "qwen2", "max_position_embeddings": 32768, **sizes_of(MODEL_SHAPES["0.5B"])},
     "llama-3-8b": {"model_type": "llama", "max_position_embeddings": 8192, **sizes_of(MODEL_SHAPES["8B"])},
 }
@@ -154,26 +165,31 @@ def count_tokens(tokenizer, pair) -> tuple[int, int, int]:
 
 
 def typical_drawn_rows(args, n_words: int):
-    """Random words whose numbers follow the shape: a name of `SHAPES`, or `prompt:chosen:rejected` for all pairs."""
+    """The typical of drawn rows."""
+    lengths = drawn_lengths(args, 2 * POOL * args.batch if args.shape in SHAPES else args.batch * args.batches)
+    return rows_of_words([lengths[i] for i in typical_rows(args, lengths)], n_words, args.seed)
+
+
+def drawn_lengths(args, n: int) -> list[tuple[int, ...]]:
+    """Tokens of prompt, chosen and rejected of n rows: a name of `SHAPES`, or `prompt:chosen:rejected` for all."""
+    if args.shape not in SHAPES:
+        return [tuple(map(int, args.shape.split(":")))] * n
+    rng = random.Random(args.seed)
+    # TRL adds the end token, and both completions must not be empty
+    return [tuple(max(2, round(rng.lognormvariate(log(mid), sd))) for mid, sd in SHAPES[args.shape]) for _ in range(n)]
+
+
+def rows_of_words(lengths: list[tuple[int, ...]], n_words: int, seed: int):
+    """Random words whose numbers are these lengths."""
     from datasets import Dataset
 
-    rng = random.Random(args.seed)
-    if args.shape in SHAPES:
-        parts = SHAPES[args.shape]
-        # TRL adds the end token, and both completions must not be empty
-        draw = [
-            tuple(max(2, round(rng.lognormvariate(log(median), sd))) for median, sd in parts)
-            for _ in range(2 * POOL * args.batch)
-        ]
-    else:
-        prompt, chosen, rejected = map(int, args.shape.split(":"))
-        draw = [(prompt, chosen, rejected)] * (args.batch * args.batches)
+    rng = random.Random(seed)
 
     def text(n: int) -> str:
         return "".join(f"w{rng.randrange(n_words)} " for _ in range(n))
 
-    rows = [draw[i] for i in typical_rows(args, draw)]
-    return Dataset.from_list([{"prompt": text(p), "chosen": text(c - 1), "rejected": text(r - 1)} for p, c, r in rows])
+    rows = [{"prompt": text(p), "chosen": text(c - 1), "rejected": text(r - 1)} for p, c, r in lengths]
+    return Dataset.from_list(rows)
 
 
 def word_tokenizer(n_words: int):
@@ -192,4 +208,4 @@ def label_of(args) -> dict[str, Any]:
     model = Path(args.model).name if args.model else args.config
     names = ("shape", "dtype", "threads", "batch", "batches", "max_length", "seed")
     data = Path(args.data).name if args.data else "random words"
-    return {"benchmark": "step_time", "model": model, "data": data, **{name: getattr(args, name) for name in names}}
+    return {"benchmark": args.benchmark, "model": model, "data": data, **{name: getattr(args, name) for name in names}}

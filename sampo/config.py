@@ -116,11 +116,12 @@ class SamPOConfig(DPOConfig):
         },
     )
     pair_stream: str = field(
-        default="false",
+        default="auto",
         metadata={
-            "help": "Lay each batch out as one row without padding and with each prompt computed once: `auto` where "
-            "the model allows it and the first batch agrees with the plain forward, `true` or an error, `false`. "
-            "Exact up to rounding. Measured on CPU only.",
+            "help": "Lay each batch out as one row without padding and with each prompt computed once. `auto` does so "
+            "where it is exact up to rounding and faster: it computes and times the first batches both ways. A model "
+            "that cannot do it gets rows grouped by length, which need little padding, else the plain forward of TRL. "
+            "`true` does so or raises an error. `false` is the plain forward.",
             "choices": list(PAIR_STREAMS),
         },
     )

@@ -198,6 +198,7 @@ class CachedReferenceTrainer(DPOTrainer):
             yield
         finally:
             self.ref_model = None
+            self.passes.forget(reference)
 
     @contextmanager
     def _scoring_rows(self) -> Iterator[ScoreRows]:

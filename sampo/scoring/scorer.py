@@ -1,11 +1,10 @@
 """The one way to score tokens: a model, a batch, positions and k targets give the log-probs of each target.
 
-One forward pass gives them all, packed where that is exact and else over padded rows. The first batch of each model is
-computed both ways before the packed forward is trusted. Policy and reference of a training run, the reference cache,
-`sampo diagnose`, the implicit-reward judge and `sampo merge` all score through [`Scorer`].
+One forward pass gives them all, over packed rows where that is exact and faster, else over rows grouped by length or
+over padded rows (`ways`). Policy and reference of a training run, the reference cache, `sampo diagnose`, the
+implicit-reward judge and `sampo merge` all score through [`Scorer`].
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
-from ..logs import get_logger
-from .attention import StreamRefused, describe_error
-from .lm_head import score_positions
-from .packing import RowsTooLong, Stream, install, lay_out, score_packed, too_long, uninstall, why_not
+from .cpu_head import fast_head
+from .lm_head import PER_TOKEN, score_positions
+from .packing import Stream, lay_out, score_packed
+from .ways import GROUPED, PACKED, PADDED, Ways, group_rows
 
-logger = get_logger(__name__)
-
-MODES = ("auto", "true", "false")  # of `pair_stream`
+N_GROUPS = 4  # forwards of rows grouped by length: a constant, so that all processes run as many
 MASKS = ("input_ids", "attention_mask", "completion_mask")
 
 
@@ -102,13 +99,14 @@ def masked_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 class Scorer:
-    """Scores tokens of batches with one or several models, packed where that is exact.
+    """Scores tokens of batches with one or several models, by the fastest exact forward.
 
     Args:
         models: all that will score, not wrapped, with TRL's fused head: a policy, and its reference if it is another
             model.
         pair_stream: `auto`, `true` or `false`.
         refuse: a reason against packing that the caller knows of.
+        may_group: the rows of a batch can be computed in several forwards.
         reduced: the models compute in less than float32, so that rounding is larger.
         head: how padded rows are scored. `positions`: TRL's head gets the scored positions only. `labels`: the model
             is called with padded labels, as TRL calls it, because it is compiled or its rows are not those of the
@@ -116,7 +114,7 @@ class Scorer:
         unwrap: from the model that is called to the one that `models` holds.
         options: from the inputs of a batch to what the model's padded forward gets.
         autocast: entered around each pass.
-        largest: of a number, the largest over all processes, so that all decide alike.
+        largest: of each number of a tensor, the largest over all processes, so that all decide alike.
 
     Raises:
         ValueError: `pair_stream: true`, and there is a reason against it.
@@ -128,15 +126,17 @@ class Scorer:
         *,
         pair_stream: str = "auto",
         refuse: str | None = None,
+        may_group: bool = True,
         reduced: bool = False,
         head: str = "positions",
         unwrap: Callable[[Any], Any] = lambda model: model,
         options: Callable[[dict[str, Any]], dict[str, Any]] = masked_inputs,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        largest: Callable[[Tensor], float] = Tensor.item,
+        largest: Callable[[Tensor], list[float]] = Tensor.tolist,
     ):
         self.models, self._head = list(models), head
-        self.packing = Packing(pair_stream, models, refuse=refuse)
+        self._head_function = nullcontext if pair_stream == "false" else fast_head  # `false` is TRL's to the bit
+        self.ways = Ways(pair_stream, models, refuse=refuse, may_group=may_group)
         self._tolerance = 0.1 if reduced else 1e-4  # rounding is a few hundredths in bf16 and 1e-6 in float32
         self._unwrap, self._options, self._autocast, self._largest = unwrap, options, autocast, largest
 
@@ -151,26 +151,29 @@ class Scorer:
             more: what this pass gives the model's padded forward beside the scorer's `options`.
         """
         each = list(targets) or [batch.inputs["input_ids"][:, 1:]]
-        with self._autocast():
-            if self.packing.is_to_be_compared(self._unwrap(model)):
+        with self._autocast(), self._head_function():
+            unwrapped = self._unwrap(model)
+            if self.ways.is_on_trial(unwrapped):
                 self._compare(model, batch, positions, each)
-            if self.packing.takes(batch):
-                output, others = self._packed(model, batch, positions, each)
-            else:
-                output, others = self._padded(model, batch, positions, each, **more)
+            way = self.ways.of(unwrapped, lambda: batch.stream)
+            output, others = self._score(way, model, batch, positions, each, **more)
         n = batch.inputs["input_ids"].size(1) - 1
         return Scores(output, [scored[:, -n:] for scored in (output.log_probs, *others)])
 
-    def _packed(self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        return score_packed(model, _base(self._unwrap(model)).base_model, batch.stream, positions, targets)
+    def _score(
+        self, way: str, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any
+    ) -> tuple[Any, list[Tensor]]:
+        if way == PACKED:
+            backbone = _base(self._unwrap(model)).base_model
+            return score_packed(model, backbone, batch.stream, positions, targets)
+        by_rows = self._grouped if way == GROUPED else self._padded
+        return by_rows(model, {**self._options(batch.inputs), **more}, positions, targets)
 
     def _padded(
-        self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any
+        self, model: Any, options: dict[str, Any], positions: Tensor, targets: list[Tensor]
     ) -> tuple[Any, list[Tensor]]:
-        options = {**self._options(batch.inputs), **more}
         if self._head == "positions":
-            rows, columns = positions.nonzero(as_tuple=True)
-            at = rows, columns
+            at = positions.nonzero(as_tuple=True)
             return score_positions(model, _base(self._unwrap(model)).base_model, at, at, targets, **options)
         if self._head == "logits":
             logps = model(**options).logits[:, :-1].float().log_softmax(dim=2)  # (R, N, V)
@@ -183,21 +186,75 @@ class Scorer:
                 model(**options, labels=_labels(each, positions), fused_lm_head=True).log_probs for each in others
             ]
 
+    def _grouped(
+        self, model: Any, options: dict[str, Any], positions: Tensor, targets: list[Tensor]
+    ) -> tuple[Any, list[Tensor]]:
+        """As `_padded`, in a few forwards of rows of like length."""
+        parts = []
+        for rows, length in _row_groups(options["attention_mask"]):
+            here = [each[rows, : length - 1] for each in (positions, *targets)]
+            parts.append((rows, *self._padded(model, take_rows(options, rows, length), here[0], here[1:])))
+
+        def join(values: list[Tensor]) -> Tensor:
+            full = values[0].new_zeros(positions.shape)
+            for (rows, *_), value in zip(parts, values, strict=True):
+                full[rows, : value.size(1)] = value
+            return full
+
+        by_name = {name: [getattr(output, name, None) for _, output, _ in parts] for name in PER_TOKEN}
+        output = SimpleNamespace(**{name: None if each[0] is None else join(each) for name, each in by_name.items()})
+        return output, [join(list(each)) for each in zip(*(others for _, _, others in parts), strict=True)]
+
     @torch.no_grad()
     def _compare(self, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor]) -> None:
+        way, real = self.ways.way, batch.inputs["attention_mask"]
+
         def at_positions(scored: tuple[Any, list[Tensor]]) -> Tensor:
             output, others = scored
             return torch.cat([each[positions] for each in (output.log_probs, *others)])
 
-        self.packing.compare(
+        if way == PACKED:
+            tokens = batch.stream.input_ids.numel()
+        else:
+            tokens = sum(len(rows) * length for rows, length in _row_groups(real))
+        self.ways.compare(
             self._unwrap(model),
-            lambda: at_positions(self._packed(model, batch, positions, targets)),
-            lambda: at_positions(self._padded(model, batch, positions, targets)),
+            lambda: at_positions(self._score(way, model, batch, positions, targets)),
+            lambda: at_positions(self._score(PADDED, model, batch, positions, targets)),
             tolerance=self._tolerance,
             largest=self._largest,
-            padded_tokens=batch.inputs["input_ids"].numel(),
-            packed_tokens=batch.stream.input_ids.numel(),
+            tokens=(real.numel(), tokens),
         )
+
+
+def take_rows(options: dict[str, Any], rows: list[int], length: int) -> dict[str, Any]:
+    """What a model's forward gets for some rows, cut to a length.
+
+    Args:
+        options: for all R rows. The second dimension of a tensor, where it is that of `input_ids`, is a position.
+        rows: which.
+        length: L of the result.
+
+    Raises:
+        ValueError: a tensor does not have R rows, as the images of some models.
+    """
+    n_rows, n_positions = options["input_ids"].shape
+    taken = {}
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            if value.size(0) != n_rows:
+                raise ValueError(f"`{name}` must have a row for each of the batch's {n_rows}, got {value.size(0)}.")
+            value = value[rows]
+            value = value[:, :length] if value.dim() > 1 and value.size(1) == n_positions else value
+        taken[name] = value
+    return taken
+
+
+def _row_groups(attention_mask: Tensor) -> list[tuple[list[int], int]]:
+    """Rows of like length with the largest length of each group."""
+    lengths = attention_mask.sum(dim=1).tolist()
+    groups = group_rows(lengths, min(N_GROUPS, len(lengths)))
+    return [(rows, max(lengths[row] for row in rows)) for rows in groups]
 
 
 class ModelScorer:
@@ -257,127 +314,3 @@ def _base(model: Any) -> Any:
 def _labels(targets: Tensor, positions: Tensor) -> Tensor:
     """`(R, L)` labels as TRL gives them: −100 where nothing is scored, the first token of a row among them."""
     return torch.nn.functional.pad(targets.masked_fill(~positions, -100), (1, 0), value=-100)
-
-
-class Packing:
-    """Whether batches are packed: decided for the models at the start, and for each by its first batch.
-
-    Attributes:
-        on: packing is in use.
-    """
-
-    def __init__(self, mode: str, models: Sequence[Any], *, refuse: str | None = None):
-        """Make the models ready.
-
-        Args:
-            mode: `auto`, `true` or `false`.
-            models: policy and, if there is one, reference; not wrapped.
-            refuse: a reason against packing that the caller knows of.
-
-        Raises:
-            ValueError: `true`, and there is a reason against it.
-        """
-        self.mode, self.on, self._models = mode, False, list(models)
-        self._compared: set[int] = set()  # ids of the models whose first batch agreed
-        if mode == "false":
-            return
-        reason = refuse or next(filter(None, map(why_not, models)), None)
-        if reason:
-            self._refuse(reason)
-            return
-        for model in models:
-            install(model)
-        self.on = True
-
-    def is_to_be_compared(self, model: Any) -> bool:
-        """Packing is on, and no batch has been computed both ways by this model yet."""
-        return self.on and id(model) not in self._compared
-
-    def takes(self, batch: Batch) -> bool:
-        """Whether this batch is packed; not if a model computes rows of its length differently.
-
-        Raises:
-            ValueError: `true`, and the batch cannot be packed.
-        """
-        if not self.on:
-            return False
-        reason = next(filter(None, (too_long(model.config, batch.stream) for model in self._models)), None)
-        if reason and self.mode == "true":
-            raise ValueError(
-                f"`pair_stream: true` must be exact for every batch, but {reason}. Set a smaller `max_length`, or use "
-                "`auto`, which takes the plain forward for such batches."
-            )
-        return not reason
-
-    def compare(
-        self,
-        model: Any,
-        packed: Callable[[], Tensor],
-        padded: Callable[[], Tensor],
-        *,
-        tolerance: float,
-        largest: Callable[[Tensor], float],
-        padded_tokens: int,
-        packed_tokens: int,
-    ) -> None:
-        """Keep packing if both forwards agree on a batch. A batch with rows that are too long is skipped.
-
-        Args:
-            model: one of the models.
-            packed: computes the log-probs of the batch's completion tokens by the packed forward, `(M,)` nats.
-            padded: and by the padded forward, in the same order.
-            tolerance: largest mean difference of a token. The largest difference is not informative: in bf16 a rare
-                token can differ by 0.3 because of rounding alone.
-            largest: of a number, the largest over all processes, so that all decide alike. Called exactly once.
-            padded_tokens: tokens of the padded forward.
-            packed_tokens: tokens of the packed forward.
-
-        Raises:
-            ValueError: `true`, and the ways do not agree, or the packed forward fails.
-        """
-        expected = padded()
-        mine, failure = expected.new_tensor(-1.0), None
-        try:
-            mine = (packed() - expected).abs().mean()
-        except RowsTooLong:
-            padded()  # other processes may have run the packed forward: all run the same number of forwards
-        except AssertionError:
-            raise  # a bug in packing, not in the model
-        except Exception as error:  # the padded forward ran, so the model cannot take packed rows
-            mine, failure = expected.new_tensor(math.inf), error
-        difference = largest(mine)
-        if difference < 0:
-            return
-        first = not self._compared
-        self._compared.add(id(model))
-        if failure is None and difference <= tolerance:
-            log = logger.info if first else logger.debug
-            log(
-                f"pair_stream: on. The first batch has {packed_tokens:,} tokens instead of {padded_tokens:,}; its "
-                f"log-probs differ from those of the plain forward by {difference:.1g} nats a token, which is "
-                f"rounding (the bound is {tolerance:g})."
-            )
-            return
-        reason = (
-            f"the log-probs of the first batch differ from those of the plain forward by {difference:.2g} nats a "
-            f"token, which is more than rounding (the bound is {tolerance:g})"
-        )
-        if failure is not None:
-            reason = (
-                failure.reason if isinstance(failure, StreamRefused) else f"it failed with {describe_error(failure)}"
-            )
-        elif difference == math.inf:
-            reason = "it failed in another process"
-        self._refuse(reason, failure)
-
-    def _refuse(self, reason: str, cause: Exception | None = None) -> None:
-        if self.on:
-            for model in self._models:
-                uninstall(model)
-        self.on = False
-        if self.mode == "true":
-            raise ValueError(
-                f"`pair_stream: true` must be exact for this model, but {reason}. Use `auto`, which takes the plain "
-                "forward then, or `false`."
-            ) from cause
-        logger.warning(f"pair_stream: auto takes the plain forward, because {reason}.")

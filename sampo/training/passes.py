@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..reference_cache.key import OWN_TOKENS
 from ..reference_cache.store import CACHED_REF_LOGPS, END
-from ..scoring.scorer import Packing, Scorer
+from ..scoring.scorer import Scorer
+from ..scoring.ways import PACKED, Ways
 from ..weighting import length_pressure
 from .batch import PairBatch, Reference, Scored
 from .engines import is_compiled, uses_prompt_learning
@@ -26,16 +27,24 @@ class Passes:
 
     def __init__(self, trainer: Any, weigher: Weigher):
         self._trainer, self._args, self._weigher = trainer, trainer.args, weigher
-        self._scorer: Scorer | None = None  # TRL fills the reference cache before the run has one
+        self._scorer: Scorer | None = None  # of the run
+        self._scorers: list[Scorer] = []  # TRL fills the reference cache before the run has one
 
     def start(self) -> None:
         """Make the scorer of the run, when policy and reference exist."""
-        self._scorer = self._make_scorer(self._models)
+        models = [self._trainer.accelerator.unwrap_model(each) for each in self._models]
+        same = (known for known in self._scorers if list(map(id, known.models)) == list(map(id, models)))
+        self._scorer = next(same, None) or self._make_scorer(models)
+        self._scorers = [self._scorer]
+
+    def forget(self, model: Any) -> None:
+        """Release a reference that was loaded for its cache alone."""
+        self._scorers = [known for known in self._scorers if not _has(known, model)]
 
     @property
     def packed(self) -> bool:
         """Whether batches are packed."""
-        return self._scorer is not None and self._scorer.packing.on
+        return self._scorer is not None and self._scorer.ways.way == PACKED
 
     def score(self, model: Any, batch: PairBatch) -> Scored:
         """Score a batch by policy and reference, and weigh it.
@@ -45,6 +54,8 @@ class Passes:
             batch: as the weigher prepared it.
         """
         assert self._scorer is not None
+        run_state = self._trainer.run_state
+        run_state.way = self._scorer.ways.settle(run_state.way)
         weigher, reference = self._weigher, None
         if weigher.needs_end_probs:  # of the reference, before the weights are known
             reference = self._score_reference(batch)
@@ -103,26 +114,28 @@ class Passes:
         return [each for each in (self._trainer.model, self._trainer.ref_model) if each is not None]
 
     def _scorer_of(self, model: Any) -> Scorer:
-        """The run's, or one for a reference that is loaded for its cache alone."""
-        unwrap = self._trainer.accelerator.unwrap_model
-        if self._scorer is not None and any(unwrap(model) is known for known in self._scorer.models):
-            return self._scorer
-        return self._make_scorer([model])
+        """The run's, or one for a reference that scores for its cache before the run begins."""
+        unwrapped = self._trainer.accelerator.unwrap_model(model)
+        if not any(_has(known, unwrapped) for known in self._scorers):
+            self._scorers.append(self._make_scorer([unwrapped]))
+        return next(known for known in self._scorers if _has(known, unwrapped))
 
     def _make_scorer(self, models: list[Any]) -> Scorer:
+        """A scorer for models that are not wrapped."""
         trainer, gather = self._trainer, self._trainer.accelerator.gather
-        unwrapped = [trainer.accelerator.unwrap_model(each) for each in models]
         virtual_tokens = uses_prompt_learning(trainer.accelerator.unwrap_model(trainer.model))
-        by_labels = virtual_tokens or trainer._is_vision_dataset or is_compiled(trainer.accelerator, self._models)
+        compiled = is_compiled(trainer.accelerator, self._models)
+        by_labels = virtual_tokens or trainer._is_vision_dataset or compiled
         return Scorer(
-            unwrapped,
+            models,
             pair_stream=self._args.pair_stream,
             refuse=self._reason_against_packing,
+            may_group=not (virtual_tokens or trainer.aux_loss_enabled or self._args.neftune_noise_alpha or compiled),
             head="labels" if by_labels else "positions",
             reduced=self._args.bf16 or self._args.fp16 or trainer.model.dtype != torch.float32,
             unwrap=trainer.accelerator.unwrap_model,
             options=Objective.model_options,
-            largest=lambda difference: gather(difference[None]).max().item(),
+            largest=lambda numbers: gather(numbers[None]).amax(dim=0).tolist(),
         )
 
     def refuse_packing(self) -> None:
@@ -132,7 +145,7 @@ class Passes:
             ValueError: there is a reason against it.
         """
         if self._args.pair_stream == "true":
-            Packing("true", [], refuse=self._reason_against_packing)
+            Ways("true", [], refuse=self._reason_against_packing)
 
     @property
     def _reason_against_packing(self) -> str | None:
@@ -149,3 +162,7 @@ class Passes:
         if self._args.neftune_noise_alpha:
             return "`neftune_noise_alpha` is noise that depends on the length of a row"
         return None
+
+
+def _has(scorer: Scorer, model: Any) -> bool:
+    return any(model is known for known in scorer.models)

@@ -221,7 +221,7 @@ def test_a_run_of_20_steps_has_the_same_losses_and_metrics_with_and_without_the_
             )
             trainer.train()
             logs.append([*trainer.state.log_history[:20], trainer.evaluate()])
-    assert "pair_stream: on. The first batch has" in caplog.text
+    assert "pair_stream: packed rows. This batch has" in caplog.text
     for plain, streamed in zip(*logs, strict=True):
         for name, value in plain.items():
             if "per_second" in name or "runtime" in name or "/slope" in name or "/correlation" in name:

@@ -35,7 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sampo.scoring.attention import StreamRefused
 from sampo.scoring.packing import NAME, RowsTooLong, lay_out, score_packed, too_long, why_not
-from sampo.scoring.scorer import Packing
+from sampo.scoring.ways import PACKED, PADDED, Ways
 
 GEMMA2 = Gemma2Config(**COMMON, **GROUPED, head_dim=8)
 NO_AUX = {"router_aux_loss_coef": 0.0}
@@ -86,9 +86,10 @@ def test_what_the_stream_cannot_do_is_recognised(tmp_path, caplog, name):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     auto = make_trainer(folder, tmp_path / "auto", pair_stream="auto", max_steps=2)
     auto_losses = losses(auto)
-    assert "auto takes the plain forward, because" in caplog.text
+    assert "auto takes rows grouped by length, because" in caplog.text
     assert reason in caplog.text
-    assert auto_losses == losses(make_trainer(folder, tmp_path / "plain", pair_stream="false", max_steps=2))
+    plain = losses(make_trainer(folder, tmp_path / "plain", pair_stream="false", max_steps=2))
+    assert auto_losses == pytest.approx(plain, abs=1e-5)
     with pytest.raises(ValueError, match=r"`pair_stream: true` must be exact for this model"):
         losses(make_trainer(folder, tmp_path / "true", pair_stream="true"))
 
@@ -174,7 +175,7 @@ def test_a_model_that_mixes_neighbours_outside_of_attention_is_found_out_by_the_
             trainer.train()
         return
     first = losses(trainer)[0]
-    assert "auto takes the plain forward, because the log-probs of the first batch differ from" in caplog.text
+    assert "auto takes rows grouped by length, because the log-probs of the first batch differ from" in caplog.text
     if which == "both":
         assert first == pytest.approx(math.log(2), abs=1e-7)
     for model in (trainer.model, trainer.ref_model):
@@ -252,138 +253,26 @@ def test_batches_with_long_rows_take_the_plain_forward_and_the_others_the_stream
     AutoModelForCausalLM.from_config(MistralConfig(**COMMON, **GROUPED, sliding_window=22)).save_pretrained(folder)
     data = make_pairs(48, max_len=14)
     runs, taken = [], []
-    takes = Packing.takes
+    of = Ways.of
 
-    def watched(packing, batch):
-        taken.append(takes(packing, batch))
+    def watched(ways, model, stream):
+        taken.append(of(ways, model, stream))
         return taken[-1]
 
     with caplog.at_level(logging.INFO, logger="sampo"):
         for mode in ("auto", "false"):
             trainer = make_trainer(folder, tmp_path, pair_stream=mode, data=data, max_steps=12)
             if mode == "auto":
-                monkeypatch.setattr(Packing, "takes", watched)
+                monkeypatch.setattr(Ways, "of", watched)
             runs.append(losses(trainer))
     assert runs[0] == pytest.approx(runs[1], abs=1e-4)
-    assert set(taken) == {True, False}
-    assert "pair_stream: on." in caplog.text
+    assert set(taken) == {PACKED, PADDED}
+    assert "pair_stream: packed rows." in caplog.text
     trainer = make_trainer(folder, tmp_path, pair_stream="true", data=data, max_steps=12)
     with pytest.raises(
         ValueError, match=r"must be exact for every batch, but the model's `sliding_window` is 22 tokens"
     ):
         trainer.train()
-
-
-# --- the decision ----------------------------------------------------------------------------------------------------
-
-
-class Decision:
-    """A `Packing` with one tiny model, whose first batch is whatever the test says."""
-
-    def __init__(self, mode="auto"):
-        self.model = make(LlamaConfig(**COMMON, **GROUPED))
-        self.packing = Packing(mode, [self.model])
-        self.asked = []
-
-    def compare(self, streamed, plain=lambda: torch.zeros(5), everywhere=max):
-        """`everywhere`: of the largest differences of this process and of others."""
-
-        def largest(difference):
-            self.asked.append(difference.item())
-            return difference.item() if everywhere is max else everywhere
-
-        settings = {"tolerance": 1e-4, "largest": largest, "padded_tokens": 100, "packed_tokens": 30}
-        self.packing.compare(self.model, streamed, plain, **settings)
-
-    @property
-    def on(self):
-        assert self.packing.on == (self.model.config._attn_implementation == NAME)
-        return self.packing.on
-
-
-def raising(error):
-    def raises():
-        raise error
-
-    return raises
-
-
-@pytest.mark.parametrize(
-    ("difference", "on"), [(0.0, True), (1e-4, True), (1.1e-4, False), (math.inf, False), (math.nan, False)]
-)
-def test_the_mean_difference_of_a_token_decides(caplog, difference, on):
-    decision = Decision()
-    decision.compare(lambda: torch.tensor([0.0, 0.0, 0.0, 0.0, -5.0]) * difference)
-    assert decision.on == on
-    assert not decision.packing.is_to_be_compared(decision.model)
-    assert ("of the first batch differ from those of the plain forward by" in caplog.text) == (not on)
-
-
-def test_any_error_of_the_stream_alone_is_a_reason_and_is_named(caplog):
-    error = TypeError("forward() got an unexpected keyword argument 'pair_stream'\nand more")
-    decision = Decision()
-    decision.compare(raising(error))
-    assert (
-        "because it failed with TypeError: forward() got an unexpected keyword argument 'pair_stream'." in caplog.text
-    )
-    assert not decision.on
-    strict = Decision("true")
-    with pytest.raises(ValueError, match="must be exact for this model, but it failed with TypeError") as caught:
-        strict.compare(raising(error))
-    assert caught.value.__cause__ is error
-
-
-def test_errors_of_the_plain_forward_and_our_own_mistakes_are_not_hidden():
-    with pytest.raises(TypeError, match="not the stream's"):
-        Decision().compare(lambda: torch.zeros(5), raising(TypeError("not the stream's")))
-    with pytest.raises(AssertionError, match="ours"):
-        Decision().compare(raising(AssertionError("ours")))
-
-
-@pytest.mark.parametrize(
-    "streamed", [lambda: torch.zeros(5), raising(StreamRefused("no")), raising(RowsTooLong("no"))]
-)
-def test_all_processes_are_asked_once_whatever_happens(streamed):
-    decision = Decision()
-    decision.compare(streamed, everywhere=math.inf)
-    assert len(decision.asked) == 1
-    assert not decision.on  # it failed somewhere, if not here
-
-
-def test_a_failure_in_another_process_is_said(caplog):
-    Decision().compare(lambda: torch.zeros(5), everywhere=math.inf)
-    assert "because it failed in another process." in caplog.text
-
-
-def test_a_first_batch_with_too_long_rows_leaves_the_decision_to_the_next():
-    decision = Decision()
-    plain = []
-    decision.compare(raising(RowsTooLong("long")), lambda: plain.append(0) or torch.zeros(5))
-    assert decision.on
-    assert decision.packing.is_to_be_compared(decision.model)
-    assert len(plain) == 2  # as many forwards as where the rows are short
-    decision.compare(lambda: torch.ones(5))
-    assert not decision.on
-    elsewhere = Decision()
-    elsewhere.compare(raising(RowsTooLong("long")), everywhere=1e-6)  # other processes had short rows
-    assert elsewhere.on
-    assert not elsewhere.packing.is_to_be_compared(elsewhere.model)
-
-
-def test_flex_attention_that_does_not_run_here_makes_auto_fall_back(caplog):
-    decision, batch = Decision(), collate([(4, 6, 5)])
-    stream = lay_out(*(batch[name] for name in ("input_ids", "attention_mask", "completion_mask")))
-    stream.segments.way = "flex"
-    places, targets = batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
-
-    def streamed():
-        return score_packed(decision.model, decision.model.base_model, stream, places, [targets])[0].log_probs[places]
-
-    decision.compare(streamed, lambda: plain_output(decision.model, batch).log_probs[places])
-    assert (
-        "because FlexAttention failed with NotImplementedError: FlexAttention does not support backward" in caplog.text
-    )
-    assert not decision.on
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -18,7 +18,7 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from processes import environment
-from tiny import make_pairs, save_model, training_options
+from tiny import PLAIN, make_pairs, save_model, training_options
 
 from sampo import SamPOConfig, SamPOTrainer
 
@@ -76,7 +76,7 @@ def train(model: str, folder: Path, options: dict) -> dict:
 
 
 def _trainer(model: str, folder: Path, options: dict, lora: bool) -> SamPOTrainer:
-    defaults = {"max_steps": 4, "ref_cache_dir": str(folder / "references"), "eval_strategy": "no"}
+    defaults = {**PLAIN, "max_steps": 4, "ref_cache_dir": str(folder / "references"), "eval_strategy": "no"}
     if not options.get("precompute_ref_log_probs"):
         defaults.pop("ref_cache_dir")
     return SamPOTrainer(

@@ -79,6 +79,9 @@ def make_pairs(n=16, seed=0, conversational=False, longer=None, min_len=1, max_l
     return Dataset.from_list(rows)
 
 
+PLAIN = {"pair_stream": "false"}  # TRL's forward, with its arithmetic to the bit
+
+
 def training_options(output_dir, **options) -> dict:
     """Options of a quick, silent, deterministic run on CPU."""
     defaults = {

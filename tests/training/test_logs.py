@@ -49,7 +49,7 @@ def test_a_script_that_swaps_the_class_sees_method_reference_and_stream_once_and
     text = script(model_folder, tmp_path, body=body + "resume_from_checkpoint=True)")
     for line in ("method: SamPO (`token_weighting: sampo`", "reference: a copy of the initial policy"):
         assert text.count(f"\n{line}") == 2  # of two trainers
-    assert len(re.findall(r"pair_stream: on\..* which is rounding \(the bound is 0\.0001\)\.", text)) == 1
+    assert len(re.findall(r"pair_stream: packed rows\..* which is rounding \(the bound is 0\.0001\)\.", text)) == 1
     for noise in ("[RANK", "Setting accelerator to CPU", "arguments do not match"):
         assert noise not in text
 

@@ -1,7 +1,7 @@
 """How often the models run: one pass of policy and reference for each step, whatever is asked of them."""
 
 import pytest
-from tiny import make_pairs, make_tokenizer, save_model, training_options
+from tiny import PLAIN, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
 from sampo import SamPOConfig, SamPOTrainer
@@ -26,6 +26,7 @@ def counting(folder, calls):
 def run(folder, tmp_path, **options):
     """Passes of policy and of reference: before the training, in it, and in an evaluation of two batches."""
     policy, reference = [], []
+    options = PLAIN | options
     cached = options.get("precompute_ref_log_probs", False)
     trainer = SamPOTrainer(
         model=counting(folder, policy),
@@ -75,6 +76,15 @@ def test_a_cache_is_filled_by_one_pass_over_the_data_and_spares_the_reference(fo
     assert before == (12 // 4 + 8 // 4, 0)  # the policy is the reference, and nothing was there to be compared
     assert training == (STEPS, 0)
     assert evaluation == (2, 0)
+
+
+def test_a_cache_and_the_run_after_it_compare_the_first_batches_together(folder, tmp_path):
+    """`auto` computes at most four batches both ways, whichever phase they are in."""
+    before, training, evaluation = run(folder, tmp_path, precompute_ref_log_probs=True, pair_stream="auto")
+    plain = 12 // 4 + 8 // 4, STEPS, 2
+    compared = [passes - expected for (passes, _), expected in zip((before, training, evaluation), plain, strict=True)]
+    assert 2 * 2 <= compared[0] <= 2 * 4  # the first warms up
+    assert compared[1:] == [0, 0]
 
 
 def test_an_end_token_cache_beside_a_complete_one_is_filled_alone(folder, tmp_path):

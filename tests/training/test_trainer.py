@@ -18,7 +18,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
+from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -40,6 +40,7 @@ def model_folder(tmp_path_factory):
 
 def make_trainer(model, output_dir, *, data=None, eval_data=None, trainer=SamPOTrainer, config=SamPOConfig, **options):
     kwargs = {name: options.pop(name) for name in ("ref_model", "peft_config", "processing_class") if name in options}
+    options = (PLAIN if config is SamPOConfig else {}) | options
     return trainer(
         model=model,
         args=config(**training_options(output_dir, **options)),
