@@ -196,6 +196,11 @@ class SamPOConfig(DPOConfig):
         return self.length_penalty == "learned"
 
     @property
+    def finds_tokens_per_forward(self) -> bool:
+        """Whether the number of tokens of a forward pass is found before the first step."""
+        return self.max_tokens_per_forward == "auto"
+
+    @property
     def is_plain_dpo(self) -> bool:
         """Whether all tokens weigh 1, so that TRL's own weights apply."""
         return self.token_weighting == "all" and not self.balance_end_token

@@ -12,7 +12,6 @@ from .weighting import WEIGHTINGS, Weighting
 
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
-AUTO = "auto"  # of `max_tokens_per_forward`
 PAIR_STREAMS = ("auto", "true", "false")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's
 REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
@@ -59,8 +58,8 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
         ("mask_samples", _is_count(config.mask_samples, 1), "a whole number of at least 1"),
         (
             "max_tokens_per_forward",
-            tokens in (None, AUTO) or _is_count(tokens, 1),
-            f"a whole number of at least 1, or `{AUTO}`",
+            tokens in (None, "auto") or _is_count(tokens, 1),
+            "a whole number of at least 1, or `auto`",
         ),
         ("decay_gamma", _is_finite(gamma) and 0 < gamma <= 1, "in (0, 1]"),
         (

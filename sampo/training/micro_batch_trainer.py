@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ..config_checks import AUTO
 from .micro_batches import MICRO_BATCH, MicroBatch, Step
 from .token_budget import find_token_budget
 
@@ -46,7 +45,7 @@ class MicroBatchTrainer(Trainer):
     @property
     def tokens_per_forward(self) -> int:
         """`max_tokens_per_forward`; `auto` is found out once in a run and saved with its checkpoints."""
-        if self.args.max_tokens_per_forward != AUTO:
+        if not self.args.finds_tokens_per_forward:
             return self.args.max_tokens_per_forward
         if self.run_state.tokens_per_forward is None:
             self.run_state.tokens_per_forward = find_token_budget(self)

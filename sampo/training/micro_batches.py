@@ -25,7 +25,7 @@ MICRO_BATCH = "micro_batch"  # among the inputs of a step: which micro-batch the
 PAIR_WEIGHT, TOKEN_WEIGHT = "pair_weight", "token_weight"  # columns of a step's pairs, beside those of the batches
 
 PairTable = dict[str, Tensor]  # columns `(P, k)` or `(P, k, positions)` of P pairs with k = 1 or 2 rows each
-Groups = list[list[int]]  # pairs of each forward
+PairGroups = list[list[int]]  # pairs of each forward
 
 
 def pair_tokens(inputs: dict[str, Tensor]) -> Tensor:
@@ -52,7 +52,9 @@ def group_cost(group: list[int], streamed: list[int], longest: list[int], *, pad
     return 2 * len(group) * max(longest[i] for i in group) if padded else sum(streamed[i] for i in group)
 
 
-def group_pairs(streamed: list[int], longest: list[int], limit: int, *, padded: bool, processes: int = 1) -> Groups:
+def group_pairs(
+    streamed: list[int], longest: list[int], limit: int, *, padded: bool, processes: int = 1
+) -> PairGroups:
     """Pairs in as few groups of like cost as the limit allows.
 
     Args:
@@ -83,9 +85,9 @@ def group_pairs(streamed: list[int], longest: list[int], limit: int, *, padded: 
     return groups
 
 
-def _fill_first_fit(order: list[int], sizes: list[int], limit: int) -> Groups:
+def _fill_first_fit(order: list[int], sizes: list[int], limit: int) -> PairGroups:
     """Each pair, the largest first, into the first group with room: at most 11/9 of the fewest groups, and one."""
-    groups: Groups = []
+    groups: PairGroups = []
     room: list[int] = []
     for i in order:
         number = next((number for number, left in enumerate(room) if sizes[i] <= left), len(groups))
@@ -97,9 +99,9 @@ def _fill_first_fit(order: list[int], sizes: list[int], limit: int) -> Groups:
     return groups
 
 
-def _fill_with_like_sizes(order: list[int], longest: list[int], limit: int) -> Groups:
+def _fill_with_like_sizes(order: list[int], longest: list[int], limit: int) -> PairGroups:
     """The next largest pair into the last group, if it has room: the fewest groups, for the longest row decides."""
-    groups: Groups = []
+    groups: PairGroups = []
     for i in order:
         if groups and 2 * (len(groups[-1]) + 1) * longest[groups[-1][0]] <= limit:
             groups[-1].append(i)
@@ -108,9 +110,9 @@ def _fill_with_like_sizes(order: list[int], longest: list[int], limit: int) -> G
     return groups
 
 
-def _spread(order: list[int], sizes: list[int], count: int) -> Groups:
+def _spread(order: list[int], sizes: list[int], count: int) -> PairGroups:
     """The next largest pair to the smallest group."""
-    groups: Groups = [[] for _ in range(count)]
+    groups: PairGroups = [[] for _ in range(count)]
     heap = [(0, number) for number in range(count)]
     for i in order:
         total, number = heap[0]
@@ -119,7 +121,7 @@ def _spread(order: list[int], sizes: list[int], count: int) -> Groups:
     return groups
 
 
-def _split_like_sizes(order: list[int], longest: list[int], count: int) -> Groups:
+def _split_like_sizes(order: list[int], longest: list[int], count: int) -> PairGroups:
     """At most so many groups of like sizes, of which the most expensive one is as cheap as it can be."""
     low, high = 2 * longest[order[0]], 2 * longest[order[0]] * len(order)
     while low < high:
@@ -129,8 +131,8 @@ def _split_like_sizes(order: list[int], longest: list[int], count: int) -> Group
     return _fill_with_like_sizes(order, longest, low)
 
 
-def deal_groups(groups: Groups, costs: list[int], processes: int) -> list[Groups]:
-    """Groups of like cost at the same time, and of like cost in total, to each process.
+def deal_groups(groups: PairGroups, costs: list[int], processes: int) -> list[PairGroups]:
+    """PairGroups of like cost at the same time, and of like cost in total, to each process.
 
     Args:
         groups: of all pairs.

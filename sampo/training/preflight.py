@@ -12,7 +12,6 @@ from transformers import AutoProcessor
 
 from ..checkpointing.files import find_output_folder_issue
 from ..config import SamPOConfig
-from ..config_checks import AUTO
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts
 from ..data.validate import check_preferences
@@ -99,8 +98,7 @@ def check_micro_batches(trainer: Any) -> None:
     Raises:
         ValueError: `max_tokens_per_forward` with one of them.
     """
-    limit = trainer.args.max_tokens_per_forward
-    if limit is None:
+    if trainer.args.max_tokens_per_forward is None:
         return
     reasons = {
         "a mixture of experts with an auxiliary loss, which is defined for the full batch (`router_aux_loss_coef: 0` "
@@ -118,9 +116,9 @@ def check_micro_batches(trainer: Any) -> None:
         if holds:
             raise ValueError(f"`max_tokens_per_forward` must cut batches at pair borders, got {text}. Unset it.")
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if limit == AUTO and sharded and trainer.args.device.type == "cuda":
+    if trainer.args.finds_tokens_per_forward and sharded and trainer.args.device.type == "cuda":
         raise ValueError(
-            f"`max_tokens_per_forward: {AUTO}` must try out sizes on each GPU by itself, got FSDP or DeepSpeed, where "
+            "`max_tokens_per_forward: auto` must try out sizes on each GPU by itself, got FSDP or DeepSpeed, where "
             "all GPUs wait for one that runs out of memory. Set a number, such as 8192, and half of it if memory is "
             "exhausted."
         )
