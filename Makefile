@@ -10,10 +10,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-all test-coverage test-latest notebooks check format format-check clean
+.PHONY: help install quickstart test test-slow test-all test-coverage test-latest notebooks bench-check bench-check-quick bench-gpu check format format-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## the package with its developer tools, in .venv
 
@@ -54,6 +54,23 @@ test-latest:  ## the tests that lean on TRL and transformers, with the newest ve
 
 notebooks: install  ## run the notebooks anew and keep their outputs
 	$(BIN)/python notebooks/execute.py
+
+bench-check: install  ## measure the speed again, and compare it with benchmarks/baselines: an hour
+	$(BIN)/python benchmarks/check.py
+
+bench-check-quick: install  ## the same with a tiny model: seconds
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/check.py tiny
+
+# Through `train()` with a model that fits with its optimiser; forward and backward pass alone with one that does not.
+SWAP := $(BIN)/python benchmarks/class_swap.py --config qwen2.5-0.5b --steps 20 --warm_up 5
+STEP := $(BIN)/python benchmarks/step_time.py --config llama-3-8b --repeats 3 --sides "TRL, reference cached" \
+	"SamPO, stream, reference cached" "limit, reference cached"
+
+bench-gpu: install  ## speed, memory and utilisation on one GPU with 80 GB
+	$(SWAP) --shape hh --batch 32
+	$(SWAP) --shape ultrafeedback --batch 16
+	$(STEP) --shape hh --batch 16
+	$(STEP) --shape ultrafeedback --batch 8
 
 check: install  ## lint, format and types, without changing anything
 	$(BIN)/ruff check .

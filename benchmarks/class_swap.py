@@ -5,8 +5,8 @@
     python benchmarks/class_swap.py --tiny                                    # seconds, proves nothing
 
 Every option of both trainers has its default, except batch size, number of steps, seed and output. Each side is a
-process of its own, loads the model from its folder and trains on the same shuffled batches. The first step, which
-compares and times both ways of the forward pass, is a warm-up; the seconds of all later steps are summed, with data
+process of its own, loads the model from its folder and trains on the same shuffled batches. The first steps, which
+compare and time both ways of the forward pass, are a warm-up; the seconds of all later steps are summed, with data
 loading, the optimiser's step and logging. Cached reference log-probs are computed before the training starts, and not
 timed.
 
@@ -36,8 +36,16 @@ from tqdm import tqdm
 from sampo.io import records as results
 
 HERE = Path(__file__).resolve().parent
-TINY = {"config": "tiny", "batch": 4, "steps": 2, "max_length": 256, "threads": 1, "model": None, "data": None}
-WARM_UP = 1
+TINY = {
+    "config": "tiny",
+    "batch": 4,
+    "steps": 20,
+    "max_length": 256,
+    "threads": 1,
+    "warm_up": 5,
+    "model": None,
+    "data": None,
+}
 
 
 def prepare(args, scratch: str) -> SimpleNamespace:
@@ -54,7 +62,7 @@ def prepare(args, scratch: str) -> SimpleNamespace:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    n_rows = args.batch * (WARM_UP + args.steps)
+    n_rows = args.batch * (args.warm_up + args.steps)
     if args.model:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         data = load_preferences(args.data, on_bad_rows="drop").shuffle(seed=args.seed)
@@ -75,7 +83,7 @@ def options(work, args, **more) -> dict:
         "output_dir": work.scratch,
         "per_device_train_batch_size": args.batch,
         "max_length": args.max_length,
-        "max_steps": WARM_UP + args.steps,
+        "max_steps": args.warm_up + args.steps,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -125,25 +133,19 @@ SIDES: dict[str, Callable] = {
 LIMITS = {"limit": "SamPO", "limit, reference cached": "SamPO, reference cached"}  # of which side
 
 
-class Clock:
-    """Seconds of the steps after the warm-up; made into a callback where transformers is imported."""
+def make_clock(warm_up: int):
+    """A callback with the seconds of the steps after the warm-up."""
+    from transformers import TrainerCallback
 
-    def __init__(self):
-        self.began = self.seconds = 0.0
+    class Clock(TrainerCallback):
+        began = seconds = 0.0
 
-    def callback(self):
-        from transformers import TrainerCallback
+        def on_step_end(self, args, state, control, **kwargs):
+            now = time.perf_counter()
+            self.began = now if state.global_step == warm_up else self.began
+            self.seconds = now - self.began
 
-        clock = self
-
-        class Watch(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                now = time.perf_counter()
-                if state.global_step == WARM_UP:
-                    clock.began = now
-                clock.seconds = now - clock.began
-
-        return Watch()
+    return Clock()
 
 
 def train(args, name: str, repeat: int) -> None:
@@ -152,12 +154,12 @@ def train(args, name: str, repeat: int) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SIDES[name](prepare(args, scratch), args)
-        clock, log = Clock(), Log(args)
-        trainer.add_callback(clock.callback())
+        clock, log = make_clock(args.warm_up), Log(args)
+        trainer.add_callback(clock)
         with peak_memory() as memory:
             done = trainer.train()
         if repeat == 0 and name in LIMITS.values():
-            for step, (stream, selected) in enumerate(unique_tokens(trainer)):
+            for step, (stream, selected) in enumerate(unique_tokens(trainer, args.warm_up)):
                 log.write("unique_tokens", stream, side=name, repeat=step)
                 log.write("selected_tokens", selected, side=name, repeat=step)
         log.write("peak_memory_gib", memory.peak, args.batch, side=name, repeat=repeat)
@@ -165,7 +167,7 @@ def train(args, name: str, repeat: int) -> None:
         log.write("seconds", clock.seconds, args.batch * args.steps, side=name, repeat=repeat)
 
 
-def unique_tokens(trainer) -> list[tuple[int, int]]:
+def unique_tokens(trainer, warm_up: int) -> list[tuple[int, int]]:
     """Of each timed step, the tokens of its stream and those that are selected."""
     import transformers
 
@@ -173,7 +175,7 @@ def unique_tokens(trainer) -> list[tuple[int, int]]:
     found = []
     for step, inputs in zip(range(trainer.args.max_steps), trainer.get_train_dataloader(), strict=False):
         batch = trainer.prepare_batch(inputs)
-        if step >= WARM_UP:
+        if step >= warm_up:
             found.append((batch.stream.input_ids.numel(), int(batch.positions.sum())))
     return found
 
@@ -181,6 +183,7 @@ def unique_tokens(trainer) -> list[tuple[int, int]]:
 def time_limit(args, name: str, repeat: int) -> None:
     """The plain loop."""
     import torch
+    from limit import limit_loss
     from transformers import AutoModelForCausalLM
 
     log, counts = Log(args), sizes_of(args, LIMITS[name])
@@ -194,31 +197,19 @@ def time_limit(args, name: str, repeat: int) -> None:
         policy.train()
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
         seconds = 0.0
-        for step, (unique, selected) in enumerate(counts[:1] * WARM_UP + counts):
-            ids = torch.randint(policy.config.vocab_size, (args.batch, unique // args.batch), device=device)
+        for step, (unique, selected) in enumerate(counts[: args.warm_up] + counts):
             began = time.perf_counter()
-            limit_step(policy, reference, ids, selected)
+            with torch.autocast(device, torch.bfloat16):
+                loss = limit_loss(policy, reference, unique=unique, selected=selected, n_rows=args.batch)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if step >= WARM_UP:
+            if step >= args.warm_up:
                 seconds += time.perf_counter() - began
     log.write("seconds", seconds, args.batch * args.steps, side=name, repeat=repeat)
-
-
-def limit_step(policy, reference, ids, selected: int) -> None:
-    import torch
-
-    with torch.autocast(ids.device.type, torch.bfloat16):
-        sums = []
-        for model in (policy, *([reference] if reference is not None else [])):
-            with torch.set_grad_enabled(model is policy):
-                states = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)[:selected]
-                logps = model.get_output_embeddings()(states).float().log_softmax(dim=-1)  # (M, V)
-                sums.append(logps.gather(1, ids.flatten()[:selected, None]).sum())
-    sums[0].backward()
 
 
 def sizes_of(args, side: str) -> list[tuple[int, int]]:
@@ -240,6 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", default="hh", help="hh, ultrafeedback, tldr, or prompt:chosen:rejected tokens")
     parser.add_argument("--batch", type=int, default=8, help="pairs a batch")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--warm_up", type=int, default=1, help="steps before them; small models are timed for four")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max_length", type=int, default=1024, help="TRL's own default")
     parser.add_argument("--threads", type=int, default=2)
@@ -275,7 +267,8 @@ def main() -> None:
                 in_process(context, time_limit if name in LIMITS else train, args, name, repeat)
     import tables
 
-    print("\n".join(tables.class_swap_table(results.read(args.out), log.config)))
+    measured = [swap for swap in tables.swaps(results.read(args.out)) if swap.setting == log.config]
+    print("\n".join(["", *tables.class_swap_table(measured[0])]))
 
 
 if __name__ == "__main__":

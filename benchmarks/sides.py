@@ -179,6 +179,24 @@ def ours(work: Workload, **more) -> Side:
     return Side(work, make_trainer(work, SamPOTrainer, config))
 
 
+def limit(work: Workload, **more) -> Side:
+    """The work that a step cannot do without."""
+    from limit import limit_loss
+
+    from sampo import SamPOConfig, SamPOTrainer
+
+    config = SamPOConfig(**options(work, **more))
+    trainer = make_trainer(work, SamPOTrainer, config)
+    reference = None if config.precompute_ref_log_probs else work.reference
+
+    def loss(inputs) -> Tensor:
+        batch = trainer.prepare_batch(inputs)
+        sizes = {"unique": batch.stream.input_ids.numel(), "selected": int(batch.positions.sum())}
+        return limit_loss(work.policy, reference, **sizes, n_rows=batch.n_pairs)
+
+    return Side(work, trainer, loss)
+
+
 MICRO_BATCHES = {"max_tokens_per_forward": 512}
 STREAM = {"pair_stream": "true"}
 CACHED = {"precompute_ref_log_probs": True}
@@ -196,4 +214,6 @@ SIDES: dict[str, Callable[[Workload], Side]] = {
     "SamPO, stream, no statistics": partial(ours, token_weighting="sampo", **STREAM, **SILENT),
     "SamPO, stream, reference cached": partial(ours, token_weighting="sampo", **STREAM, **CACHED),
     "SamPO, stream, cached, no statistics": partial(ours, token_weighting="sampo", **STREAM, **CACHED, **SILENT),
+    "limit": limit,
+    "limit, reference cached": partial(limit, **CACHED),
 }

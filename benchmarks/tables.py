@@ -21,13 +21,6 @@ TARGETS = (
     ("`sampo` against `all` on the same path (1 % slower at most)", "SamPO, stream", "DPO, stream", 1 / 1.01),
 )
 MEMORY_TARGET = ("SamPO, stream", "TRL", 0.5)
-README_SIDES = {
-    "TRL": "TRL `DPOTrainer`",
-    "TRL, compact head": "TRL, head on labelled tokens only",
-    "authors' SamPO loss": "the authors' SamPO loss",
-    "SamPO, stream": "sampo, live reference",
-    "SamPO, stream, reference cached": "sampo, cached reference",
-}
 
 
 @dataclass
@@ -208,28 +201,6 @@ def sweep_tables(all_runs: list[Run]) -> list[str]:
     return lines[:-1]
 
 
-def readme_table(records: list[Record]) -> str:
-    """The few sides that a reader wants first."""
-    run = main_run(runs(records))
-    if run is None:
-        return "Not measured yet."
-    heads = ["forward and backward pass", "pairs/s", "× TRL", "peak memory, GiB"]
-    lines = [row(heads), row(["---"] * len(heads))]
-    for side, title in README_SIDES.items():
-        if side not in run.timed:
-            lines.append(row([title, "not measured", "–", "–"]))
-            continue
-        peak = run.sides[side].get("peak_memory_gib")
-        speed = f"{median(run.speeds(side)):.3g}"
-        lines.append(row([title, speed, times(run.ratio(side, "TRL")), "–" if peak is None else f"{peak:.2f}"]))
-    s = run.setting
-    text = (
-        f"{s['model']}, {s['dtype']}, {s['threads']} CPU thread(s), {s['batches']} batch(es) of {s['batch']} HH-RLHF "
-        f"pairs, median of {len(run.sides[run.timed[0]]['seconds'])} repeats."
-    )
-    return "\n".join([*lines, "", text])
-
-
 def results_tables(records: list[Record]) -> str:
     """All of RESULTS.md that is numbers."""
     all_runs = runs(records)
@@ -247,15 +218,112 @@ def results_tables(records: list[Record]) -> str:
     return "\n".join(lines[:-1] or ["Nothing is recorded."])
 
 
-def class_swap_table(records: list[Record], setting: dict) -> list[str]:
-    """Pairs per second of each side through `train()`, against TRL and against the limit."""
-    found = [r for r in records if setting.items() <= r.config.items()]
-    seconds: dict[str, list[float]] = {}
-    for record in found:
-        if record.name == "seconds":
-            seconds.setdefault(record.config["side"], []).append(record.value)
-    heads = ["side", "pairs/s"]
+# --- class_swap.py ---------------------------------------------------------------------------------------------------
+
+CACHED = ", reference cached"
+BASES = ("TRL", "TRL, compact head", "limit")
+SWAPPED = {
+    "TRL": "TRL `DPOTrainer`",
+    "TRL, compact head": "TRL, head on labelled tokens only",
+    "SamPO": "sampo",
+}
+
+
+@dataclass
+class Swap:
+    """All numbers of one setting of `class_swap.py` that one commit measured.
+
+    Attributes:
+        setting: what all sides share.
+        last: the newest record.
+        seconds: side -> repeat -> seconds.
+        memory: side -> repeat -> peak in GiB.
+    """
+
+    setting: dict
+    last: Record
+    seconds: dict[str, dict[int, float]] = field(default_factory=dict)
+    memory: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def speed(self, side: str) -> float | None:
+        """Pairs per second, the median over the repeats."""
+        found = self.seconds.get(side)
+        return self.setting["batch"] * self.setting["batches"] / median(found.values()) if found else None
+
+    def ratio(self, side: str, base: str) -> tuple[float, float, float] | None:
+        """How many times as fast a side is as another: of the medians, with the lowest and highest quotient."""
+        ours, theirs = self.seconds.get(side), self.seconds.get(base)
+        if not ours or not theirs:
+            return None
+        quotients = sorted(theirs[i] / ours[i] for i in ours.keys() & theirs.keys())
+        return median(theirs.values()) / median(ours.values()), quotients[0], quotients[-1]
+
+
+def swaps(records: list[Record]) -> list[Swap]:
+    """One per setting: of the commits that measured it the one with the most sides, and of these the last."""
+    found: dict[str, dict[str | None, Swap]] = {}
+    for record in records:
+        if record.config.get("benchmark") != "class_swap":
+            continue
+        setting = {name: value for name, value in record.config.items() if name not in OF_A_PART}
+        by_commit = found.setdefault(json.dumps(setting, sort_keys=True), {})
+        swap = by_commit.setdefault(record.commit, Swap(setting, record))
+        swap.last = record
+        part = {"seconds": swap.seconds, "peak_memory_gib": swap.memory}.get(record.name)
+        if part is not None:
+            part.setdefault(record.config["side"], {})[record.config["repeat"]] = record.value
+    return [max(each.values(), key=lambda s: (len(s.seconds), s.last.created)) for each in found.values()]
+
+
+def class_swap_table(swap: Swap) -> list[str]:
+    """Each side against TRL, TRL with a compact head and the limit, with the reference as live as its own."""
+    heads = ["side", "pairs/s", *(f"× {base}" for base in BASES[:2]), "of the limit", "peak memory, GiB"]
     lines = [row(heads), row(["---"] * len(heads))]
-    for side, values in seconds.items():
-        lines.append(row([side, f"{setting['batch'] * setting['batches'] / median(values):.3g}"]))
+    for side in swap.seconds:
+        cached = CACHED if side.endswith(CACHED) else ""
+        # a cache is what sampo adds: its step is compared with TRL's step with a live reference too
+        ratios = [swap.ratio(side, base + ("" if side.startswith("SamPO") else cached)) for base in BASES[:2]]
+        limit = swap.ratio(side, "limit" + cached)
+        memory = swap.memory.get(side)
+        cells = [f"{swap.speed(side):.3g}", *map(times, ratios), f"{limit[0]:.0%}" if limit else "–"]
+        lines.append(row([side, *cells, f"{max(memory.values()):.2f}" if memory else "–"]))
     return lines
+
+
+def about_swap(swap: Swap) -> str:
+    """The setting in words."""
+    s = swap.setting
+    data = f"pairs of {s['data']}" if s["data"] != "random words" else f"pairs of random words, shape {s['shape']}"
+    repeats = max(len(each) for each in swap.seconds.values())
+    return (
+        f"{s['model']}, {s['device']}, {s['threads']} thread(s), {s['batches']} shuffled batches of {s['batch']} "
+        f"{data}, max_length {s['max_length']}, all other options at their defaults, median of {repeats} run(s). "
+        f"`{swap.last.command}`; {swap.last.created[:10]}, commit {(swap.last.commit or 'unknown')[:7]}"
+    )
+
+
+def swap_tables(records: list[Record]) -> str:
+    """All settings."""
+    lines: list[str] = []
+    for swap in swaps(records):
+        lines += [f"### {swap.setting['model']}, {swap.setting['shape']}", "", about_swap(swap) + ".", ""]
+        lines += [*class_swap_table(swap), ""]
+    return "\n".join(lines[:-1] or ["Not measured yet."])
+
+
+def readme_swap(records: list[Record]) -> str:
+    """The few sides that a reader wants first: real pairs, and the setting with the most sides."""
+    real = [swap for swap in swaps(records) if swap.setting["data"] != "random words"]
+    if not real:
+        return "Not measured yet."
+    swap = max(real, key=lambda each: (len(each.seconds), each.last.created))
+    heads = ["`trainer.train()` with", "pairs/s", "× TRL", "peak memory, GiB"]
+    lines = [row(heads), row(["---"] * len(heads))]
+    for side, title in SWAPPED.items():
+        for name, words in (("", "live reference"), (CACHED, "cached reference")):
+            if (speed := swap.speed(side + name)) is None:
+                continue
+            memory = swap.memory[side + name]
+            cells = [f"{title}, {words}", f"{speed:.3g}", times(swap.ratio(side + name, "TRL"))]
+            lines.append(row([*cells, f"{max(memory.values()):.2f}"]))
+    return "\n".join([*lines, "", about_swap(swap) + "."])

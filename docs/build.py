@@ -112,10 +112,17 @@ def real_model() -> str:
 
 
 def speed() -> str:
-    """README's few lines of the benchmark of a training step, from the records of its last run."""
-    from tables import readme_table
+    """README's few lines of what a class swap gives, from the records of benchmarks/class_swap.py."""
+    from tables import readme_swap
 
-    return readme_table(read("step_time.jsonl"))
+    return readme_swap(read("class_swap.jsonl"))
+
+
+def class_swap() -> str:
+    """All tables of what a class swap gives."""
+    from tables import swap_tables
+
+    return swap_tables(read("class_swap.jsonl"))
 
 
 def benchmark() -> str:
@@ -360,6 +367,7 @@ PARTS = {
         "old_options": old_options,
         "lab": lab,
         "speed": speed,
+        "class_swap": class_swap,
         "benchmark": benchmark,
     },
     **{"package_diagram": package_diagram, "module_map": module_map},
