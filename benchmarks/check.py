@@ -5,8 +5,8 @@
     python benchmarks/check.py tiny --update   # measure and keep
 
 A baseline has the ratios of `class_swap.py` against TRL, each the median of three runs with its spread, the peak
-memory, the machine and the versions. The check measures again and fails when a ratio falls below the baseline's by more
-than the noise of both, or the memory rises by a tenth. On another machine it only reports.
+memory, the machine and the versions. The check measures again and fails when a ratio falls below the baseline's by
+more than the noise of both, or the memory rises by a tenth. On another machine it only reports.
 """
 
 import argparse

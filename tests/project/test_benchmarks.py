@@ -23,6 +23,8 @@ from sampo.io import records as results
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import check  # noqa: E402
+import class_swap  # noqa: E402
 import counting  # noqa: E402
 import profiling  # noqa: E402
 import real_model_judged  # noqa: E402
@@ -130,7 +132,7 @@ def test_what_was_measured_is_not_measured_again_by_the_same_commit(tmp_path):
 def test_the_command_can_be_run_again_and_names_no_folder_of_this_machine():
     parser = step_time.make_parser()
     words = ["--model", "/a/b/SmolLM2", "--data", "/c/pairs.jsonl.gz", "--batch", "2", "--sides", "TRL", "DPO, stream"]
-    command = step_time.command_of(parser.parse_args([*words, "--fresh", "--out", "/d/x.jsonl"]))
+    command = step_time.command_of(parser.parse_args([*words, "--fresh", "--out", "/d/x.jsonl"]), parser)
     assert "/a/" not in command
     assert "/c/" not in command
     assert "/d/" not in command
@@ -264,33 +266,65 @@ def test_operations_are_grouped(name, shapes, group):
     assert profiling.group_of(name, shapes, inner={576, 192, 1536}, widths={49152, 32768, 16384}) == group
 
 
-def test_tables_state_medians_and_ratios_within_repeats(tmp_path):
-    more = {"command": "", "commit": "abc", "purpose": None, "model": "m", "data": "d.jsonl", "batch": 8, "batches": 1}
-    args = tiny_args(out=tmp_path / "r.jsonl", **more)
-    log = step_time.Log(args)
-    for i, (theirs, ours) in enumerate([(80.0, 8.0), (40.0, 8.0), (40.0, 2.0)]):
-        log.write("seconds", theirs, side="TRL", repeat=i)
-        log.write("seconds", ours, side="SamPO, stream", repeat=i)
-    log.write("seconds", 40.0, side="authors' SamPO loss", repeat=0)  # the most sides, whatever the clock says
-    log.write("peak_memory_gib", 4.0, side="TRL")
-    log.write("peak_memory_gib", 3.0, side="SamPO, stream")
-    log.config["device"] = "a GPU"
-    log.write("peak_flops", 1e12)
-    later = step_time.Log(tiny_args(**{**vars(args), "commit": "def"}))
+def swap_args(**more) -> SimpleNamespace:
+    given = {"command": "", "commit": "abc", "purpose": None, "data": "d.jsonl", "model": "m", "dtype": "float32"}
+    parsed = vars(class_swap.make_parser().parse_args(["--batch", "4", "--steps", "2"]))
+    return SimpleNamespace(**parsed | given | {"benchmark": "class_swap", "batches": 2} | more)
+
+
+def test_tables_of_a_class_swap_state_medians_ratios_and_targets(tmp_path):
+    log = step_time.Log(swap_args(out=tmp_path / "r.jsonl"))
+    seconds = {"TRL": (80.0, 40.0, 40.0), "SamPO": (8.0, 8.0, 2.0), "limit": (4.0, 4.0, 4.0)}
+    for side, repeats in seconds.items():
+        for repeat, value in enumerate(repeats):
+            log.write("seconds", value, side=side, repeat=repeat)
+            log.write("peak_memory_gib", 3.0 + repeat, side=side, repeat=repeat)
+    later = step_time.Log(swap_args(out=log.path, commit="def"))
     later.write("seconds", 1.0, side="TRL", repeat=0)  # fewer sides: the tables keep what has more
-    most = step_time.Log(tiny_args(**{**vars(args), "commit": "fed"}))
-    for i in range(4):  # of one target only: that one is taken from here
-        most.write("seconds", 1.5, side="DPO, stream", repeat=i)
-        most.write("seconds", 1.0, side="SamPO, stream", repeat=i)
-    records = results.read(args.out)
-    run = tables.main_run(tables.runs(records))
-    assert run.ratio("SamPO, stream", "TRL") == (10.0, 5.0, 20.0)
-    table = "\n".join(tables.targets_table(run, records))
-    assert "| ≥ 8.00 × | 10.00 × (5.00 to 20.00) | 3, abc | yes |" in table
-    assert "| ≥ 0.99 × | 1.50 × (1.50 to 1.50) | 4, fed | yes |" in table
-    assert "| ≥ 12.00 × | not measured | – | – |" in table
-    assert "| ≤ 0.50 × | 0.75 × | 1, abc | no |" in table
-    assert "| sampo, live reference | 1 | 10.0 × | 3.00 |" in tables.readme_table(records)
+    records = results.read(log.path)
+    (swap,) = tables.swaps(records)
+    assert swap.ratio("SamPO", "TRL") == (5.0, 5.0, 20.0)
+    assert swap.ratio("SamPO", "authors") is None
+    assert "| SamPO | 1 | 5.0 × | – | 50% | 5.00 |" in tables.class_swap_table(swap)
+    assert "| SamPO against TRL | ≥ 9 × | 5.00 × | no |" in tables.targets_table(swap)
+    assert "| sampo, live reference | 1 | 5.0 × | 5.00 |" in tables.readme_swap(records)
+
+
+def test_a_class_swap_is_timed_with_its_limit(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "class_swap.py"), "--tiny", "--steps", "2"]
+    sides = ["TRL, compact head", "SamPO", "limit"]
+    done = subprocess.run(
+        [*command, "--sides", *sides, "--out", str(tmp_path / "r.jsonl")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = results.read(tmp_path / "r.jsonl")
+    (swap,) = tables.swaps(records)
+    assert list(swap.seconds) == sides
+    unique = [r.value for r in records if r.name == "unique_tokens"]
+    selected = [r.value for r in records if r.name == "selected_tokens"]
+    assert len(unique) == len(selected) == class_swap.TINY["steps"]
+    assert all(0 < b < a for a, b in zip(unique, selected, strict=True))
+
+
+def test_a_baseline_fails_below_its_noise_only():
+    kept = {"sides": {"SamPO": {"ratio": 8.0, "noise": 0.1, "peak_memory_gib": 4.0}}}
+
+    def compared(ratio, memory):
+        return check.compare(kept, {"sides": {"SamPO": {"ratio": ratio, "noise": 0.05, "peak_memory_gib": memory}}})
+
+    assert compared(6.9, 4.3) == []
+    assert "must be at least 6.80 × TRL (baseline 8.00 ×" in compared(6.7, 4.0)[0]
+    assert "must need at most a tenth more than 4.00 GiB, got 4.50 GiB" in compared(8.0, 4.5)[0]
+
+
+def test_each_configuration_has_its_baseline():
+    kept = {path.stem: json.loads(path.read_text()) for path in check.BASELINES.glob("*.json")}
+    assert {name: each["configuration"] for name, each in kept.items()} == check.CONFIGURATIONS
+    assert all(set(each["sides"]) == set(check.SIDES[1:]) for each in kept.values())
 
 
 # --- the study on a real model --------------------------------------------------------------------------------------
