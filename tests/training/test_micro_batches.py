@@ -523,19 +523,24 @@ def test_what_cannot_be_cut_at_pair_borders_is_refused(model_folder, tmp_path):
 
 
 def projected(trainer, monkeypatch):
-    """Number of positions of each call of the LM head, by way of TRL's function."""
+    """Number of positions and statistics of each call of the LM head, by TRL's function or that for the CPU."""
     import trl.trainer.utils
 
+    from sampo.scoring import cpu_head
+
     seen = []
-    function = trl.trainer.utils._ChunkedLogProbFunction
 
-    class Watched:
-        @staticmethod
-        def apply(hidden, *rest):
-            seen.append((hidden.numel() // hidden.size(-1), rest[-1]))
-            return function.apply(hidden, *rest)
+    def watched(function):
+        class Watched:
+            @staticmethod
+            def apply(hidden, *rest):
+                seen.append((hidden.numel() // hidden.size(-1), rest[-1]))
+                return function.apply(hidden, *rest)
 
-    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Watched)
+        return Watched
+
+    for module, name in ((trl.trainer.utils, "_ChunkedLogProbFunction"), (cpu_head, "TokenLogProbs")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
     trainer.train()
     return seen
 
@@ -558,7 +563,7 @@ def test_statistics_of_tokens_can_be_switched_off(model_folder, tmp_path, monkey
     logs = []
     for on in (True, False):
         with monkeypatch.context() as patch:
-            trainer = make_trainer(model_folder, tmp_path, log_token_statistics=on)
+            trainer = make_trainer(model_folder, tmp_path, log_token_statistics=on, pair_stream="false")
             asked = {outputs for _, outputs in projected(trainer, patch)}
         assert ({"entropy", "mean_logits", "is_top1"} <= set().union(*asked)) is on
         logs.append(trainer.state.log_history[:3])
@@ -571,6 +576,7 @@ def test_statistics_of_tokens_can_be_switched_off(model_folder, tmp_path, monkey
 
 def test_without_statistics_an_adapter_still_trains(model_folder, tmp_path):
     a, b = (
-        log_of(make_trainer(model_folder, tmp_path, log_token_statistics=on, peft_config=LORA)) for on in (True, False)
+        log_of(make_trainer(model_folder, tmp_path, log_token_statistics=on, peft_config=LORA, pair_stream="false"))
+        for on in (True, False)
     )
     assert [e["loss"] for e in a if "loss" in e] == [e["loss"] for e in b if "loss" in e]
