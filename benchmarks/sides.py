@@ -35,8 +35,7 @@ class Side:
         """Without a `loss`, the step is the trainer's own."""
         if len(trainer.train_dataset) != len(work.data):
             raise ValueError(f"All {len(work.data)} rows must be kept, got {len(trainer.train_dataset)}.")
-        trainer.current_gradient_accumulation_steps = 1  # the training loop would set it
-        self.step = partial(trainer.training_step, work.policy) if loss is None else partial(step_of, loss)
+        self.step = partial(step_of_trainer, trainer, work.policy) if loss is None else partial(step_of, loss)
         self.batches = list(trainer.get_train_dataloader())
         self.live_reference = not trainer.args.precompute_ref_log_probs
         self.policy = work.policy
@@ -48,6 +47,13 @@ class Side:
         for state in self._states:
             set_state(*state)
         self.policy.train()
+
+
+def step_of_trainer(trainer, policy, batch: dict[str, Any]) -> Tensor:
+    """As the training loop does without accumulation."""
+    batches, _ = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(batches)
+    return trainer.training_step(policy, batch)
 
 
 def step_of(loss_of_batch: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any]) -> Tensor:

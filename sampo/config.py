@@ -125,12 +125,15 @@ class SamPOConfig(DPOConfig):
             "choices": list(PAIR_STREAMS),
         },
     )
-    max_tokens_per_forward: int | None = field(
+    # As above: the command line gives a text.
+    max_tokens_per_forward: int | str | None = field(
         default=None,
         metadata={
-            "help": "Cut each batch at pair borders so that no forward pass takes more tokens than this (those of the "
-            "pair stream, else padded ones), and back-propagate each micro-batch before the next: the same loss and "
-            "gradients with the memory of one micro-batch. A longer pair is a micro-batch of its own."
+            "help": "Compute the pairs of an optimiser step (batch size x accumulation x processes) in as few forward "
+            "passes as this number of tokens allows (those of the pair stream, else padded ones), each full and "
+            "back-propagated before the next: the loss, gradients and metrics of the batches, with the memory of one "
+            "forward pass. Pairs move between processes, so that all compute like numbers of tokens. A longer pair is "
+            "computed alone. `auto`: the largest number that fits the GPU, found before the first step; on a CPU 4096."
         },
     )
     log_token_statistics: bool = field(
@@ -181,6 +184,8 @@ class SamPOConfig(DPOConfig):
         super().__post_init__()
         with contextlib.suppress(ValueError, TypeError):  # `learned`, or an issue that is reported below
             self.length_penalty = float(self.length_penalty or 0.0)
+        with contextlib.suppress(ValueError):  # `auto` or None, or an issue that is reported below
+            self.max_tokens_per_forward = int(str(self.max_tokens_per_forward))
         self.pair_stream = str(self.pair_stream).lower()  # YAML makes a boolean of `true`
         if issues := [*find_range_issues(self), *find_combination_issues(self)]:
             raise ValueError("SamPOConfig: " + " ".join(f"({i}) {issue}" for i, issue in enumerate(issues, 1)))
@@ -189,6 +194,11 @@ class SamPOConfig(DPOConfig):
     def learns_length_penalty(self) -> bool:
         """Whether θ is learned."""
         return self.length_penalty == "learned"
+
+    @property
+    def finds_tokens_per_forward(self) -> bool:
+        """Whether the number of tokens of a forward pass is found before the first step."""
+        return self.max_tokens_per_forward == "auto"
 
     @property
     def is_plain_dpo(self) -> bool:

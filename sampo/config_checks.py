@@ -56,7 +56,11 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
         ),
         ("ref_cache_check", _is_count(config.ref_cache_check, 0), "a whole number of at least 0"),
         ("mask_samples", _is_count(config.mask_samples, 1), "a whole number of at least 1"),
-        ("max_tokens_per_forward", tokens is None or _is_count(tokens, 1), "a whole number of at least 1"),
+        (
+            "max_tokens_per_forward",
+            tokens in (None, "auto") or _is_count(tokens, 1),
+            "a whole number of at least 1, or `auto`",
+        ),
         ("decay_gamma", _is_finite(gamma) and 0 < gamma <= 1, "in (0, 1]"),
         (
             "length_penalty",

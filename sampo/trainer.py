@@ -51,7 +51,7 @@ from .training.length_metrics import LengthRecorder
 from .training.length_penalty import LengthPenalty
 from .training.loss_checks import check_finite, check_first_loss
 from .training.micro_batch_trainer import MicroBatchTrainer
-from .training.micro_batches import MICRO_BATCH, MicroBatch, take_pairs
+from .training.micro_batches import MICRO_BATCH, MicroBatch
 from .training.model_card import write_card
 from .training.objective import WPO_STATISTIC, Objective
 from .training.passes import Passes
@@ -153,21 +153,24 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
     # --- one step ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        mode = "train" if self.model.training else "eval"
         part: MicroBatch | None = inputs.get(MICRO_BATCH)
-        batch = self.prepare_batch({name: value for name, value in inputs.items() if name != MICRO_BATCH})
+        batch = self.prepare_batch(inputs if part is None else part.inputs)
         scored = self.passes.score(model, batch)  # log π and log π_ref of the selected tokens
         if part is not None:
-            if not part.is_last:
-                return self._micro_batch_loss(model, part, batch, scored)
-            batch = self.weigher.find_completions(part.of.inputs, batch.epoch)
-            scored = part.join(batch, scored)
+            return self._micro_batch_loss(model, part, batch, scored)
+        loss, outputs = self._loss_of_batch(model, batch, scored, return_outputs=return_outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_of_batch(
+        self, model: Any, batch: PairBatch, scored: Scored, *, return_outputs: bool = False
+    ) -> tuple[Tensor, Any]:
+        mode = "train" if self.model.training else "eval"
         shift = self.length_penalty.shift(batch.lengths)  # (B,) or None
         loss, outputs = self.objective(model, batch, scored, shift, return_outputs=return_outputs)
         self.length_penalty.learn(loss, shift, batch.lengths)
         self.length_recorder.record(batch, scored, mode)
         self._check_loss(loss, model, batch, scored, mode)
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def prepare_batch(self, inputs: dict[str, Any]) -> PairBatch:
         """A collated batch with its selected tokens, as far as they are known before the models have run."""
@@ -208,11 +211,15 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, outputs=outputs)
 
     def _micro_batch_loss(self, model: Any, part: MicroBatch, batch: PairBatch, scored: Scored) -> Tensor:
-        shift = self.length_penalty.shift(batch.lengths)
-        share, tokens = part.share, part.of.chosen_tokens
-        loss = self.objective.of_micro_batch(model, batch, scored, shift, share=share, chosen_tokens=tokens)
+        """Of a micro-batch; with the last one, loss and metrics of each batch of the step are computed too."""
+        loss = self.objective.of_micro_batch(model, batch, scored, self.length_penalty.shift(batch.lengths), part)
         check_finite(loss, batch, scored, f"step {self.state.global_step + 1} (train)")
         part.keep(scored)
+        if part.is_last:  # now, because DeepSpeed updates the weights when this one is back-propagated
+            step = part.step
+            for inputs, of_batch in zip(step.batches, step.scored_batches(), strict=True):
+                full = self.weigher.find_completions(inputs, batch.epoch)
+                step.losses.append(self._loss_of_batch(model, full, of_batch)[0].detach())
         return loss
 
     # --- checks and logs -----------------------------------------------------------------------------------------
@@ -238,16 +245,20 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
     @torch.no_grad()
     def _score_without_noise(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """`(2B,)` scores of one draw by the policy in evaluation mode; in micro-batches, as in training."""
+
+        def score(rows: dict[str, Any]) -> Scored:
+            return self.passes.score(model, self.weigher.prepare_batch(rows, self.run_state.epoch))
+
         self.model.eval()
         try:
-            groups, found = self.micro_batch_groups(inputs), []
-            for group in groups:
-                part = inputs if len(groups) == 1 else take_pairs(inputs, group)
-                batch = self.weigher.prepare_batch(part, self.run_state.epoch)
-                found.append(self.passes.score(model, batch).draws[0].scores.chunk(2))
+            if self.args.max_tokens_per_forward is None:
+                return score(inputs).draws[0].scores
+            step = self.share_pairs([inputs])
+            for part in step:
+                part.keep(score(part.inputs))
+            return step.scored_batches()[0].draws[0].scores
         finally:
             self.model.train()
-        return torch.cat([torch.cat(scores) for scores in zip(*found, strict=True)])
 
     @property
     def reference_is_base(self) -> bool:

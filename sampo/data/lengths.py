@@ -31,6 +31,7 @@ class TokenCounts:
         chosen_tokens: sum of T_w.
         rejected_tokens: sum of T_l.
         squared_differences: sum of (T_w − T_l)².
+        longest_row: tokens of the longest row, its prompt included.
     """
 
     pairs: int = 0
@@ -45,6 +46,7 @@ class TokenCounts:
     chosen_tokens: int = 0
     rejected_tokens: int = 0
     squared_differences: int = 0
+    longest_row: int = 0
 
     @property
     def rms_difference(self) -> float:
@@ -102,6 +104,8 @@ def count_tokens(
         counts.chosen_tokens += int(kept_chosen.sum())
         counts.rejected_tokens += int(kept_rejected.sum())
         counts.squared_differences += int(((kept_chosen - kept_rejected) ** 2).sum())
+        longest = int((prompt + np.maximum(chosen, rejected)).max())
+        counts.longest_row = max(counts.longest_row, min(longest, max_length or longest))
         for row in np.flatnonzero((kept_chosen == kept_rejected) & ~empty):
             kept = int(kept_chosen[row])
             ids = (batch.column(column)[row].as_py() for column in (1, 2))

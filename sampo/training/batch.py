@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from ..scoring.lm_head import PER_TOKEN
 from ..scoring.packing import Stream, lay_out
 
 Weights = tuple[Tensor, Tensor]  # of the policy's and of the reference's log-probs, each `(2B, N)`
@@ -116,3 +118,21 @@ class Scored:
     def mean_scores(self) -> Tensor:
         """`(2B,)` S, averaged over the draws."""
         return torch.stack([draw.scores for draw in self.draws]).mean(dim=0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, without gradient; the rows of each are those of the batch."""
+        found = {"logps": self.logps, "ref_logps": self.ref_logps, "pressure": self.pressure}
+        found |= {f"output.{name}": getattr(self.output, name) for name in PER_TOKEN if name != "log_probs"}
+        for k, draw in enumerate(self.draws):
+            found |= {f"draws.{k}.{name}": value for name, value in vars(draw).items()}
+        return {name: value.detach() for name, value in found.items() if value is not None}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Self:
+        """From the tensors by name."""
+        output = {name: tensors.get(f"output.{name}") for name in PER_TOKEN} | {"log_probs": tensors["logps"]}
+        n_draws = sum(name.endswith(".scores") for name in tensors)
+        names = ("weights", "ref_sums", "scores")
+        draws = [Draw(**{name: tensors[f"draws.{k}.{name}"] for name in names}) for k in range(n_draws)]
+        own = tensors["logps"], tensors["ref_logps"]
+        return cls(SimpleNamespace(**output), *own, draws, tensors.get("pressure"))

@@ -17,6 +17,7 @@ from trl import DPOTrainer
 
 from ..reference_cache.store import CACHED_REF_LOGPS, END
 from .batch import Draw, PairBatch, Scored
+from .micro_batches import MicroBatch
 
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS, END.batch)
 TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
@@ -78,43 +79,47 @@ class Objective:
         n_tokens = trainer._total_train_tokens
         for i, draw in enumerate(scored.draws):
             view = self._view(trainer.accelerator)
-            result = self._trl_loss(view, model, batch, scored, draw, shift, return_outputs and i == 0)
+            asked = return_outputs and i == 0
+            result = self._trl_loss(view, model, batch, scored, draw, shift, return_outputs=asked)
             losses.append(result[0] if isinstance(result, tuple) else result)
             if i == 0:  # TRL counts the tokens of a batch at each call
                 outputs, n_tokens = (result[1] if isinstance(result, tuple) else None), view._total_train_tokens
             self._add_metrics(view._metrics[mode], draw, shift, mode)
         trainer._total_train_tokens = n_tokens
         trainer._metrics[mode]["num_tokens"] = [n_tokens]
-        return self._mean(losses) + self._sft(batch, scored, None), outputs
+        return self._mean(losses) + self._sft(batch, scored), outputs
 
     def of_micro_batch(
-        self, model: Any, batch: PairBatch, scored: Scored, shift: Tensor | None, *, share: float, chosen_tokens: int
+        self, model: Any, batch: PairBatch, scored: Scored, shift: Tensor | None, part: MicroBatch
     ) -> Tensor:
-        """The contribution of a micro-batch to the loss of its batch, without metrics.
+        """A loss with the gradients that some pairs have in the losses of their batches, without metrics.
 
         Args:
             model: of the run.
             batch: of the micro-batch.
             scored: its log-probs.
             shift: as above.
-            share: of the batch's pairs that it has.
-            chosen_tokens: of the full batch.
+            part: the weights of its pairs. TRL's loss is their plain mean, so the value of this loss is not weighted.
         """
         losses = []
+        factors = batch.n_pairs * part.pair_weights.repeat(2)[:, None]  # (2B, 1)
         for draw in scored.draws:  # other processes have micro-batches of other sizes: nothing is gathered
             view = self._view(_View(self._trainer.accelerator, gather=_unchanged, gather_for_metrics=_unchanged))
-            losses.append(self._trl_loss(view, model, batch, scored, draw, shift, return_outputs=False))
-        return self._mean(losses) * share + self._sft(batch, scored, chosen_tokens)
+            losses.append(self._trl_loss(view, model, batch, scored, draw, shift, factors=factors))
+        return self._mean(losses) + self._sft(batch, scored, part.token_weights)
 
     @staticmethod
     def _mean(losses: list[Any]) -> Any:
         return sum(losses) / len(losses)
 
-    def _sft(self, batch: PairBatch, scored: Scored, chosen_tokens: int | None) -> Tensor | float:
+    def _sft(self, batch: PairBatch, scored: Scored, token_weights: Tensor | None = None) -> Tensor | float:
+        """`sft`: the mean over the chosen tokens of a batch, or with `(B,)` weights its part from a micro-batch."""
         if not self.sft_weight:
             return 0.0
-        logps = scored.logps[: batch.n_pairs][batch.mask[: batch.n_pairs]]
-        return -(self.sft_weight * logps.sum() / (chosen_tokens or logps.numel()))
+        logps, mask = scored.logps[: batch.n_pairs], batch.mask[: batch.n_pairs]
+        if token_weights is None:
+            return -(self.sft_weight * logps[mask].sum() / mask.sum())
+        return -(self.sft_weight * (token_weights[:, None] * logps * mask).sum())
 
     def _view(self, accelerator: Any) -> _View:
         """The trainer as TRL's loss sees it."""
@@ -136,9 +141,11 @@ class Objective:
         scored: Scored,
         draw: Draw,
         shift: Tensor | None,
-        return_outputs: bool,
+        *,
+        return_outputs: bool = False,
+        factors: Tensor | None = None,
     ) -> Any:
-        """TRL's result for one draw."""
+        """TRL's result for one draw; with `(2B, 1)` factors of the gradients of its rows."""
         plain = self._args.is_plain_dpo
         kept = {name: value for name, value in batch.inputs.items() if name not in (CACHED_REF_LOGPS, END.batch)}
         ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
@@ -148,14 +155,18 @@ class Objective:
             "ref_chosen_logps": ref_chosen if shift is None else ref_chosen - shift,
             "ref_rejected_logps": ref_rejected,
         }
-        policy = self._scored_policy(model, batch, scored, draw)
+        policy = self._scored_policy(model, batch, scored, draw, factors)
         return DPOTrainer._compute_loss(view, policy, inputs, return_outputs)
 
-    def _scored_policy(self, model: Any, batch: PairBatch, scored: Scored, draw: Draw) -> Callable[..., Any]:
+    def _scored_policy(
+        self, model: Any, batch: PairBatch, scored: Scored, draw: Draw, factors: Tensor | None
+    ) -> Callable[..., Any]:
         """The function that TRL's loss calls instead of the model."""
         weighted = copy.copy(scored.output)
         if not self._args.is_plain_dpo:
             weighted.log_probs = draw.weights * scored.logps  # TRL takes the sum over a row
+        if factors is not None:
+            weighted.log_probs = scale_gradient(weighted.log_probs, factors)
         if not self._args.log_token_statistics:
             for name in TOKEN_STATISTICS:
                 setattr(weighted, name, torch.zeros_like(batch.mask))
@@ -199,6 +210,12 @@ class Objective:
             "accuracies": (chosen > rejected).float(),
         }
         return {f"rewards/{name}": value.mean().item() for name, value in found.items()}
+
+
+def scale_gradient(values: Tensor, factors: Tensor) -> Tensor:
+    """The same values, whose gradients are multiplied by the factors."""
+    constant = values.detach()
+    return constant + factors * (values - constant)
 
 
 def widen(inputs: dict[str, Any], mask: Tensor) -> Tensor:

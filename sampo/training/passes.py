@@ -127,11 +127,13 @@ class Passes:
         virtual_tokens = uses_prompt_learning(trainer.accelerator.unwrap_model(trainer.model))
         compiled = is_compiled(trainer.accelerator, self._models)
         by_labels = virtual_tokens or trainer._is_vision_dataset or compiled
+        # micro-batches have like lengths already, and as many forwards on every process only if each is one
+        one_forward = virtual_tokens or compiled or self._args.max_tokens_per_forward is not None
         return Scorer(
             models,
             pair_stream=self._args.pair_stream,
             refuse=self._reason_against_packing,
-            may_group=not (virtual_tokens or trainer.aux_loss_enabled or self._args.neftune_noise_alpha or compiled),
+            may_group=not (one_forward or trainer.aux_loss_enabled or self._args.neftune_noise_alpha),
             head="labels" if by_labels else "positions",
             reduced=self._args.bf16 or self._args.fp16 or trainer.model.dtype != torch.float32,
             unwrap=trainer.accelerator.unwrap_model,

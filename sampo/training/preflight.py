@@ -93,12 +93,12 @@ def check_tokens(trainer: Any) -> None:
 
 
 def check_micro_batches(trainer: Any) -> None:
-    """Models and data whose batches cannot be cut at pair borders.
+    """Models, data and launches for which pairs cannot be computed in micro-batches.
 
     Raises:
         ValueError: `max_tokens_per_forward` with one of them.
     """
-    if not trainer.args.max_tokens_per_forward:
+    if trainer.args.max_tokens_per_forward is None:
         return
     reasons = {
         "a mixture of experts with an auxiliary loss, which is defined for the full batch (`router_aux_loss_coef: 0` "
@@ -107,10 +107,21 @@ def check_micro_batches(trainer: Any) -> None:
         "a prompt-learning adapter, whose rows are longer than those of the batch": uses_prompt_learning(
             trainer.accelerator.unwrap_model(trainer.model)
         ),
+        "tensor, context or sequence parallelism, where processes share their pairs already": trainer.get_tp_size()
+        * trainer.get_cp_size()
+        * trainer.get_sp_size()
+        > 1,
     }
     for text, holds in reasons.items():
         if holds:
             raise ValueError(f"`max_tokens_per_forward` must cut batches at pair borders, got {text}. Unset it.")
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if trainer.args.finds_tokens_per_forward and sharded and trainer.args.device.type == "cuda":
+        raise ValueError(
+            "`max_tokens_per_forward: auto` must try out sizes on each GPU by itself, got FSDP or DeepSpeed, where "
+            "all GPUs wait for one that runs out of memory. Set a number, such as 8192, and half of it if memory is "
+            "exhausted."
+        )
 
 
 def refuse_separate_processes(args: SamPOConfig) -> None:

@@ -1,4 +1,4 @@
-"""State of a run without the model, saved with every checkpoint: epoch, θ of a learned length penalty, the forward."""
+"""State of a run without the model, saved with every checkpoint: epoch, θ of a length penalty, what was tried out."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .length_penalty import Theta
 
 
 class RunState(TrainerCallback, ExportableState):
-    """The index of the epoch, θ of a learned length penalty, and which forward computes the batches.
+    """The index of the epoch, θ of a learned length penalty, and what was tried out on the device.
 
     It is saved in `trainer_state.json` with every checkpoint. transformers restores callbacks only on request
     (`restore_callback_states_from_checkpoint`), so the state is taken back here.
@@ -17,12 +17,14 @@ class RunState(TrainerCallback, ExportableState):
         epoch: index of the running epoch, 0, 1, … `state.epoch` itself is late by an epoch border for streamed data.
         theta: of the length penalty.
         way: the forward that `pair_stream: auto` has settled on (`sampo.scoring.ways`), once it has.
+        tokens_per_forward: what `max_tokens_per_forward: auto` has found, once it has.
     """
 
     def __init__(self, length_penalty_lr: float = 0.05, theta: float = 0.0):
         self.epoch = 0
         self.theta = Theta(length_penalty_lr, theta)
         self.way: str | None = None
+        self.tokens_per_forward: int | None = None
         self._begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -32,6 +34,7 @@ class RunState(TrainerCallback, ExportableState):
         if "adam" in saved:
             self.theta.restore(saved["adam"])
         self.way = saved.get("way", self.way)
+        self.tokens_per_forward = saved.get("tokens_per_forward", self.tokens_per_forward)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epoch."""
@@ -46,7 +49,7 @@ class RunState(TrainerCallback, ExportableState):
         """What `trainer_state.json` keeps."""
         return {
             "args": {"length_penalty_lr": self.theta.lr},
-            "attributes": {"adam": self.theta.state(), "way": self.way},
+            "attributes": {"adam": self.theta.state(), "way": self.way, "tokens_per_forward": self.tokens_per_forward},
         }
 
     @property

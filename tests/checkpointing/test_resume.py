@@ -55,7 +55,7 @@ KINDS = {
     "full": ({"eval_strategy": "steps", "eval_steps": 3}, (0, 1, 3, 4, 7, 11)),
     "LoRA with dropout": ({"lora": True}, (4, 5)),
     "cached reference": ({"precompute_ref_log_probs": True}, (6,)),
-    "pair stream in pieces": ({"pair_stream": "true", "max_tokens_per_forward": 60}, (9,)),
+    "full micro-batches": ({"pair_stream": "true", "max_tokens_per_forward": 60}, (9,)),
     "several subsets": ({"mask_samples": 3, "max_steps": 4, "save_total_limit": 1}, (3,)),
 }
 

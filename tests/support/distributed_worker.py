@@ -12,7 +12,7 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("NO_SHIM")
     import fsdp_shim  # noqa: F401, before anything of accelerate
 
 import torch
-from datasets import load_from_disk
+from datasets import concatenate_datasets, load_from_disk
 from safetensors.torch import save_file
 from tiny import make_pairs, training_options
 from torch.distributed.fsdp import FSDPModule
@@ -40,6 +40,7 @@ def train(
     batch,
     options,
     pairs=24,
+    unequal=False,
     lora=False,
     save=False,
     resume=None,
@@ -55,6 +56,7 @@ def train(
         batch: pairs a process and micro-batch.
         options: of `SamPOConfig`.
         pairs: to train on.
+        unequal: a third of the pairs has rows that are many times longer.
         lora: train an adapter.
         save: save the model at the end, and beside it the weights as they were gathered here, parameter by parameter.
         resume: a checkpoint.
@@ -70,11 +72,12 @@ def train(
     trainer = SamPOTrainer(
         model=model,
         args=SamPOConfig(**training_options(out, **options)),
-        train_dataset=load_from_disk(disk) if disk else make_pairs(pairs),
+        train_dataset=load_from_disk(disk) if disk else make_data(pairs, unequal),
         eval_dataset=make_pairs(11, seed=5),  # the last batch is uneven
         peft_config=adapter() if lora else None,
     )
     subsets, dtypes = watch(trainer)
+    forwards = watch_forwards(trainer)
     if fail is not None:
         trainer.add_callback(Fail(*fail))
     trainer.train(resume_from_checkpoint=resume)
@@ -90,6 +93,7 @@ def train(
         "eval": evaluated,
         "theta": trainer.run_state.theta.value,
         "subsets": sorted(subsets),
+        "forwards": forwards,
         "processes": trainer.accelerator.num_processes,
         "engine": trainer.accelerator.distributed_type.value,
         "stage": getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None),
@@ -107,6 +111,13 @@ def train(
     if trainer.accelerator.is_main_process:
         print(f"{out.name}: done", flush=True)
     return seen
+
+
+def make_data(pairs, unequal):
+    if not unequal:
+        return make_pairs(pairs)
+    short, long = make_pairs(2 * pairs // 3, max_len=4), make_pairs(pairs // 3, min_len=40, max_len=60)
+    return concatenate_datasets([short, long])
 
 
 def adapter():
@@ -138,6 +149,20 @@ def watch(trainer) -> tuple[list, set]:
 
     trainer.weigher.weigh, trainer.weigher.make_draws = watched, typed
     return subsets, dtypes
+
+
+def watch_forwards(trainer) -> list:
+    """Fills with (step, tokens) of each forward pass of the policy that is back-propagated."""
+    seen: list = []
+
+    def see(module, args, kwargs):
+        if torch.is_grad_enabled():
+            seen.append([trainer.state.global_step, kwargs["input_ids"].numel()])
+
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    backbone = (unwrapped.get_base_model() if hasattr(unwrapped, "peft_config") else unwrapped).base_model
+    backbone.register_forward_pre_hook(see, with_kwargs=True)
+    return seen
 
 
 def adam_bytes(trainer) -> int:

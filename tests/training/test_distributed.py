@@ -18,6 +18,9 @@ OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
 
 STREAM = {"pair_stream": "true", **OURS}
 CACHED = {"precompute_ref_log_probs": True, **OURS}
+# Pairs of very unequal lengths, eight a step: what one process accumulates, two lay into full micro-batches.
+UNEQUAL = {"unequal": True, "batch": 1}
+FILLED = {"gradient_accumulation_steps": 4, "max_tokens_per_forward": 300}
 FULL_PRECISION_SUMS = 5e-6  # a loss, fp32 sums in another order
 OTHER_LAYOUT = 2e-5  # a loss
 
@@ -31,6 +34,9 @@ def folder(tmp_path_factory):
 def alone(model_folder, folder):
     """The runs of one process."""
     runs = {"plain": {"batch": 4, "options": OURS}, "bf16": {"batch": 4, "options": {"bf16": True}}}
+    accumulated = {"gradient_accumulation_steps": 8}
+    runs["accumulated"] = {**UNEQUAL, "options": {**OURS, **accumulated}}
+    runs["accumulated lora"] = {**UNEQUAL, "lora": True, "options": accumulated}
     return {name: ranks[0] for name, ranks in launch_runs(model_folder, folder / "alone", runs, processes=1).items()}
 
 
@@ -49,6 +55,10 @@ def together(model_folder, folder):
         "resumed": {"options": OURS, "resume": checkpoint},
         "stream": {"options": STREAM},
         "pieces": {"options": {"max_tokens_per_forward": 20, **STREAM}},
+        "unfilled": {**UNEQUAL, "options": {"gradient_accumulation_steps": 4, **STREAM}},
+        "filled": {**UNEQUAL, "options": {**FILLED, **STREAM}},
+        "filled cached": {**UNEQUAL, "options": {**FILLED, "pair_stream": "false", **CACHED}},
+        "filled lora": {**UNEQUAL, "lora": True, "options": {**FILLED, "pair_stream": "true"}},
         "memory": {"options": {"ref_cache_dir": str(folder / "memory"), **CACHED}},
         "disk": {"options": {"ref_cache_dir": str(folder / "disk"), **CACHED}, "disk": str(folder / "data")},
     }
@@ -124,6 +134,35 @@ def test_two_processes_with_the_pair_stream_train_as_one_without(one, together):
     assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=OTHER_LAYOUT)
     assert sorted(ranks[0]["subsets"] + ranks[1]["subsets"]) == one["subsets"]
     assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["filled", "filled cached", "filled lora"])
+def test_two_processes_with_full_micro_batches_train_as_one_that_accumulates(alone, together, name):
+    one, ranks = alone["accumulated lora" if "lora" in name else "accumulated"], together[name]
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=OTHER_LAYOUT)
+    assert ranks[0]["checksum"] == ranks[1]["checksum"]
+    assert ranks[0]["checksum"] == pytest.approx(one["checksum"], rel=1e-5)
+    assert ranks[0]["theta"] == ranks[1]["theta"] == pytest.approx(one["theta"], abs=1e-5)
+    for ours, theirs in zip(ranks[0]["log"][:6], one["log"][:6], strict=True):
+        for metric in ("grad_norm", "learning_rate", "epoch", "length/chosen", "num_tokens", "rewards/margins"):
+            assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-5), metric
+
+
+@pytest.mark.parametrize("name", ["filled", "filled cached", "filled lora"])
+def test_both_processes_run_as_many_forwards_within_the_limit(together, name):
+    first, second = ([step for step, _ in rank["forwards"]] for rank in together[name])
+    assert first == second
+    assert max(tokens for rank in together[name] for _, tokens in rank["forwards"]) <= FILLED["max_tokens_per_forward"]
+
+
+def test_pairs_move_between_processes_until_both_have_like_tokens(together):
+    def difference(name):
+        totals = [[sum(n for at, n in rank["forwards"] if at == step) for step in range(6)] for rank in together[name]]
+        return sum(abs(a - b) for a, b in zip(*totals, strict=True)) / sum(map(sum, totals))
+
+    assert len(together["filled"][0]["forwards"]) < len(together["unfilled"][0]["forwards"]) == 6 * 4
+    # the rest: tokens behind the last selected one are not computed, and a step may have an odd number of long pairs
+    assert difference("filled") < difference("unfilled") / 2
 
 
 def test_two_processes_in_pieces_train_as_one_without(one, together):

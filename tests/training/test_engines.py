@@ -37,6 +37,9 @@ MODES = {
     "lora": {"options": {"learning_rate": 1e-2}, "lora": True, "save": True},
     "stream": {"options": {"pair_stream": "true", "gradient_checkpointing": True, **OURS}},
     "accumulated": {"options": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}},
+    "stream_filled": {
+        "options": {"gradient_accumulation_steps": 2, "pair_stream": "true", "max_tokens_per_forward": 42, **OURS}
+    },
     "cached": {"options": {"precompute_ref_log_probs": True, **OURS}},
     "log_ratios": {"options": {"token_weighting": "top_k"}, "slow": True},
     "subsets": {"options": {"mask_samples": 3, "keep_end_token": True}, "slow": True},
@@ -166,6 +169,15 @@ def test_two_processes_train_as_one(launched, engine, mode):
     caches = options.get("precompute_ref_log_probs", 0) * (1 + options.get("balance_end_token", 0))
     filled = [24] * caches + [11] * caches
     assert [rank["computed"] for rank in ranks] == [one["computed"]] * 2 == [filled] * 2
+
+
+@pytest.mark.parametrize(("engine", "mode"), cases(["stream_filled"]))
+def test_full_micro_batches_are_as_many_and_small_enough_on_both_processes(launched, engine, mode):
+    forwards = [rank["forwards"] for rank in launched(engine, mode)[1]]
+    first, second = ([step for step, _ in each] for each in forwards)
+    assert first == second
+    assert 6 < len(first) < 12  # one or two a step
+    assert max(tokens for each in forwards for _, tokens in each) <= 42
 
 
 @every_case

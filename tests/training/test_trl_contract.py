@@ -203,3 +203,32 @@ def test_the_card_names_no_base_model_where_there_is_none_on_the_hub(trainer):
     assert 'model="None"' in text
     assert "\nlibrary_name: transformers\n" in text
     assert re.search(r"\n- Tokenizers: [\d.]+\n", text)
+
+
+def test_the_loop_asks_for_all_batches_of_a_step_and_then_computes_each(folder, tmp_path):
+    """What `sampo.training.micro_batch_trainer` relies on in transformers."""
+    calls, losses = [], []
+
+    class Watched(DPOTrainer):
+        def get_batch_samples(self, *args, **kwargs):
+            self.batches, n_items = super().get_batch_samples(*args, **kwargs)
+            calls.append(("batches", len(self.batches), n_items))
+            return self.batches, n_items
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            (number,) = (i for i, batch in enumerate(self.batches) if batch is inputs)
+            calls.append(("step", number, self.accelerator.sync_gradients))
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            assert loss == losses[-1] / self.current_gradient_accumulation_steps
+            assert self.current_gradient_accumulation_steps == len(self.batches)
+            return loss
+
+        def compute_loss(self, *args, **kwargs):
+            losses.append(super().compute_loss(*args, **kwargs))
+            return losses[-1]
+
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = DPOConfig(**training_options(tmp_path, max_steps=-1, num_train_epochs=1, **options))
+    Watched(model=folder, args=args, train_dataset=make_pairs(10)).train()
+    whole = [("batches", 2, None), ("step", 0, False), ("step", 1, True)]
+    assert calls == [*whole, *whole, ("batches", 1, None), ("step", 0, True)]
