@@ -125,6 +125,9 @@ def _attention(
             raise StreamRefused("the model computes the mask of its attention in a way of its own")
         return _call_own(own, module, query, key, value, attention_mask, **kwargs)
     _refuse(kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # SDPA would do so too; FlexAttention and its like do not
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (each.to(dtype) for each in (query, key, value))
     segments, reach = read
     segments.calls += 1
     scale, flash = kwargs.get("scaling"), None

@@ -5,7 +5,8 @@ to the prompt. A layer can limit this by position with a window or chunks; in bo
 positions from a lowest one up to its own. Position 0 is the first token of the prompt.
 
 The scores of each part are one product of matrices over its own keys, which is faster than PyTorch's SDPA for the
-lengths of most preference data. The probabilities are kept for the backward pass, so parts with many keys go through
+lengths of most preference data. A short prompt and its branches are one product together: fewer calls are worth some
+scores that the mask removes. The probabilities are kept for the backward pass, so parts with many keys go through
 SDPA, which does not keep them.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 # Above, SDPA is faster (measured for float32), or the probabilities need more memory than the rest of a layer.
 MOST_KEYS = {torch.float32: 256}
 _MOST_KEYS_IN_HALF = 1024
+_MOST_MASKED = 2**15  # scores of a prompt and its branches together that the mask removes
 
 
 class Segment(NamedTuple):
@@ -114,6 +116,38 @@ class Segments:
         own = start + (lowest - n_prompt).clamp(min=0)
         return own, prompt + torch.minimum(lowest, n_prompt), prompt + n_prompt
 
+    def groups(self, most: int) -> list[list[int]]:
+        """Parts that are computed together: a prompt with its branches where that is cheap, else each by itself.
+
+        Args:
+            most: number of keys.
+        """
+        groups: list[list[int]] = []
+        for i, part in enumerate(self.parts):
+            if part.prompt is None:
+                groups.append([i])
+            else:
+                groups[-1].append(i)  # branches follow their prompt
+        return [each for group in groups for each in self._together(group, most)]
+
+    def _together(self, group: list[int], most: int) -> list[list[int]]:
+        parts = [self.parts[i] for i in group]
+        n_tokens = sum(part.n_tokens for part in parts)
+        needed = sum(part.n_tokens * (part.n_tokens + self.n_prompt(part)) for part in parts)
+        cheap = n_tokens <= most and n_tokens**2 - needed <= _MOST_MASKED
+        return [group] if cheap else [[i] for i in group]
+
+    def group_bias(self, start: int, n_tokens: int, reach: Reach, rows: int, dtype: torch.dtype) -> Tensor:
+        """`(rows · n_tokens, n_tokens)`: as `bias`, for the tokens from `start` on, which attend to no others."""
+        name = ("group", start, n_tokens, reach, rows, dtype)
+        if name not in self.cache:
+            own, low, high = (each[start : start + n_tokens, None] - start for each in self.intervals(reach))
+            at = torch.arange(n_tokens, device=self.device)
+            seen = ((at >= own) & (at <= at[:, None])) | ((at >= low) & (at < high))
+            bias = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+            self.cache[name] = bias.repeat(rows, 1)
+        return self.cache[name]
+
     def dense_mask(self, dtype: torch.dtype) -> Tensor:
         """`(1, 1, N, N)`: 0 where a token attends to a key, and the lowest number elsewhere, as models add it."""
         own, prompt_start, prompt_stop = (each[:, None] for each in self.intervals(Reach()))
@@ -156,21 +190,30 @@ def attend_by_parts(segments: Segments, query: Tensor, key: Tensor, value: Tenso
     Returns:
         `(1, N, heads, e)`.
     """
-    # the backward pass of a split is one concatenation; that of a slice would fill a tensor of full size for each
-    queries, keys, values = (x.split(segments.sizes, dim=2) for x in (query, key, value))
     most = MOST_KEYS.get(query.dtype, _MOST_KEYS_IN_HALF)
+    groups = segments.groups(most)
+    sizes = [sum(segments.sizes[i] for i in group) for group in groups]
+    # the backward pass of a split is one concatenation; that of a slice would fill a tensor of full size for each
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    shared_heads, starts = query.size(1) // key.size(1), [sum(sizes[:i]) for i in range(len(sizes))]
+    number = {group[0]: i for i, group in enumerate(groups)}
     found = []
-    for i, part in enumerate(segments.parts):
+    for i, group in enumerate(groups):
         q, k, v = queries[i], keys[i], values[i]
+        if len(group) > 1:
+            bias = segments.group_bias(starts[i], sizes[i], softmax.reach, shared_heads, q.dtype)
+            found.append(_by_scores(q, k, v, bias, softmax).transpose(1, 2))
+            continue
+        part = segments.parts[group[0]]
         n_prompt, skipped = segments.n_prompt(part), 0
         if part.prompt is not None:
             if softmax.reach != Reach():
                 skipped = min(int(softmax.reach.lowest(torch.tensor(n_prompt))), n_prompt)
-            k, v = (torch.cat((x[part.prompt][:, :, skipped:], x[i]), dim=2) for x in (keys, values))
+            at = number[part.prompt]
+            k, v = (torch.cat((x[at][:, :, skipped:], x[i]), dim=2) for x in (keys, values))
         plain = softmax.softcap is None and softmax.sinks is None
-        repeats = 1 if plain and k.size(2) > most else q.size(1) // k.size(1)
+        way, repeats = (_by_sdpa, 1) if plain and k.size(2) > most else (_by_scores, shared_heads)
         bias = segments.bias(n_prompt, skipped, part.n_tokens, softmax.reach, repeats, q.dtype)
-        way = _by_sdpa if plain and k.size(2) > most else _by_scores
         found.append(way(q, k, v, bias, softmax).transpose(1, 2))  # (1, n, heads, e)
     return torch.cat(found, dim=1)
 
