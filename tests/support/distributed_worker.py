@@ -14,12 +14,13 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("NO_SHIM")
 import torch
 from datasets import concatenate_datasets, load_from_disk
 from safetensors.torch import save_file
-from tiny import make_pairs, training_options
+from tiny import PLAIN, make_pairs, training_options
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.reference_cache import store as ref_logps
+from sampo.scoring import packing, ways
 
 
 def main() -> None:
@@ -47,6 +48,7 @@ def train(
     fail=None,
     disk=None,
     no_shard_on=None,
+    grouped=False,
 ) -> dict:
     """One run.
 
@@ -63,12 +65,15 @@ def train(
         fail: (rank, step) that raises.
         disk: folder of the training data, instead of pairs in memory.
         no_shard_on: a rank that cannot write its shard of the reference cache.
+        grouped: rows are grouped by length, as for a model that cannot be packed.
     """
-    options = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6} | options
+    sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6}
+    options = PLAIN | sizes | options
     if options.get("precompute_ref_log_probs"):
         options = {"ref_cache_dir": str(out / "references")} | options  # no other run's
     if no_shard_on == int(os.environ.get("RANK", "0")):
         ref_logps.write_atomic = lambda path, content: Path("/no/such/folder/file").write_bytes(content)
+    ways.why_not = (lambda _: "it is a test") if grouped else packing.why_not
     trainer = SamPOTrainer(
         model=model,
         args=SamPOConfig(**training_options(out, **options)),
@@ -76,6 +81,8 @@ def train(
         eval_dataset=make_pairs(11, seed=5),  # the last batch is uneven
         peft_config=adapter() if lora else None,
     )
+    if grouped:
+        trainer.run_state.way = ways.GROUPED  # or the timing could take the plain forward
     subsets, dtypes = watch(trainer)
     forwards = watch_forwards(trainer)
     if fail is not None:
@@ -98,6 +105,7 @@ def train(
         "engine": trainer.accelerator.distributed_type.value,
         "stage": getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None),
         "streams": trainer.passes.packed,
+        "way": trainer.run_state.way,
         "adam_bytes": adam_bytes(trainer),
         "reference_groups": sum(isinstance(m, FSDPModule) for m in trainer.ref_model.modules())
         if trainer.ref_model is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from tiny import make_pairs, training_options
+from tiny import PLAIN, make_pairs, training_options
 
 from sampo import SamPOConfig, SamPOTrainer
 
@@ -24,6 +24,7 @@ RUN = {
     "save_steps": 1,
     "length_penalty": "learned",
     "sampled_sides": "rejected",
+    **PLAIN,  # `auto` would time the first batches, and a run that was killed among them would time others
 }
 
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.commands import train
 from sampo.io import records as results
+from sampo.scoring.ways import GROUPED
 from sampo.training.memory import ENGINES as MEMORY
 
 OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
@@ -40,6 +41,7 @@ MODES = {
     "stream_filled": {
         "options": {"gradient_accumulation_steps": 2, "pair_stream": "true", "max_tokens_per_forward": 42, **OURS}
     },
+    "grouped": {"options": {"pair_stream": "auto", **OURS}, "grouped": True},
     "cached": {"options": {"precompute_ref_log_probs": True, **OURS}},
     "log_ratios": {"options": {"token_weighting": "top_k"}, "slow": True},
     "subsets": {"options": {"mask_samples": 3, "keep_end_token": True}, "slow": True},
@@ -157,6 +159,7 @@ def test_two_processes_train_as_one(launched, engine, mode):
     one, ranks = launched(None, mode)[1][0], launched(engine, mode)[1]
     assert [(rank["processes"], rank["engine"], rank["stage"]) for rank in ranks] == [(2, *ENGINES[engine])] * 2
     assert [rank["streams"] for rank in ranks] == ["stream" in mode] * 2
+    assert {rank["way"] == GROUPED for rank in (one, *ranks)} == {mode == "grouped"}
     assert len(one["losses"]) == 6
     assert len({round(loss, 4) for loss in one["losses"]}) > 3  # something was learned that could differ
     assert note(engine, mode, one, ranks) <= LOSS_BOUND

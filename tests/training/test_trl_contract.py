@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from families import make_model as make_family
 from tiny import make_pairs, save_model, training_options
@@ -137,6 +138,27 @@ def test_per_token_log_probs_have_one_column_less_than_the_input_and_are_zero_wi
     )
     assert output.log_probs.shape == (8, batch["input_ids"].size(1) - 1)
     assert torch.equal(output.log_probs != 0, batch["completion_mask"][:, 1:].bool())
+
+
+def test_the_head_calls_one_function_with_nine_arguments(trainer, batch, monkeypatch):
+    arguments = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size"]
+    arguments += ["final_logit_softcapping", "logit_scale", "outputs"]
+    assert list(inspect.signature(trl_utils._ChunkedLogProbFunction.forward).parameters)[1:] == arguments
+    calls = []
+
+    class Watched:
+        @staticmethod
+        def apply(*args):
+            calls.append(args)
+            return function.apply(*args)
+
+    function = trl_utils._ChunkedLogProbFunction
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Watched)
+    trainer.model(input_ids=batch["input_ids"], labels=batch["input_ids"], fused_lm_head=True)
+    ((_, weight, bias, _, temperature, _, softcap, scale, outputs),) = calls
+    assert weight is trainer.model.get_output_embeddings().weight
+    assert (bias, temperature, softcap, scale) == (None, 1.0, None, 1.0)
+    assert "log_probs" in outputs
 
 
 def test_the_auxiliary_loss_weighs_tokens_by_the_attention_mask():
