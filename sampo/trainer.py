@@ -22,7 +22,7 @@ What we rely on in TRL 1.16, pinned by tests/training/test_trl_contract.py:
 5. A model to which TRL has given its fused LM head (`add_fused_lm_head(model, outputs=…)`, which can be given again)
    takes `shift_labels`, and puts the head on `last_hidden_state` of what its `base_model` returns. Its `aux_loss` is a
    mean over tokens weighted by `attention_mask`, which can have numbers other than 0 and 1. The head calls
-   `trl.trainer.utils._ChunkedLogProbFunction.apply` with nine arguments; `scoring.cpu_head` replaces it while it scores.
+   `trl.trainer.utils._ChunkedLogProbFunction.apply` with nine arguments; `scoring.cpu_head` replaces it for a while.
 6. `DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)` adds `prompt_ids`, `chosen_ids` and
    `rejected_ids`; the collator cuts prompt + completion to `max_length`.
 7. `DPOTrainer.create_model_card(model_name, dataset_name, tags)` writes `README.md` into `args.output_dir`, and
