@@ -220,7 +220,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
             step = part.step
             for inputs, of_batch in zip(step.batches, step.scored_batches(), strict=True):
                 full = self.weigher.find_completions(inputs, batch.epoch)
-                step.losses.append(self._loss_of_batch(model, full, of_batch)[0].detach())
+                step.losses.append(self._loss_of_batch(model, full, of_batch.with_scores_kept())[0].detach())
         return loss
 
     # --- checks and logs -----------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Ways:
         self._settled = self.way == PADDED
 
     def settle(self, way: str | None) -> str | None:
-        """The way once it is settled, for a checkpoint.
+        """The way once it is settled, for a checkpoint. Called before the forward passes of a step.
 
         Args:
             way: the way of the checkpoint from which the run goes on, if any. It is taken without timing it again, so
@@ -74,7 +74,11 @@ class Ways:
         if way is not None and not self._settled:
             self._settled = True
             if way == PADDED:
-                self._take_padded()
+                self.way = PADDED
+        if self._installed and self.way != PACKED:  # not earlier: a backward pass can compute packed rows again
+            for model in self._models:
+                uninstall(model)
+            self._installed = False
         return self.way if self._settled else None
 
     def is_on_trial(self, model: Any) -> bool:
@@ -176,13 +180,7 @@ class Ways:
                     f"pair_stream: auto takes {PADDED}, which took {padded:.3g} s for {_TIMED_BATCHES} batches; "
                     f"{self.way} took {other:.3g} s."
                 )
-                self._take_padded()
-
-    def _take_padded(self) -> None:
-        if self._installed:
-            for model in self._models:
-                uninstall(model)
-        self.way, self._installed = PADDED, False
+                self.way = PADDED
 
     def _fall_back(self, reason: str, cause: Exception | None = None) -> None:
         """From packed rows to rows grouped by length, from these to padded ones."""
@@ -191,9 +189,7 @@ class Ways:
                 f"`pair_stream: true` must be exact for this model, but {reason}. Use `auto`, which takes another "
                 "forward then, or `false`."
             ) from cause
-        groups = self.way == PACKED and self._may_group
-        self._take_padded()
-        self.way = GROUPED if groups else PADDED
+        self.way = GROUPED if self.way == PACKED and self._may_group else PADDED
         self._start_trials()
         logger.warning(f"pair_stream: auto takes {self.way}, because {reason}.")
 

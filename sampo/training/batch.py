@@ -1,6 +1,6 @@
 """The tensors of one step. B pairs are 2B rows, chosen first; of L tokens in a row N = L − 1 are predicted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, Self
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..scoring.lm_head import PER_TOKEN
 from ..scoring.packing import Stream, lay_out
+from ..weighting import sequence_logps
 
 Weights = tuple[Tensor, Tensor]  # of the policy's and of the reference's log-probs, each `(2B, N)`
 
@@ -136,3 +137,13 @@ class Scored:
         draws = [Draw(**{name: tensors[f"draws.{k}.{name}"] for name in names}) for k in range(n_draws)]
         own = tensors["logps"], tensors["ref_logps"]
         return cls(SimpleNamespace(**output), *own, draws, tensors.get("pressure"))
+
+    def with_scores_kept(self) -> Self:
+        """The same with the reference sums that give the scores again.
+
+        A sum over rows of another width rounds differently. So a policy that equals its reference has margins of
+        exactly 0 in any layout.
+        """
+        sums = [sequence_logps(self.logps, draw.weights) - draw.scores for draw in self.draws]
+        draws = [replace(draw, ref_sums=each) for draw, each in zip(self.draws, sums, strict=True)]
+        return replace(self, draws=draws)

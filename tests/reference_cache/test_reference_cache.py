@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
+from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options
 from transformers import AutoModelForCausalLM
 
 from sampo import SamPOConfig, SamPOTrainer
@@ -60,7 +60,7 @@ def make_trainer(model, root, *, data=None, eval_data=None, **options):
     folder = options.pop("output_dir", Path(os.environ["SAMPO_CACHE"]) / "runs")
     return SamPOTrainer(
         model=model,
-        args=SamPOConfig(**training_options(folder, **options)),
+        args=SamPOConfig(**training_options(folder, **PLAIN | options)),
         train_dataset=make_pairs(20) if data is None else data,
         eval_dataset=eval_data,
         **kwargs,
@@ -531,7 +531,7 @@ def counted(*args):
     return original(*args)
 
 store.{function} = counted
-options = training_options({out!r}, precompute_ref_log_probs=True, ref_cache_dir={root!r})
+options = training_options({out!r}, precompute_ref_log_probs=True, ref_cache_dir={root!r}, pair_stream="false")
 SamPOTrainer(model={model!r}, args=SamPOConfig(**options), train_dataset=make_pairs(20))
 """
 

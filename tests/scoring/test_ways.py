@@ -39,6 +39,7 @@ class Decision:
 
     @property
     def packs(self):
+        self.ways.settle(None)  # as at the start of the next step
         assert (self.ways.way == PACKED) == is_installed(self.model.config)
         return self.ways.way == PACKED
 
