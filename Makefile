@@ -56,7 +56,7 @@ test-latest:  ## the tests that lean on TRL and transformers, with the newest ve
 notebooks: install  ## run the notebooks anew and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
-bench-check: install  ## measure the speed again, and compare it with benchmarks/baselines: an hour
+bench-check: install  ## measure the speed again, and compare it with benchmarks/baselines: minutes
 	$(BIN)/python benchmarks/check.py
 
 bench-check-quick: install  ## the same with a tiny model: seconds
