@@ -64,7 +64,7 @@ def _layers(graph: dict[str, set[str]], column: dict[str, int]) -> tuple[list[li
             for node in layers[at]:
                 places = [rows[other] for other in near.get(node, []) if other[1] == side]
                 means[node] = sum(places) / len(places) if places else rows[node]
-            layers[at].sort(key=lambda node, means=means: means[node])  # type: ignore[misc]
+            layers[at].sort(key=means.__getitem__)
     return layers, arrows
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import trl.trainer.utils
 from torch import Tensor
+from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 _TILE_BYTES = 2**28
@@ -45,24 +46,18 @@ class TokenLogProbs(torch.autograd.Function):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
         cast = weight.to(dtype)
         with torch.autocast("cpu", enabled=False):  # or it rounds the statistics' products
-            found = [_statistics(tile, targets[rows]) for rows, tile in _tiles(states, cast)]
-        log_z, logps, entropy, log_sum_sq_probs, mean_logits, is_top1 = (
-            torch.cat(parts) for parts in zip(*found, strict=True)
-        )
-        ctx.save_for_backward(states, weight, targets, log_z)
+            found = [_statistics(tile, targets[rows], outputs) for rows, tile in _tiles(states, cast)]
+        joined = _join(found)
+        ctx.save_for_backward(states, weight, targets, joined["log_z"])
         ctx.dtype = dtype
-        named = {
-            "entropy": entropy,
-            "log_sum_sq_probs": log_sum_sq_probs,
-            "mean_logits": mean_logits,
-            "is_top1": is_top1,
-        }
-        ctx.mark_non_differentiable(*named.values())
-        return logps, *(values if name in outputs else None for name, values in named.items())
+        statistics = [joined.get(name) for name in OPTIONAL_OUTPUTS]
+        ctx.mark_non_differentiable(*(each for each in statistics if each is not None))
+        return joined["log_probs"], *statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """D log p(target) / d logit(v) = 1[v = target] − p(v)."""
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """The derivative of log p(target) with respect to logit v is 1[v = target] − p(v)."""
+        grad = grads[0]  # of the log-probs
         states, weight, targets, log_z = ctx.saved_tensors
         with maybe_gather_lm_head_ctx(weight):
             cast = weight.to(ctx.dtype)
@@ -89,22 +84,31 @@ def _blocks(tile: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, max(len(tile), 1), size))
 
 
-def _statistics(tile: Tensor, targets: Tensor) -> list[Tensor]:
-    """`(m,)` each: log Z, log-probs, entropy, log Σ p², mean logit, is top 1."""
+def _statistics(tile: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """`(m,)` each by name: log Z, log-probs, and of the statistics those that are wanted."""
     found = []
     for rows in _blocks(tile):
         logits = tile[rows].float()
         target = logits.gather(1, targets[rows, None])[:, 0]
         top, first = logits.max(dim=1)  # the first of equal ones, on CPU
-        mean = logits.mean(dim=1)
+        each = {"mean_logits": logits.mean(dim=1)} if "mean_logits" in outputs else {}
         logits -= top[:, None]
         probs = logits.exp()
         sums = probs.sum(dim=1)
         log_z = top + sums.log()
-        entropy = sums.log() - torch.linalg.vecdot(probs, logits) / sums
-        sq = torch.linalg.vecdot(probs, probs).log() - 2 * sums.log()
-        found.append((log_z, target - log_z, entropy, sq, mean, first == targets[rows]))
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        each |= {"log_z": log_z, "log_probs": target - log_z}
+        if "entropy" in outputs:
+            each["entropy"] = sums.log() - torch.linalg.vecdot(probs, logits) / sums
+        if "log_sum_sq_probs" in outputs:
+            each["log_sum_sq_probs"] = torch.linalg.vecdot(probs, probs).log() - 2 * sums.log()
+        if "is_top1" in outputs:
+            each["is_top1"] = first == targets[rows]
+        found.append(each)
+    return _join(found)
+
+
+def _join(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
 
 def _differentiate(tile: Tensor, targets: Tensor, log_z: Tensor, grad: Tensor) -> None:
