@@ -18,9 +18,9 @@ from mkdocs.structure.nav import Section
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
-from api_pages import api_pages, public_names  # noqa: E402
-from notebook_pages import convert  # noqa: E402
-from packages import package_drawing  # noqa: E402
+from api_pages import api_pages, public_names  # noqa: E402, found by the path above
+from notebook_pages import convert  # noqa: E402, found by the path above
+from packages import package_drawing  # noqa: E402, found by the path above
 
 OUTSIDE = {
     "README.md": "index.md",

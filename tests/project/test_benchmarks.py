@@ -23,16 +23,16 @@ from sampo.io import records as results
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import check  # noqa: E402
-import class_swap  # noqa: E402
-import counting  # noqa: E402
-import profiling  # noqa: E402
-import real_model_judged  # noqa: E402
-import real_model_study  # noqa: E402
-import sides  # noqa: E402
-import step_time  # noqa: E402
-import tables  # noqa: E402
-import workload  # noqa: E402
+import check  # noqa: E402, found by the path above
+import class_swap  # noqa: E402, found by the path above
+import counting  # noqa: E402, found by the path above
+import profiling  # noqa: E402, found by the path above
+import real_model_judged  # noqa: E402, found by the path above
+import real_model_study  # noqa: E402, found by the path above
+import sides  # noqa: E402, found by the path above
+import step_time  # noqa: E402, found by the path above
+import tables  # noqa: E402, found by the path above
+import workload  # noqa: E402, found by the path above
 
 MODELS = 2  # policy and live reference
 

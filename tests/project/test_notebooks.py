@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 sys.path.insert(0, str(FOLDER))
-from execute import execute, is_setup, light, made_from, with_setup  # noqa: E402
+from execute import execute, is_setup, light, made_from, with_setup  # noqa: E402, found by the path above
 
 NAMES = ("length_bias", "what_is_learned", "win_rate_and_length", "choosing_a_weighting")
 LARGEST = 300_000  # bytes

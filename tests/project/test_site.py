@@ -16,11 +16,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
-from api_pages import PACKAGE, api_pages, module_names, public_names  # noqa: E402
-from command_pages import GUIDES, options_table, usage  # noqa: E402
-from drawing import columns, draw  # noqa: E402
-from figures import same_drawing  # noqa: E402
-from notebook_pages import convert  # noqa: E402
+from api_pages import PACKAGE, api_pages, module_names, public_names  # noqa: E402, found by the path above
+from command_pages import GUIDES, options_table, usage  # noqa: E402, found by the path above
+from drawing import columns, draw  # noqa: E402, found by the path above
+from figures import same_drawing  # noqa: E402, found by the path above
+from notebook_pages import convert  # noqa: E402, found by the path above
 
 needs_mkdocs = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings_handlers")),

@@ -13,7 +13,7 @@ from sampo.io import records as results
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import interval_coverage  # noqa: E402
+import interval_coverage  # noqa: E402, found by the path above
 
 PROMISED = (0.93, 0.97)  # coverage of 95 % from 50 prompts on
 pytestmark = pytest.mark.filterwarnings("ignore::sampo.evaluation.results.length_control.ExtrapolationWarning")
