@@ -31,6 +31,7 @@ from .options import RecipeParser, make_parser
 
 logger = logging.getLogger(__name__)
 
+STOPPED_AT_ONCE = 130  # the exit status of a process that Ctrl-C has ended
 SECONDS_FOR_THE_FIRST = 5.0  # in which a launcher ends the other processes after the first one has failed
 
 
@@ -288,8 +289,6 @@ def start(argv: list[str] | None = None) -> int:
 
 def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] | None) -> int:
     """Parse the options and do the work; an expected error is printed in one line."""
-    from ..reference_cache.store import RefCacheError
-
     end_with_launcher()
     # TRL sets it in every run, by names that transformers has deprecated: users cannot change that.
     warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
@@ -297,11 +296,19 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
+    status = _work(parser, lambda: work(*parsed), first=parsed[1].process_index == 0)
+    _end_process_group(wait=status != STOPPED_AT_ONCE)
+    return status
+
+
+def _work(parser: RecipeParser, work: Callable[[], None], *, first: bool) -> int:
+    """Do the work, and return the exit status."""
     from ..checkpointing.resume import ResumeRefusedError
     from ..checkpointing.signals import Preempted
+    from ..reference_cache.store import RefCacheError
 
     try:
-        work(*parsed)
+        work()
     except (RefusedRun, PreferenceDataError, ModelError, RefCacheError, ResumeRefusedError, FolderInUseError) as error:
         _print_error(parser, error)
         return 2
@@ -309,14 +316,32 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
         _print_error(parser, error)
         return 1
     except Preempted as stop:
-        if parsed[1].process_index == 0:
+        if first:
             print(f"{parser.prog}: {stop.checkpoint.name} is saved. The same command with `--resume auto` continues.")
         return stop.status
     except KeyboardInterrupt:
-        if parsed[1].process_index == 0:
+        if first:
             print(f"{parser.prog}: stopped. Checkpoints saved before are complete.", file=sys.stderr)
-        return 130
+        return STOPPED_AT_ONCE
     return 0
+
+
+def _end_process_group(*, wait: bool) -> None:
+    """End the threads of the process group before Python ends: one that ends later can abort the process (SIGABRT).
+
+    Args:
+        wait: whether the collectives that have begun may end. Those of a process that was stopped at once may not.
+    """
+    from torch import distributed  # after the help texts and the parser, which do without torch
+
+    if not distributed.is_initialized():
+        return
+    if wait:
+        distributed.destroy_process_group()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STOPPED_AT_ONCE)
 
 
 def _print_error(parser: RecipeParser, error: BaseException) -> None:

@@ -13,9 +13,12 @@ import pytest
 import yaml
 from processes import ROOT, environment
 from tiny import make_pairs, save_model
+from torch import distributed
 
 from sampo.checkpointing import files as checkpoints
 from sampo.checkpointing.signals import Preempted, SaveOnSignal
+from sampo.commands import train
+from sampo.commands.models import RefusedRun
 
 SAMPO = [sys.executable, "-m", "sampo.cli"]
 
@@ -88,6 +91,23 @@ def test_ctrl_c_while_nothing_is_saved_is_one_line(folder, tmp_path):
     assert stopped.returncode == 130
     assert "Traceback" not in stopped.stderr
     assert "sampo train: stopped." in stopped.stderr
+
+
+@pytest.mark.parametrize("raised", [Preempted(Path("checkpoint-1")), RefusedRun("no data"), FloatingPointError("NaN")])
+def test_the_process_group_ends_before_python_does(folder, tmp_path, raised):
+    """A thread of gloo that ends after Python has begun to can abort the process, which then exits with 134."""
+
+    def work(*_options):
+        raise raised
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        status = train.start_with(train.make_parser(), work, options(folder, tmp_path))
+        assert status == {Preempted: 143, RefusedRun: 2, FloatingPointError: 1}[type(raised)]
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def cluster_command(folder: Path, out: Path) -> list[str]:
