@@ -4,8 +4,10 @@ The options are those of TRL's `dpo.py`, with `SamPOConfig` instead of `DPOConfi
 is an error that names the nearest one, in the YAML file as on the command line; TRL's script ignores it.
 """
 
+import argparse
 import datetime
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -133,31 +135,75 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.not_ours: set[str] = set()  # options in the YAML file that the command itself reads
+        self._own_defaults = {action.dest: action.default for action in self._actions}
 
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage text of four hundred options."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args_and_config(self, args: Any = None, *switches: Any, **named_switches: Any) -> tuple[Any, ...]:
-        """As TRL's, after `refuse_unknown`."""
-        args = _separate_config(sys.argv[1:] if args is None else list(args))
-        self.refuse_unknown(args)
-        return super().parse_args_and_config(args, *switches, **named_switches)
+        """As TRL's, with all issues of the YAML file, the command line and the dataclasses in one message."""
+        issues, _, built = self.find_issues(sys.argv[1:] if args is None else list(args))
+        if issues:
+            self.error(listed(issues))
+        return tuple(built)
 
-    def parse_args_into_dataclasses(
-        self, args: Any = None, return_remaining_strings: bool = False, *others: Any, **named: Any
-    ) -> tuple[Any, ...]:
-        """As the original, with the issues of all dataclasses and of `find_option_issues` in one message."""
-        namespace, rest = self.parse_known_args(args)
-        issues, built = find_option_issues(namespace), []
+    def find_issues(self, args: list[str]) -> tuple[list[str], argparse.Namespace, list[Any]]:
+        """Read the YAML file and the command line.
+
+        Returns:
+            All issues; an attribute for each option of all, with its default where its value cannot be read; and the
+            dataclasses without issues of their own.
+        """
+        issues, config, namespace = self._read(args)
+        os.environ.update({name: str(value) for name, value in (config.get("env") or {}).items()})
+        built = []
         for kind in self.dataclass_types:
             try:
                 built.append(kind(**{f.name: getattr(namespace, f.name) for f in fields(kind) if f.init}))
             except (TypeError, ValueError) as error:
                 issues.append(str(error))
-        if issues:
-            self.error(_listed(issues))
-        return (*built, rest) if return_remaining_strings else tuple(built)
+        return issues, namespace, built
+
+    def _read(self, args: list[str]) -> tuple[list[str], dict[str, Any], argparse.Namespace]:
+        """All issues except those of the dataclasses; the YAML file; an attribute for each option."""
+        args = _separate_config(args)
+        config, path = self._read_config(args)
+        wrong = self._find_wrong_keys(config, path)
+        config = {key: value for key, value in config.items() if key not in wrong}
+        self.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
+        namespace, rest, unreadable = self._parse(args)
+        unknown = [f"`{word}` is no option.{_nearest(word, vars(namespace))}" for word in _options_in(rest)]
+        issues = find_option_issues(namespace)
+        try:
+            typed(list[DatasetConfig], config.get("datasets", []), field="datasets")
+        except ValueError as error:
+            issues.append(f"In {path} {error}.")
+        return [*wrong.values(), *unknown, *unreadable, *issues], config, namespace
+
+    def _parse(self, args: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+        """As `parse_known_args`, which ends at the first value that it cannot read; here all of them are issues."""
+        issues: list[str] = []
+        args, self.exit_on_error = list(args), False
+        try:
+            while True:
+                try:
+                    return *self.parse_known_args(args), issues
+                except argparse.ArgumentError as error:
+                    issues.append(str(error))
+                    self._forget(str(error.argument_name).split("/"), args)
+        finally:
+            self.exit_on_error = True
+
+    def _forget(self, names: list[str], args: list[str]) -> None:
+        """Give an option its default: remove it from the arguments, or from what the YAML file has set."""
+        given = [i for i, word in enumerate(args) if word.split("=")[0] in names]
+        for start in reversed(given):
+            stop = next((i for i in range(start + 1, len(args)) if args[i].startswith("--")), len(args))
+            del args[start:stop]
+        if not given:
+            action = next(action for action in self._actions if action.option_strings[:1] == names[:1])
+            action.default = self._own_defaults[action.dest]
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Numbers of the YAML file go through the same conversion as those of the command line."""
@@ -168,44 +214,35 @@ class RecipeParser(TrlParser):
             texts["columns"] = [f"{ours}={theirs or ''}" for ours, theirs in columns.items()]
         return super().set_defaults_with_config(**texts)
 
-    def refuse_unknown(self, args: list[str]) -> None:
-        """Stop if the YAML file or the command line holds names or choices that no dataclass knows; name all."""
-        args = _separate_config(args)
-        config, path = self._read_config(args)
+    def find_unknown(self, args: list[str]) -> list[str]:
+        """Find words of the command line that are no option."""
+        return _options_in(self._parse(args)[1])
+
+    def _find_wrong_keys(self, config: dict[str, Any], path: str) -> dict[str, str]:
+        """Find names, choices and shapes of the YAML file that no dataclass knows; an issue for each name."""
         choices = {action.dest: list(action.choices or ()) for action in self._actions}
-        issues = [
-            f"`{key}` in {path} is no option.{_nearest(key, choices, value)}"
+        known = {*choices, *self.not_ours, "env"}
+        unknown = {
+            key: f"`{key}` in {path} is no option.{_nearest(key, choices, value)}"
             for key, value in config.items()
-            if key not in {*choices, *self.not_ours, "env"}
-        ]
-        issues += [
-            f"`{key}` in {path} must be one of {choices[key]}, got {value!r}."
+            if key not in known
+        }
+        no_choice = {
+            key: f"`{key}` in {path} must be one of {choices[key]}, got {value!r}."
             for key, value in config.items()
             if choices.get(key) and value is not None and value not in choices[key]
-        ]
-        issues += _wrong_shapes(config, self.dataclass_types, path)
-        issues += [f"`{word}` is no option.{_nearest(word, choices)}" for word in self._unknown_words(args)]
-        if issues:
-            self.error(_listed(issues))
+        }
+        return unknown | no_choice | _wrong_shapes(config, self.dataclass_types, path)
 
     def read(self, args: list[str]) -> tuple[dict[str, Any], Any]:
         """The YAML file's options, and an attribute for each option of all; for a caller who trains elsewhere.
 
         Exits if something is wrong. The dataclasses, which may initialise a device, are not built.
         """
-        self.refuse_unknown(args)
-        args = _separate_config(args)
-        config, _ = self._read_config(args)
-        self.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
-        namespace, _ = self.parse_known_args(args)
-        if issues := find_option_issues(namespace):
-            self.error(_listed(issues))
+        issues, config, namespace = self._read(args)
+        if issues:
+            self.error(listed(issues))
         return config, namespace
-
-    def _unknown_words(self, args: list[str]) -> list[str]:
-        rest = self.parse_known_args(args)[1]
-        options = [word.split("=")[0] for word in rest if word.startswith("--")]
-        return options or rest  # what follows an unknown option is most likely its value
 
     def _read_config(self, args: list[str]) -> tuple[dict[str, Any], str]:
         """The mapping in the `--config` file and its path, which are taken out of `args`."""
@@ -229,18 +266,19 @@ class RecipeParser(TrlParser):
         return config, path
 
 
-def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> list[str]:
+def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> dict[str, str]:
     """Lists, mappings, true, false and null where they do not belong; argparse converts texts alone."""
     known = {f.name: (get_type_hints(kind)[f.name], f.default) for kind in kinds for f in fields(kind)}
-    issues = []
-    for key, value in config.items():
-        if key in known and (expected := _expected_shape(key, value, *known[key])):
-            issues.append(f"`{key}` in {path} must be {expected}, got {shown(value)}.")
-    try:
-        typed(list[DatasetConfig], config.get("datasets", []), field="datasets")
-    except ValueError as error:
-        issues.append(f"In {path} {error}.")
-    return issues
+    return {
+        key: f"`{key}` in {path} must be {expected}, got {shown(value)}."
+        for key, value in config.items()
+        if key in known and (expected := _expected_shape(key, value, *known[key]))
+    }
+
+
+def _options_in(words: list[str]) -> list[str]:
+    """What follows an unknown option is most likely its value."""
+    return [word.split("=")[0] for word in words if word.startswith("--")] or words
 
 
 def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | None:
@@ -269,7 +307,8 @@ def _check_env(config: dict[str, Any]) -> None:
             raise ValueError(f"`env` must hold names and values of environment variables, got {wrong}")
 
 
-def _listed(issues: list[str]) -> str:
+def listed(issues: list[str]) -> str:
+    """One message of one or several issues."""
     return issues[0] if len(issues) == 1 else "\n- ".join([f"{len(issues)} issues:", *issues])
 
 

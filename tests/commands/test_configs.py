@@ -201,4 +201,6 @@ def test_the_kubernetes_example_is_a_pytorchjob_that_runs_our_command_on_two_mac
         # what the operator sets in every container
         assert launch["machine_rank"] == "$RANK"
         assert (launch["main_process_ip"], launch["main_process_port"]) == ("$MASTER_ADDR", "$MASTER_PORT")
-        make_parser().refuse_unknown([word for word in rest if word not in ("--config", "/recipes/recipe.yaml")])
+        assert not make_parser().find_unknown(
+            [word for word in rest if word not in ("--config", "/recipes/recipe.yaml")]
+        )

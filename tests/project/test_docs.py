@@ -142,7 +142,7 @@ def check_train(words: list[str], iterate: bool = False) -> None:
             rest = [word for word in rest if word not in ("--config", config)]  # the reader's own file
     parser = make_parser()
     parser.not_ours = set(ITERATE_OPTIONS) if iterate else set()
-    parser.refuse_unknown(rest)
+    assert not parser.find_unknown(rest)
 
 
 def test_the_generated_parts_are_what_the_code_says():

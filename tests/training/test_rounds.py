@@ -51,6 +51,7 @@ def write_recipe(place, name, **more):
         "save_steps": 4,
         "seed": 7,
         "use_cpu": True,
+        "pair_stream": "false",  # `auto` decides by time, and the runs here are compared to the bit
         "bf16": False,
         "report_to": "none",
         "output_dir": str(place / name),
