@@ -234,19 +234,26 @@ def remove_older(newest: Path, limit: int | None, keep: str | None = None) -> li
     return removed
 
 
-def find_output_folder_issue(output_dir: str | Path) -> str | None:
-    """Describe why nothing can be saved here, or None. Creates the folder, and writes a file as a test."""
+def find_output_folder_issue(output_dir: str | Path, *, create: bool = True) -> str | None:
+    """Describe why nothing can be saved here, or None. Writes a file as a test.
+
+    Args:
+        output_dir: the folder.
+        create: make it; otherwise the test is made in the folder above that exists.
+    """
     folder = Path(output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"a test")
     except OSError as error:
         return (
             f"`output_dir` must be a folder that can be written to, got {str(folder)!r}: {error.strerror}. Choose "
             "another one, or change who may write there."
         )
-    links = [path.name for path in folder.iterdir() if path.is_symlink() and not path.is_dir()]
+    links = [path.name for path in folder.glob("*") if path.is_symlink() and not path.is_dir()]
     links = [name for name in links if not _NAME.fullmatch(name)]  # those are replaced
     if links:  # transformers and TRL write through them
         return (

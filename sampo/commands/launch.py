@@ -166,12 +166,13 @@ def refuse_engine_that_cannot_run(options: dict[str, str], rest: list[str]) -> N
 
 
 def _asks_for_cpu(rest: list[str]) -> bool:
+    asks = False  # the last one takes effect, as in argparse
     for i, word in enumerate(rest):
         name, _, value = word.replace("-", "_").partition("=")
         if name == "__use_cpu":
             value = value or next(iter(rest[i + 1 : i + 2]), "")
-            return value.lower() not in ("false", "no", "f", "n", "0")
-    return False
+            asks = value.lower() not in ("false", "no", "f", "n", "0")
+    return asks
 
 
 def _refuse_lone_machine(machines: int, config: dict, options: dict[str, str]) -> None:

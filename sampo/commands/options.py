@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 from .option_checks import find_option_issues
 
+DRY_RUN = ("--dry_run", "--dry-run")
 ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
 
 
@@ -155,6 +157,8 @@ class RecipeParser(TrlParser):
             All issues; an attribute for each option of all, with its default where its value cannot be read; and the
             dataclasses without issues of their own.
         """
+        # TRL sets it in every run, by names that transformers has deprecated: users cannot change that.
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
         issues, config, namespace = self._read(args)
         os.environ.update({name: str(value) for name, value in (config.get("env") or {}).items()})
         built = []
@@ -190,10 +194,24 @@ class RecipeParser(TrlParser):
                 try:
                     return *self.parse_known_args(args), issues
                 except argparse.ArgumentError as error:
-                    issues.append(str(error))
-                    self._forget(str(error.argument_name).split("/"), args)
+                    names = str(error.argument_name).split("/")
+                    issues.append(self._describe_argument(names, error.message))
+                    self._forget(names, args)
         finally:
             self.exit_on_error = True
+
+    def _describe_argument(self, names: list[str], message: str) -> str:
+        """What argparse reports of a value, in the form of the other issues."""
+        if kind := re.fullmatch(r"invalid (\w+) value: (.*)", message, re.DOTALL):
+            what = {"float": "a number", "int": "a whole number"}.get(kind[1], "a valid value")
+            return f"`{names[0]}` must be {what}, got {kind[2]}."
+        if choice := re.match(r"invalid choice: '?(.*?)'? \(choose from", message, re.DOTALL):
+            choices = list(self._action(names).choices or ())
+            return f"`{names[0]}` must be one of {choices}, got {choice[1]!r}.{_nearest(choice[1], choices)}"
+        return f"`{names[0]}` {message}."
+
+    def _action(self, names: list[str]) -> argparse.Action:
+        return next(action for action in self._actions if action.option_strings[:1] == names[:1])
 
     def _forget(self, names: list[str], args: list[str]) -> None:
         """Give an option its default: remove it from the arguments, or from what the YAML file has set."""
@@ -202,7 +220,7 @@ class RecipeParser(TrlParser):
             stop = next((i for i in range(start + 1, len(args)) if args[i].startswith("--")), len(args))
             del args[start:stop]
         if not given:
-            action = next(action for action in self._actions if action.option_strings[:1] == names[:1])
+            action = self._action(names)
             action.default = self._own_defaults[action.dest]
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
@@ -323,6 +341,8 @@ def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
         return f" {OLD_OPTIONS[plain](value)}"
     if plain in LAUNCH_OPTIONS:
         return f" It is for the launcher: `sampo train --{plain} ...` on the command line."
+    if name in DRY_RUN:
+        return " It is for `sampo train`."
     if plain in ITERATE_OPTIONS:
         return " It is for `sampo iterate`."
     near = difflib.get_close_matches(plain, known, n=1)
@@ -340,6 +360,13 @@ def make_parser(subparsers: Any = None, prog: str | None = None) -> RecipeParser
         parser = subparsers.add_parser("train", help="Train on preference pairs", dataclass_types=types)
     else:
         parser = RecipeParser(types, prog=prog or "sampo train")
+        if prog is None:
+            parser.add_argument(
+                *DRY_RUN,
+                action="store_true",
+                help="Print all issues of options, model and data at once; without any, run the first steps in a "
+                "temporary folder, and show pairs, selected tokens, steps, memory and time. Nothing is written.",
+            )
     # `zero2` for the path of the file that comes with the package, in YAML as on the command line
     next(action for action in parser._actions if action.dest == "deepspeed").type = deepspeed_config
     # Bars are for people: in a log each of their updates is a line.

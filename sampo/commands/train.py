@@ -27,12 +27,12 @@ from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .option_checks import find_option_issues, read_shard
-from .options import RecipeParser, make_parser
+from .options import DRY_RUN, RecipeParser, make_parser
 
 logger = logging.getLogger(__name__)
 
 STOPPED_AT_ONCE = 130  # the exit status of a process that Ctrl-C has ended
-SECONDS_FOR_THE_FIRST = 5.0  # in which a launcher ends the other processes after the first one has failed
+SECONDS_FOR_THE_FIRST = 20.0  # in which a launcher ends the other processes after the first one has failed
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -284,14 +284,19 @@ def start(argv: list[str] | None = None) -> int:
     except plugins.PluginError as error:
         print(f"sampo train: error: {error}", file=sys.stderr)
         return 2
-    return start_with(make_parser(), main, argv)
+    parser = make_parser()
+    if not set(DRY_RUN) & set(argv):
+        return start_with(parser, main, argv)
+    from . import dry_run  # no other run needs it
+
+    if LAUNCHER not in os.environ:  # which has checked them
+        dry_run.refuse_issues(parser, argv)
+    return start_with(parser, dry_run.main, argv)
 
 
 def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] | None) -> int:
     """Parse the options and do the work; an expected error is printed in one line."""
     end_with_launcher()
-    # TRL sets it in every run, by names that transformers has deprecated: users cannot change that.
-    warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated, in each step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     parsed = parser.parse_args_and_config(argv)
@@ -384,6 +389,10 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
     options, rest = split_options(argv)
     launcher = launch_command(options, rest)
     if launcher is not None:
+        if set(DRY_RUN) & set(rest):
+            from . import dry_run  # no other run needs it
+
+            dry_run.refuse_issues(parser, rest, options)
         refuse_engine_that_cannot_run(options, rest)
         _check_model(parser.read(rest)[1])  # once here rather than once per process
         # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated

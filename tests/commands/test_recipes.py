@@ -64,12 +64,9 @@ def read(name):
 def parse(name, *more):
     """Script, training, model and mixture arguments; on the CPU, where bf16 and quantised weights would be refused."""
     parser = make_parser()
-    parser.not_ours = set(ITERATE_OPTIONS)
+    parser.not_ours = set(ITERATE_OPTIONS) if name in ITERATIVE else set()
     words = ["--config", str(RECIPES[name]), "--use_cpu", "true", "--load_in_4bit", "false", *more]
-    if name not in ITERATIVE:
-        return parser.parse_args_and_config(words)
-    parser.read(words)  # which gives the file's values to the parser
-    return parser.parse_args_into_dataclasses(words[2:])
+    return parser.parse_args_and_config(words)
 
 
 def header(name):
