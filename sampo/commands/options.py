@@ -6,6 +6,7 @@ is an error that names the nearest one, in the YAML file as on the command line;
 
 import datetime
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from ..old_options import OLD_OPTIONS
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 from .option_checks import find_option_issues
+from .recipes import find_recipe
 
 ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
 
@@ -140,7 +142,7 @@ class RecipeParser(TrlParser):
 
     def parse_args_and_config(self, args: Any = None, *switches: Any, **named_switches: Any) -> tuple[Any, ...]:
         """As TRL's, after `refuse_unknown`."""
-        args = _separate_config(sys.argv[1:] if args is None else list(args))
+        args = self._find_config(sys.argv[1:] if args is None else list(args))
         self.refuse_unknown(args)
         return super().parse_args_and_config(args, *switches, **named_switches)
 
@@ -170,7 +172,7 @@ class RecipeParser(TrlParser):
 
     def refuse_unknown(self, args: list[str]) -> None:
         """Stop if the YAML file or the command line holds names or choices that no dataclass knows; name all."""
-        args = _separate_config(args)
+        args = self._find_config(args)
         config, path = self._read_config(args)
         choices = {action.dest: list(action.choices or ()) for action in self._actions}
         issues = [
@@ -194,7 +196,7 @@ class RecipeParser(TrlParser):
         Exits if something is wrong. The dataclasses, which may initialise a device, are not built.
         """
         self.refuse_unknown(args)
-        args = _separate_config(args)
+        args = self._find_config(args)
         config, _ = self._read_config(args)
         self.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
         namespace, _ = self.parse_known_args(args)
@@ -206,6 +208,17 @@ class RecipeParser(TrlParser):
         rest = self.parse_known_args(args)[1]
         options = [word.split("=")[0] for word in rest if word.startswith("--")]
         return options or rest  # what follows an unknown option is most likely its value
+
+    def _find_config(self, args: list[str]) -> list[str]:
+        """The arguments with `--config FILE`, as TRL's parser needs it, for `--config=FILE` and for names of recipes."""
+        args = [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        for i, name in enumerate(args[1:], 1):
+            if args[i - 1] == "--config" and not os.path.exists(name):
+                try:
+                    args[i] = str(find_recipe(name))
+                except ValueError as error:
+                    self.error(f"`--config` must be a YAML file that exists or {error}")
+        return args
 
     def _read_config(self, args: list[str]) -> tuple[dict[str, Any], str]:
         """The mapping in the `--config` file and its path, which are taken out of `args`."""
@@ -271,11 +284,6 @@ def _check_env(config: dict[str, Any]) -> None:
 
 def _listed(issues: list[str]) -> str:
     return issues[0] if len(issues) == 1 else "\n- ".join([f"{len(issues)} issues:", *issues])
-
-
-def _separate_config(args: list[str]) -> list[str]:
-    """`--config=FILE` as the two arguments that TRL's parser looks for."""
-    return [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
 def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
