@@ -4,12 +4,13 @@ The options are those of TRL's `dpo.py`, with `SamPOConfig` instead of `DPOConfi
 is an error that names the nearest one, in the YAML file as on the command line; TRL's script ignores it.
 """
 
+import argparse
 import datetime
 import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -25,6 +26,7 @@ from .option_checks import find_option_issues
 from .recipes import find_recipe
 
 ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
+OF_TRAIN = "`sampo train --help` prints the most used options of the training, `--help_all` all of them."
 
 
 @dataclass
@@ -129,12 +131,33 @@ class SamPOScriptArguments(ScriptArguments):
     )
 
 
+class _HelpAll(argparse.Action):
+    """`--help_all`: the help that argparse makes of all options."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser._print_message(parser.format_help(), sys.stdout)
+        parser.exit()
+
+
+def short_help() -> str:
+    """The most used options of `sampo train`: a file made by `docs/build.py`, since the parser has to import torch."""
+    return Path(__file__).with_name("train_help.txt").read_text(encoding="utf-8")
+
+
 class RecipeParser(TrlParser):
     """TRL's parser, strict: no abbreviations, and unknown options are errors that name the nearest option."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.add_argument("--help_all", "--help-all", action=_HelpAll, help="print all options in full, and exit")
         self.not_ours: set[str] = set()  # options in the YAML file that the command itself reads
+
+    def print_help(self, file: Any = None) -> None:
+        """What `--help` prints: `short_help`."""
+        self._print_message(short_help(), file or sys.stdout)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage text of four hundred options."""
@@ -210,7 +233,7 @@ class RecipeParser(TrlParser):
         return options or rest  # what follows an unknown option is most likely its value
 
     def _find_config(self, args: list[str]) -> list[str]:
-        """The arguments with `--config FILE`, as TRL's parser needs it, for `--config=FILE` and for names of recipes."""
+        """Arguments with `--config PATH`, as TRL's parser needs it, for `--config=PATH` and for names of recipes."""
         args = [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         for i, name in enumerate(args[1:], 1):
             if args[i - 1] == "--config" and not os.path.exists(name):
