@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 GUIDES = {
+    "init": ("train", "choose"),
     "train": ("train", "configuration", "data", "resume", "scale"),
     "iterate": ("iterate",),
     "merge": ("lora",),

@@ -8,6 +8,10 @@ from . import plugins
 
 # command -> (module, what it does)
 COMMANDS = {
+    "init": (
+        "commands.init",
+        "write a first recipe for a model and pairs: audit, method, batch sizes, each explained",
+    ),
     "train": ("commands.train", "train on preference pairs, from a YAML file and options, on one process or many"),
     "iterate": ("commands.iterate", "Iterative SamPO: several rounds of training, each from the model of the last"),
     "merge": ("commands.merge", "merge an adapter into its base model, and check that the log-probs stay the same"),

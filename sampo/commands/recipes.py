@@ -45,6 +45,18 @@ def find_recipe(name: str) -> Path:
     return known[plain]
 
 
+def refuse_existing(target: Path, option: str) -> None:
+    """Refuse to write a recipe over another file, or into a folder that is not there.
+
+    Raises:
+        ValueError: with the name of the option.
+    """
+    if os.path.lexists(target):
+        raise ValueError(f"`{option}` must not exist yet, got {target}. Choose another name or remove it.")
+    if not target.parent.is_dir():
+        raise ValueError(f"`{option}` must be in an existing folder, got {target}. Make {target.parent}.")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(prog="sampo recipes", description="The recipes that come with the package.")
@@ -83,9 +95,9 @@ def _list_recipes() -> None:
 
 def _copy_recipe(recipe: Path, dest: Path) -> None:
     target = dest / recipe.name if dest.is_dir() else dest
-    if os.path.lexists(target):
-        raise SystemExit(f"sampo recipes: `dest` must not exist yet, got {target}. Choose another name or remove it.")
-    if not target.parent.is_dir():
-        raise SystemExit(f"sampo recipes: `dest` must be in an existing folder, got {target}. Make {target.parent}.")
+    try:
+        refuse_existing(target, "dest")
+    except ValueError as error:
+        raise SystemExit(f"sampo recipes: error: {error}") from None
     write_atomic(target, recipe.read_bytes())
     print(target)
