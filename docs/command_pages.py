@@ -17,6 +17,7 @@ GUIDES = {
     "audit": ("audit",),
     "diagnose": ("diagnose", "choose"),
     "generate": ("generate",),
+    "chat": ("chat",),
     "judge": ("judges", "evaluation"),
     "compare": ("evaluation",),
     "alpaca_eval": ("evaluation",),

@@ -22,6 +22,7 @@ COMMANDS = {
         "length bias of a model, trained or not: the length pressure of every weighting",
     ),
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
+    "chat": ("commands.chat", "talk to one or two models in the terminal, with the length of each answer"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
     "alpaca_eval": ("commands.alpaca_eval", "AlpacaEval 2's own two numbers, from its annotations and its files"),
