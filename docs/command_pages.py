@@ -26,6 +26,7 @@ GUIDES = {
     "memory": ("scale",),
     "recipes": ("train",),
     "env": ("install",),
+    "completion": ("install",),
     "lab": ("lab",),
 }  # command -> pages of docs/ that explain it
 TRAINS = ("iterate", "cache")  # they also take the options of `sampo train`

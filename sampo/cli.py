@@ -31,6 +31,7 @@ COMMANDS = {
     "memory": ("commands.memory", "memory per GPU of a training run by engine, computed from a model's configuration"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
     "env": ("commands.env", "versions, devices, extras and engines of this installation, for an issue report"),
+    "completion": ("commands.completion", "print a script for the shell that completes commands, options and values"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
 
