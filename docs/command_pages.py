@@ -124,11 +124,15 @@ def _train_sections(parser: Any) -> list[str]:
         "DPO": "These options are those of TRL's `DPOConfig`.",
         "Training loop": "These options are those of transformers' `TrainingArguments`. Some defaults are TRL's.",
     }
+    helps = [
+        ("`--help`", "a selection: sampo's options and the most used ones"),
+        ("`--help_all`", "all options in full"),
+    ]
     parts = [
-        "`--config FILE` reads the same options from a YAML file. Options on the command line take precedence. "
-        "`--help` prints a selection of them, `--help_all` all.",
+        "`--config FILE` reads the same options from a YAML file, or from a packaged recipe by its name. Options on the command line take precedence.",
         f"## Launch\n\nThe launcher takes these options, on the command line only.\n\n{launcher}",
     ]
+    parts.append(f"## Help\n\n{_table(('option', 'what it prints'), helps)}")
     for title, names in groups.items():
         actions = [action for action in parser._actions if action.dest in names and action.nargs != 0]
         brief = title in ("Model and adapter", "DPO", "Training loop")
