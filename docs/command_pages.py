@@ -107,8 +107,10 @@ def _train_sections(parser: Any) -> list[str]:
 
     from sampo.commands.launch import OPTIONS
     from sampo.config import SamPOConfig
+    from sampo.plugins import PLUGIN_HELP
 
-    launcher = _table(("option", "meaning"), [(f"`--{name}`", _cell(text)) for name, text in OPTIONS.items()])
+    starting = OPTIONS | {"plugin": PLUGIN_HELP}
+    launcher = _table(("option", "meaning"), [(f"`--{name}`", _cell(text)) for name, text in starting.items()])
     base = names_of(TrainingArguments)
     groups = {
         "Method and speed": names_of(SamPOConfig) - names_of(DPOConfig),
@@ -129,8 +131,9 @@ def _train_sections(parser: Any) -> list[str]:
         ("`--help_all`", "all options in full"),
     ]
     parts = [
-        "`--config FILE` reads the same options from a YAML file, or from a packaged recipe by its name. Options on the command line take precedence.",
-        f"## Launch\n\nThe launcher takes these options, on the command line only.\n\n{launcher}",
+        "`--config FILE` reads the same options from a YAML file, or from a packaged recipe by its name. Options on "
+        "the command line take precedence.",
+        f"## Launch\n\nThese options are for the command line only.\n\n{launcher}",
     ]
     parts.append(f"## Help\n\n{_table(('option', 'what it prints'), helps)}")
     for title, names in groups.items():
@@ -149,10 +152,9 @@ MOST_USED = (
 HELP_WIDTH, HELP_COLUMN = 100, 33
 TRAIN_HELP = """usage: sampo train --config FILE [options]
 
-Train on preference pairs. `--config` takes a YAML file of `option: value` lines, or the name of a
-recipe (`sampo recipes ls`); options on the command line take precedence. This is a selection, with
-the first sentence of each help text: sampo's own options, and the most used ones of TRL,
-transformers and the launcher. `sampo train --help_all` prints all {n} options in full.
+Train on preference pairs. `--config` takes a YAML file, or the name of a recipe (`sampo recipes
+ls`); options on the command line take precedence. This is a selection, with the first sentence of
+each help text: `sampo train --help_all` prints all {n} options in full.
 """
 
 
@@ -164,6 +166,7 @@ def train_help() -> str:
     from sampo.commands.launch import OPTIONS
     from sampo.commands.options import SamPOScriptArguments
     from sampo.config import SamPOConfig
+    from sampo.plugins import PLUGIN_HELP
 
     parser = _parser("train", "")
     actions = {action.dest: action for action in parser._actions if action.nargs != 0}
@@ -181,7 +184,8 @@ def train_help() -> str:
     for title, names in groups.items():
         parts.append(f"\n{title}:\n" + "".join(_help_lines(actions[name]) for name in names))
     parts.append("\nLauncher (on the command line only):\n")
-    return "".join([*parts, *(_help_entry(f"--{name}", text) for name, text in OPTIONS.items())])
+    starting = OPTIONS | {"plugin": PLUGIN_HELP}
+    return "".join([*parts, *(_help_entry(f"--{name}", text) for name, text in starting.items())])
 
 
 def _help_lines(action: argparse.Action) -> str:

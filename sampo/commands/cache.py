@@ -10,6 +10,7 @@ import argparse
 import sys
 from typing import Any
 
+from .. import plugins
 from .options import OF_TRAIN, RecipeParser
 from .options import make_parser as make_train_parser
 from .train import launch_or_stay, make_trainer, start_with
@@ -27,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rebuild", action="store_true", help="delete the cache of these options first")
     parser.add_argument("--ls", action="store_true", help="list the contents of the cache, and do nothing else")
     parser.add_argument("--rm", nargs="+", metavar="NAME", help="delete caches by their names in --ls, or `all`")
+    plugins.add_option(parser)
     return parser
 
 

@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "script is static: print it again after an update. docs/install.md says where to put it.",
     )
     parser.add_argument("shell", choices=list(SCRIPTS), help="the shell that will read the script")
+    plugins.add_option(parser)
     return parser
 
 
@@ -62,13 +63,11 @@ def completions(command: str) -> Completions:
             "--accelerate_config": sorted(path.stem for path in (configs / "accelerate").glob("*.yaml")),
             "--deepspeed": sorted(path.stem for path in (configs / "deepspeed").glob("*.json")),
         }
-        found.options |= dict.fromkeys(["--config", *(f"--{name}" for name in OPTIONS)], True)
+        found.options |= dict.fromkeys(["--config", "--plugin", *(f"--{name}" for name in OPTIONS)], True)
         found.values |= named
         found.or_files |= set(named)
     if command == "recipes":
         found.values |= {action: list(recipes()) for action in ("show", "cp")}
-    if command in plugins.COMMANDS_WITH_PLUGINS:
-        found.options["--plugin"] = True
     return found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import plugins
 from ..io.locks import FolderInUseError
 from ..training.rounds import (
     DATA,
@@ -64,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="delete the cache of reference log-probs (`precompute_ref_log_probs`) that a round has made when no "
         "later round can use it",
     )
+    plugins.add_option(parser)
     return parser
 
 
