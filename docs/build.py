@@ -421,13 +421,14 @@ BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", 
 
 def generated() -> dict[Path, str]:
     """Every file with a generated part, and what it must hold."""
-    from command_pages import command_pages
+    from command_pages import command_pages, train_help
 
     found = {}
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")
         found[path] = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
     found[ROOT / "docs" / "lab" / "table.md"] = lab_table()
+    found[ROOT / "sampo" / "commands" / "train_help.txt"] = train_help()
     return found | {ROOT / "docs" / "commands" / name: text for name, text in command_pages().items()}
 
 

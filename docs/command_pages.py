@@ -2,12 +2,14 @@
 
 import argparse
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
 GUIDES = {
+    "init": ("train", "choose"),
     "train": ("train", "configuration", "data", "resume", "scale"),
     "iterate": ("iterate",),
     "merge": ("lora",),
@@ -15,6 +17,7 @@ GUIDES = {
     "audit": ("audit",),
     "diagnose": ("diagnose", "choose"),
     "generate": ("generate",),
+    "chat": ("chat",),
     "judge": ("judges", "evaluation"),
     "compare": ("evaluation",),
     "alpaca_eval": ("evaluation",),
@@ -23,6 +26,7 @@ GUIDES = {
     "memory": ("scale",),
     "recipes": ("train",),
     "env": ("install",),
+    "completion": ("install",),
     "lab": ("lab",),
 }  # command -> pages of docs/ that explain it
 TRAINS = ("iterate", "cache")  # they also take the options of `sampo train`
@@ -103,8 +107,10 @@ def _train_sections(parser: Any) -> list[str]:
 
     from sampo.commands.launch import OPTIONS
     from sampo.config import SamPOConfig
+    from sampo.plugins import PLUGIN_HELP
 
-    launcher = _table(("option", "meaning"), [(f"`--{name}`", _cell(text)) for name, text in OPTIONS.items()])
+    starting = OPTIONS | {"plugin": PLUGIN_HELP}
+    launcher = _table(("option", "meaning"), [(f"`--{name}`", _cell(text)) for name, text in starting.items()])
     base = names_of(TrainingArguments)
     groups = {
         "Method and speed": names_of(SamPOConfig) - names_of(DPOConfig),
@@ -120,15 +126,87 @@ def _train_sections(parser: Any) -> list[str]:
         "DPO": "These options are those of TRL's `DPOConfig`.",
         "Training loop": "These options are those of transformers' `TrainingArguments`. Some defaults are TRL's.",
     }
-    parts = [
-        "`--config FILE` reads the same options from a YAML file. Options on the command line take precedence.",
-        f"## Launch\n\nThe launcher takes these options, on the command line only.\n\n{launcher}",
+    helps = [
+        ("`--help`", "a selection: sampo's options and the most used ones"),
+        ("`--help_all`", "all options in full"),
     ]
+    parts = [
+        "`--config FILE` reads the same options from a YAML file, or from a packaged recipe by its name. Options on "
+        "the command line take precedence.",
+        f"## Launch\n\nThese options are for the command line only.\n\n{launcher}",
+    ]
+    parts.append(f"## Help\n\n{_table(('option', 'what it prints'), helps)}")
     for title, names in groups.items():
         actions = [action for action in parser._actions if action.dest in names and action.nargs != 0]
         brief = title in ("Model and adapter", "DPO", "Training loop")
         parts.append(f"## {title}\n\n{about[title]}\n\n{options_table(actions, parser, brief=brief)}")
     return parts
+
+
+# Options of TRL and transformers in `sampo train --help`, which adds sampo's own and the launcher's.
+MOST_USED = (
+    *("model_name_or_path", "output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_length", "beta", "use_peft", "lora_r", "bf16", "eval_strategy"),
+    *("save_steps", "report_to", "seed"),
+)
+HELP_WIDTH, HELP_COLUMN = 100, 33
+TRAIN_HELP = """usage: sampo train --config FILE [options]
+
+Train on preference pairs. `--config` takes a YAML file, or the name of a recipe (`sampo recipes
+ls`); options on the command line take precedence. This is a selection, with the first sentence of
+each help text: `sampo train --help_all` prints all {n} options in full.
+"""
+
+
+def train_help() -> str:
+    """What `sampo train --help` prints."""
+    from trl import DPOConfig
+    from trl.scripts.utils import ScriptArguments
+
+    from sampo.commands.launch import OPTIONS
+    from sampo.commands.options import SamPOScriptArguments
+    from sampo.config import SamPOConfig
+    from sampo.plugins import PLUGIN_HELP
+
+    parser = _parser("train", "")
+    actions = {action.dest: action for action in parser._actions if action.nargs != 0}
+    own, scripts = (
+        names_of(SamPOConfig) - names_of(DPOConfig),
+        names_of(SamPOScriptArguments) - {"ignore_bias_buffers"},
+    )
+    data = sorted((name for name in actions if name in scripts), key=lambda name: name in names_of(ScriptArguments))
+    groups = {
+        "Method and speed (sampo)": [name for name in actions if name in own],
+        "Data and runs (sampo, TRL)": data,
+        "Model and training (TRL, transformers)": MOST_USED,
+    }
+    parts = [TRAIN_HELP.format(n=len(actions))]
+    for title, names in groups.items():
+        parts.append(f"\n{title}:\n" + "".join(_help_lines(actions[name]) for name in names))
+    parts.append("\nLauncher (on the command line only):\n")
+    starting = OPTIONS | {"plugin": PLUGIN_HELP}
+    return "".join([*parts, *(_help_entry(f"--{name}", text) for name, text in starting.items())])
+
+
+def _help_lines(action: argparse.Action) -> str:
+    text = _first_sentence(" ".join((action.help or "").split()))
+    text = text if text.endswith(".") else f"{text}."
+    choices = [str(choice) for choice in action.choices or ()]
+    if any(f"`{choice}`" not in text for choice in choices):
+        text += f" One of {', '.join(choices)}."
+    default = "" if action.default is False else _shown_default(action).strip("`")
+    return _help_entry(action.option_strings[0], f"{text} Default: {default}" if default else text)
+
+
+def _help_entry(name: str, text: str) -> str:
+    """An option and its meaning, in two columns."""
+    indent = " " * HELP_COLUMN
+    lines = textwrap.wrap(text, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join([f"  {name:<{HELP_COLUMN - 3}} {lines[0].lstrip()}", *lines[1:]]) + "\n"
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[a-z0-9`)\]])\. (?=[A-Z`])", text)[0]
 
 
 def names_of(*kinds: type) -> set[str]:
@@ -143,7 +221,7 @@ def options_table(actions: Sequence[argparse.Action], parser: argparse.ArgumentP
         text = " ".join((action.help or "").split())
         text = text % {**vars(action), "prog": parser.prog} if "%" in text else text
         if brief:
-            text = re.split(r"(?<=[a-z0-9`)\]])\. (?=[A-Z`])", text)[0]
+            text = _first_sentence(text)
         name = action.option_strings[0] if action.option_strings else _shown_value(action)
         value = "" if not action.option_strings or action.nargs == 0 else _shown_value(action)
         rows.append((f"`{name}`", f"`{_cell(value)}`" if value else "", _shown_default(action), _cell(text)))

@@ -8,6 +8,10 @@ from . import plugins
 
 # command -> (module, what it does)
 COMMANDS = {
+    "init": (
+        "commands.init",
+        "write a first recipe for a model and pairs: audit, method, batch sizes, each explained",
+    ),
     "train": ("commands.train", "train on preference pairs, from a YAML file and options, on one process or many"),
     "iterate": ("commands.iterate", "Iterative SamPO: several rounds of training, each from the model of the last"),
     "merge": ("commands.merge", "merge an adapter into its base model, and check that the log-probs stay the same"),
@@ -18,6 +22,7 @@ COMMANDS = {
         "length bias of a model, trained or not: the length pressure of every weighting",
     ),
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
+    "chat": ("commands.chat", "talk to one or two models in the terminal, with the length of each answer"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
     "alpaca_eval": ("commands.alpaca_eval", "AlpacaEval 2's own two numbers, from its annotations and its files"),
@@ -26,6 +31,7 @@ COMMANDS = {
     "memory": ("commands.memory", "memory per GPU of a training run by engine, computed from a model's configuration"),
     "recipes": ("commands.recipes", "list, show or copy the recipes that come with the package"),
     "env": ("commands.env", "versions, devices, extras and engines of this installation, for an issue report"),
+    "completion": ("commands.completion", "print a script for the shell that completes commands, options and values"),
     "lab": ("commands.lab", "measure the methods in a small world with ground truth; minutes on two cores"),
 }
 

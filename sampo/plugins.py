@@ -4,6 +4,7 @@ Loading a plugin runs its code. A file is named in an environment variable, so t
 same ones. This module does not import torch.
 """
 
+import argparse
 import importlib.util
 import os
 from importlib.metadata import EntryPoint, entry_points
@@ -11,11 +12,17 @@ from pathlib import Path
 
 VARIABLE = "SAMPO_PLUGINS"
 GROUP = "sampo.weightings"
-COMMANDS_WITH_PLUGINS = ("train", "iterate", "diagnose", "cache", "lab")  # those that take `--plugin`
+COMMANDS_WITH_PLUGINS = ("train", "iterate", "diagnose", "cache", "completion", "lab")  # those that take `--plugin`
+PLUGIN_HELP = "Python file that registers a weighting (docs/plugins.md)"
 
 
 class PluginError(Exception):
     """A plugin that cannot be loaded."""
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Show `--plugin` in the help of a command; `take_options` has taken it before the parser reads the rest."""
+    parser.add_argument("--plugin", metavar="FILE", help=PLUGIN_HELP)
 
 
 def take_options(argv: list[str]) -> list[str]:

@@ -196,7 +196,7 @@ def issue_lines(audit: Audit) -> list[str]:
 def write_conclusion(audit: Audit) -> str:
     """Describe the length bias and the options that it concerns; no training run is predicted."""
     bias, unit = audit.overall, audit.unit
-    sentences = [_share_sentence(bias), _preference_sentence(bias, unit), *_option_sentences(bias)]
+    sentences = [*bias_sentences(bias, unit), *_option_sentences(bias)]
     sentences += _cut_sentences(audit.truncations)
     if any(both.prompts for both in audit.overlaps):
         sentences.append("Splits share prompts, so one of them is not a valid test set for the other.")
@@ -204,6 +204,11 @@ def write_conclusion(audit: Audit) -> str:
         "The data cannot show how training changes the length of answers: watch `length_gap/*` in its log."
     )
     return " ".join(sentences)
+
+
+def bias_sentences(bias: LengthBias, unit: str) -> list[str]:
+    """Which response is longer, and what length alone predicts."""
+    return [_share_sentence(bias), _preference_sentence(bias, unit)]
 
 
 def _share_sentence(bias: LengthBias) -> str:

@@ -10,7 +10,8 @@ import argparse
 import sys
 from typing import Any
 
-from .options import RecipeParser
+from .. import plugins
+from .options import OF_TRAIN, RecipeParser
 from .options import make_parser as make_train_parser
 from .train import launch_or_stay, make_trainer, start_with
 
@@ -22,10 +23,12 @@ def make_parser() -> argparse.ArgumentParser:
         description="Compute the per-token reference log-probs of a training run in advance. Takes all options of "
         "`sampo train`, and these:",
         allow_abbrev=False,
+        epilog=OF_TRAIN,
     )
     parser.add_argument("--rebuild", action="store_true", help="delete the cache of these options first")
     parser.add_argument("--ls", action="store_true", help="list the contents of the cache, and do nothing else")
     parser.add_argument("--rm", nargs="+", metavar="NAME", help="delete caches by their names in --ls, or `all`")
+    plugins.add_option(parser)
     return parser
 
 

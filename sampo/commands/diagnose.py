@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import plugins
 from ..io.command_line import format_arguments
 from .lazy_model import LazyModel
 from .pair_options import add_treatment, treatment_of
@@ -55,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--bf16", action="store_true", help="compute in bfloat16, as training with `bf16: true` does")
     model.add_argument("--use_cpu", action="store_true")
     model.add_argument("--trust_remote_code", action="store_true")
+    plugins.add_option(parser)
     return parser
 
 

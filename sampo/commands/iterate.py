@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import plugins
 from ..io.locks import FolderInUseError
 from ..training.rounds import (
     DATA,
@@ -25,7 +26,7 @@ from ..training.rounds import (
 )
 from .launch import split_options
 from .option_checks import is_adapter
-from .options import ITERATE_OPTIONS
+from .options import ITERATE_OPTIONS, OF_TRAIN
 from .options import make_parser as make_train_parser
 
 DEFAULTS: dict[str, Any] = {"data": "full", "reference": "previous", "remove_old_caches": False}
@@ -41,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sampo iterate",
         allow_abbrev=False,
+        epilog=OF_TRAIN,
         description="Several rounds of `sampo train`, each from the model of the round before. All options of `sampo "
         "train` are accepted too. Finished rounds are not run again; an interrupted one continues.",
     )
@@ -63,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="delete the cache of reference log-probs (`precompute_ref_log_probs`) that a round has made when no "
         "later round can use it",
     )
+    plugins.add_option(parser)
     return parser
 
 

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import plugins
 from ..io.command_line import format_command
 from ..io.files import write_atomic
 from ..io.locks import FolderInUseError, alone_in
@@ -46,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         if "help" in option.metadata:
             text = option.metadata["help"].replace("%", "%%")
             parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=text)
+    plugins.add_option(parser)
     return parser
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -24,9 +24,11 @@ from ..old_options import OLD_OPTIONS
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 from .option_checks import find_option_issues
+from .recipes import find_recipe
 
 DRY_RUN = ("--dry_run", "--dry-run")
 ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
+OF_TRAIN = "`sampo train --help` prints the most used options of the training, `--help_all` all of them."
 
 
 @dataclass
@@ -131,13 +133,34 @@ class SamPOScriptArguments(ScriptArguments):
     )
 
 
+class _HelpAll(argparse.Action):
+    """`--help_all`: the help that argparse makes of all options."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser._print_message(parser.format_help(), sys.stdout)
+        parser.exit()
+
+
+def short_help() -> str:
+    """The most used options of `sampo train`: a file made by `docs/build.py`, since the parser has to import torch."""
+    return Path(__file__).with_name("train_help.txt").read_text(encoding="utf-8")
+
+
 class RecipeParser(TrlParser):
     """TRL's parser, strict: no abbreviations, and unknown options are errors that name the nearest option."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.add_argument("--help_all", "--help-all", action=_HelpAll, help="print all options in full, and exit")
         self.not_ours: set[str] = set()  # options in the YAML file that the command itself reads
         self._own_defaults = {action.dest: action.default for action in self._actions}
+
+    def print_help(self, file: Any = None) -> None:
+        """What `--help` prints: `short_help`."""
+        self._print_message(short_help(), file or sys.stdout)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage text of four hundred options."""
@@ -171,7 +194,7 @@ class RecipeParser(TrlParser):
 
     def _read(self, args: list[str]) -> tuple[list[str], dict[str, Any], argparse.Namespace]:
         """All issues except those of the dataclasses; the YAML file; an attribute for each option."""
-        args = _separate_config(args)
+        args = self._find_config(args)
         config, path = self._read_config(args)
         wrong = self._find_wrong_keys(config, path)
         config = {key: value for key, value in config.items() if key not in wrong}
@@ -239,7 +262,7 @@ class RecipeParser(TrlParser):
     def _find_wrong_keys(self, config: dict[str, Any], path: str) -> dict[str, str]:
         """Find names, choices and shapes of the YAML file that no dataclass knows; an issue for each name."""
         choices = {action.dest: list(action.choices or ()) for action in self._actions}
-        known = {*choices, *self.not_ours, "env"}
+        known = {*choices, *self.not_ours, "env"} - {"dry_run", "help", "help_all"}
         unknown = {
             key: f"`{key}` in {path} is no option.{_nearest(key, choices, value)}"
             for key, value in config.items()
@@ -261,6 +284,17 @@ class RecipeParser(TrlParser):
         if issues:
             self.error(listed(issues))
         return config, namespace
+
+    def _find_config(self, args: list[str]) -> list[str]:
+        """Arguments with `--config PATH`, as TRL's parser needs it, for `--config=PATH` and for names of recipes."""
+        args = [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        for i, name in enumerate(args[1:], 1):
+            if args[i - 1] == "--config" and not os.path.exists(name):
+                try:
+                    args[i] = str(find_recipe(name))
+                except ValueError as error:
+                    self.error(f"`--config` must be a YAML file that exists or {error}")
+        return args
 
     def _read_config(self, args: list[str]) -> tuple[dict[str, Any], str]:
         """The mapping in the `--config` file and its path, which are taken out of `args`."""
@@ -330,19 +364,14 @@ def listed(issues: list[str]) -> str:
     return issues[0] if len(issues) == 1 else "\n- ".join([f"{len(issues)} issues:", *issues])
 
 
-def _separate_config(args: list[str]) -> list[str]:
-    """`--config=FILE` as the two arguments that TRL's parser looks for."""
-    return [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-
-
 def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
     plain = name.lstrip("-").replace("-", "_")
     if plain in OLD_OPTIONS:
         return f" {OLD_OPTIONS[plain](value)}"
     if plain in LAUNCH_OPTIONS:
         return f" It is for the launcher: `sampo train --{plain} ...` on the command line."
-    if name in DRY_RUN:
-        return " It is for `sampo train`."
+    if plain == "dry_run":
+        return " It is for the command line: `sampo train --dry_run ...`."
     if plain in ITERATE_OPTIONS:
         return " It is for `sampo iterate`."
     near = difflib.get_close_matches(plain, known, n=1)

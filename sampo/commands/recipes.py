@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..io.files import write_atomic
+from ..io.schemas import shown
 
 
 def packaged(kind: str) -> Path:
@@ -30,16 +31,30 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Path of the recipe of that name; `.yaml` and a leading `recipes/` may be there or not."""
+    """Path of the recipe of that name; `.yaml` and a leading `recipes/` may be there or not.
+
+    Raises:
+        ValueError: there is none; the text continues "`option` must be …".
+    """
     known = recipes()
     plain = name.removeprefix("recipes/").removesuffix(".yaml")
     if plain not in known:
-        near = difflib.get_close_matches(plain, known, n=3)
+        near = [one for one in known if plain in one][:3] or difflib.get_close_matches(plain, known, n=3)
         hint = f"Did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else ""
-        raise SystemExit(
-            f"sampo recipes: there is no recipe {name!r}. {hint}`sampo recipes ls` lists all {len(known)}."
-        )
+        raise ValueError(f"the name of a recipe, got {shown(name)}. {hint}`sampo recipes ls` lists all.")
     return known[plain]
+
+
+def refuse_existing(target: Path, option: str) -> None:
+    """Refuse to write a recipe over another file, or into a folder that is not there.
+
+    Raises:
+        ValueError: with the name of the option.
+    """
+    if os.path.lexists(target):
+        raise ValueError(f"`{option}` must not exist yet, got {target}. Choose another name or remove it.")
+    if not target.parent.is_dir():
+        raise ValueError(f"`{option}` must be in an existing folder, got {target}. Make {target.parent}.")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,10 +74,15 @@ def main(args: argparse.Namespace) -> None:
     """Do what was asked."""
     if args.action == "ls":
         _list_recipes()
-    elif args.action == "show":
-        print(find_recipe(args.name).read_text(encoding="utf-8"), end="")
+        return
+    try:
+        recipe = find_recipe(args.name)
+    except ValueError as error:
+        raise SystemExit(f"sampo recipes: error: `name` must be {error}") from None
+    if args.action == "show":
+        print(recipe.read_text(encoding="utf-8"), end="")
     else:
-        _copy_recipe(find_recipe(args.name), args.dest)
+        _copy_recipe(recipe, args.dest)
 
 
 def _list_recipes() -> None:
@@ -75,9 +95,9 @@ def _list_recipes() -> None:
 
 def _copy_recipe(recipe: Path, dest: Path) -> None:
     target = dest / recipe.name if dest.is_dir() else dest
-    if os.path.lexists(target):
-        raise SystemExit(f"sampo recipes: `dest` must not exist yet, got {target}. Choose another name or remove it.")
-    if not target.parent.is_dir():
-        raise SystemExit(f"sampo recipes: `dest` must be in an existing folder, got {target}. Make {target.parent}.")
+    try:
+        refuse_existing(target, "dest")
+    except ValueError as error:
+        raise SystemExit(f"sampo recipes: error: {error}") from None
     write_atomic(target, recipe.read_bytes())
     print(target)

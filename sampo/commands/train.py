@@ -27,7 +27,7 @@ from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .option_checks import find_option_issues, read_shard
-from .options import DRY_RUN, RecipeParser, make_parser
+from .options import DRY_RUN, RecipeParser, make_parser, short_help
 
 logger = logging.getLogger(__name__)
 
@@ -371,6 +371,9 @@ def _set_up_logs(training_args: Any) -> None:
 
 def run(argv: list[str]) -> int:
     """`sampo train`: in this process, or through `accelerate launch` for several processes."""
+    if {"-h", "--help"} & set(argv):  # before the parser, which imports torch
+        print(short_help(), end="")
+        return 0
     rest = launch_or_stay(argv, make_parser(), __name__)
     return start(rest)
 

@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from tiny import make_pairs, save_model
+from trl import DPOConfig
+from trl.scripts.utils import ScriptArguments
 
 from sampo import cli
 from sampo.commands import train
 from sampo.commands.launch import OPTIONS, accelerate_config, launch_command, split_options
-from sampo.commands.options import make_parser
+from sampo.commands.options import SamPOScriptArguments, make_parser
 from sampo.commands.recipes import recipes
+from sampo.config import SamPOConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +86,36 @@ def test_help_takes_well_under_a_second_and_imports_nothing_heavy():
     assert all(out.splitlines()[-1] == "[]" for _, out in runs)
     assert all(name in runs[0][1] for name in cli.COMMANDS)
     assert min(seconds for seconds, _ in runs) < 0.5
+
+
+def test_the_help_of_train_shows_our_options_on_two_screens_without_importing_torch():
+    code = (
+        "import sys; from sampo.cli import main; main(['train', '--beta', '1', '-h']); "
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    *said, imported = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert imported == "[]"
+    assert len(said) <= 120
+    shown = [line.split()[0] for line in said if line.startswith("  --")]
+    ours = {f.name for f in fields(SamPOConfig)} - {f.name for f in fields(DPOConfig)}
+    ours |= {f.name for f in fields(SamPOScriptArguments)} - {f.name for f in fields(ScriptArguments)}
+    assert {f"--{name}" for name in {*ours, *OPTIONS}} <= set(shown)
+    assert {"--model_name_or_path", "--dataset_name", "--output_dir", "--learning_rate", "--use_peft"} <= set(shown)
+    assert set(shown[: len(ours)]) == {f"--{name}" for name in ours}
+
+
+@pytest.mark.parametrize("command", ["train", "iterate", "cache"])
+def test_help_all_prints_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help_all"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: sampo {command} ")
+    assert all(action.option_strings[0] in said for action in make_parser()._actions if action.option_strings)
+    if command != "train":
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert "`--help_all`" in capsys.readouterr().out
 
 
 def test_an_unknown_command_is_refused_with_the_nearest_one(capsys):

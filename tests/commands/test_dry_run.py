@@ -57,10 +57,12 @@ def test_issues_of_options_folder_model_and_data_are_listed_together(folder, tmp
 
 
 def test_issues_are_listed_before_a_launcher_is_started(folder, tmp_path, capsys):
-    words = command(folder, dataset_name=tmp_path / "none.jsonl", learning_rate="x")
+    (tmp_path / "run.yaml").write_text("dry_run: true\n")
+    words = command(folder, dataset_name=tmp_path / "none.jsonl", learning_rate="x", config=tmp_path / "run.yaml")
     said = issues([*words, "--accelerate_config", "zero2", "--num_processes", "2", "--use_cpu", "false"], capsys)
-    assert "3 issues" in said
+    assert "4 issues" in said
     for part in (
+        "`dry_run` in",
         "`--learning_rate` must be a number",
         "none.jsonl",
         "`--accelerate_config` of type DEEPSPEED must have a GPU",
@@ -125,6 +127,6 @@ def test_durations(seconds, text):
 
 
 def test_other_commands_do_not_take_it(capsys):
-    assert "`--dry_run` is no option. It is for `sampo train`." in issues(
+    assert "`--dry_run` is no option. It is for the command line: `sampo train" in issues(
         ["iterate", "--rounds", "2", "--dry_run"], capsys
     )

@@ -220,5 +220,32 @@ def test_the_template_of_the_hh_recipe_gives_the_transcript_back():
 def test_a_recipe_is_found_by_the_names_that_people_type():
     path = RECIPES["tulu-2-13b/dpo_lora"]
     assert find_recipe("tulu-2-13b/dpo_lora") == find_recipe("recipes/tulu-2-13b/dpo_lora.yaml") == path
-    with pytest.raises(SystemExit, match="Did you mean `tulu-2-13b/dpo_lora`"):
+    with pytest.raises(ValueError, match="Did you mean `tulu-2-13b/dpo_lora`"):
         find_recipe("tulu2-13b/dpo_lora")
+    with pytest.raises(ValueError, match="`llama-3-8b-instruct/sampo_qlora`"):  # half of a name
+        find_recipe("sampo_qlora")
+
+
+@pytest.mark.parametrize("words", [["--config", "NAME"], ["--config=NAME"]])
+def test_config_takes_the_name_of_a_recipe_where_there_is_no_such_file(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "smollm2-135m-instruct/dpo_lora"
+    words = [word.replace("NAME", name) for word in words]
+    expected = read(name)
+    recipe, options = make_parser().read(words)
+    assert recipe == expected
+    assert (options.output_dir, options.max_length) == (expected["output_dir"], expected["max_length"])
+    _, training, *_ = make_parser().parse_args_and_config([*words, "--use_cpu", "--bf16", "false"])
+    assert (training.output_dir, training.token_weighting) == (expected["output_dir"], "all")
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text("output_dir: mine\nmodel_name_or_path: m\ndataset_name: d\n")
+    assert make_parser().read(words)[1].output_dir == "mine"
+
+
+def test_an_unknown_recipe_of_config_is_refused_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_parser(prog="sampo cache").read(["--config", "tulu2-13b/dpo_lora"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sampo cache: error: `--config` must be a YAML file that exists or the name of a recipe, ")
+    assert "got 'tulu2-13b/dpo_lora'. Did you mean `tulu-2-13b/dpo_lora`" in said

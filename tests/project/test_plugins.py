@@ -54,6 +54,29 @@ def test_train_takes_a_method_of_a_file_and_refuses_to_go_on_with_another_file(p
     assert "the file of the plugin's weighting" in other.stderr
 
 
+@pytest.mark.parametrize("command", [("cache",), ("iterate", "--rounds", "1", "--use_cpu")])
+def test_cache_and_iterate_take_a_method_of_a_file(place, tmp_path, command):
+    words = ["--config", str(place / "run.yaml"), "--output_dir", str(tmp_path / "out")]
+    words += ["--ref_cache_dir", str(tmp_path / "cache")]
+    done = sampo(*command, "--plugin", "mine.py", *words, cwd=place)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_command_that_takes_a_plugin_says_so_in_its_help_and_in_the_docs():
+    said = DOCS.read_text(encoding="utf-8")
+    for name in plugins.COMMANDS_WITH_PLUGINS:
+        page = DOCS.parent / "commands" / f"{name}.md"
+        assert "| `--plugin` |" in page.read_text(encoding="utf-8"), name
+        assert f"`{name}`" in said.split("`--plugin FILE` is an option")[1].split(". It may be")[0]
+    others = [page.stem for page in (DOCS.parent / "commands").glob("*.md") if "| `--plugin` |" in page.read_text()]
+    assert sorted(others) == sorted(plugins.COMMANDS_WITH_PLUGINS)
+
+
+def test_the_completion_script_has_the_method(place):
+    done = sampo("completion", "--plugin", "mine.py", "bash", cwd=place)
+    assert "'train --token_weighting') values='all decay expected last_half mean " in done.stdout, done.stderr
+
+
 def test_diagnose_and_lab_show_the_method_beside_ours(place):
     words = ["--policy", str(place / "model"), "--data", str(place / "pairs.jsonl"), "--out", str(place / "diagnosis")]
     done = sampo("diagnose", "--plugin", "mine.py", *words, "--use_cpu", "--resamples", "100", cwd=place)

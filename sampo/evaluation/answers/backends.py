@@ -1,6 +1,6 @@
 """Backends that generate answers: transformers in this process, or any OpenAI-compatible server."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,20 @@ class TransformersBackend:
             outputs = self._batch([ids for ids, _ in batch], [job.seed(sampling) for _, job in batch], sampling)
             yield [(job, output) for (_, job), output in zip(batch, outputs, strict=True)]
 
-    def _batch(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Output]:
+    def stream(self, job: Job, sampling: Sampling, put: Callable[[str], None]) -> Output:
+        """One job, as `generate` does it; `put` gets each part of the text as soon as its words are complete."""
+        from transformers import TextStreamer
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                put(text)
+
+        streamer = Streamer(self._texts.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return self._batch([self._texts.prompt(job.prompt)], [job.seed(sampling)], sampling, streamer)[0]
+
+    def _batch(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, streamer: Any = None
+    ) -> list[Output]:
         import torch
         from transformers import GenerationConfig
 
@@ -91,6 +104,7 @@ class TransformersBackend:
                 attention_mask=mask,
                 generation_config=settings,
                 logits_processor=[] if sampling.greedy else [RowSampler(seeds, width, sampling)],
+                streamer=streamer,
             )
         return [self._output(row) for row in found[:, width:].tolist()]
 
