@@ -61,7 +61,12 @@ def _train(
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
         ]
-    trainer.train(resume_from_checkpoint=resume)
+    from .log_line import beside_bar, show_one_line  # loads transformers' trainer, which refused options do without
+
+    if script_args.log_line == "compact":
+        show_one_line(trainer)
+    with beside_bar(trainer):
+        trainer.train(resume_from_checkpoint=resume)
     _finish(trainer, script_args)
 
 
