@@ -9,6 +9,7 @@ from typing import Any
 
 from ..io.command_line import format_arguments
 from .lazy_model import LazyModel
+from .next_steps import after_diagnose, suggest
 from .pair_options import add_treatment, treatment_of
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
         print(f"{name}: {len(setup.pairs):,} pairs in {paths[0].parent}")
     show_page(page)
     print(f"Written: {args.out / 'records.jsonl'}")
+    suggest(*after_diagnose(args))
 
 
 def _fill_defaults(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from ..evaluation.answers.generate import Sampling
 from ..evaluation.texts import FORMATS
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
+from .next_steps import after_generating, suggest
 from .pair_options import COLUMNS_HELP
 
 BACKENDS = ("transformers", "endpoint")
@@ -116,6 +117,7 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(STOPPED)
     if report.failures:
         raise SystemExit(INCOMPLETE)
+    suggest(*after_generating(args.out))
 
 
 def _export(answers: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from ..io.locks import alone_at
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
+from .next_steps import after_judging, suggest
 
 PAID_CONTROL = 25  # prompts of the control with an empty answer, where requests may cost money
 
@@ -209,7 +210,10 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
             f"{passing} of {sum(run.failures.values())} failed judgements may succeed if the same command is run again"
             + ("." if passing else "; the others need a higher `attempts`, another template or another judge.")
         )
-    return INCOMPLETE if run.failures or found.empty_failed else 0
+    if run.failures or found.empty_failed:
+        return INCOMPLETE
+    suggest(*after_judging(args.out))
+    return 0
 
 
 def _control(args: argparse.Namespace, pairs: Sequence[judges.AnswerPair]) -> list[judges.AnswerPair]:

@@ -158,7 +158,8 @@ def training(model_folder, folder, **more) -> list[str]:
     make_pairs(40).to_json(folder / "pairs.jsonl")
     options = {"model_name_or_path": model_folder, "dataset_name": folder / "pairs.jsonl"}
     options |= {"output_dir": folder / "out", "use_cpu": True, "bf16": False, "max_steps": 3, "logging_steps": 1}
-    options |= {"per_device_train_batch_size": 2, "eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"} | more
+    options |= {"per_device_train_batch_size": 2}
+    options |= {"eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"} | more
     return ["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
