@@ -70,8 +70,9 @@ def _run_audit(args: argparse.Namespace) -> int:
             progress=advance,
             **treatment_of(args),
         )
+    say("", report.clean(report.write_verdict(audit)))
     show(*report.make_tables(audit))
-    say(*report.issue_lines(audit), "", report.clean(report.write_conclusion(audit)))
+    say("", *report.issue_lines(audit), "", report.clean(report.write_conclusion(audit)))
     if args.out:
         with alone_in(args.out):
             written = files.write_audit(audit, args.out, command=_reproducing_command(args))

@@ -172,5 +172,5 @@ def _show_and_write(
     with alone_at(args.out):
         for path, text in zip(paths, (csv_text(rows), json.dumps(content, indent=2) + "\n", lines(made)), strict=True):
             write_atomic(path, text)
-    print(f"Written: {', '.join(map(str, paths))}")
+    say(f"Written: {', '.join(map(str, paths))}")
     suggest(*after_comparing(args.out))

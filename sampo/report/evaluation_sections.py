@@ -9,6 +9,7 @@ import numpy as np
 from ..evaluation.answers.answers import prompt_text
 from ..evaluation.judging.judges import drawn_prompts
 from ..evaluation.results.verbosity import System, Verbosity, compare_verbosity
+from ..io.names import readable_name
 from ..stats.intervals import Estimate
 from . import evaluation_figures
 from .collect import AnswerSet, Compared, Found, JudgedRun, plain
@@ -184,7 +185,7 @@ def _sets_by_name(sets: Sequence[AnswerSet]) -> dict[str, AnswerSet]:
 def _origin_of_answers(one: AnswerSet) -> Origin:
     """Answers name their model and their sampling, not a command."""
     first = one.answers[0]
-    parts = [f"answers of {first.model}"] if first.model else []
+    parts = [f"answers of {readable_name(first.model)}"] if first.model else []
     parts += [f"{key} {value}" for key, value in sorted(first.sampling.items())]
     parts += [f"seed {first.seed}"] if first.seed is not None else []
     return Origin(
