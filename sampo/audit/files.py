@@ -11,7 +11,7 @@ from ..data.issues import Issue
 from ..io import records as results
 from ..io.files import replacing, write_atomic
 from .audit import Audit
-from .report import list_records, write_conclusion
+from .report import list_records, write_conclusion, write_verdict
 from .scan import SplitScan
 
 
@@ -53,6 +53,7 @@ def as_dict(audit: Audit) -> dict[str, Any]:
         "truncations": [asdict(cut) for cut in audit.truncations],
         "repeats": {name: asdict(found) for name, found in audit.repeats.items()},
         "overlaps": [asdict(both) for both in audit.overlaps],
+        "verdict": write_verdict(audit),
         "conclusion": write_conclusion(audit),
         "provenance": results.provenance(),
     }

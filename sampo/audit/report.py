@@ -190,6 +190,36 @@ def issue_lines(audit: Audit) -> list[str]:
     return [clean(line) for line in lines]
 
 
+# --- verdict ---------------------------------------------------------------------------------------------------------
+
+NEARLY_ALL = 0.9  # of the pairs; docs/choose.md has a row for more, and one for less
+
+
+def write_verdict(audit: Audit) -> str:
+    """State in one to three sentences what was found and what to do; docs/choose.md has the reasons."""
+    bias, sentences = audit.overall, []
+    bad = sum(issue.count for scan in audit.scans for issue in scan.issues)
+    if bad:
+        sentences.append(
+            f"{bad:,} of {audit.rows:,} rows cannot be trained on: correct them as listed below, or set "
+            "`on_bad_rows: drop`."
+        )
+    start = "Start with plain DPO (`token_weighting: all`)"
+    found = "Length alone does not show which response was chosen"
+    if sign := sign_of_effect(bias.auc, 0.5):
+        side, share = ("longer", bias.longer) if sign > 0 else ("shorter", bias.shorter)
+        nearly = share.value is not None and share.value >= NEARLY_ALL
+        found = f"The chosen response is {'nearly always' if nearly else 'more often'} the {side} one"
+        start = "Start with `token_weighting: sampo`, and compare it with DPO at equal length"
+        if sign > 0 and nearly:
+            start = "Start with `sampled_sides: rejected` and `length_penalty: learned`, and compare with DPO"
+        elif sign > 0:
+            start = "Start with `token_weighting: sampo` or a fixed `length_penalty`, and compare with DPO"
+    shares = f"{format_value(bias.longer.value, '%')} longer, {format_value(bias.shorter.value, '%')} shorter"
+    area = f"AUC of length {format_value(bias.auc.value, 2)}"
+    return " ".join([*sentences, f"{found} ({bias.pairs:,} pairs: {shares}; {area}).", f"{start} (docs/choose.md)."])
+
+
 # --- conclusion ------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 
 from ..io.command_line import format_command
-from .pair_options import add_treatment, treatment_of
+from .next_steps import after_audit, suggest
+from .pair_options import add_treatment, treatment_of, treatment_words
 
 HAS_ISSUES = 3  # exit code: bad rows, or a file that is cut off; the audit is complete without them
 
@@ -69,12 +70,15 @@ def _run_audit(args: argparse.Namespace) -> int:
             progress=advance,
             **treatment_of(args),
         )
+    say("", report.clean(report.write_verdict(audit)))
     show(*report.make_tables(audit))
-    say(*report.issue_lines(audit), "", report.clean(report.write_conclusion(audit)))
+    say("", *report.issue_lines(audit), "", report.clean(report.write_conclusion(audit)))
     if args.out:
         with alone_in(args.out):
             written = files.write_audit(audit, args.out, command=_reproducing_command(args))
         say(f"Written: {', '.join(map(str, written))}")
+    if not audit.has_issues:
+        suggest(*after_audit(args))
     return HAS_ISSUES if audit.has_issues else 0
 
 
@@ -84,13 +88,10 @@ def _reproducing_command(args: argparse.Namespace) -> str:
     for name in ("tokenizer", "by", "name", "label"):
         if getattr(args, name):
             arguments += [f"--{name}", getattr(args, name)]
-    for name in ("max_length", "splits", "columns"):
+    for name in ("max_length", "splits"):
         if getattr(args, name):
             arguments += [f"--{name}", *map(str, getattr(args, name))]
-    if args.repeated_prompt != "error":
-        arguments += ["--repeated_prompt", args.repeated_prompt]
-    if args.text_as_messages:
-        arguments += ["--text_as_messages"]
+    arguments += treatment_words(args)
     if args.truncation_mode != "keep_start":
         arguments += ["--truncation_mode", args.truncation_mode]
     return format_command(arguments)

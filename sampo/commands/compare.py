@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .next_steps import after_comparing, suggest
+
 LENGTH_UNITS = ("characters", "words", "tokens")
 
 
@@ -27,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="files of answers; with `--judgements` only those that are no more where they were judged",
     )
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="one of `--answers`, if there are no judgements")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="writes OUT.csv, .json, .records.jsonl")
+    parser.add_argument("--out", type=Path, help="write OUT.csv, .json, .records.jsonl; without it nothing is written")
     parser.add_argument("--n", type=int, help="compare on so many prompts, drawn by a hash of `--seed`")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("--matched_only", action="store_true", help="omit prompts that one system lacks")
@@ -160,6 +162,8 @@ def _show_and_write(
     say(*dict.fromkeys(notes))
     several = "; one by one, only the last p-values know that there are several" if duels else ""
     say(f"Intervals are 95 %, over prompts{several}.")
+    if args.out is None:
+        return
     command = format_arguments(make_parser(), args)
     rows = comparing.rows_of(summaries, lengths)
     content = {"command": command, "systems": rows, "duels": [duel.row() for duel in duels], "configs": configs}
@@ -168,4 +172,5 @@ def _show_and_write(
     with alone_at(args.out):
         for path, text in zip(paths, (csv_text(rows), json.dumps(content, indent=2) + "\n", lines(made)), strict=True):
             write_atomic(path, text)
-    print(f"Written: {', '.join(map(str, paths))}")
+    say(f"Written: {', '.join(map(str, paths))}")
+    suggest(*after_comparing(args.out))

@@ -9,8 +9,11 @@ from typing import Any
 
 from .. import plugins
 from ..io.command_line import format_arguments
+from ..io.names import readable_name
 from .lazy_model import LazyModel
+from .next_steps import after_diagnose, suggest
 from .pair_options import add_treatment, treatment_of
+from .shown import say
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +108,10 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
         known = {(record.name, record.key) for record in results.read(args.out / "records.jsonl")}
         records = [_record(args, command, policy.name, digest, finding) for finding in found]
         results.append(args.out / "records.jsonl", [r for r in records if (r.name, r.key) not in known])
-        print(f"{name}: {len(setup.pairs):,} pairs in {paths[0].parent}")
+        say(f"{name}: {len(setup.pairs):,} pairs in {paths[0].parent}")
     show_page(page)
-    print(f"Written: {args.out / 'records.jsonl'}")
+    say(f"Written: {args.out / 'records.jsonl'}")
+    suggest(*after_diagnose(args))
 
 
 def _fill_defaults(args: argparse.Namespace) -> None:
@@ -141,11 +145,11 @@ def _fill_defaults(args: argparse.Namespace) -> None:
 
 def _names(policies: list[str]) -> list[str]:
     """Short names of the checkpoints, each its own, that can also be names of folders."""
-    last = [Path(name).name for name in policies]
+    readable = [readable_name(name) for name in policies]
+    last = [Path(name).name for name in readable]
     again = Counter(last)
-    return [
-        short if again[short] == 1 else "-".join(Path(n).parts[-2:]) for n, short in zip(policies, last, strict=True)
-    ]
+    parts = [Path(name).parts[-2:] for name in (r if "@" in r else p for r, p in zip(readable, policies, strict=True))]
+    return [short if again[short] == 1 else "-".join(two) for short, two in zip(last, parts, strict=True)]
 
 
 # --- before the first forward pass ----------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
         dataset, tokenizer, max_length=args.max_length or None, truncation_mode=args.truncation_mode
     )
     if len(pairs) < len(dataset):
-        print(f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are omitted: their prompt fills `max_length`.")
+        say(f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are omitted: their prompt fills `max_length`.")
     other_ends = _find_other_ends(pairs, tokenizer, args)
     _check_tokens(pairs, tokenizer, [*policies, *([reference] if reference else [])])
     setup = _Setup(
@@ -227,9 +231,9 @@ def _reference(args: argparse.Namespace, policies: list[LazyModel]) -> LazyModel
         return LazyModel(args.reference, args)
     if len(bases) == 1 and all(policy.adapter for policy in policies):
         base = bases.pop()
-        print(f"reference: {base}, the base of the adapter.")
+        say(f"reference: {readable_name(base)}, the base of the adapter.")
         return LazyModel(base, args)
-    print("No `reference`: the length pressure alone is measured, as before training.")
+    say("No `reference`: the length pressure alone is measured, as before training.")
     return None
 
 
@@ -346,7 +350,8 @@ def _add_reference(args: argparse.Namespace, setup: _Setup, reference: LazyModel
         by_weights = cache(reference.identity())
         if found is None or by_weights.missing() == []:
             found = by_weights
-    print(f"reference: log-probs in {found.folder}, {'all there' if found.missing() == [] else 'to be computed'}.")
+    there = "all there" if found.missing() == [] else "to be computed"
+    say(f"reference {readable_name(reference.name)}: log-probs {there}, in {found.folder}")
     about = {"data": args.data, "model": reference.name, "output_dir": str(args.out)}
     with progress("reference") as advance:
         setup.pairs = cached_reference(

@@ -35,10 +35,8 @@ def show_page(page: Sequence[Checkpoint]) -> None:
 
 def tables(page: Sequence[Checkpoint]) -> list[Table]:
     """The tables for which there are findings."""
-    made = [_pressures(page)]
-    if any(checkpoint.of("accuracy") for checkpoint in page):
-        made += [_margins(page), _rewards(page), _log_ratios(page)]
-    return made
+    rewarded = [checkpoint for checkpoint in page if checkpoint.of("accuracy")]
+    return [*map(_pressures, page), *(make(one) for make in (_margins, _rewards, _log_ratios) for one in rewarded)]
 
 
 def cell(estimate: Estimate | None, digits: int = 3) -> str:
@@ -72,67 +70,50 @@ def _half(estimate: Estimate) -> float:
     return (high - low) / 2
 
 
-def _table(title: str, heads: Sequence[str]) -> Table:
-    return Table(title, heads, keys=2)
-
-
-def _pressures(page: Sequence[Checkpoint]) -> Table:
-    groups = list(dict.fromkeys(f.labels["group"] for c in page for f in c.of("pressure")))
-    table = _table(
-        "Length pressure: below 0, training lengthens (mean over pairs, ± half of the 95 % interval)",
-        ["checkpoint", "method", *groups],
+def _pressures(checkpoint: Checkpoint) -> Table:
+    groups = list(dict.fromkeys(f.labels["group"] for f in checkpoint.of("pressure")))
+    table = Table(
+        f"{checkpoint.name}: length pressure; below 0, training lengthens (mean, ± half of the 95 % interval)",
+        ["method", *groups],
     )
-    for checkpoint in page:
-        for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("pressure")):
-            found = [checkpoint.one("pressure", method=method, group=group) for group in groups]
-            table.add(checkpoint.name, method, *map(cell, found))
-        prompts = [checkpoint.one("pressure", method=PLAIN, group=group) for group in groups]
-        table.add(checkpoint.name, "prompts", *(str(each.n) if each else "–" for each in prompts))
-        table.end_section()
+    for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("pressure")):
+        found = [checkpoint.one("pressure", method=method, group=group) for group in groups]
+        table.add(method, *map(cell, found))
+    prompts = [checkpoint.one("pressure", method=PLAIN, group=group) for group in groups]
+    table.add("prompts", *(str(each.n) if each else "–" for each in prompts))
     return table
 
 
-def _margins(page: Sequence[Checkpoint]) -> Table:
-    groups = list(dict.fromkeys(f.labels["group"] for c in page for f in c.of("accuracy")))
-    partial = any(c.of("margin_partial") for c in page)
-    heads = ["checkpoint", "method", *groups, "corr(margin, T_w - T_l)", *["at equal quality"] * partial]
-    table = _table("Margins: share above 0 by lengths, and how much of them is length", heads)
-    for checkpoint in page:
-        for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("accuracy")):
-            shares = [share(checkpoint.one("accuracy", method=method, group=group)) for group in groups]
-            names = ["margin_correlation", *["margin_partial"] * partial]
-            table.add(
-                checkpoint.name, method, *shares, *(cell(checkpoint.one(name, method=method), 2) for name in names)
-            )
-        table.end_section()
+def _margins(checkpoint: Checkpoint) -> Table:
+    groups = list(dict.fromkeys(f.labels["group"] for f in checkpoint.of("accuracy")))
+    names = ["margin_correlation", *["margin_partial"] * bool(checkpoint.of("margin_partial"))]
+    heads = ["method", *groups, "corr(margin, T_w - T_l)", "at equal quality"]
+    title = f"{checkpoint.name}: margins, share above 0 by lengths, and how much of them is length"
+    table = Table(title, heads[: len(groups) + 1 + len(names)])
+    for method in dict.fromkeys(f.labels["method"] for f in checkpoint.of("accuracy")):
+        shares = [share(checkpoint.one("accuracy", method=method, group=group)) for group in groups]
+        table.add(method, *shares, *(cell(checkpoint.one(name, method=method), 2) for name in names))
     return table
 
 
-def _rewards(page: Sequence[Checkpoint]) -> Table:
-    table = _table(
-        "Implicit reward (plain sums) of responses by their length in tokens", ["checkpoint", "tokens", "reward"]
-    )
-    for checkpoint in page:
-        for finding in checkpoint.of("reward"):
-            table.add(checkpoint.name, f"{finding.labels['from']}–{finding.labels['to']}", cell(finding.estimate))
-        slope, r2 = checkpoint.one("reward_slope"), checkpoint.one("reward_r2")
-        table.add(checkpoint.name, "slope per 100 tokens", cell(slope))
-        table.add(checkpoint.name, "share explained (R²)", explained(r2))
-        table.end_section()
+def _rewards(checkpoint: Checkpoint) -> Table:
+    title = f"{checkpoint.name}: implicit reward (plain sums) of responses by their length in tokens"
+    table = Table(title, ["tokens", "reward"])
+    for finding in checkpoint.of("reward"):
+        table.add(f"{finding.labels['from']}–{finding.labels['to']}", cell(finding.estimate))
+    table.add("slope per 100 tokens", cell(checkpoint.one("reward_slope")))
+    table.add("share explained (R²)", explained(checkpoint.one("reward_r2")))
     return table
 
 
-def _log_ratios(page: Sequence[Checkpoint]) -> Table:
-    table = _table("Mean log-ratio of a token, nats", ["checkpoint", "tokens", "chosen", "rejected"])
-    for checkpoint in page:
-        kinds = dict.fromkeys(f.labels["class"] for f in checkpoint.of("log_ratio_of"))
-        for kind in kinds:
-            pair = [checkpoint.one("log_ratio_of", side=side, **{"class": kind}) for side in ("chosen", "rejected")]
-            table.add(checkpoint.name, kind, *map(cell, pair))
-        for low, high in dict.fromkeys((f.labels["from"], f.labels["to"]) for f in checkpoint.of("log_ratio_at")):
-            pair = [checkpoint.one("log_ratio_at", side=side, **{"from": low}) for side in ("chosen", "rejected")]
-            table.add(checkpoint.name, f"position {low}–{high}" if high > low else f"position {low}", *map(cell, pair))
-        table.end_section()
+def _log_ratios(checkpoint: Checkpoint) -> Table:
+    table = Table(f"{checkpoint.name}: mean log-ratio of a token, nats", ["tokens", "chosen", "rejected"])
+    for kind in dict.fromkeys(f.labels["class"] for f in checkpoint.of("log_ratio_of")):
+        pair = [checkpoint.one("log_ratio_of", side=side, **{"class": kind}) for side in ("chosen", "rejected")]
+        table.add(kind, *map(cell, pair))
+    for low, high in dict.fromkeys((f.labels["from"], f.labels["to"]) for f in checkpoint.of("log_ratio_at")):
+        pair = [checkpoint.one("log_ratio_at", side=side, **{"from": low}) for side in ("chosen", "rejected")]
+        table.add(f"position {low}–{high}" if high > low else f"position {low}", *map(cell, pair))
     return table
 
 

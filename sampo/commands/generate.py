@@ -12,7 +12,9 @@ from ..evaluation.answers.generate import Sampling
 from ..evaluation.texts import FORMATS
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
+from .next_steps import after_generating, suggest
 from .pair_options import COLUMNS_HELP
+from .shown import say
 
 BACKENDS = ("transformers", "endpoint")
 
@@ -108,14 +110,15 @@ def main(args: argparse.Namespace) -> None:
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo generate: error: {error}") from None
     mean = f", {report.tokens / report.counted:.1f} tokens on average" if report.counted else ""
-    print(f"{args.out}: {report.answers} answers, {report.reused} of them there before{mean}; {report.cut} cut off")
+    say(f"{args.out}: {report.answers} answers, {report.reused} of them there before{mean}; {report.cut} cut off")
     for reason, count in report.failures.items():
-        print(f"{count} answers are missing: {reason} (the first: {report.details[reason]})")
+        say(f"{count} answers are missing: {reason} (the first: {report.details[reason]})")
     if endpoint is not None and endpoint.why_stopped:
-        print(f"Given up: {endpoint.why_stopped}. {endpoints.what_helps(endpoint)}")
+        say(f"Given up: {endpoint.why_stopped}. {endpoints.what_helps(endpoint)}")
         raise SystemExit(STOPPED)
     if report.failures:
         raise SystemExit(INCOMPLETE)
+    suggest(*after_generating(args.out))
 
 
 def _export(answers: Path, path: Path) -> None:

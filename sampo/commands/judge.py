@@ -11,6 +11,8 @@ from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from ..io.locks import alone_at
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
+from .next_steps import after_judging, suggest
+from .shown import say, show
 
 PAID_CONTROL = 25  # prompts of the control with an empty answer, where requests may cost money
 
@@ -76,8 +78,8 @@ def main(args: argparse.Namespace) -> None:
             human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)
             long = sum(max(p.system.chars, p.baseline.chars) > human_judge.LONGEST for p in pairs)
             if long:
-                print(f"{long} pairs have an answer above {human_judge.LONGEST:,} characters: Excel cuts such a cell.")
-            print(f"{args.annotation_sheet}: {len(pairs)} pairs; fill in `preferred` with A, B or tie.")
+                say(f"{long} pairs have an answer above {human_judge.LONGEST:,} characters: Excel cuts such a cell.")
+            say(f"{args.annotation_sheet}: {len(pairs)} pairs; fill in `preferred` with A, B or tie.")
             return
         judge = JUDGES[args.judge](args)
         with ExitStack() as stack:
@@ -109,10 +111,10 @@ def _pairs(args: argparse.Namespace) -> tuple[list[judges.AnswerPair], tuple[Any
             raise ValueError(
                 f"The two files must answer the same prompts, got {lacking}. To omit the others, set `matched_only`."
             )
-        print(f"Left out: {lacking}.")
+        say(f"Left out: {lacking}.")
     pairs = judges.draw_pairs(matching.pairs, args.n, args.seed)
     prompts = len({pair.system.prompt_id for pair in pairs})
-    print(f"{len(pairs)} pairs of answers to {prompts} prompts, {len(matching.pairs) - len(pairs)} not drawn.")
+    say(f"{len(pairs)} pairs of answers to {prompts} prompts, {len(matching.pairs) - len(pairs)} not drawn.")
     return pairs, (AnswerFile.of(args.system, system), AnswerFile.of(args.baseline, baseline))
 
 
@@ -199,17 +201,20 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
         args.out, run, found, more={"cost": cost, "stopped": stopped}, command=format_arguments(make_parser(), args)
     )
     _show_summary(found, run, cost)
-    print(f"Written: {', '.join(map(str, written))}")
+    say(f"Written: {', '.join(map(str, written))}")
     if stopped and endpoint is not None:
-        print(f"Given up: {stopped}. {endpoints.what_helps(endpoint)}")
+        say(f"Given up: {stopped}. {endpoints.what_helps(endpoint)}")
         return STOPPED
     if run.failures and endpoint is not None:
         passing = sum(run.failures.get(reason, 0) for reason in endpoints.PASSING)
-        print(
+        say(
             f"{passing} of {sum(run.failures.values())} failed judgements may succeed if the same command is run again"
             + ("." if passing else "; the others need a higher `attempts`, another template or another judge.")
         )
-    return INCOMPLETE if run.failures or found.empty_failed else 0
+    if run.failures or found.empty_failed:
+        return INCOMPLETE
+    suggest(*after_judging(args.out))
+    return 0
 
 
 def _control(args: argparse.Namespace, pairs: Sequence[judges.AnswerPair]) -> list[judges.AnswerPair]:
@@ -236,27 +241,26 @@ def _cost(args: argparse.Namespace, judge: Any) -> dict[str, Any]:
 
 def _show_summary(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
     from ..evaluation.results.summary import summary_table
-    from .shown import say, show
 
     show(summary_table([found]))
     say(found.sentence(), *(f"Note: {note}" for note in found.notes))
     for reason, count in run.failures.items():
         detail = next((row.detail for row in run.rows if row.failure == reason and row.detail), "no details")
-        print(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")
+        say(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")
     if found.empty:
-        print(
+        say(
             f"control, an empty answer: wins {_percent(found.empty.rate.value)} of {found.empty.rate.n} prompts, "
             f"should be near 0; {found.empty_failed} pairs failed"
         )
     if found.longer_wins:
-        print(
+        say(
             f"control, the longer one wins: {_percent(found.longer_wins.rate.value)}; the judge's winner is the "
             f"longer one in {_percent(found.winner_is_longer.value)} of {found.winner_is_longer.n} prompts with a "
             "winner and different lengths"
         )
     if cost:
         price = "" if cost["price"] is None else f", price {cost['price']:.4f}"
-        print(f"{cost['requests']} requests; {cost['tokens_in']} tokens read, {cost['tokens_out']} written{price}")
+        say(f"{cost['requests']} requests; {cost['tokens_in']} tokens read, {cost['tokens_out']} written{price}")
 
 
 def _percent(value: float | None) -> str:
@@ -268,12 +272,12 @@ def _dry_run(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair
         raise ValueError(f"`dry_run` goes with `judge` endpoint, got {args.judge}, which makes no requests.")
     shown = [pair.comparison(order) for pair in [*pairs, *_control(args, pairs)] for order in judges.ORDERS]
     estimate = judge.estimate(shown)
-    print(
+    say(
         f"{estimate.kept} replies are kept, {estimate.requests} are missing ({estimate.requests_at_most} "
         f"requests at most if replies cannot be read): about {estimate.tokens_in} tokens to read, at most "
         f"{estimate.tokens_out_at_most} to write"
     )
     if args.price_in is not None and args.price_out is not None:
         price = (estimate.tokens_in * args.price_in + estimate.tokens_out_at_most * args.price_out) / 1e6
-        print(f"price: at most about {price:.2f}, without second attempts")
+        say(f"price: at most about {price:.2f}, without second attempts")
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..io.locks import alone_at
 from ..training.merge import BOUNDS, DTYPES, TEXTS
+from .next_steps import after_merging, suggest
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"sampo merge: error: {error}") from None
     print(report.describe())
     print(f"{args.adapter} merged into {report.base}: {args.out}")
+    suggest(*after_merging(args.out))
 
 
 def _quantization(args: argparse.Namespace) -> Any:

@@ -48,6 +48,7 @@ class SamPOScriptArguments(ScriptArguments):
         prompt_shard: `2/3` for the second of three shards of the training prompts.
         split_seed: Seed of all that divides the data.
         resume: `auto`, short for `resume_from_checkpoint: auto`.
+        log_line: `compact` or `full`.
     """
 
     eval_fraction: float = field(
@@ -129,6 +130,14 @@ class SamPOScriptArguments(ScriptArguments):
             "help": "`auto`: resume from the last complete checkpoint in `output_dir`, or start where there is none. "
             "The same command starts a run and continues it. For a specific checkpoint: `resume_from_checkpoint`.",
             "choices": ["auto"],
+        },
+    )
+    log_line: str = field(
+        default="compact",
+        metadata={
+            "help": "What is printed at each log: `compact` prints one line with step, loss, margin, accuracy, speed "
+            "and time left, `full` prints all metrics. `trainer_state.json` and `report_to` always get all.",
+            "choices": ["compact", "full"],
         },
     )
 

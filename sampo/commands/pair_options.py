@@ -28,6 +28,13 @@ def add_treatment(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def treatment_words(args: argparse.Namespace) -> list[str]:
+    """Return the same options as words of a command, without those that have their default."""
+    words = ["--columns", *args.columns] if args.columns else []
+    words += ["--repeated_prompt", args.repeated_prompt] if args.repeated_prompt != "error" else []
+    return [*words, *(["--text_as_messages"] if args.text_as_messages else [])]
+
+
 def treatment_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the same options as arguments of `load_preferences`."""
     return {

@@ -15,8 +15,9 @@ def show(*tables: "Table") -> None:
 
 
 def say(*sentences: str) -> None:
-    """Print sentences, each a line of its own; a terminal wraps it, a file does not."""
-    from ..io.tables import clean_lines
+    """Print sentences, each on a line of its own, wrapped to the width of the screen; in a file not."""
+    from ..io.tables import clean_lines, screen_width, wrapped
 
     for sentence in sentences:
-        print("\n".join(clean_lines(sentence)), flush=True)
+        lines = [part for line in clean_lines(sentence) for part in wrapped(line, screen_width(), indent="")]
+        print("\n".join(lines), flush=True)

@@ -26,6 +26,7 @@ from ..data.issues import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
+from .next_steps import after_training, suggest
 from .option_checks import find_option_issues, read_shard
 from .options import DRY_RUN, RecipeParser, make_parser, short_help
 
@@ -61,8 +62,13 @@ def _train(
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
         ]
-    trainer.train(resume_from_checkpoint=resume)
-    _finish(trainer, script_args)
+    from .log_line import beside_bar, show_one_line  # loads transformers' trainer, which refused options do without
+
+    if script_args.log_line == "compact":
+        show_one_line(trainer)
+    with beside_bar(trainer):
+        trainer.train(resume_from_checkpoint=resume)
+    _finish(trainer, script_args, model=model_args.model_name_or_path)
 
 
 def make_trainer(
@@ -153,7 +159,7 @@ def _output_folder(training_args: Any, resume: str | bool | None) -> Iterator[No
         yield
 
 
-def _finish(trainer: Any, script_args: Any) -> None:
+def _finish(trainer: Any, script_args: Any, *, model: str) -> None:
     """Save, push if requested, and exit together: a rank that exits early can end the others."""
     folder = trainer.args.output_dir
     trainer.refuse_weights_not_finite("the model")
@@ -163,6 +169,8 @@ def _finish(trainer: Any, script_args: Any) -> None:
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    evaluates = trainer.args.eval_strategy != "no"
+    suggest(*after_training(str(folder), model, script_args, evaluates=evaluates), show=trainer.accelerator.print)
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 

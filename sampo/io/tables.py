@@ -58,7 +58,7 @@ class Table:
         columns = list(zip(heads, *(row for row in self.rows if row), strict=True))
         sizes = [max(cell_len(line) for cell in column for line in cell) for column in columns]
         parts = self._parts(sizes, width)
-        lines = [*_wrapped(clean(self.title), width), ""] if self.title else []
+        lines = [*wrapped(clean(self.title), width), ""] if self.title else []
         for part in parts or []:
             lines += [*self._part(heads, sizes, part), ""]
         if parts is None:
@@ -117,8 +117,8 @@ class Table:
         for row in filter(None, self.rows):
             cells = [f"{head}: {' '.join(cell)}" for head, cell in zip(heads, row, strict=True) if any(cell)]
             named = sum(any(cell) for cell in row[: self.keys])
-            made += _wrapped(", ".join(cells[:named]).removeprefix(": "), width)
-            made += [line for cell in cells[named:] for line in _wrapped(f"  {cell}", width)]
+            made += wrapped(", ".join(cells[:named]).removeprefix(": "), width)
+            made += [line for cell in cells[named:] for line in wrapped(f"  {cell}", width)]
             made += [""]
         return made
 
@@ -148,15 +148,15 @@ def clean_lines(text: str) -> Cell:
     return [clean(line) for line in text.split("\n")]
 
 
-def _wrapped(text: str, width: int | None) -> list[str]:
-    """Lines of whole words; those after the first are indented. Counts what a terminal shows, so no `textwrap`."""
+def wrapped(text: str, width: int | None, *, indent: str = "    ") -> list[str]:
+    """Lines of whole words; `indent` begins those after the first. Counts what a terminal shows, so no `textwrap`."""
     if width is None or cell_len(text) <= width:
         return [text]
     lines = [text[: len(text) - len(text.lstrip())]]
     for word in text.split():
         gap = " " if lines[-1].strip() else ""
         if gap and cell_len(lines[-1] + gap + word) > width:
-            lines.append("    " + word)
+            lines.append(indent + word)
         else:
             lines[-1] += gap + word
     return lines

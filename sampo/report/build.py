@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .audit_section import data_section
 from .collect import Found, Problem, collect, plain
+from .conclusion import conclusion_section
 from .diagnosis_section import diagnosis_section
 from .evaluation_sections import answer_section, win_rate_section
 from .page import Section, render
@@ -83,11 +84,12 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
         for section in sections
         if not section.blocks and section.name in SECTION_COMMANDS
     ]
+    conclusion = conclusion_section(found, [one for one in missing if one != SECTION_COMMANDS["lab"]])
     name = plain(folder.resolve().name)
-    problems = _problems(found, sections, folder)
+    problems = _problems(found, [*sections, conclusion], folder)
     title = title or f"sampo report: {name}"
     return Report(
-        html=render(sections, found, title=title, folder=name, missing=missing, problems=problems),
+        html=render([conclusion, *sections], found, title=title, folder=name, missing=missing, problems=problems),
         shown=[section.title for section in sections if section.blocks],
         problems=problems,
         missing=[what for what, _ in missing],
@@ -97,4 +99,4 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
 def _problems(found: Found, sections: list[Section], folder: Path) -> list[Problem]:
     """All problems, without the path of the folder: the page may be sent to others."""
     every = [*found.problems, *(problem for section in sections for problem in section.problems)]
-    return [Problem(one.file, one.reason.replace(f"{folder}/", "")) for one in every]
+    return list(dict.fromkeys(Problem(one.file, one.reason.replace(f"{folder}/", "")) for one in every))

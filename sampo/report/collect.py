@@ -27,6 +27,14 @@ RUN_SETTINGS = (  # shown of a training run
     *("token_weighting", "sampled_sides", "keep_end_token", "balance_end_token", "length_penalty", "loss_type"),
     *("beta", "learning_rate", "max_length", "seed"),
 )
+# as `sampo.training.model_card` writes it
+_CARD = re.compile(
+    r"^This model is a fine-tuned version of [\[`](?P<model>[^\]`]+)[\]`].*"
+    r"^## Method$\s+Trained with sampo\. Method: (?P<method>[^\n]+)\.$.*"
+    r"^## Data$\s+(?P<data>[^;\n]+)",
+    re.MULTILINE | re.DOTALL,
+)
+MAX_CARD = 2**18  # bytes
 # control characters and halves of surrogate pairs
 _UNFIT = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # what reading a file of any content may raise; a `KeyboardInterrupt` or a lack of memory does not mean a broken file
@@ -53,7 +61,10 @@ class Audited:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The log of a training run, its last step, and the settings and versions that a checkpoint of it names."""
+    """The log of a training run, its last step, and the settings and versions that a checkpoint of it names.
+
+    `card` has `model`, `method` and `data` as the model card describes them, or nothing.
+    """
 
     file: str
     name: str
@@ -62,6 +73,7 @@ class TrainingRun:
     log: list[dict[str, Any]]
     settings: dict[str, str]
     versions: dict[str, str]
+    card: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -274,9 +286,25 @@ def _read_training(path: Path, folder: Path, found: Found) -> bool:
     manifest = path.with_name(MANIFEST)
     about = _run_settings(read_manifest(path.parent).run) if manifest.is_file() else ({}, {})
     found.runs.append(
-        TrainingRun(_name(path, folder), plain(name), _date(path), state.global_step, state.log_history, *about)
+        TrainingRun(
+            _name(path, folder),
+            plain(name),
+            _date(path),
+            state.global_step,
+            state.log_history,
+            *about,
+            card=read_card(path.with_name("README.md")),
+        )
     )
     return True
+
+
+def read_card(path: Path) -> dict[str, str]:
+    """What the card of a model says it was trained from, how and on what; nothing if it is not a card of sampo."""
+    if not path.is_file() or path.stat().st_size > MAX_CARD:
+        return {}
+    found = _CARD.search(plain(path.read_text(encoding="utf-8", errors="replace")))
+    return {} if found is None else {name: text for name, text in found.groupdict().items() if text}
 
 
 def _run_settings(run: RunRecord) -> tuple[dict[str, str], dict[str, str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..diagnostics.findings import PLAIN, Finding, read_scores
+from ..io.names import readable_name
 from ..io.records import Record
 from ..stats.intervals import Estimate
 from . import diagnostic_figures
@@ -38,7 +39,7 @@ def _add_diagnosis(section: Section, file: RecordFile) -> None:
 
 def _short_names(policies: Sequence[str]) -> list[str]:
     """Unique names for a legend."""
-    last = [shorten(Path(name).name or name) for name in policies]
+    last = [shorten(Path(readable_name(name)).name or name) for name in policies]
     return [name if last.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(last, 1)]
 
 
@@ -60,8 +61,8 @@ def _diagnosed_page(section: Section, file: RecordFile, page: Mapping[str, list[
     found = {name: _findings(records) for name, records in page.items()}
     n = f"{max(record.n for records in page.values() for record in records):,} prompts"
     reference = first.config.get("reference")
-    against = f", against {reference}" if reference else ", without a reference"
-    section.add(Heading(f"{', '.join(found)} on {first.config.get('data')}{against}"))
+    against = f", against {readable_name(reference)}" if reference else ", without a reference"
+    section.add(Heading(f"{', '.join(found)} on {readable_name(str(first.config.get('data')))}{against}"))
     section.add(_pressure_table(found, origins, n))
     rewarded = {name: some for name, some in found.items() if any(f.quantity == "accuracy" for f in some)}
     if rewarded:

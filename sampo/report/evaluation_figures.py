@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .axes import BINS, COLOURS, MARKERS, NEUTRAL, WIDEST, draw_level, given_or_new, legend_above
+from .numbers import SummaryRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SummaryRow = Mapping[str, Any]
 _RATIO = re.compile(r"win_rate/length_ratio_([^_]+)_([^_]+)$")
 
 

@@ -9,11 +9,10 @@ import numpy as np
 from ..evaluation.answers.answers import prompt_text
 from ..evaluation.judging.judges import drawn_prompts
 from ..evaluation.results.verbosity import System, Verbosity, compare_verbosity
-from ..stats.intervals import Estimate
+from ..io.names import readable_name
 from . import evaluation_figures
 from .collect import AnswerSet, Compared, Found, JudgedRun, plain
-from .evaluation_figures import SummaryRow
-from .numbers import number
+from .numbers import SummaryRow, estimate_in_row, number
 from .page import Heading, Listing, Origin, PageTable, Sample, Section, Shown, Text, origins_of, shorten
 
 SAMPLES = 6  # prompts whose answers are shown
@@ -87,9 +86,9 @@ def _win_rate_figures(section: Section, rows: Sequence[SummaryRow], origins: tup
     shown = [{**row, "system": shorten(str(row["system"])), "baseline": shorten(str(row["baseline"]))} for row in rows]
     shown = shown[:SYSTEMS]
     values = "; ".join(
-        f"{row['system']}: {number(_estimate_in(row, 'length/system'), 0)} {row.get('length_unit')}, win rate "
-        f"{number(_estimate_in(row, 'win_rate'), '%')}, at equal length "
-        f"{number(_estimate_in(row, 'win_rate/equal_length'), '%')}"
+        f"{row['system']}: {number(estimate_in_row(row, 'length/system'), 0)} {row.get('length_unit')}, win rate "
+        f"{number(estimate_in_row(row, 'win_rate'), '%')}, at equal length "
+        f"{number(estimate_in_row(row, 'win_rate/equal_length'), '%')}"
         for row in shown
     )
     if any(row.get("length/system") is not None for row in shown):
@@ -108,7 +107,7 @@ def _win_rate_figures(section: Section, rows: Sequence[SummaryRow], origins: tup
             description="Win rate with 95 % interval where the system's answer is so many times as long as the "
             "baseline's. "
             + "; ".join(
-                f"{row['system']} {evaluation_figures.bin_name(*bins[key])}: {number(_estimate_in(row, key), '%')}"
+                f"{row['system']} {evaluation_figures.bin_name(*bins[key])}: {number(estimate_in_row(row, key), '%')}"
                 for row in shown
                 for key in bins
                 if row.get(key) is not None
@@ -116,10 +115,6 @@ def _win_rate_figures(section: Section, rows: Sequence[SummaryRow], origins: tup
             origins=origins,
             n=n,
         )
-
-
-def _estimate_in(row: SummaryRow, key: str) -> Estimate:
-    return Estimate(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), None, row.get("prompts", 0))
 
 
 def _count(value: Any) -> str:
@@ -133,9 +128,9 @@ def _win_rate_table(rows: Sequence[SummaryRow], origins: tuple[Origin, ...], n: 
     keys = {"win_rate/control_longer_wins": "%", "win_rate/control_empty": "%", "order/consistent": "%"}
     cells = []
     for row in rows:
-        lengths = [number(_estimate_in(row, f"length/{side}"), 0) for side in ("system", "baseline")]
-        rates = [number(_estimate_in(row, key), "%") for key in ("win_rate", "win_rate/equal_length")]
-        controls = [number(_estimate_in(row, key), how) for key, how in keys.items()]
+        lengths = [number(estimate_in_row(row, f"length/{side}"), 0) for side in ("system", "baseline")]
+        rates = [number(estimate_in_row(row, key), "%") for key in ("win_rate", "win_rate/equal_length")]
+        controls = [number(estimate_in_row(row, key), how) for key, how in keys.items()]
         counts = [_count(row.get(name)) for name in ("wins", "ties", "losses")]
         failed = _count(row.get("failed", 0) + row.get("half_failed", 0))
         cells.append([str(row["system"]), _count(row.get("prompts")), *rates, *lengths, *controls, *counts, failed])
@@ -149,7 +144,7 @@ def _duel_table(duels: Sequence[SummaryRow], origins: tuple[Origin, ...]) -> Pag
     rows = [
         [
             f"{duel['first']} − {duel['second']}",
-            number(_estimate_in(duel, "difference"), "%", sign=True),
+            number(estimate_in_row(duel, "difference"), "%", sign=True),
             *(_count(duel.get(name)) for name in ("better", "worse", "equal")),
             *("–" if duel.get(name) is None else f"{duel[name]:.2g}" for name in ("p_value", "p_holm")),
         ]
@@ -184,7 +179,7 @@ def _sets_by_name(sets: Sequence[AnswerSet]) -> dict[str, AnswerSet]:
 def _origin_of_answers(one: AnswerSet) -> Origin:
     """Answers name their model and their sampling, not a command."""
     first = one.answers[0]
-    parts = [f"answers of {first.model}"] if first.model else []
+    parts = [f"answers of {readable_name(first.model)}"] if first.model else []
     parts += [f"{key} {value}" for key, value in sorted(first.sampling.items())]
     parts += [f"seed {first.seed}"] if first.seed is not None else []
     return Origin(

@@ -1,14 +1,24 @@
 """Numbers of records as texts of cells and captions."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..audit.report import format_interval, format_value
 from ..io.records import Record
 from ..stats.intervals import Estimate
+
+SummaryRow = Mapping[str, Any]  # of `sampo judge` or `sampo compare`
 
 
 def estimate(record: Record) -> Estimate:
     """The number of a record."""
     low, high = record.interval or (None, None)
     return Estimate(record.value, low, high, None, record.n)
+
+
+def estimate_in_row(row: SummaryRow, key: str) -> Estimate:
+    """A number of a row, with its interval."""
+    return Estimate(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), None, row.get("prompts", 0))
 
 
 def number(one: Estimate | None, how: str | int = 3, *, sign: bool = False) -> str:

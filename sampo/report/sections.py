@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ..io.names import readable_name
 from ..io.records import Record
 from .collect import Found, RecordFile
 from .numbers import estimate, number
@@ -21,7 +22,7 @@ def _add_benchmarks(section: Section, file: RecordFile) -> None:
 
 
 def _benchmark_cells(record: Record) -> list[str]:
-    model, benchmark = str(record.config.get("model", "–")), str(record.config["benchmark"])
+    model, benchmark = readable_name(str(record.config.get("model", "–"))), str(record.config["benchmark"])
     return [model, benchmark, record.name, number(estimate(record), "%"), f"{record.n:,}"]
 
 

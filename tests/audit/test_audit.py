@@ -506,6 +506,7 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
     found = audit_preferences(path, tokenizer=make_tokenizer(), by="who", max_length=[12, 30])
     assert whole["conclusion"] == report.write_conclusion(found)
     assert whole["conclusion"] in said
+    assert said.index(whole["verdict"]) < said.index("AUC of length for the preference") < said.index("longer, after")
     assert whole["overall"]["auc"]["value"] == found.overall.auc.value
     assert [cut["max_length"] for cut in whole["truncations"]] == [None, 12, 30]
     records = results.read(out / "records.jsonl")
@@ -523,7 +524,33 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
     with path.open("a") as file:
         file.write("{oops\n")
     assert run(*words) == 3
-    assert "1 of 61 pairs is not complete JSON, at rows [60]. See pairs.jsonl, line 61" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 61 pairs is not complete JSON, at rows [60]. See pairs.jsonl, line 61" in said
+    assert said.startswith(
+        "\n1 of 61 rows cannot be trained on: correct them as listed below, or set `on_bad_rows: drop`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("longer", "found", "start"),
+    [
+        (60, "The chosen response is nearly always the longer one", "`sampled_sides: rejected` and `length_penalty"),
+        (45, "The chosen response is more often the longer one", "`token_weighting: sampo` or a fixed"),
+        (30, "Length alone does not show which response was chosen", "plain DPO"),
+        (15, "The chosen response is more often the shorter one", "`token_weighting: sampo`, and"),
+        (0, "The chosen response is nearly always the shorter one", "`token_weighting: sampo`, and"),
+    ],
+)
+def test_the_verdict_names_what_docs_choose_names(longer, found, start, tmp_path, monkeypatch, capsys):
+    rows = [("x " * 9, "y") if i < longer else ("x", "y " * 9) for i in range(60)]
+    rows = [{"prompt": f"q{i}", "chosen": chosen, "rejected": rejected} for i, (chosen, rejected) in enumerate(rows)]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(as_file(rows, tmp_path / "pairs.jsonl")) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].strip().splitlines()
+    assert max(map(len, lines)) <= 60
+    verdict = " ".join(lines)
+    assert verdict.startswith(f"{found} (60 pairs: {100 * longer / 60:.1f} % longer")
+    assert f"Start with {start}" in verdict
 
 
 def test_the_last_sentence_names_the_options_that_the_bias_touches():

@@ -219,6 +219,15 @@ def test_answers_alone_are_compared_by_length(folder, tmp_path, capsys):
     assert "Win rates" not in capsys.readouterr().out.split("Written")[0]
 
 
+def test_nothing_is_written_without_out(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--judgements", str(folder / "dpo-contains.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "Win rates" in said
+    assert "Written" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_answers_that_have_moved_are_named_and_others_are_not_taken(folder, tmp_path):
     for name in SYSTEMS:
         write_answers(tmp_path / f"{name}.jsonl", read_answers(folder / f"{name}.jsonl"))

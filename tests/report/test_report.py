@@ -282,6 +282,124 @@ def test_without_the_section_of_the_lab_its_records_are_among_the_others(folder,
     assert "win_rate" in Page(made.html).text()
 
 
+# --- the conclusion
+
+
+def conclusion(made) -> list[str]:
+    """Its sentences, as text."""
+    part = made.html.split('<h2 id="conclusion">')[1].split("</section>")[0]
+    return [html.unescape(re.sub("<[^>]+>", "", item)) for item in re.findall(r"<li>(.*?)</li>", part, re.DOTALL)]
+
+
+def test_the_conclusion_comes_first_and_decides_by_the_intervals_of_the_records(report, folder):
+    assert re.findall(r'<h2 id="([^"]+)"', report.html)[0] == "conclusion"
+    sentences = conclusion(report)
+    row = json.loads((folder / "mine-judged.summary.json").read_text())["result"]
+    (sentence,) = (one for one in sentences if one.startswith("mine against base by contains"))
+
+    def shown(key):
+        return f"{100 * row[key]:.1f} % ({100 * row[f'{key}_low']:.1f} to {100 * row[f'{key}_high']:.1f})"
+
+    assert (
+        f"{PROMPTS} prompts: wins {shown('win_rate')}, at equal length {shown('win_rate/equal_length')};" in sentence
+    )
+    decided = [row[f"{key}_low"] > 0.5 or row[f"{key}_high"] < 0.5 for key in ("win_rate", "win_rate/equal_length")]
+    assert ("undecided" in sentence) == (not all(decided))
+    verdict = json.loads((folder / "audit" / "audit.json").read_text())["verdict"].replace("`", "")
+    assert sentences[0].endswith(verdict)
+    assert sum(one.startswith("Run ") and "do not name model and data" in one for one in sentences) == 2
+    assert not [one for one in sentences if one.startswith(("Forecast", "Outcome", "Not measured"))]
+
+
+RESULTS = {  # bounds of the raw win rate and of that at equal length -> the words
+    ((0.6, 0.7), (0.55, 0.7)): "Raw and at equal length: a wins.",
+    ((0.6, 0.7), (0.45, 0.6)): "Raw: a wins. At equal length: undecided, the interval holds 50 %. Length may be",
+    ((0.4, 0.55), (0.3, 0.45)): "Raw: undecided, the interval holds 50 %. At equal length: b wins.",
+    ((0.2, 0.4), None): "Raw: b wins. There is no win rate at equal length, so length may be the reason.",
+    ((0.4, 0.6), (0.4, 0.6)): "Raw and at equal length: undecided, the interval holds 50 %.",
+}
+
+
+@pytest.mark.parametrize("bounds", RESULTS, ids=str)
+def test_a_result_is_decided_only_where_the_interval_excludes_half(tmp_path, bounds):
+    row = {"system": "a", "baseline": "b", "judge": "reward", "prompts": 99, "length_unit": "characters"}
+    for key, pair in zip(("win_rate", "win_rate/equal_length"), bounds, strict=True):
+        if pair:
+            row |= {key: sum(pair) / 2, f"{key}_low": pair[0], f"{key}_high": pair[1]}
+    content = {"command": "sampo compare", "systems": [row], "duels": [], "configs": {}}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    results.append(tmp_path / "c.records.jsonl", [results.Record(name="win_rate", value=0.5, n=99, config={})])
+    sentence, *lacking = conclusion(build_report(tmp_path))
+    assert RESULTS[bounds] in sentence
+    missing = build_report(tmp_path).missing
+    assert [one.partition(". sampo ")[0] for one in lacking] == [f"Not measured here: {what}" for what in missing]
+    assert any("sampo train" in one for one in lacking)
+    row["judge"] = "longer"
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    sentence = conclusion(build_report(tmp_path))[0]
+    assert "a control, which shows nothing about quality" in sentence
+    assert "Raw" not in sentence
+
+
+CARD = """\
+This model is a fine-tuned version of `base`.
+
+## Method
+
+Trained with sampo. Method: SamPO (`token_weighting: sampo`, arXiv 2406.10957, Eq. 10){more}.
+Reference: a copy of the initial policy. Beta 0.1, loss ['sigmoid'].
+
+## Data
+
+`pairs.jsonl`: 60 pairs, 9.0 chosen and 8.0 rejected tokens on average; at max_length 1024: 0 dropped.
+"""
+
+
+def write_chain(folder: Path, *, start: str = "base", more: str = "") -> None:
+    """A diagnosis of `base`, a run from it, and answers of both, those of the run longer."""
+    write_run(folder / "runs" / "mine", steps=4)
+    (folder / "runs" / "mine" / "README.md").write_text(CARD.format(more=more))
+    pressure = {"policy": "/models/base", "reference": None, "group": "all", "data": "d", "beta": 0.1, "pairs": "ab"}
+    made = [
+        results.Record(
+            name="diagnose/pressure", value=v, interval=(v - 1, v + 1), n=9, config=pressure | {"method": m}
+        )
+        for m, v in {"sampo": -2.0, "prefix": 2.0, "all": 0.5}.items()
+    ]
+    results.append(folder / "records.jsonl", made)
+    for name, model, words in (("after", "runs/mine", 9), ("start", start, 3)):
+        answers = [Answer(prompt=f"q{i}", answer="so " * (words + i % 2), model=model) for i in range(24)]
+        write_answers(folder / f"{name}.jsonl", answers)
+    files = [str(folder / f"{name}.jsonl") for name in ("after", "start")]
+    words = ["judge", "--system", files[0], "--baseline", files[1], "--judge", "longer"]
+    assert main([*words, "--out", str(folder / "j.jsonl")]) == 0
+
+
+def test_a_forecast_stands_beside_its_outcome_where_the_files_name_one_model(tmp_path):
+    write_chain(tmp_path)
+    sentences = conclusion(build_report(tmp_path))
+    assert (
+        "Forecast for base: by the length pressure, a first step lengthens with sampo; it shortens with prefix; it "
+        "has no sure direction with all." in sentences
+    )
+    (run,) = (one for one in sentences if one.startswith("Run runs/mine"))
+    assert (
+        "4 steps from base with SamPO (token_weighting: sampo, arXiv 2406.10957, Eq. 10), on pairs.jsonl: 60 pairs"
+        in run
+    )
+    (outcome,) = (one for one in sentences if one.startswith("Outcome for runs/mine (sampo): 28 "))
+    assert "longer than the start's 10 " in outcome
+    assert outcome.endswith("The forecast was: longer.")
+
+
+@pytest.mark.parametrize("other", [{"start": "another"}, {"more": ", `sampled_sides: rejected`"}], ids=str)
+def test_a_forecast_of_something_else_has_no_outcome(tmp_path, other):
+    write_chain(tmp_path, **other)
+    sentences = conclusion(build_report(tmp_path))
+    assert [one for one in sentences if one.startswith("Forecast for base")]
+    assert not [one for one in sentences if one.startswith("Outcome")]
+
+
 # --- nothing runs, nothing is loaded
 
 

@@ -1,9 +1,14 @@
 """What a run says without being asked: to a script that sets no logging up, and on the command line."""
 
+import contextlib
+import json
 import logging
+import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -144,3 +149,67 @@ def test_commands_say_it_before_a_model_is_loaded(tmp_path, capsys, monkeypatch,
     assert status == 2
     assert "`report_to: wandb` needs a package that is not installed. `pip install wandb`" in said
     assert "Traceback" not in said
+
+
+# --- what a training prints at each log ------------------------------------------------------------------------------
+
+
+def training(model_folder, folder, **more) -> list[str]:
+    make_pairs(40).to_json(folder / "pairs.jsonl")
+    options = {"model_name_or_path": model_folder, "dataset_name": folder / "pairs.jsonl"}
+    options |= {"output_dir": folder / "out", "use_cpu": True, "bf16": False, "max_steps": 3, "logging_steps": 1}
+    options |= {"per_device_train_batch_size": 2}
+    options |= {"eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"} | more
+    return ["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def test_a_log_is_one_line_and_the_state_keeps_every_metric(model_folder, tmp_path, capsys):
+    assert main(training(model_folder, tmp_path)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    steps, (evaluation,), (end,) = (
+        [entry for entry in log if name in entry] for name in ("loss", "eval_loss", "train_runtime")
+    )
+    lines = [line for line in printed if line.startswith("step ")]
+    for number, (line, entry) in enumerate(zip(lines, steps, strict=True), 1):
+        assert len(line) <= 100
+        assert line.startswith(f"step {number}/3  loss {entry['loss']:.4f}  margin {entry['rewards/margins']:.4f}  ")
+        assert re.search(r"  [\d,]+ tokens/s  ETA \d+:\d\d:\d\d$", line)
+        assert {"grad_norm", "learning_rate", "length/selected", "logps/chosen"} <= entry.keys()
+    assert lines[-1].endswith("ETA 0:00:00")
+    (line,) = (line for line in printed if line.startswith("eval 3/3  "))
+    assert f"loss {evaluation['eval_loss']:.4f}" in line
+    for name in ("longer", "shorter"):
+        value = evaluation.get(f"eval_accuracies/chosen_{name}")
+        assert (f"  {name} {value:.2f}" in line) if value is not None else (f"  {name} " not in line)
+    assert f"3 steps in 0:00:0{round(end['train_runtime'])}, mean loss {end['train_loss']:.4f}" in "\n".join(printed)
+    assert "{'" not in "".join(printed)
+
+
+def test_log_line_full_prints_every_metric(model_folder, tmp_path, capsys):
+    assert main(training(model_folder, tmp_path, log_line="full", max_steps=1)) == 0
+    printed = capsys.readouterr().out
+    assert "'logps/chosen'" in printed
+    assert "step 1/1" not in printed
+
+
+def test_the_line_stays_out_of_the_bar_of_a_terminal(model_folder, tmp_path):
+    """Each line begins where the bar was taken away, and ends before it is drawn again."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    command = [sys.executable, "-m", "sampo.cli", *training(model_folder, tmp_path)]
+    there = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=there) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal ends with its last process
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    text = shown.decode()
+    assert "3/3 [" in text  # the bar
+    lines = re.findall(r"\r *\r(step \d/3  loss [^\r\n]*|pair_stream: auto takes [^\r\n]*)\r\n", text)
+    assert len(lines) == 4
+    assert all("it/s" not in line and "|" not in line for line in lines)
+    assert "{'" not in text

@@ -10,6 +10,7 @@ from tiny import make_model, make_pairs, make_tokenizer, save_model, training_op
 from trl import DPOTrainer
 
 from sampo import SamPOConfig, SamPOTrainer, __version__
+from sampo.report.collect import read_card
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -60,6 +61,14 @@ def test_each_saved_model_has_a_card_that_says_how_it_was_made(model_folder, tmp
         assert ("| `lora_alpha` | 8 |" in text) == bool(peft)
         assert str(tmp_path) not in text  # nothing of this machine
     assert "`my-pairs.jsonl`: " in final
+    read = read_card(tmp_path / "final" / "README.md")  # of `sampo report`
+    assert read["model"] == "my-base"
+    assert read["method"].startswith(
+        "SamPO (`token_weighting: sampo`, arXiv 2406.10957, Eq. 10), `length_penalty: learned`"
+    )
+    assert re.fullmatch(
+        r"`my-pairs\.jsonl`: 16 pairs, [\d.]+ chosen and [\d.]+ rejected tokens on average", read["data"]
+    )
     logged = trainer.state.log_history[-1]["eval_length_gap/correlation"]
     assert f"| `eval_length_gap/correlation` | {logged:.4g} |" in final
     data = ModelCard.load(tmp_path / "final" / "README.md").data

@@ -46,7 +46,7 @@ def stop_after_a_step(command: list[str], number: int, *, times: int = 1) -> sub
         said = []
         for line in process.stdout:
             said.append(line)
-            if "'loss'" in line:
+            if line.startswith("step "):
                 break
         for _ in range(times):
             os.killpg(process.pid, number)

@@ -21,6 +21,7 @@ import numpy as np
 
 from ...io.files import write_atomic
 from ...io.hashing import hash_file
+from ...io.names import readable_name
 from ...io.records import lines
 from ...io.schemas import WrongFile, read_json
 from ...stats.intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
@@ -105,7 +106,7 @@ class Judged:
         kind, model = str(self.judge["name"]), self.judge.get("model")
         if not model:
             return visible(kind)
-        return visible(f"{kind} {Path(model).name if Path(model).is_absolute() else model}")
+        return visible(f"{kind} {readable_name(str(model))}")
 
     @property
     def config(self) -> dict[str, Any]:
