@@ -23,6 +23,7 @@ from ..io.tables import Table
 from ..models.load import ModelError, check_model
 from ..training.memory import gpu_bytes, read_shape
 from .launch import refuse_engine_that_cannot_run
+from .log_line import duration
 from .models import RefusedRun, check_adapter, check_vocabulary, load_processor
 from .options import RecipeParser, listed
 from .shown import say, show
@@ -273,20 +274,9 @@ def _describe_time(steps: FirstSteps) -> str:
     mean = sum(steps.seconds) / len(steps.seconds)
     each = " and ".join(f"{seconds:.3g}" for seconds in steps.seconds)
     return (
-        f"{describe_seconds(mean * steps.max_steps)} at {each} s a step (measured; evaluation, saving and loading are "
+        f"{duration(mean * steps.max_steps)} at {each} s a step (measured; evaluation, saving and loading are "
         "not counted)"
     )
-
-
-def describe_seconds(seconds: float) -> str:
-    """A duration in the two largest units that it has."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    if seconds < 48 * 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-    return f"{seconds / 86400:.1f} days"
 
 
 def _describe_memory(trainer: Any) -> str:

@@ -111,7 +111,8 @@ def test_help_all_prints_every_option(command, capsys):
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: sampo {command} ")
-    assert all(action.option_strings[0] in said for action in make_parser()._actions if action.option_strings)
+    parser = make_parser(prog=None if command == "train" else f"sampo {command}")
+    assert all(action.option_strings[0] in said for action in parser._actions if action.option_strings)
     if command != "train":
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])

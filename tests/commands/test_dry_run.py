@@ -10,7 +10,7 @@ from processes import environment
 from tiny import make_pairs, make_tokenizer, save_model
 
 from sampo import cli
-from sampo.commands.dry_run import describe_seconds, mark_selected
+from sampo.commands.dry_run import mark_selected
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +117,6 @@ def test_only_selected_tokens_are_in_brackets():
     weights = [float(i % 2) for i in range(len(ids))]
     marked = mark_selected(tokenizer, ids, weights)
     assert re.findall("⟦(.*?)⟧", marked) == [tokenizer.decode(ids[i]) for i in range(1, len(ids), 2)]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(59, "59 s"), (125, "2 min 5 s"), (7260, "2 h 1 min"), (3 * 86400, "3.0 days")]
-)
-def test_durations(seconds, text):
-    assert describe_seconds(seconds) == text
 
 
 def test_other_commands_do_not_take_it(capsys):
