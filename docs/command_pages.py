@@ -183,8 +183,9 @@ def train_help() -> str:
     parts = [TRAIN_HELP.format(n=len(actions))]
     for title, names in groups.items():
         parts.append(f"\n{title}:\n" + "".join(_help_lines(actions[name]) for name in names))
-    parts.append("\nLauncher (on the command line only):\n")
-    starting = OPTIONS | {"plugin": PLUGIN_HELP}
+    parts.append("\nOn the command line only; most are for the launcher:\n")
+    dry_run = next(action for action in parser._actions if action.dest == "dry_run")
+    starting = {"dry_run": str(dry_run.help)} | OPTIONS | {"plugin": PLUGIN_HELP}
     return "".join([*parts, *(_help_entry(f"--{name}", text) for name, text in starting.items())])
 
 

@@ -243,3 +243,10 @@ def _ratio_of_sums(part: np.ndarray, total: np.ndarray) -> float | None:
 def _mean_of_ratios(part: np.ndarray, total: np.ndarray) -> float | None:
     some = total > 0
     return float((part[some] / total[some]).mean()) if some.any() else None
+
+
+def sign_of_effect(estimate: Estimate, centre: float) -> int:
+    """Return 1 if the complete interval lies above `centre`, −1 if below, 0 otherwise."""
+    if estimate.low is None or estimate.high is None:
+        return 0
+    return int(estimate.low > centre) - int(estimate.high < centre)

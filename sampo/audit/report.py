@@ -6,8 +6,9 @@ from typing import Any
 from ..io import records as results
 from ..io.tables import Table, clean
 from ..stats.intervals import Estimate
+from .advice import advise
 from .audit import Audit
-from .bias import LengthBias
+from .bias import LengthBias, sign_of_effect
 from .truncation import Truncation
 
 # number -> its title and its format: a share in per cent, or so many digits
@@ -192,8 +193,6 @@ def issue_lines(audit: Audit) -> list[str]:
 
 # --- verdict ---------------------------------------------------------------------------------------------------------
 
-NEARLY_ALL = 0.9  # of the pairs; docs/choose.md has a row for more, and one for less
-
 
 def write_verdict(audit: Audit) -> str:
     """State in one to three sentences what was found and what to do; docs/choose.md has the reasons."""
@@ -204,20 +203,13 @@ def write_verdict(audit: Audit) -> str:
             f"{bad:,} of {audit.rows:,} rows cannot be trained on: correct them as listed below, or set "
             "`on_bad_rows: drop`."
         )
-    start = "Start with plain DPO (`token_weighting: all`)"
-    found = "Length alone does not show which response was chosen"
-    if sign := sign_of_effect(bias.auc, 0.5):
-        side, share = ("longer", bias.longer) if sign > 0 else ("shorter", bias.shorter)
-        nearly = share.value is not None and share.value >= NEARLY_ALL
-        found = f"The chosen response is {'nearly always' if nearly else 'more often'} the {side} one"
-        start = "Start with `token_weighting: sampo`, and compare it with DPO at equal length"
-        if sign > 0 and nearly:
-            start = "Start with `sampled_sides: rejected` and `length_penalty: learned`, and compare with DPO"
-        elif sign > 0:
-            start = "Start with `token_weighting: sampo` or a fixed `length_penalty`, and compare with DPO"
+    advice = advise(bias, unit=audit.unit)
     shares = f"{format_value(bias.longer.value, '%')} longer, {format_value(bias.shorter.value, '%')} shorter"
     area = f"AUC of length {format_value(bias.auc.value, 2)}"
-    return " ".join([*sentences, f"{found} ({bias.pairs:,} pairs: {shares}; {area}).", f"{start} (docs/choose.md)."])
+    found = f"{advice.found} ({bias.pairs:,} pairs: {shares}; {area})."
+    options = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in advice.options.items())
+    start = f"Start with {advice.name[0].lower()}{advice.name[1:]} ({options}), because {advice.reason}."
+    return " ".join([*sentences, found, start, "`sampo init` writes the recipe, docs/choose.md has the evidence."])
 
 
 # --- conclusion ------------------------------------------------------------------------------------------------------
@@ -301,13 +293,6 @@ def _cut_sentences(cuts: list[Truncation]) -> list[str]:
         if clauses:
             sentences.append(f"{at}, {', '.join(clauses)}.")
     return sentences
-
-
-def sign_of_effect(estimate: Estimate, centre: float) -> int:
-    """Return 1 if the complete interval lies above `centre`, −1 if below, 0 otherwise."""
-    if estimate.low is None or estimate.high is None:
-        return 0
-    return int(estimate.low > centre) - int(estimate.high < centre)
 
 
 def _format_estimate(estimate: Estimate, how: str | int) -> str:

@@ -265,8 +265,9 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**texts)
 
     def find_unknown(self, args: list[str]) -> list[str]:
-        """Find words of the command line that are no option."""
-        return _options_in(self._parse(args)[1])
+        """Find names, choices and shapes of the YAML file, and words of the command line, that are no option."""
+        args = self._find_config(args)
+        return [*self._find_wrong_keys(*self._read_config(args)).values(), *_options_in(self._parse(args)[1])]
 
     def _find_wrong_keys(self, config: dict[str, Any], path: str) -> dict[str, str]:
         """Find names, choices and shapes of the YAML file that no dataclass knows; an issue for each name."""

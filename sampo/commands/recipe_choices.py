@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from ..audit.report import bias_sentences, format_value, sign_of_effect
+from ..audit.advice import advise
+from ..audit.report import bias_sentences, format_value
 from ..io.tables import clean
 from .option_checks import HELD_OUT
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from ..audit.bias import LengthBias
     from ..training.memory import Shape
 
-NEARLY_ALL = 0.9  # of the pairs
-NEAR_CHANCE = 0.05  # largest distance of the AUC's interval from 0.5
 COVERED = 0.99  # share of the pairs that `max_length` does not cut
 ROUNDED_TO = 128  # tokens
 USABLE = 0.85  # share of a GPU's memory: the computation omits CUDA, NCCL and fragmentation
@@ -31,20 +30,12 @@ ENGINES_OF = {
 
 
 @dataclass(frozen=True)
-class Line:
+class OptionLine:
     """One option of a recipe, with the remark behind it."""
 
     name: str
     value: Any
     remark: str = ""
-
-
-@dataclass(frozen=True)
-class Method:
-    """Options of the method, and the sentences that give the reasons."""
-
-    lines: list[Line]
-    reasons: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,50 +57,32 @@ class Sizes:
     fits: bool = True
 
 
-def choose_method(bias: "LengthBias", *, unit: str) -> Method:
-    """The method that docs/choose.md names for these pairs.
+REMARKS = {
+    "sampo": "downsamples the longer response to the length of the shorter one, if it is:",
+    "rejected": "a longer chosen response keeps all its tokens",
+    "learned": "absorbs the length bias of the pairs in one parameter, so that the policy need not learn it",
+    True: "zero length pressure at the start",
+    "all": "plain DPO: all tokens count",
+}
+
+
+def choose_method(bias: "LengthBias", *, unit: str) -> tuple[list[OptionLine], list[str]]:
+    """The options that the audit advises, and the sentences that give the reasons.
 
     Args:
         bias: of the training pairs.
-        unit: of its lengths; end tokens are known for `tokens` only.
+        unit: of its lengths.
     """
-    longer, equal, shorter = (float(share.value or 0) for share in (bias.longer, bias.equal, bias.shorter))
-    accuracy = format_value(longer + equal / 2, "%")
+    advice = advise(bias, unit=unit)
+    accuracy = format_value(float(bias.longer.value or 0) + float(bias.equal.value or 0) / 2, "%")
     reasons = [
         *bias_sentences(bias, unit),
         f"The longer response is the chosen one in {accuracy} of the pairs (equal lengths count half).",
+        f"{advice.name}, because {advice.reason}.",
     ]
-    low, high = bias.auc.low, bias.auc.high
-    if low is not None and high is not None and 0.5 - NEAR_CHANCE <= low <= 0.5 <= high <= 0.5 + NEAR_CHANCE:
-        why = "Plain DPO (`all`), because length explains nothing in these pairs. Watch `length_gap/*` in the log."
-        return Method([Line("token_weighting", "all", "plain DPO: all tokens count")], [*reasons, why])
-    combination = "One-sided SamPO with a learned length penalty and a balanced end token, because "
-    if longer >= NEARLY_ALL:
-        why = "nearly all chosen responses are longer: DPO and plain SamPO lengthened the answers on such pairs."
-    elif shorter >= NEARLY_ALL:
-        why = "nearly all chosen responses are shorter: DPO collapsed on such pairs, and this combination did not."
-    elif sign_of_effect(bias.auc, 0.5) > 0:
-        why = (
-            "the longer response is preferred, and DPO lengthened the answers on such pairs. A fixed penalty "
-            "(`length_penalty` as a number, with `token_weighting: all`) was better on some mixed pairs: compare both."
-        )
-    elif sign_of_effect(bias.auc, 0.5) < 0:
-        why = "the shorter response is preferred, and the longer rejected one has more terms to push down in DPO."
-    else:
-        why = "these pairs are too few to show whether length is preferred, and it was the safest in the lab."
-    lines = [
-        Line(
-            "token_weighting", "sampo", "downsamples the longer response to the length of the shorter one, if it is:"
-        ),
-        Line("sampled_sides", "rejected", "a longer chosen response keeps all its tokens"),
-    ]
-    reasons.append(combination + why)
-    if unit == "tokens" and bias.end_chosen is None and bias.end_rejected is None:
+    if advice.options["token_weighting"] == "sampo" and "balance_end_token" not in advice.options:
         reasons.append("`balance_end_token` is omitted, because no response has an end token.")
-    else:
-        lines.append(Line("balance_end_token", True, "zero length pressure at the start"))
-    remark = "absorbs the length bias of the pairs in one parameter, so that the policy need not learn it"
-    return Method([*lines, Line("length_penalty", "learned", remark)], reasons)
+    return [OptionLine(name, value, REMARKS[value]) for name, value in advice.options.items()], reasons
 
 
 def choose_splits(names: Sequence[str]) -> tuple[str, str | None]:
@@ -184,55 +157,55 @@ def choose_learning_rate(shape: "Shape | None", training: str) -> float:
     return 10 * rate if training == "lora" else rate
 
 
-def model_lines(model: str, training: str, engine: str, *, gpus: int) -> list[Line]:
+def model_lines(model: str, training: str, engine: str, *, gpus: int) -> list[OptionLine]:
     """Model, number format and adapter."""
-    lines = [Line("model_name_or_path", model)]
+    lines = [OptionLine("model_name_or_path", model)]
     if training == "lora":
         dtype = "float32" if gpus == 0 else "bfloat16"
         return [
             *lines,
-            Line("dtype", dtype, "the frozen weights; the adapter is in float32"),
-            Line("use_peft", True, "the reference is the model with the adapter switched off"),
-            Line("lora_r", 16),
-            Line("lora_alpha", 32),
-            Line("lora_dropout", 0.0, "dropout would add noise between policy and reference"),
-            Line(
+            OptionLine("dtype", dtype, "the frozen weights; the adapter is in float32"),
+            OptionLine("use_peft", True, "the reference is the model with the adapter switched off"),
+            OptionLine("lora_r", 16),
+            OptionLine("lora_alpha", 32),
+            OptionLine("lora_dropout", 0.0, "dropout would add noise between policy and reference"),
+            OptionLine(
                 "lora_target_modules", "all-linear", "all linear layers, not only those that PEFT selects by default"
             ),
         ]
     if engine.startswith("zero"):
-        return [*lines, Line("dtype", "bfloat16", "ZeRO keeps float32 master weights; without ZeRO set float32")]
-    return [*lines, Line("dtype", "float32", "pure bfloat16 would round steps of this size away")]
+        return [*lines, OptionLine("dtype", "bfloat16", "ZeRO keeps float32 master weights; without ZeRO set float32")]
+    return [*lines, OptionLine("dtype", "float32", "pure bfloat16 would round steps of this size away")]
 
 
-def evaluation_lines(test_split: str | None, pairs: int, batch: int) -> list[Line]:
+def evaluation_lines(test_split: str | None, pairs: int, batch: int) -> list[OptionLine]:
     """How often to evaluate and to save; too few pairs are not divided."""
     saves = [
-        Line("save_steps", 0.25, "fraction of all steps"),
-        Line("save_total_limit", 2, "the last two checkpoints"),
+        OptionLine("save_steps", 0.25, "fraction of all steps"),
+        OptionLine("save_total_limit", 2, "the last two checkpoints"),
     ]
     if test_split is None and pairs < 200:
-        return [Line("eval_strategy", "no", f"{pairs} pairs are too few to hold some out"), *saves]
+        return [OptionLine("eval_strategy", "no", f"{pairs} pairs are too few to hold some out"), *saves]
     return [
-        Line("eval_strategy", "steps", "reports accuracy separately for chosen-longer and chosen-shorter pairs"),
-        Line("eval_steps", 0.25, "four times per run"),
-        Line("per_device_eval_batch_size", batch, "as in training"),
+        OptionLine("eval_strategy", "steps", "reports accuracy separately for chosen-longer and chosen-shorter pairs"),
+        OptionLine("eval_steps", 0.25, "four times per run"),
+        OptionLine("per_device_eval_batch_size", batch, "as in training"),
         *saves,
     ]
 
 
-def held_out_lines(train_split: str, test_split: str | None, pairs: int) -> list[Line]:
+def held_out_lines(train_split: str, test_split: str | None, pairs: int) -> list[OptionLine]:
     """Which pairs are trained on, and which are held out."""
     if test_split is not None:
-        return [Line("dataset_train_split", train_split), Line("dataset_test_split", test_split)]
-    lines = [] if train_split == "train" else [Line("dataset_train_split", train_split)]
+        return [OptionLine("dataset_train_split", train_split), OptionLine("dataset_test_split", test_split)]
+    lines = [] if train_split == "train" else [OptionLine("dataset_train_split", train_split)]
     if pairs >= 200:
         fraction = 0.1 if pairs < 2000 else 0.05
-        lines.append(Line("eval_fraction", fraction, "held out by prompt, since there is no test split"))
+        lines.append(OptionLine("eval_fraction", fraction, "held out by prompt, since there is no test split"))
     return lines
 
 
-def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequence[Sequence[Line]]) -> str:
+def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequence[Sequence[OptionLine]]) -> str:
     """The text of a recipe: a header of notes, then groups of options with their remarks."""
     lines = [f"# {clean(title)}", "#"]
     for name, sentences in notes.items():
@@ -243,7 +216,7 @@ def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequenc
     return "\n".join(lines) + "\n"
 
 
-def _scalar(line: Line) -> str:
+def _scalar(line: OptionLine) -> str:
     number = isinstance(line.value, float) and 0 < line.value < 1e-3
     text = (
         f"{line.value:.1e}".replace("e-0", "e-")

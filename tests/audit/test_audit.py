@@ -532,16 +532,18 @@ def test_the_command_writes_what_it_found_and_its_exit_code_tells_faults(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("longer", "found", "start"),
+    ("longer", "found", "reason"),
     [
-        (60, "The chosen response is nearly always the longer one", "`sampled_sides: rejected` and `length_penalty"),
-        (45, "The chosen response is more often the longer one", "`token_weighting: sampo` or a fixed"),
-        (30, "Length alone does not show which response was chosen", "plain DPO"),
-        (15, "The chosen response is more often the shorter one", "`token_weighting: sampo`, and"),
-        (0, "The chosen response is nearly always the shorter one", "`token_weighting: sampo`, and"),
+        (60, "The chosen response is nearly always the longer one", "DPO and plain SamPO lengthened"),
+        (45, "The chosen response is more often the longer one", "DPO lengthened the answers"),
+        (30, "Length alone does not show which response was chosen", "these pairs are too few"),
+        (15, "The chosen response is more often the shorter one", "has more terms to push down"),
+        (0, "The chosen response is nearly always the shorter one", "DPO collapsed"),
     ],
 )
-def test_the_verdict_names_what_docs_choose_names(longer, found, start, tmp_path, monkeypatch, capsys):
+def test_the_verdict_names_what_was_found_and_what_sampo_init_writes(
+    longer, found, reason, tmp_path, monkeypatch, capsys
+):
     rows = [("x " * 9, "y") if i < longer else ("x", "y " * 9) for i in range(60)]
     rows = [{"prompt": f"q{i}", "chosen": chosen, "rejected": rejected} for i, (chosen, rejected) in enumerate(rows)]
     monkeypatch.setenv("COLUMNS", "60")
@@ -550,7 +552,9 @@ def test_the_verdict_names_what_docs_choose_names(longer, found, start, tmp_path
     assert max(map(len, lines)) <= 60
     verdict = " ".join(lines)
     assert verdict.startswith(f"{found} (60 pairs: {100 * longer / 60:.1f} % longer")
-    assert f"Start with {start}" in verdict
+    assert "Start with one-sided SamPO" in verdict
+    assert "(`token_weighting: sampo`, `sampled_sides: rejected`, `length_penalty: learned`" in verdict
+    assert reason in verdict
 
 
 def test_the_last_sentence_names_the_options_that_the_bias_touches():

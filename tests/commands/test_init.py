@@ -30,17 +30,17 @@ def method_for(differences, **more):
     bias = length_bias(
         np.ones(len(differences)), rejected + differences, rejected, np.arange(len(differences)), **more
     )
-    method = choices.choose_method(bias, unit="tokens")
-    return {line.name: line.value for line in method.lines}, " ".join(method.reasons)
+    lines, reasons = choices.choose_method(bias, unit="tokens")
+    return {line.name: line.value for line in lines}, " ".join(reasons)
 
 
 @pytest.mark.parametrize(
     ("differences", "says"),
     [
-        ([10] * 95 + [-10] * 5, "nearly all chosen responses are longer"),
-        ([-10] * 95 + [10] * 5, "nearly all chosen responses are shorter"),
-        ([10] * 140 + [-10] * 60, "the longer response is preferred"),
-        ([10] * 60 + [-10] * 140, "the shorter response is preferred"),
+        ([10] * 95 + [-10] * 5, "DPO and plain SamPO lengthened the answers"),
+        ([-10] * 95 + [10] * 5, "DPO collapsed on such pairs"),
+        ([10] * 140 + [-10] * 60, "DPO lengthened the answers on such pairs; a fixed"),
+        ([10] * 60 + [-10] * 140, "has more terms to push down"),
         ([10, -10] * 5, "too few to show"),
     ],
 )
@@ -120,11 +120,11 @@ def test_the_batch_is_the_largest_that_fits_in_the_first_engine_that_does(name, 
 
 def test_a_recipe_is_yaml_with_these_values_whatever_the_names_are():
     lines = [
-        choices.Line("text", "a: b # c"),
-        choices.Line("mapping", {"prompt": "question"}),
-        choices.Line("rate", 5e-7, "remark"),
-        choices.Line("switch", True),
-        choices.Line("word", "no"),
+        choices.OptionLine("text", "a: b # c"),
+        choices.OptionLine("mapping", {"prompt": "question"}),
+        choices.OptionLine("rate", 5e-7, "remark"),
+        choices.OptionLine("switch", True),
+        choices.OptionLine("word", "no"),
     ]
     text = choices.write_recipe("a\nevil: 1\u2028evil: 2", {"Note": ["b\nevil: 3\x85evil: 4"]}, [lines[:2], lines[2:]])
     assert yaml.safe_load(text) == {line.name: line.value for line in lines}
