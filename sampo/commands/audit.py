@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from ..io.command_line import format_command
-from .next_steps import after_audit, suggest
+from .next_steps import after_audit, show_next
 from .pair_options import add_treatment, treatment_of, treatment_words
 
 HAS_ISSUES = 3  # exit code: bad rows, or a file that is cut off; the audit is complete without them
@@ -78,7 +78,7 @@ def _run_audit(args: argparse.Namespace) -> int:
             written = files.write_audit(audit, args.out, command=_reproducing_command(args))
         say(f"Written: {', '.join(map(str, written))}")
     if not audit.has_issues:
-        suggest(*after_audit(args))
+        show_next(*after_audit(args))
     return HAS_ISSUES if audit.has_issues else 0
 
 

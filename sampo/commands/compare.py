@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .next_steps import after_comparing, suggest
+from .next_steps import after_comparing, show_next
 
 LENGTH_UNITS = ("characters", "words", "tokens")
 
@@ -173,4 +173,4 @@ def _show_and_write(
         for path, text in zip(paths, (csv_text(rows), json.dumps(content, indent=2) + "\n", lines(made)), strict=True):
             write_atomic(path, text)
     say(f"Written: {', '.join(map(str, paths))}")
-    suggest(*after_comparing(args.out))
+    show_next(*after_comparing(args.out))

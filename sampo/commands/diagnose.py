@@ -10,7 +10,7 @@ from typing import Any
 from ..io.command_line import format_arguments
 from ..io.names import readable_name
 from .lazy_model import LazyModel
-from .next_steps import after_diagnose, suggest
+from .next_steps import after_diagnose, show_next
 from .pair_options import add_treatment, treatment_of
 from .shown import say
 
@@ -109,7 +109,7 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
         say(f"{name}: {len(setup.pairs):,} pairs in {paths[0].parent}")
     show_page(page)
     say(f"Written: {args.out / 'records.jsonl'}")
-    suggest(*after_diagnose(args))
+    show_next(*after_diagnose(args))
 
 
 def _fill_defaults(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from ..evaluation.answers.generate import Sampling
 from ..evaluation.texts import FORMATS
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
-from .next_steps import after_generating, suggest
+from .next_steps import after_generating, show_next
 from .pair_options import COLUMNS_HELP
 from .shown import say
 
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(STOPPED)
     if report.failures:
         raise SystemExit(INCOMPLETE)
-    suggest(*after_generating(args.out))
+    show_next(*after_generating(args.out))
 
 
 def _export(answers: Path, path: Path) -> None:

@@ -11,7 +11,7 @@ from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from ..io.locks import alone_at
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
-from .next_steps import after_judging, suggest
+from .next_steps import after_judging, show_next
 from .shown import say, show
 
 PAID_CONTROL = 25  # prompts of the control with an empty answer, where requests may cost money
@@ -213,7 +213,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
         )
     if run.failures or found.empty_failed:
         return INCOMPLETE
-    suggest(*after_judging(args.out))
+    show_next(*after_judging(args.out))
     return 0
 
 

@@ -20,7 +20,7 @@ WIDTH = 100
 
 # Metric, its label and its format, in the order of the line; the last go first where the line is too long. A metric
 # that is not logged is omitted. A metric of generated responses has its place here.
-FIELDS = (
+SHOWN_METRICS = (
     ("loss", "loss", ".4f"),
     ("rewards/margins", "margin", ".4f"),
     ("rewards/accuracies", "acc", ".2f"),
@@ -115,8 +115,8 @@ class LogLine(TrainerCallback):
 
 
 def one_line(head: str, values: dict[str, Any], tail: list[str]) -> str:
-    """Head, the metrics of `FIELDS` and tail; as many metrics as fit into `WIDTH`."""
-    shown = [f"{label} {values[name]:{form}}" for name, label, form in FIELDS if name in values]
+    """Head, the metrics of `SHOWN_METRICS` and tail; as many metrics as fit into `WIDTH`."""
+    shown = [f"{label} {values[name]:{form}}" for name, label, form in SHOWN_METRICS if name in values]
     while len(line := "  ".join([head, *shown, *tail])) > WIDTH and shown:
         shown.pop()
     return line

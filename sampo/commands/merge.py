@@ -8,7 +8,7 @@ from typing import Any
 
 from ..io.locks import alone_at
 from ..training.merge import BOUNDS, DTYPES, TEXTS
-from .next_steps import after_merging, suggest
+from .next_steps import after_merging, show_next
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"sampo merge: error: {error}") from None
     print(report.describe())
     print(f"{args.adapter} merged into {report.base}: {args.out}")
-    suggest(*after_merging(args.out))
+    show_next(*after_merging(args.out))
 
 
 def _quantization(args: argparse.Namespace) -> Any:

@@ -17,7 +17,7 @@ PROMPTS = 100  # to answer, at first
 Command = Sequence[object]  # its words
 
 
-def suggest(*commands: Command, show: Callable[[str], object] = print) -> None:
+def show_next(*commands: Command, show: Callable[[str], object] = print) -> None:
     """Print commands, each on a line of its own that is never wrapped."""
     for number, command in enumerate(commands):
         show(f"{'      ' if number else 'Next: '}{shlex.join(map(str, command))}")

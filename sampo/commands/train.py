@@ -26,7 +26,7 @@ from ..data.issues import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
-from .next_steps import after_training, suggest
+from .next_steps import after_training, show_next
 from .option_checks import find_option_issues, read_shard
 from .options import RecipeParser, make_parser
 
@@ -170,7 +170,7 @@ def _finish(trainer: Any, script_args: Any, *, model: str) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     evaluates = trainer.args.eval_strategy != "no"
-    suggest(*after_training(str(folder), model, script_args, evaluates=evaluates), show=trainer.accelerator.print)
+    show_next(*after_training(str(folder), model, script_args, evaluates=evaluates), show=trainer.accelerator.print)
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
