@@ -109,6 +109,7 @@ def check_sampo(words: list[str]) -> None:
     from sampo.cli import COMMANDS
     from sampo.commands import iterate
 
+    words = words[: words.index(">")] if ">" in words else words
     assert words[0] in COMMANDS or words[0].startswith("-"), words
     if "--plugin" in words:  # the file is the reader's own, and so is its method
         place = words.index("--plugin")
