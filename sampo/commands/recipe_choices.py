@@ -30,7 +30,7 @@ ENGINES_OF = {
 
 
 @dataclass(frozen=True)
-class OptionLine:
+class RecipeLine:
     """One option of a recipe, with the remark behind it."""
 
     name: str
@@ -66,7 +66,7 @@ REMARKS = {
 }
 
 
-def choose_method(bias: "LengthBias", *, unit: str) -> tuple[list[OptionLine], list[str]]:
+def choose_method(bias: "LengthBias", *, unit: str) -> tuple[list[RecipeLine], list[str]]:
     """The options that the audit advises, and the sentences that give the reasons.
 
     Args:
@@ -82,7 +82,7 @@ def choose_method(bias: "LengthBias", *, unit: str) -> tuple[list[OptionLine], l
     ]
     if advice.options["token_weighting"] == "sampo" and "balance_end_token" not in advice.options:
         reasons.append("`balance_end_token` is omitted, because no response has an end token.")
-    return [OptionLine(name, value, REMARKS[value]) for name, value in advice.options.items()], reasons
+    return [RecipeLine(name, value, REMARKS[value]) for name, value in advice.options.items()], reasons
 
 
 def choose_splits(names: Sequence[str]) -> tuple[str, str | None]:
@@ -157,55 +157,55 @@ def choose_learning_rate(shape: "Shape | None", training: str) -> float:
     return 10 * rate if training == "lora" else rate
 
 
-def model_lines(model: str, training: str, engine: str, *, gpus: int) -> list[OptionLine]:
+def model_lines(model: str, training: str, engine: str, *, gpus: int) -> list[RecipeLine]:
     """Model, number format and adapter."""
-    lines = [OptionLine("model_name_or_path", model)]
+    lines = [RecipeLine("model_name_or_path", model)]
     if training == "lora":
         dtype = "float32" if gpus == 0 else "bfloat16"
         return [
             *lines,
-            OptionLine("dtype", dtype, "the frozen weights; the adapter is in float32"),
-            OptionLine("use_peft", True, "the reference is the model with the adapter switched off"),
-            OptionLine("lora_r", 16),
-            OptionLine("lora_alpha", 32),
-            OptionLine("lora_dropout", 0.0, "dropout would add noise between policy and reference"),
-            OptionLine(
+            RecipeLine("dtype", dtype, "the frozen weights; the adapter is in float32"),
+            RecipeLine("use_peft", True, "the reference is the model with the adapter switched off"),
+            RecipeLine("lora_r", 16),
+            RecipeLine("lora_alpha", 32),
+            RecipeLine("lora_dropout", 0.0, "dropout would add noise between policy and reference"),
+            RecipeLine(
                 "lora_target_modules", "all-linear", "all linear layers, not only those that PEFT selects by default"
             ),
         ]
     if engine.startswith("zero"):
-        return [*lines, OptionLine("dtype", "bfloat16", "ZeRO keeps float32 master weights; without ZeRO set float32")]
-    return [*lines, OptionLine("dtype", "float32", "pure bfloat16 would round steps of this size away")]
+        return [*lines, RecipeLine("dtype", "bfloat16", "ZeRO keeps float32 master weights; without ZeRO set float32")]
+    return [*lines, RecipeLine("dtype", "float32", "pure bfloat16 would round steps of this size away")]
 
 
-def evaluation_lines(test_split: str | None, pairs: int, batch: int) -> list[OptionLine]:
+def evaluation_lines(test_split: str | None, pairs: int, batch: int) -> list[RecipeLine]:
     """How often to evaluate and to save; too few pairs are not divided."""
     saves = [
-        OptionLine("save_steps", 0.25, "fraction of all steps"),
-        OptionLine("save_total_limit", 2, "the last two checkpoints"),
+        RecipeLine("save_steps", 0.25, "fraction of all steps"),
+        RecipeLine("save_total_limit", 2, "the last two checkpoints"),
     ]
     if test_split is None and pairs < 200:
-        return [OptionLine("eval_strategy", "no", f"{pairs} pairs are too few to hold some out"), *saves]
+        return [RecipeLine("eval_strategy", "no", f"{pairs} pairs are too few to hold some out"), *saves]
     return [
-        OptionLine("eval_strategy", "steps", "reports accuracy separately for chosen-longer and chosen-shorter pairs"),
-        OptionLine("eval_steps", 0.25, "four times per run"),
-        OptionLine("per_device_eval_batch_size", batch, "as in training"),
+        RecipeLine("eval_strategy", "steps", "reports accuracy separately for chosen-longer and chosen-shorter pairs"),
+        RecipeLine("eval_steps", 0.25, "four times per run"),
+        RecipeLine("per_device_eval_batch_size", batch, "as in training"),
         *saves,
     ]
 
 
-def held_out_lines(train_split: str, test_split: str | None, pairs: int) -> list[OptionLine]:
+def held_out_lines(train_split: str, test_split: str | None, pairs: int) -> list[RecipeLine]:
     """Which pairs are trained on, and which are held out."""
     if test_split is not None:
-        return [OptionLine("dataset_train_split", train_split), OptionLine("dataset_test_split", test_split)]
-    lines = [] if train_split == "train" else [OptionLine("dataset_train_split", train_split)]
+        return [RecipeLine("dataset_train_split", train_split), RecipeLine("dataset_test_split", test_split)]
+    lines = [] if train_split == "train" else [RecipeLine("dataset_train_split", train_split)]
     if pairs >= 200:
         fraction = 0.1 if pairs < 2000 else 0.05
-        lines.append(OptionLine("eval_fraction", fraction, "held out by prompt, since there is no test split"))
+        lines.append(RecipeLine("eval_fraction", fraction, "held out by prompt, since there is no test split"))
     return lines
 
 
-def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequence[Sequence[OptionLine]]) -> str:
+def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequence[Sequence[RecipeLine]]) -> str:
     """The text of a recipe: a header of notes, then groups of options with their remarks."""
     lines = [f"# {clean(title)}", "#"]
     for name, sentences in notes.items():
@@ -216,7 +216,7 @@ def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequenc
     return "\n".join(lines) + "\n"
 
 
-def _scalar(line: OptionLine) -> str:
+def _scalar(line: RecipeLine) -> str:
     number = isinstance(line.value, float) and 0 < line.value < 1e-3
     text = (
         f"{line.value:.1e}".replace("e-0", "e-")
