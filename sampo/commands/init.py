@@ -18,7 +18,7 @@ from ..io.files import write_atomic
 from ..io.tables import clean
 from .pair_options import add_treatment, treatment_of
 from .recipe_choices import (
-    Line,
+    RecipeLine,
     Sizes,
     choose_learning_rate,
     choose_max_length,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..audit.audit import Audit
     from ..training.memory import Shape
 
-METHODS = {"lora": "LoRA", "full": "all parameters"}
+TRAININGS = {"lora": "LoRA", "full": "all parameters"}
 ASSUMED_GB = 80.0  # of a GPU that is not in this machine
 REQUIRED = {"model": "Model, a folder or a hub id", "data": "Preference pairs, a file, a folder or a hub id"}
 
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu_memory", type=float, metavar="GB", help=f"memory of a GPU; default: as here, else {ASSUMED_GB:.0f}"
     )
-    parser.add_argument("--method", choices=list(METHODS), help="train an adapter (default), or all weights")
+    parser.add_argument("--method", choices=list(TRAININGS), help="train an adapter (default), or all weights")
     parser.add_argument("--out", type=Path, metavar="FILE", help="recipe to write; default: MODEL-DATA.yaml")
     parser.add_argument("--name", help="configuration of a hub data set, or sub-folder")
     add_treatment(parser)
@@ -90,7 +90,7 @@ def _complete(args: argparse.Namespace, *, ask: bool) -> None:
     stem = "-".join(Path(name.rstrip("/")).name.split(".jsonl")[0] for name in (args.model, args.data))
     defaults: dict[str, tuple[str, Any, Callable[[str], Any]]] = {
         "gpus": ("GPUs to train on, 0 for the CPU", here, int),
-        "method": (f"Train an adapter or all weights, {' or '.join(METHODS)}", "lora", str),
+        "method": (f"Train an adapter or all weights, {' or '.join(TRAININGS)}", "lora", str),
         "out": ("Recipe to write", Path(f"{stem}.yaml"), Path),
     }
     for name, (question, default, convert) in defaults.items():
@@ -104,8 +104,8 @@ def _complete(args: argparse.Namespace, *, ask: bool) -> None:
     args.gpu_memory = args.gpu_memory or gigabytes or ASSUMED_GB
     if args.gpus < 0 or args.gpu_memory <= 0:
         raise ValueError(f"`gpus` and `gpu_memory` must not be negative, got {args.gpus} and {args.gpu_memory}.")
-    if args.method not in METHODS:
-        raise ValueError(f"`method` must be one of {list(METHODS)}, got {args.method!r}.")
+    if args.method not in TRAININGS:
+        raise ValueError(f"`method` must be one of {list(TRAININGS)}, got {args.method!r}.")
 
 
 def _ask(question: str, default: Any = None) -> str:
@@ -146,12 +146,12 @@ def _write(args: argparse.Namespace) -> None:
     check_model(args.model, tokenizer=True)
     found = _read(args)
     method = choose_method(found.audit.overall, unit=found.audit.unit)
-    max_length = Line("max_length", 1024, "TRL's default: the lengths in tokens are not known")
+    max_length = RecipeLine("max_length", 1024, "TRL's default: the lengths in tokens are not known")
     if found.audit.unit == "tokens":
         pairs = found.audit.scans[0].pairs
         length, longer = choose_max_length(pairs.prompt + np.maximum(pairs.chosen, pairs.rejected), found.positions)
         cut = f"{longer:,} of {found.pairs:,} pairs are longer, and are truncated" if longer else "no pair is longer"
-        max_length = Line("max_length", length, cut)
+        max_length = RecipeLine("max_length", length, cut)
     sizes = choose_sizes(
         found.shape,
         args.method,
@@ -163,8 +163,8 @@ def _write(args: argparse.Namespace) -> None:
     notes = [*_size_notes(args, sizes, max_length.value), *found.notes]
     command = _next_command(args, sizes.engine)
     remarks = {"Command": [command], "Method": method.reasons, "Memory": notes}
-    groups = _groups(args, found, [*method.lines, Line("beta", 0.1)], max_length, sizes)
-    title = f"{Path(args.model).name} on {found.audit.label}, {METHODS[args.method]}; written by `sampo init`"
+    groups = _groups(args, found, [*method.lines, RecipeLine("beta", 0.1)], max_length, sizes)
+    title = f"{Path(args.model).name} on {found.audit.label}, {TRAININGS[args.method]}; written by `sampo init`"
     text = write_recipe(title, remarks, groups)
     _check(text, args.out.name)
     say(*issue_lines(found.audit), "", *(clean(reason) for reason in method.reasons), "", *notes)
@@ -236,34 +236,36 @@ def _next_command(args: argparse.Namespace, engine: str) -> str:
 
 
 def _groups(
-    args: argparse.Namespace, found: _Found, method: list[Line], max_length: Line, sizes: Sizes
-) -> list[list[Line]]:
+    args: argparse.Namespace, found: _Found, method: list[RecipeLine], max_length: RecipeLine, sizes: Sizes
+) -> list[list[RecipeLine]]:
     """The options of the recipe, in the order of the packaged ones."""
     treatment = {name: value for name, value in treatment_of(args).items() if value not in (False, "error", {}, None)}
     data = [
-        Line("dataset_name", args.data, f"{found.pairs:,} pairs to train on"),
-        *([Line("dataset_config", args.name)] if args.name else []),
+        RecipeLine("dataset_name", args.data, f"{found.pairs:,} pairs to train on"),
+        *([RecipeLine("dataset_config", args.name)] if args.name else []),
         *held_out_lines(found.train_split, found.test_split, found.pairs),
-        *(Line(name, value) for name, value in treatment.items()),
+        *(RecipeLine(name, value) for name, value in treatment.items()),
     ]
     if found.audit.has_issues:
-        data.append(Line("on_bad_rows", "drop", "bad rows are dropped; the log reports how many"))
+        data.append(RecipeLine("on_bad_rows", "drop", "bad rows are dropped; the log reports how many"))
     step = sizes.batch * sizes.accumulation * max(args.gpus, 1)
     devices = f"{args.gpus} GPU{'s' if args.gpus > 1 else ''}" if args.gpus else "the CPU"
     rate = choose_learning_rate(found.shape, args.method)
     training = [
         max_length,
-        Line("learning_rate", rate, "common for a model of this size, not tuned"),
-        Line("lr_scheduler_type", "linear"),
-        Line("warmup_steps", 0.1, "fraction of all steps"),
-        Line("num_train_epochs", 1, "TRL's default is 3"),
-        Line("per_device_train_batch_size", sizes.batch, "if it does not fit, halve it and double the next value"),
-        Line("gradient_accumulation_steps", sizes.accumulation, f"{step} pairs per step on {devices}"),
-        *([] if args.gpus else [Line("use_cpu", True), Line("bf16", False)]),
+        RecipeLine("learning_rate", rate, "common for a model of this size, not tuned"),
+        RecipeLine("lr_scheduler_type", "linear"),
+        RecipeLine("warmup_steps", 0.1, "fraction of all steps"),
+        RecipeLine("num_train_epochs", 1, "TRL's default is 3"),
+        RecipeLine(
+            "per_device_train_batch_size", sizes.batch, "if it does not fit, halve it and double the next value"
+        ),
+        RecipeLine("gradient_accumulation_steps", sizes.accumulation, f"{step} pairs per step on {devices}"),
+        *([] if args.gpus else [RecipeLine("use_cpu", True), RecipeLine("bf16", False)]),
     ]
     saving = [
         *evaluation_lines(found.test_split, found.pairs, sizes.batch),
-        Line("output_dir", f"runs/{args.out.stem}", "model, log and checkpoints"),
+        RecipeLine("output_dir", f"runs/{args.out.stem}", "model, log and checkpoints"),
     ]
     return [model_lines(args.model, args.method, sizes.engine, gpus=args.gpus), data, method, training, saving]
 

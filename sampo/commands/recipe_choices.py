@@ -31,7 +31,7 @@ ENGINES_OF = {
 
 
 @dataclass(frozen=True)
-class Line:
+class RecipeLine:
     """One option of a recipe, with the remark behind it."""
 
     name: str
@@ -40,10 +40,10 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodChoice:
     """Options of the method, and the sentences that give the reasons."""
 
-    lines: list[Line]
+    lines: list[RecipeLine]
     reasons: list[str]
 
 
@@ -66,7 +66,7 @@ class Sizes:
     fits: bool = True
 
 
-def choose_method(bias: "LengthBias", *, unit: str) -> Method:
+def choose_method(bias: "LengthBias", *, unit: str) -> MethodChoice:
     """The method that docs/choose.md names for these pairs.
 
     Args:
@@ -82,7 +82,7 @@ def choose_method(bias: "LengthBias", *, unit: str) -> Method:
     low, high = bias.auc.low, bias.auc.high
     if low is not None and high is not None and 0.5 - NEAR_CHANCE <= low <= 0.5 <= high <= 0.5 + NEAR_CHANCE:
         why = "Plain DPO (`all`), because length explains nothing in these pairs. Watch `length_gap/*` in the log."
-        return Method([Line("token_weighting", "all", "plain DPO: all tokens count")], [*reasons, why])
+        return MethodChoice([RecipeLine("token_weighting", "all", "plain DPO: all tokens count")], [*reasons, why])
     combination = "One-sided SamPO with a learned length penalty and a balanced end token, because "
     if longer >= NEARLY_ALL:
         why = "nearly all chosen responses are longer: DPO and plain SamPO lengthened the answers on such pairs."
@@ -98,18 +98,18 @@ def choose_method(bias: "LengthBias", *, unit: str) -> Method:
     else:
         why = "these pairs are too few to show whether length is preferred, and it was the safest in the lab."
     lines = [
-        Line(
+        RecipeLine(
             "token_weighting", "sampo", "downsamples the longer response to the length of the shorter one, if it is:"
         ),
-        Line("sampled_sides", "rejected", "a longer chosen response keeps all its tokens"),
+        RecipeLine("sampled_sides", "rejected", "a longer chosen response keeps all its tokens"),
     ]
     reasons.append(combination + why)
     if unit == "tokens" and bias.end_chosen is None and bias.end_rejected is None:
         reasons.append("`balance_end_token` is omitted, because no response has an end token.")
     else:
-        lines.append(Line("balance_end_token", True, "zero length pressure at the start"))
+        lines.append(RecipeLine("balance_end_token", True, "zero length pressure at the start"))
     remark = "absorbs the length bias of the pairs in one parameter, so that the policy need not learn it"
-    return Method([*lines, Line("length_penalty", "learned", remark)], reasons)
+    return MethodChoice([*lines, RecipeLine("length_penalty", "learned", remark)], reasons)
 
 
 def choose_splits(names: Sequence[str]) -> tuple[str, str | None]:
@@ -184,55 +184,55 @@ def choose_learning_rate(shape: "Shape | None", training: str) -> float:
     return 10 * rate if training == "lora" else rate
 
 
-def model_lines(model: str, training: str, engine: str, *, gpus: int) -> list[Line]:
+def model_lines(model: str, training: str, engine: str, *, gpus: int) -> list[RecipeLine]:
     """Model, number format and adapter."""
-    lines = [Line("model_name_or_path", model)]
+    lines = [RecipeLine("model_name_or_path", model)]
     if training == "lora":
         dtype = "float32" if gpus == 0 else "bfloat16"
         return [
             *lines,
-            Line("dtype", dtype, "the frozen weights; the adapter is in float32"),
-            Line("use_peft", True, "the reference is the model with the adapter switched off"),
-            Line("lora_r", 16),
-            Line("lora_alpha", 32),
-            Line("lora_dropout", 0.0, "dropout would add noise between policy and reference"),
-            Line(
+            RecipeLine("dtype", dtype, "the frozen weights; the adapter is in float32"),
+            RecipeLine("use_peft", True, "the reference is the model with the adapter switched off"),
+            RecipeLine("lora_r", 16),
+            RecipeLine("lora_alpha", 32),
+            RecipeLine("lora_dropout", 0.0, "dropout would add noise between policy and reference"),
+            RecipeLine(
                 "lora_target_modules", "all-linear", "all linear layers, not only those that PEFT selects by default"
             ),
         ]
     if engine.startswith("zero"):
-        return [*lines, Line("dtype", "bfloat16", "ZeRO keeps float32 master weights; without ZeRO set float32")]
-    return [*lines, Line("dtype", "float32", "pure bfloat16 would round steps of this size away")]
+        return [*lines, RecipeLine("dtype", "bfloat16", "ZeRO keeps float32 master weights; without ZeRO set float32")]
+    return [*lines, RecipeLine("dtype", "float32", "pure bfloat16 would round steps of this size away")]
 
 
-def evaluation_lines(test_split: str | None, pairs: int, batch: int) -> list[Line]:
+def evaluation_lines(test_split: str | None, pairs: int, batch: int) -> list[RecipeLine]:
     """How often to evaluate and to save; too few pairs are not divided."""
     saves = [
-        Line("save_steps", 0.25, "fraction of all steps"),
-        Line("save_total_limit", 2, "the last two checkpoints"),
+        RecipeLine("save_steps", 0.25, "fraction of all steps"),
+        RecipeLine("save_total_limit", 2, "the last two checkpoints"),
     ]
     if test_split is None and pairs < 200:
-        return [Line("eval_strategy", "no", f"{pairs} pairs are too few to hold some out"), *saves]
+        return [RecipeLine("eval_strategy", "no", f"{pairs} pairs are too few to hold some out"), *saves]
     return [
-        Line("eval_strategy", "steps", "reports accuracy separately for chosen-longer and chosen-shorter pairs"),
-        Line("eval_steps", 0.25, "four times per run"),
-        Line("per_device_eval_batch_size", batch, "as in training"),
+        RecipeLine("eval_strategy", "steps", "reports accuracy separately for chosen-longer and chosen-shorter pairs"),
+        RecipeLine("eval_steps", 0.25, "four times per run"),
+        RecipeLine("per_device_eval_batch_size", batch, "as in training"),
         *saves,
     ]
 
 
-def held_out_lines(train_split: str, test_split: str | None, pairs: int) -> list[Line]:
+def held_out_lines(train_split: str, test_split: str | None, pairs: int) -> list[RecipeLine]:
     """Which pairs are trained on, and which are held out."""
     if test_split is not None:
-        return [Line("dataset_train_split", train_split), Line("dataset_test_split", test_split)]
-    lines = [] if train_split == "train" else [Line("dataset_train_split", train_split)]
+        return [RecipeLine("dataset_train_split", train_split), RecipeLine("dataset_test_split", test_split)]
+    lines = [] if train_split == "train" else [RecipeLine("dataset_train_split", train_split)]
     if pairs >= 200:
         fraction = 0.1 if pairs < 2000 else 0.05
-        lines.append(Line("eval_fraction", fraction, "held out by prompt, since there is no test split"))
+        lines.append(RecipeLine("eval_fraction", fraction, "held out by prompt, since there is no test split"))
     return lines
 
 
-def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequence[Sequence[Line]]) -> str:
+def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequence[Sequence[RecipeLine]]) -> str:
     """The text of a recipe: a header of notes, then groups of options with their remarks."""
     lines = [f"# {clean(title)}", "#"]
     for name, sentences in notes.items():
@@ -243,7 +243,7 @@ def write_recipe(title: str, notes: Mapping[str, Sequence[str]], groups: Sequenc
     return "\n".join(lines) + "\n"
 
 
-def _scalar(line: Line) -> str:
+def _scalar(line: RecipeLine) -> str:
     number = isinstance(line.value, float) and 0 < line.value < 1e-3
     text = (
         f"{line.value:.1e}".replace("e-0", "e-")

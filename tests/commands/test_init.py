@@ -120,11 +120,11 @@ def test_the_batch_is_the_largest_that_fits_in_the_first_engine_that_does(name, 
 
 def test_a_recipe_is_yaml_with_these_values_whatever_the_names_are():
     lines = [
-        choices.Line("text", "a: b # c"),
-        choices.Line("mapping", {"prompt": "question"}),
-        choices.Line("rate", 5e-7, "remark"),
-        choices.Line("switch", True),
-        choices.Line("word", "no"),
+        choices.RecipeLine("text", "a: b # c"),
+        choices.RecipeLine("mapping", {"prompt": "question"}),
+        choices.RecipeLine("rate", 5e-7, "remark"),
+        choices.RecipeLine("switch", True),
+        choices.RecipeLine("word", "no"),
     ]
     text = choices.write_recipe("a\nevil: 1\u2028evil: 2", {"Note": ["b\nevil: 3\x85evil: 4"]}, [lines[:2], lines[2:]])
     assert yaml.safe_load(text) == {line.name: line.value for line in lines}
