@@ -15,6 +15,7 @@ from .option_checks import HELD_OUT
 
 if TYPE_CHECKING:
     from ..audit.bias import LengthBias
+    from ..stats.intervals import Estimate
     from ..training.memory import Shape
 
 NEARLY_ALL = 0.9  # of the pairs
@@ -79,9 +80,11 @@ def choose_method(bias: "LengthBias", *, unit: str) -> MethodChoice:
         *bias_sentences(bias, unit),
         f"The longer response is the chosen one in {accuracy} of the pairs (equal lengths count half).",
     ]
-    low, high = bias.auc.low, bias.auc.high
-    if low is not None and high is not None and 0.5 - NEAR_CHANCE <= low <= 0.5 <= high <= 0.5 + NEAR_CHANCE:
-        why = "Plain DPO (`all`), because length explains nothing in these pairs. Watch `length_gap/*` in the log."
+    if equal >= NEARLY_ALL or _is_near_chance(bias.auc):
+        because = (
+            "nearly all pairs have responses of equal length" if equal >= NEARLY_ALL else "length explains nothing"
+        )
+        why = f"Plain DPO (`all`), because {because}. Watch `length_gap/*` in the log."
         return MethodChoice([RecipeLine("token_weighting", "all", "plain DPO: all tokens count")], [*reasons, why])
     combination = "One-sided SamPO with a learned length penalty and a balanced end token, because "
     if longer >= NEARLY_ALL:
@@ -110,6 +113,13 @@ def choose_method(bias: "LengthBias", *, unit: str) -> MethodChoice:
         lines.append(RecipeLine("balance_end_token", True, "zero length pressure at the start"))
     remark = "absorbs the length bias of the pairs in one parameter, so that the policy need not learn it"
     return MethodChoice([*lines, RecipeLine("length_penalty", "learned", remark)], reasons)
+
+
+def _is_near_chance(auc: "Estimate") -> bool:
+    """Whether the interval holds 0.5 and nothing far from it."""
+    if auc.low is None or auc.high is None:
+        return False
+    return 0.5 - NEAR_CHANCE <= auc.low <= 0.5 <= auc.high <= 0.5 + NEAR_CHANCE
 
 
 def choose_splits(names: Sequence[str]) -> tuple[str, str | None]:
