@@ -87,7 +87,8 @@ def _complete(args: argparse.Namespace, *, ask: bool) -> None:
             setattr(args, name, getattr(args, name) or _ask(question))
     if missing := [f"`{name}`" for name in REQUIRED if not getattr(args, name)]:
         raise ValueError(f"{' and '.join(missing)} must be given. Set `--model` and `--data`.")
-    stem = "-".join(Path(name.rstrip("/")).name.split(".jsonl")[0] for name in (args.model, args.data))
+    data = Path(args.data)
+    stem = f"{Path(args.model).name}-{data.name.split('.')[0] if data.is_file() else data.name}"
     defaults: dict[str, tuple[str, Any, Callable[[str], Any]]] = {
         "gpus": ("GPUs to train on, 0 for the CPU", here, int),
         "method": (f"Train an adapter or all weights, {' or '.join(TRAININGS)}", "lora", str),

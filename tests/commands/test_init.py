@@ -54,6 +54,9 @@ def test_dpo_is_recommended_where_length_certainly_explains_nothing():
     options, reasons = method_for(np.array([10, -10] * 2000))
     assert options == {"token_weighting": "all"}
     assert "length explains nothing" in reasons
+    options, reasons = method_for(np.array([0] * 95 + [10] * 5))
+    assert options == {"token_weighting": "all"}
+    assert "of equal length" in reasons
 
 
 def test_the_accuracy_of_length_is_in_the_reasons_and_ties_count_half():

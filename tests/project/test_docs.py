@@ -60,6 +60,7 @@ def check(words: list[str]) -> bool:
     environment = re.compile(r"^[A-Z_]+=")
     while environment.match(words[0]):
         words = words[1:]
+    words = words[: next((i for i, word in enumerate(words) if word in ("<", ">")), None)]  # without redirections
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets), words
