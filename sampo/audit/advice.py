@@ -48,32 +48,6 @@ def advise(bias: LengthBias, *, unit: str) -> Advice:
             "nearly all pairs have responses of equal length" if equal else "length explains nothing in these pairs"
         )
         return Advice(found, {"token_weighting": "all"}, "Plain DPO", reason)
-    options: dict[str, Any]
-    name: str
-    reason: str
-
-
-def advise(bias: LengthBias, *, unit: str) -> Advice:
-    """The method that docs/choose.md names for these pairs.
-
-    Args:
-        bias: of the training pairs.
-        unit: of its lengths; end tokens are known for `tokens` only.
-    """
-    sign = sign_of_effect(bias.auc, 0.5)
-    side, share = ("longer", bias.longer) if sign > 0 else ("shorter", bias.shorter)
-    nearly = sign != 0 and float(share.value or 0) >= NEARLY_ALL
-    found = f"The chosen response is {'nearly always' if nearly else 'more often'} the {side} one"
-    if sign == 0:
-        found = "Length alone does not show which response was chosen"
-        equal = float(bias.equal.value or 0) >= NEARLY_ALL
-        if equal or _is_near_chance(bias):
-            reason = (
-                "nearly all pairs have responses of equal length"
-                if equal
-                else "length explains nothing in these pairs"
-            )
-            return Advice(found, {"token_weighting": "all"}, "Plain DPO", reason)
     options: dict[str, Any] = {"token_weighting": "sampo", "sampled_sides": "rejected", "length_penalty": "learned"}
     name = "One-sided SamPO with a learned length penalty"
     if unit != "tokens" or bias.end_chosen is not None or bias.end_rejected is not None:
