@@ -6,7 +6,8 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-TARGETS = re.compile(r"(!?)(\[[^\]]*\]\()(?![a-z]+:|#|/)([^)\s]+)")
+PICTURES = re.compile(r"(!\[[^\]]*\]\()(?![a-z]+:|#|/)([^)\s]+)")
+LINKS = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)\s]+)")  # those of a badge follow a picture
 ATTRIBUTES = re.compile(r"((?:src|srcset)=\")(?![a-z]+:|/)([^\"\s]+)")
 
 
@@ -22,5 +23,6 @@ class ReadmeHook(MetadataHookInterface):
 
 def absolute_links(markdown: str, repository: str) -> str:
     """Relative links as links to the files of the repository, and those of pictures as links to their bytes."""
-    markdown = ATTRIBUTES.sub(rf"\g<1>{repository}/raw/main/\g<2>", markdown)
-    return TARGETS.sub(lambda m: f"{m[1]}{m[2]}{repository}/{'raw' if m[1] else 'blob'}/main/{m[3]}", markdown)
+    for part, kind in ((ATTRIBUTES, "raw"), (PICTURES, "raw"), (LINKS, "blob")):
+        markdown = part.sub(rf"\g<1>{repository}/{kind}/main/\g<2>", markdown)
+    return markdown

@@ -276,12 +276,17 @@ def swap_tables(records: list[Record]) -> str:
     return "\n".join(lines[:-1] or ["Not measured yet."])
 
 
-def readme_swap(records: list[Record]) -> str:
-    """The few sides that a reader wants first: real pairs, and the setting with the most sides."""
+def newest_real_swap(records: list[Record]) -> Swap | None:
+    """Of the settings with real pairs the one with the most sides, and of these the newest; None before the first."""
     real = [swap for swap in swaps(records) if swap.setting["data"] != "random words"]
-    if not real:
+    return max(real, key=lambda each: (len(each.seconds), each.last.created), default=None)
+
+
+def readme_swap(records: list[Record]) -> str:
+    """The few sides that a reader wants first."""
+    swap = newest_real_swap(records)
+    if swap is None:
         return "Not measured yet."
-    swap = max(real, key=lambda each: (len(each.seconds), each.last.created))
     heads = ["`trainer.train()` with", "pairs/s", "× TRL", "peak memory, GiB"]
     lines = [row(heads), row(["---"] * len(heads))]
     for side, title in SWAPPED.items():

@@ -84,10 +84,34 @@ LAB_COLUMNS = ("tokens", "quality", "win_rate", "accuracy_better_shorter", "corr
 
 def lab() -> str:
     """The main columns of the lab's table, from the records of its last run for these documents."""
-    from sampo.lab.report import collect_lines, markdown_table, outcomes_of
+    from sampo.lab.report import markdown_table
 
-    lines = collect_lines(outcomes_of(read("lab.jsonl")))
-    return markdown_table(lines, LAB_COLUMNS)
+    return markdown_table(_lab_lines(), LAB_COLUMNS)
+
+
+def _lab_lines() -> Any:
+    from sampo.lab.report import collect_lines, outcomes_of
+
+    return collect_lines(outcomes_of(read("lab.jsonl")))
+
+
+def claims() -> str:
+    """README's four bullets."""
+    from front import claims as written
+    from tables import newest_real_swap
+
+    from studies.analysis import prediction
+
+    coverage_records = [record for record in read("interval_coverage.jsonl") if record.name == "coverage"]
+    swap = newest_real_swap(read("class_swap.jsonl"))
+    return written(_lab_lines(), swap, prediction(_study(), "pressure"), coverage_records)
+
+
+def caption() -> str:
+    """The line under README's picture."""
+    from front import caption as written
+
+    return written(_lab_lines())
 
 
 def lab_table() -> str:
@@ -400,6 +424,8 @@ STUDY_PARTS = (
 )
 PARTS = {
     **{
+        "claims": claims,
+        "caption": caption,
         "methods": methods,
         "options": options,
         "old_options": old_options,
@@ -427,6 +453,9 @@ def generated() -> dict[Path, str]:
     for path in [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")
         found[path] = BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", old)
+    from front import picture
+
+    found[ROOT / "docs" / "lab" / "bars.svg"] = picture(_lab_lines())
     found[ROOT / "docs" / "lab" / "table.md"] = lab_table()
     found[ROOT / "sampo" / "commands" / "train_help.txt"] = train_help()
     return found | {ROOT / "docs" / "commands" / name: text for name, text in command_pages().items()}
@@ -456,9 +485,7 @@ def stale_figures() -> dict[Path, str]:
 
     if not find_spec("matplotlib"):
         return {}
-    from sampo.lab.report import collect_lines, outcomes_of
-
-    drawn = figures(_study(), collect_lines(outcomes_of(read("lab.jsonl"))))
+    drawn = figures(_study(), _lab_lines())
     return {path: new for path, new in drawn.items() if not path.is_file() or not same_drawing(path.read_text(), new)}
 
 

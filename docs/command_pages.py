@@ -109,7 +109,7 @@ def _train_sections(parser: Any) -> list[str]:
     from sampo.config import SamPOConfig
     from sampo.plugins import PLUGIN_HELP
 
-    starting = OPTIONS | {"plugin": PLUGIN_HELP}
+    starting = {"dry_run": _dry_run_help(parser)} | OPTIONS | {"plugin": PLUGIN_HELP}
     launcher = _table(("option", "meaning"), [(f"`--{name}`", _cell(text)) for name, text in starting.items()])
     base = names_of(TrainingArguments)
     groups = {
@@ -184,9 +184,12 @@ def train_help() -> str:
     for title, names in groups.items():
         parts.append(f"\n{title}:\n" + "".join(_help_lines(actions[name]) for name in names))
     parts.append("\nOn the command line only; most are for the launcher:\n")
-    dry_run = next(action for action in parser._actions if action.dest == "dry_run")
-    starting = {"dry_run": str(dry_run.help)} | OPTIONS | {"plugin": PLUGIN_HELP}
+    starting = {"dry_run": _dry_run_help(parser)} | OPTIONS | {"plugin": PLUGIN_HELP}
     return "".join([*parts, *(_help_entry(f"--{name}", text) for name, text in starting.items())])
+
+
+def _dry_run_help(parser: argparse.ArgumentParser) -> str:
+    return next(action.help or "" for action in parser._actions if action.dest == "dry_run")
 
 
 def _help_lines(action: argparse.Action) -> str:

@@ -35,6 +35,7 @@ NOTEBOOKS = {
 FENCES = re.compile(r"(^ *```.*?^ *```[^\n]*$)", re.DOTALL | re.MULTILINE)
 COMMENTS = re.compile(r"^<!--.*?-->$", re.DOTALL | re.MULTILINE)
 LINKS = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\"#\s]+)")
+BADGES = re.compile(r"^\[!\[.*\n", re.MULTILINE)  # of README: a page of the site loads nothing from another host
 TABLES = re.compile(r"^\|.*\|$", re.MULTILINE)
 BRACKETS = re.compile(r"\[<code>(\w+)</code>\]")
 MERMAID = re.compile(r"^```mermaid\n.*?^```$", re.DOTALL | re.MULTILINE)
@@ -82,6 +83,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     source = page.file.src_uri
     known = {file.src_uri for file in files if file.inclusion != InclusionLevel.EXCLUDED}
     markdown = MERMAID.sub(lambda match: package_drawing(), markdown)
+    markdown = BADGES.sub("", markdown) if source == OUTSIDE["README.md"] else markdown
     parts = FENCES.split(markdown)
     parts[::2] = [TABLES.sub(_fit_table, COMMENTS.sub("\n", rewrite_links(p, source, known))) for p in parts[::2]]
     text = "".join(parts)

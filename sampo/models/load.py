@@ -159,6 +159,8 @@ def add_adapter(model: "PreTrainedModel", name: str, **options: Any) -> "PeftMod
 
     with opening(name, "adapter"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        # PEFT 0.21 reads the name that transformers 5.23 has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             adapted = PeftModel.from_pretrained(model, name, **options)
         except UserWarning as error:

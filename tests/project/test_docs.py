@@ -47,7 +47,16 @@ def test_python_blocks_run(code, tmp_path, request):
 def commands(text: str) -> list[list[str]]:
     joined = text.replace("\\\n", " ")
     lines = [line.strip().removeprefix("$ ") for line in joined.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
+    variables: dict[str, str] = {}
+    found = []
+    for line in lines:
+        if assigned := re.fullmatch(r'([A-Z_]+)=("[^"]*"|\S+)', line):
+            variables[assigned[1]] = assigned[2].strip('"')
+            continue
+        for name, value in variables.items():
+            line = re.sub(rf"\${name}\b", value, line)
+        found.append(shlex.split(line, comments=True))
+    return [words for words in found if words]
 
 
 @pytest.mark.parametrize("text", blocks("bash"))

@@ -122,9 +122,11 @@ def test_links_of_the_readme_lead_to_the_repository():
     from hatch_build import absolute_links
 
     text = '[a](docs/a.md#b) ![c](docs/c.svg) [d](https://e/f) [g](#h) <img src="docs/i.svg"> [`j`](sampo/j.py)'
+    text += " [![k](https://l/m)](docs/n.md)"
     assert absolute_links(text, "https://x/y") == (
         "[a](https://x/y/blob/main/docs/a.md#b) ![c](https://x/y/raw/main/docs/c.svg) [d](https://e/f) [g](#h) "
-        '<img src="https://x/y/raw/main/docs/i.svg"> [`j`](https://x/y/blob/main/sampo/j.py)'
+        '<img src="https://x/y/raw/main/docs/i.svg"> [`j`](https://x/y/blob/main/sampo/j.py) '
+        "[![k](https://l/m)](https://x/y/blob/main/docs/n.md)"
     )
 
 

@@ -36,9 +36,9 @@ def make_model(vocab_size=69, seed=0, **overrides) -> LlamaForCausalLM:
     """A Llama of 20,000 parameters with weights large enough that tokens differ."""
     torch.manual_seed(seed)
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings["max_position_embeddings"] = 256
     config = LlamaConfig(
         vocab_size=vocab_size,
-        max_position_embeddings=256,
         initializer_range=0.2,
         pad_token_id=0,
         eos_token_id=1,
