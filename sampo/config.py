@@ -15,6 +15,7 @@ from .config_checks import (
     PAIR_STREAMS,
     REF_CACHE_DTYPES,
     SAMPLED_SIDES,
+    TOKEN_BUDGETS,
     find_combination_issues,
     find_range_issues,
 )
@@ -49,6 +50,24 @@ class SamPOConfig(DPOConfig):
             "only a longer rejected response is downsampled, a longer chosen one keeps all its tokens. For `sampo`, "
             "`expected`, `prefix` and `top_k`.",
             "choices": list(SAMPLED_SIDES),
+        },
+    )
+    token_budget: str = field(
+        default="pair",
+        metadata={
+            "help": "How many tokens a downsampled response keeps. `pair`: T_m, so that both responses of a pair have "
+            "equally many, as in the paper. `dataset`: its share of a total, so that chosen and rejected "
+            "responses have equally many over the training data: min(1, sum T_w / sum T_l) of each rejected response "
+            "and, with `sampled_sides: both`, min(1, sum T_l / sum T_w) of each chosen one. For `sampo`, `expected`, "
+            "`prefix` and `top_k`.",
+            "choices": list(TOKEN_BUDGETS),
+        },
+    )
+    token_totals: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The sums of T_w and of T_l for `token_budget: dataset`. Default: those of the training data "
+            "after truncation, counted once at the start. Needed for streamed and vision data."
         },
     )
     keep_end_token: bool = field(

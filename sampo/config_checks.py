@@ -12,6 +12,7 @@ from .weighting import WEIGHTINGS, Weighting
 
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
+TOKEN_BUDGETS = ("pair", "dataset")
 PAIR_STREAMS = ("auto", "true", "false")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's
 REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
@@ -49,10 +50,16 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
             for name, values in (
                 ("token_weighting", sorted(WEIGHTINGS)),
                 ("sampled_sides", SAMPLED_SIDES),
+                ("token_budget", TOKEN_BUDGETS),
                 ("mask_sharing", MASK_SHARINGS),
                 ("pair_stream", PAIR_STREAMS),
                 ("ref_cache_dtype", REF_CACHE_DTYPES),
             )
+        ),
+        (
+            "token_totals",
+            config.token_totals is None or are_token_totals(config.token_totals),
+            "two whole numbers of at least 1, the sums of T_w and of T_l",
         ),
         ("ref_cache_check", _is_count(config.ref_cache_check, 0), "a whole number of at least 0"),
         ("mask_samples", _is_count(config.mask_samples, 1), "a whole number of at least 1"),
@@ -107,6 +114,11 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and value >= least
 
 
+def are_token_totals(value: Any) -> bool:
+    """Whether a value can be `token_totals`."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_count(each, 1) for each in value)
+
+
 def find_combination_issues(config: Any) -> list[str]:
     """Find options of a `SamPOConfig` that do not go together; docs/concepts.md gives the reason of each row."""
     if config.token_weighting not in WEIGHTINGS:
@@ -128,6 +140,20 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             config.sampled_sides != "both" and not method.downsamples,
             f"`sampled_sides: {config.sampled_sides}` needs a method that downsamples the longer response "
             f"{methods('downsamples')}, got `token_weighting: {name}`.",
+        ),
+        (
+            config.token_budget != "pair" and not method.downsamples,
+            f"`token_budget: {config.token_budget}` needs a method that downsamples responses "
+            f"{methods('downsamples')}, got `token_weighting: {name}`.",
+        ),
+        (
+            config.token_totals is not None and config.token_budget != "dataset",
+            f"`token_totals: {config.token_totals}` is for `token_budget: dataset`, got `{config.token_budget}`.",
+        ),
+        (
+            config.token_budget == "dataset" and config.mask_sharing == "independent",
+            "`token_budget: dataset` needs one subset for policy and reference, got `mask_sharing: independent`, with "
+            "which they would be compared on different numbers of tokens. Use `shared`.",
         ),
         (
             config.keep_end_token and not method.can_keep_end,

@@ -65,7 +65,7 @@ from .training.preflight import (
 )
 from .training.preparation import prepare_dataset
 from .training.run_state import RunState
-from .training.weigher import Weigher
+from .training.weigher import Weigher, find_token_totals
 from .weighting import EVAL_EPOCH
 
 logger = get_logger(__name__)
@@ -186,6 +186,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
             self._rows_with_other_ends,
             scores_all="sft" in self.loss_types,
             ld_alpha=self.ld_alpha,
+            token_totals=find_token_totals(self.args, self.token_counts.get("train")),
         )
 
     @cached_property
@@ -319,7 +320,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         self.passes.refuse_packing()
 
     def _report_what_is_run(self) -> None:
-        logger.info(f"method: {describe_method(self.args, self.length_penalty.scale)}")
+        logger.info(f"method: {describe_method(self.args, self.length_penalty.scale, self.weigher.token_totals)}")
         logger.info(f"reference: {describe_reference(self)}")
         if self.args.mask_sharing == "independent":
             logger.warning(

@@ -14,7 +14,8 @@ Differences from the SamPO paper (arXiv 2406.10957) and its released code:
    the trainer does so too.
 3. A subset is a hash of (seed, epoch, tokens of the row, position), not a draw from a generator: it is the same after
    a resume, for any batch size and on any number of processes.
-4. `keep_end_token`, `balance_end_token` and `sampled_sides: rejected` are not in the paper (docs/concepts.md).
+4. `keep_end_token`, `balance_end_token`, `sampled_sides: rejected` and `token_budget: dataset` are not in the paper
+   (docs/concepts.md).
 
 To add a method here, write one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that
 dict. To add one from outside, call `register_weighting` (docs/plugins.md).
@@ -42,7 +43,9 @@ class PairTokens:
 
     Attributes:
         mask: `(2B, N)` bool, the completion tokens.
-        budget: `(2B,)` int64, how many tokens of a row are selected: T_m, or T if the response is not downsampled.
+        budget: `(2B,)` how many tokens of a row are selected, at least 1: T_m, or T if the response is not
+            downsampled, or the row's share of the token budget of the data set. int64; methods that are no `subset`
+            get that share unrounded, in float64.
         forced: `(2B, N)` bool, tokens that are always selected (the end tokens with `keep_end_token`); at most one per
             row.
         keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`).
@@ -130,7 +133,8 @@ class Weighting:
         formula: weight of a completion token, for the docs.
         source: arXiv id and equation, or how it was derived.
         subset: the weights are 0 or 1, so that token counts and likelihood ratios are defined.
-        downsamples: the weights select T_m tokens of the longer response, so `sampled_sides` is defined.
+        downsamples: the weights select `budget` tokens of a response, so `sampled_sides` and `token_budget` are
+            defined.
         random: the weights depend on `keys`.
         can_keep_end: `keep_end_token` is defined.
         needs_log_ratios: the weights depend on `log_ratios`.
@@ -215,8 +219,10 @@ def token_weights(
     *,
     end: Tensor | None = None,
     keys: Tensor | None = None,
+    row_keys: Tensor | None = None,
     log_ratios: Tensor | None = None,
     sampled_sides: str = "both",
+    token_totals: tuple[int, int] | None = None,
     keep_end_token: bool = False,
     gamma: float = 1.0,
 ) -> Tensor:
@@ -227,26 +233,54 @@ def token_weights(
         mask: `(2B, N)` bool, completion tokens, chosen rows first.
         end: `(2B, N)` bool, the end token of each completion (`last_end_tokens`); needed with `keep_end_token`.
         keys: `(2B, N)` int64 from `draw_keys`; needed by `sampo`.
+        row_keys: `(2B,)` int64 from `draw_row_keys`; needed by subset methods with `token_totals`.
         log_ratios: `(2B, N)` float; needed by `top_k`. The selection passes no gradient.
         sampled_sides: `both`, or `rejected`: all tokens of chosen rows are selected.
+        token_totals: ΣT_w and ΣT_l of the data set with `token_budget: dataset`, None with `pair`.
         keep_end_token: the end token is always selected.
         gamma: factor of `decay`.
 
     Returns:
         `(2B, N)` float32, ≥ 0, zero where `mask` is.
     """
-    lengths = mask.sum(dim=1)
-    budget = lengths.view(2, -1).amin(dim=0).repeat(2)  # (2B,): T_m in both rows of a pair
+    method, lengths = WEIGHTINGS[name], mask.sum(dim=1)
+    if token_totals is None:
+        budget = lengths.view(2, -1).amin(dim=0).repeat(2)  # (2B,): T_m in both rows of a pair
+    else:
+        assert row_keys is not None or not method.subset
+        budget = dataset_budget(lengths, token_totals, row_keys if method.subset else None)
     if sampled_sides == "rejected":
         n_pairs = mask.size(0) // 2
-        budget = torch.cat((lengths[:n_pairs], budget[n_pairs:]))
+        budget = torch.cat((lengths[:n_pairs].to(budget.dtype), budget[n_pairs:]))
     forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
-    weights = WEIGHTINGS[name].weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
+    weights = method.weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
     if weights.shape != mask.shape:
         raise ValueError(
             f"the weights of `{name}` must have the shape of `mask`, {tuple(mask.shape)}, got {tuple(weights.shape)}."
         )
     return weights
+
+
+def dataset_budget(lengths: Tensor, token_totals: tuple[int, int], row_keys: Tensor | None) -> Tensor:
+    """The tokens that each response keeps, so that chosen and rejected responses keep equally many in total.
+
+    A chosen response keeps the share min(1, ΣT_l / ΣT_w) of its tokens, a rejected one min(1, ΣT_w / ΣT_l), and at
+    least one. A share that is no whole number of tokens is rounded up with the probability of its fraction, so that
+    the mean over draws is the share itself. In int64, so that the bits are the same on every device.
+
+    Args:
+        lengths: `(2B,)` int64, chosen rows first.
+        token_totals: ΣT_w and ΣT_l over the data set.
+        row_keys: `(2B,)` int64 ≥ 0 from `draw_row_keys`; without them the share is not rounded.
+
+    Returns:
+        `(2B,)` ≥ 1: int64, or float64 without `row_keys`.
+    """
+    total = lengths.new_tensor(token_totals).repeat_interleave(len(lengths) // 2)  # (2B,)
+    kept = lengths * min(token_totals)
+    if row_keys is None:
+        return (kept.double() / total).clamp(min=1)
+    return ((kept + row_keys % total) // total).clamp(min=1)
 
 
 def sequence_logps(logps: Tensor, weights: Tensor) -> Tensor:
@@ -351,12 +385,23 @@ def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: in
     Returns:
         `(2B, L − 1)` int64, ≥ 0: a function of (seed, epoch, stream, tokens of the row, position) and nothing else.
     """
-    run = torch.zeros((), dtype=torch.int64, device=input_ids.device)
-    for part in (seed, epoch, stream):
-        run = splitmix64(run ^ part)
-    row = splitmix64(fingerprints(input_ids, attention_mask) ^ run)  # (2B,)
+    row = _row_states(input_ids, attention_mask, (seed, epoch, stream))
     position = attention_mask.long().cumsum(dim=1) - 1
     return _shift_right(splitmix64(row[:, None] + position * _GOLDEN), 1)[:, 1:]
+
+
+def draw_row_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: int, stream: int = 0) -> Tensor:
+    """One random number per row, `(2B,)` int64 ≥ 0, independent of `draw_keys` with the same arguments."""
+    row = _row_states(input_ids, attention_mask, (seed, epoch, stream))
+    return _shift_right(splitmix64(row - _GOLDEN), 1)  # the position before the first token's
+
+
+def _row_states(input_ids: Tensor, attention_mask: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """`(2B,)` a hash of the row's tokens and of `parts`."""
+    run = torch.zeros((), dtype=torch.int64, device=input_ids.device)
+    for part in parts:
+        run = splitmix64(run ^ part)
+    return splitmix64(fingerprints(input_ids, attention_mask) ^ run)
 
 
 plugins.load_plugins()  # last, so that they find everything above

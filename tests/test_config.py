@@ -81,6 +81,15 @@ def test_a_length_penalty_goes_with_each_loss_of_the_margin_and_sft(tmp_path, lo
 REFUSED = [
     ({"token_weighting": "sanpo"}, r"`token_weighting` must be one of .* got 'sanpo'. Plain DPO is `all`"),
     ({"sampled_sides": "chosen"}, "`sampled_sides` must be one of"),
+    ({"token_budget": "batch"}, "`token_budget` must be one of"),
+    ({"token_budget": "dataset", "token_totals": [5]}, "`token_totals` must be two whole numbers of at least 1"),
+    ({"token_budget": "dataset", "token_totals": [5, 0]}, "`token_totals` must be two whole numbers of at least 1"),
+    ({"token_totals": [5, 6]}, "`token_totals: \\[5, 6\\]` is for `token_budget: dataset`, got `pair`"),
+    (
+        {"token_budget": "dataset", "token_weighting": "mean"},
+        "`token_budget: dataset` needs a method that downsamples",
+    ),
+    ({"token_budget": "dataset", "mask_sharing": "independent"}, "`token_budget: dataset` needs one subset"),
     ({"mask_sharing": "none"}, "`mask_sharing` must be one of"),
     ({"mask_samples": 0}, "`mask_samples` must be a whole number of at least 1, got 0"),
     ({"decay_gamma": 0.0}, r"`decay_gamma` must be in \(0, 1\], got 0.0"),

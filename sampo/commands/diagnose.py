@@ -44,6 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
     training.add_argument("--max_length", type=int, help="tokens of prompt and response; 0 truncates nothing")
     training.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), default="keep_start")
     training.add_argument("--decay_gamma", type=float, help="of the weighting `decay`")
+    training.add_argument(
+        "--token_totals",
+        type=int,
+        nargs=2,
+        metavar=("W", "L"),
+        help="sums of T_w and T_l of the training data, for `token_budget: dataset` (those of these pairs)",
+    )
     training.add_argument("--seed", type=int, help="of the subsets")
     training.add_argument("--chat_template", help="Jinja text, or a file with it")
     training.add_argument("--ref_cache_dir", help="folder where per-token reference log-probs are read and written")
@@ -111,6 +118,7 @@ def _diagnose(args: argparse.Namespace, command: str) -> None:
 def _fill_defaults(args: argparse.Namespace) -> None:
     """Set the defaults of training, and check the ranges."""
     from ..config import SamPOConfig
+    from ..config_checks import are_token_totals
 
     for name in ("beta", "max_length", "decay_gamma", "seed"):
         if getattr(args, name) is None:
@@ -125,6 +133,11 @@ def _fill_defaults(args: argparse.Namespace) -> None:
                 args.max_length == 0 or args.max_length >= 2,
             ),
             ("decay_gamma", "in (0, 1]", 0 < args.decay_gamma <= 1),
+            (
+                "token_totals",
+                "two whole numbers of at least 1",
+                args.token_totals is None or are_token_totals(args.token_totals),
+            ),
             ("batch_size", "at least 1", args.batch_size >= 1),
             ("resamples", "at least 100 for an interval", args.resamples >= 100),
             ("out", "a folder, or a name that is free", not args.out.exists() or args.out.is_dir()),
@@ -161,6 +174,7 @@ class _Setup:
         pad_id: of the tokenizer.
         end_ids: tokens that end a response, EOS first.
         other_ends: fingerprints of rows whose end tokens end other turns.
+        token_totals: ΣT_w and ΣT_l for `token_budget: dataset`.
         by: column -> `(n,)` values.
         quality: `(n,)` quality of chosen minus rejected, or None.
     """
@@ -172,6 +186,7 @@ class _Setup:
     pad_id: int
     end_ids: list[int]
     other_ends: list[int]
+    token_totals: list[int]
     by: dict[str, Any]
     quality: Any
 
@@ -180,7 +195,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
     """Check and load everything that needs no forward pass, then add the reference."""
     from ..data.end_tokens import end_token_ids
     from ..data.token_ids import hash_token_ids
-    from ..data.tokenize import tokenize_pairs
+    from ..data.tokenize import rows_with_other_ends, tokenize_pairs
     from ..models.load import ModelError, check_model
 
     given = [("policy", name) for name in args.policy] + [("reference", args.reference)] * bool(args.reference)
@@ -201,7 +216,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
     )
     if len(pairs) < len(dataset):
         print(f"{len(dataset) - len(pairs):,} of {len(dataset):,} pairs are omitted: their prompt fills `max_length`.")
-    other_ends = _find_other_ends(pairs, tokenizer, args)
+    counts = _count_tokens(pairs, tokenizer, args)
     _check_tokens(pairs, tokenizer, [*policies, *([reference] if reference else [])])
     setup = _Setup(
         policies=policies,
@@ -210,7 +225,8 @@ def _prepare(args: argparse.Namespace) -> _Setup:
         data=hash_token_ids(pairs),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         end_ids=end_token_ids(tokenizer, policies[0].generation_config()),
-        other_ends=other_ends,
+        other_ends=rows_with_other_ends(pairs, counts, args.max_length or None, args.truncation_mode),
+        token_totals=args.token_totals or [counts.chosen_tokens, counts.rejected_tokens],
         by={name: pairs.with_format(None)[name][:] for name in args.by},
         quality=_quality(args, pairs),
     )
@@ -272,11 +288,10 @@ def _load_pairs(args: argparse.Namespace, tokenizer: Any) -> Any:
     return dataset
 
 
-def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> list[int]:
-    """Find rows whose end tokens end other turns; warn where no response has an end token."""
+def _count_tokens(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> Any:
+    """Count what truncation does; warn where no response has an end token."""
     from ..data.end_tokens import ResponseEnds, end_token_ids
     from ..data.lengths import count_tokens
-    from ..data.tokenize import rows_with_other_ends
 
     ends = ResponseEnds(tokenizer, end_token_ids(tokenizer))
     counts = count_tokens(pairs, args.max_length or None, args.truncation_mode, ends)
@@ -286,7 +301,7 @@ def _find_other_ends(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> li
             "on these pairs would not show; `balance_end_token` and `keep_end_token` are refused there.",
             *(f"{2 * counts.pairs:,}", tokenizer.eos_token),
         )
-    return rows_with_other_ends(pairs, counts, args.max_length or None, args.truncation_mode)
+    return counts
 
 
 def _check_tokens(pairs: Any, tokenizer: Any, models: list[LazyModel]) -> None:
@@ -376,6 +391,7 @@ def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str
         end_id=most_common_end_token(setup.pairs, setup.end_ids),
         seed=args.seed,
         gamma=args.decay_gamma,
+        token_totals=setup.token_totals,
         other_ends=setup.other_ends,
     )
     with progress(name) as advance:

@@ -36,6 +36,7 @@ from ..weighting import (
     EVAL_EPOCH,
     WEIGHTINGS,
     draw_keys,
+    draw_row_keys,
     fingerprints,
     last_end_tokens,
     length_pressure,
@@ -43,7 +44,7 @@ from ..weighting import (
     token_weights,
 )
 
-SCORE_SCHEMA = 1
+SCORE_SCHEMA = 2
 SCORE_MANIFEST = "manifest.json"
 SCORE_ROWS_PER_SHARD = 512  # what a killed run loses at most
 
@@ -53,20 +54,27 @@ class DiagnosedMethod(NamedTuple):
 
     weighting: str
     sampled_sides: str = "both"
+    token_budget: str = "pair"
     keep_end_token: bool = False
 
     @property
     def name(self) -> str:
         """As in `sampo+rejected+end`: what differs from the default, in the order of the fields."""
-        return self.weighting + "+rejected" * (self.sampled_sides == "rejected") + "+end" * self.keep_end_token
+        parts = {
+            "+rejected": self.sampled_sides == "rejected",
+            "+dataset": self.token_budget == "dataset",
+            "+end": self.keep_end_token,
+        }
+        return self.weighting + "".join(part for part, differs in parts.items() if differs)
 
 
 DIAGNOSED_METHODS: dict[str, DiagnosedMethod] = {
     method.name: method
     for name, weighting in WEIGHTINGS.items()
     for sides in ("both", "rejected")[: 1 + weighting.downsamples]
+    for budget in ("pair", "dataset")[: 1 + weighting.downsamples]
     for keeps in (False, True)[: 1 + weighting.can_keep_end]
-    for method in [DiagnosedMethod(name, sides, keeps)]
+    for method in [DiagnosedMethod(name, sides, budget, keeps)]
 }
 
 
@@ -84,6 +92,7 @@ class ScoreKey:
         end_id: the one whose logit is shifted.
         seed: of the subsets.
         gamma: factor of `decay`.
+        token_totals: ΣT_w and ΣT_l for `token_budget: dataset`.
         other_ends: fingerprints of rows whose end tokens all end other turns (`rows_with_other_ends`).
         schema: version of this list and of the columns.
     """
@@ -97,6 +106,7 @@ class ScoreKey:
     end_id: int
     seed: int
     gamma: float
+    token_totals: list[int]
     other_ends: list[int] = field(default_factory=list)
     schema: int = SCORE_SCHEMA
 
@@ -213,15 +223,20 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
         columns |= _sides("ref_logps", ref_logps.sum(dim=1)) | _sides("log_ratio", log_ratios.sum(dim=1))
         each = [row[kept].float().numpy() for row, kept in zip(log_ratios, mask, strict=True)]
         columns |= {"chosen_token_log_ratios": each[:n_pairs], "rejected_token_log_ratios": each[n_pairs:]}
-    keys = draw_keys(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH)
+    keys, row_keys = (
+        draw(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH) for draw in (draw_keys, draw_row_keys)
+    )
+    chosen_total, rejected_total = key.token_totals
     for name, method in DIAGNOSED_METHODS.items():
         weights = token_weights(
             method.weighting,
             mask,
             end=ends,
             keys=keys,
+            row_keys=row_keys,
             log_ratios=log_ratios,
             sampled_sides=method.sampled_sides,
+            token_totals=(chosen_total, rejected_total) if method.token_budget == "dataset" else None,
             keep_end_token=method.keep_end_token,
             gamma=key.gamma,
         ).double()

@@ -28,6 +28,7 @@ class Method(NamedTuple):
 _SAMPO = {"token_weighting": "sampo"}
 _REJECTED = {**_SAMPO, "sampled_sides": "rejected"}
 _OURS = {**_REJECTED, "length_penalty": "learned"}
+_DATASET = {"token_budget": "dataset"}
 _BALANCED = {"balance_end_token": True}
 METHODS = {  # of `sampo lab`
     "dpo": Method("DPO", {"token_weighting": "all"}),
@@ -59,6 +60,11 @@ STUDY_METHODS = {  # and of `studies/`
     "sampo_balanced": Method("SamPO, end balanced", {**_SAMPO, **_BALANCED}),
     "expected_balanced": Method("expected, end balanced", {"token_weighting": "expected", **_BALANCED}),
     "rejected_learned_balanced": Method("SamPO, rejected + learned, end balanced", {**_OURS, **_BALANCED}),
+    "sampo_dataset": Method("SamPO, data set's budget", {**_SAMPO, **_DATASET}),
+    "rejected_learned_dataset": Method("SamPO, rejected + learned, data set's budget", {**_OURS, **_DATASET}),
+    "rejected_learned_dataset_balanced": Method(
+        "SamPO, rejected + learned, data set's budget, end balanced", {**_OURS, **_DATASET, **_BALANCED}
+    ),
     "dpo_learned_balanced": Method(
         "DPO + learned, end balanced", {"token_weighting": "all", "length_penalty": "learned", **_BALANCED}
     ),

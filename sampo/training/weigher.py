@@ -7,17 +7,46 @@ import torch
 from torch import Tensor
 
 from ..config import SamPOConfig
+from ..data.lengths import TokenCounts
 from ..weighting import (
     EVAL_EPOCH,
     WEIGHTINGS,
     balance_end,
     draw_keys,
+    draw_row_keys,
     fingerprints,
     last_end_tokens,
     sequence_logps,
     token_weights,
 )
 from .batch import Draw, PairBatch, Reference, Weights
+
+
+def find_token_totals(args: SamPOConfig, counts: TokenCounts | None) -> tuple[int, int] | None:
+    """ΣT_w and ΣT_l of the training data with `token_budget: dataset`, else None.
+
+    They are a function of the data and of options that a resumed run must share (`checkpointing.fingerprint`), and
+    every process counts all data, so they need not be saved or communicated.
+
+    Args:
+        args: of the run.
+        counts: of the tokenised training data, if they could be counted.
+
+    Raises:
+        ValueError: the sums are neither given nor countable.
+    """
+    if args.token_budget != "dataset":
+        return None
+    if args.token_totals is not None:
+        chosen, rejected = args.token_totals
+        return chosen, rejected
+    if counts is None or not counts.pairs:
+        raise ValueError(
+            "`token_totals` must be given for `token_budget: dataset` where the tokens of the training pairs cannot "
+            "be counted before (streamed, vision or no data), got None. Set it to the sums of T_w and of T_l, or use "
+            "`token_budget: pair`."
+        )
+    return counts.chosen_tokens, counts.rejected_tokens
 
 
 class Weigher:
@@ -29,6 +58,7 @@ class Weigher:
         rows_with_other_ends: fingerprints of rows whose end tokens end other turns (`data.tokenize`).
         scores_all: all chosen tokens have to be scored (`sft`).
         ld_alpha: TRL's, which is a weighting itself.
+        token_totals: ΣT_w and ΣT_l of the training data, with `token_budget: dataset`; of evaluation data too.
     """
 
     def __init__(
@@ -39,9 +69,10 @@ class Weigher:
         *,
         scores_all: bool = False,
         ld_alpha: float | None = None,
+        token_totals: tuple[int, int] | None = None,
     ):
         self.method = WEIGHTINGS[args.token_weighting]
-        self._args, self._ld_alpha = args, ld_alpha
+        self._args, self._ld_alpha, self.token_totals = args, ld_alpha, token_totals
         self._end_token_ids = list(end_token_ids)
         self._rows_with_other_ends = rows_with_other_ends  # not a copy: `evaluate` may add rows of another data set
         # In evaluation all tokens are scored, so that the sums over the full response are known too.
@@ -95,17 +126,21 @@ class Weigher:
 
     def _weights(self, batch: PairBatch, stream: int, log_ratios: Tensor | None, end_probs: Tensor | None) -> Tensor:
         """`(2B, N)`; `stream` distinguishes the draws of an epoch."""
-        args, keys = self._args, None
+        args, rows = self._args, (batch.inputs["input_ids"], batch.inputs["attention_mask"])
+        keys = row_keys = None
         if self.method.random:
-            ids, real = batch.inputs["input_ids"], batch.inputs["attention_mask"]
-            keys = draw_keys(ids, real, seed=args.seed, epoch=batch.epoch, stream=stream)
+            keys = draw_keys(*rows, seed=args.seed, epoch=batch.epoch, stream=stream)
+        if self.token_totals is not None and self.method.subset:
+            row_keys = draw_row_keys(*rows, seed=args.seed, epoch=batch.epoch, stream=stream)
         weights = token_weights(
             args.token_weighting,
             batch.mask,
             end=batch.end,
             keys=keys,
+            row_keys=row_keys,
             log_ratios=log_ratios,
             sampled_sides=args.sampled_sides,
+            token_totals=self.token_totals,
             keep_end_token=args.keep_end_token or (args.balance_end_token and self.method.can_keep_end),
             gamma=args.decay_gamma,
         )

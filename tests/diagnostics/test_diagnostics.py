@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_up_scores import made_up
+from oracles import dataset_budget, row_key
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
@@ -33,6 +34,7 @@ from sampo.scoring.scorer import ModelScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
 
 SEED, GAMMA, MAX_LENGTH = 5, 0.9, 40
+TOTALS = [300, 410]
 EOS, IM_END = 1, 3
 
 
@@ -52,6 +54,7 @@ def key_of(data, **changes):
         "end_id": most_common_end_token(data, [EOS, IM_END]),
         "seed": SEED,
         "gamma": GAMMA,
+        "token_totals": TOTALS,
     }
     return ScoreKey(**{**known, **changes})
 
@@ -107,13 +110,14 @@ def naive_logps(model, prompt, completion, shift=0.0, shifted=IM_END):
     return [logps[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
 
 
-def naive_weights(method, lengths, side, ends, keys, ratios):
+def naive_weights(method, lengths, side, ends, keys, ratios, row_keys):
     """Weights of one side, by the words of the table of methods."""
-    n, least = lengths[side], min(lengths)
+    n, least, name = lengths[side], min(lengths), method.weighting
     thinned = not (method.sampled_sides == "rejected" and side == 0)
+    if method.token_budget == "dataset":
+        least = dataset_budget(name, n, TOTALS[side], TOTALS[1 - side], row_keys[side])
     budget = least if thinned else n
     end = ends[side] if method.keep_end_token else None
-    name = method.weighting
 
     def first(order):
         ranked = sorted(range(n), key=lambda t: (t != end, order[t], t))[:budget]
@@ -158,13 +162,14 @@ def naive_pair(policy, reference, row):
         ids = torch.tensor([prompt + side])
         drawn = draw_keys(ids, torch.ones_like(ids), seed=SEED, epoch=EVAL_EPOCH)[0].tolist()
         keys.append(drawn[len(prompt) - 1 :])
+    row_keys = [row_key(prompt + side, SEED, EVAL_EPOCH) for side in sides]
     found = {"chosen_tokens": lengths[0], "rejected_tokens": lengths[1]}
     for i, side in enumerate(("chosen", "rejected")):
         found[f"{side}_end_place"] = -1 if ends[i] is None else ends[i]
         found[f"{side}_policy_logps"], found[f"{side}_ref_logps"] = sum(own[i]), sum(ref[i])
         found[f"{side}_log_ratio"], found[f"{side}_token_log_ratios"] = sum(ratios[i]), ratios[i]
     for name, method in DIAGNOSED_METHODS.items():
-        weights = [naive_weights(method, lengths, side, ends, keys, ratios) for side in (0, 1)]
+        weights = [naive_weights(method, lengths, side, ends, keys, ratios, row_keys) for side in (0, 1)]
         found[f"pressure/{name}"] = dot(weights[0], slopes[0]) - dot(weights[1], slopes[1])
         for i, side in enumerate(("chosen", "rejected")):
             found[f"{side}_score/{name}"] = dot(weights[i], ratios[i])
@@ -242,14 +247,17 @@ def test_the_numbers_are_those_that_the_trainer_logs(tmp_path):
     """Tokenisation, truncation, subsets and pressure, for a subset, a fraction, and a choice by log-ratio."""
     policy, reference, pairs = make_model(seed=1), make_model(seed=0), raw_pairs(16, seed=8)
     prepared = tokenize_pairs(pairs, make_tokenizer(), max_length=MAX_LENGTH)
-    shards = computed(tmp_path, prepared, make_model(seed=1), make_model(seed=0), seed=7)
+    totals = [3, 2]
+    shards = computed(tmp_path, prepared, make_model(seed=1), make_model(seed=0), seed=7, token_totals=totals)
     found = findings(read_scores(shards), beta=0.1)
-    for name in ("sampo+rejected+end", "expected", "top_k"):
+    for name in ("sampo+rejected+end", "expected", "top_k", "sampo+dataset"):
         method = DIAGNOSED_METHODS[name]
         args = SamPOConfig(
             **training_options(tmp_path / "out", max_length=MAX_LENGTH, beta=0.1),
             token_weighting=method.weighting,
             sampled_sides=method.sampled_sides,
+            token_budget=method.token_budget,
+            token_totals=totals if method.token_budget == "dataset" else None,
             keep_end_token=method.keep_end_token,
             log_length_pressure=True,
         )
@@ -406,6 +414,7 @@ def test_every_field_of_the_key_changes_its_digest(data):
         "end_id": 9,
         "seed": 6,
         "gamma": 0.5,
+        "token_totals": [410, 300],
         "other_ends": [7],
         "schema": 99,
     }
@@ -623,6 +632,23 @@ def test_several_checkpoints_on_one_page_and_nothing_is_computed_twice(world, tm
     # the values of a column are not in the key: they need no forward pass
     assert diagnose(world, *words, "--by", "p", out=tmp_path) == 0
     assert "p: 2" in capsys.readouterr().out
+
+
+def test_the_budget_of_a_data_set_is_that_of_the_pairs_or_of_the_totals_given(world, tmp_path):
+    found = []
+    for number, words in enumerate(([], ["--token_totals", "100", "60"])):
+        assert diagnose(world, "--policy", str(world / "a"), *words, out=tmp_path / str(number)) == 0
+        records = results.read(tmp_path / str(number) / "records.jsonl")
+        (record,) = (r for r in records if (r.config["method"], r.config["group"]) == ("expected+dataset", "all"))
+        found.append(record.value)
+    rows = table_of(sorted(tmp_path.glob("0/pairs/a-*/*.parquet")))
+    chosen, rejected = (sum(row[f"{side}_tokens"] for row in rows) for side in ("chosen", "rejected"))
+    words = ["--token_totals", str(chosen), str(rejected)]
+    assert diagnose(world, "--policy", str(world / "a"), *words, out=tmp_path / "0") == 0
+    assert len(list((tmp_path / "0" / "pairs").iterdir())) == 1
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
+    with pytest.raises(SystemExit, match=r"`token_totals` must be two whole numbers of at least 1, got \[0, 5\]"):
+        diagnose(world, "--policy", str(world / "a"), "--token_totals", "0", "5", out=tmp_path / "2")
 
 
 def test_a_record_holds_the_number_of_the_rows(world, tmp_path):

@@ -175,6 +175,7 @@ RUNS = [{"token_weighting": name} for name in WEIGHTINGS] + [
     {"balance_end_token": True, "max_length": 14, "log_length_pressure": True},
     {"token_weighting": "all", "ld_alpha": 0.3},
     {"mask_sharing": "independent"},
+    {"token_budget": "dataset", "balance_end_token": True, "length_penalty": "learned", "pair_stream": "true"},
     {"mask_samples": 3, "loss_type": ["sigmoid", "sft"]},
     {"keep_end_token": True, "sampled_sides": "rejected", "length_penalty": "learned"},
     {"token_weighting": "top_k", "pair_stream": "true"},

@@ -183,6 +183,7 @@ RUNS = [
     {"mask_samples": 3, "length_penalty": "learned", "gradient_accumulation_steps": 2},
     {"use_weighting": True, "log_token_statistics": False},
     {"balance_end_token": True, "precompute_ref_log_probs": True, "log_length_pressure": True},
+    {"token_budget": "dataset", "length_penalty": "learned", "loss_type": ["sigmoid", "sft"]},
     {"peft_config": LORA, "gradient_checkpointing": True},
     {"mask_sharing": "independent", "max_length": 14},
     {"bf16": True},

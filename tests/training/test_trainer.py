@@ -179,7 +179,20 @@ def end_probs(model, row, end_id) -> list[float]:
 
 
 def oracle_scores(
-    policy, reference, pair, *, name, seed, epoch, end_ids, keep_end=False, sides="both", gamma=1.0, k=0, balance=False
+    policy,
+    reference,
+    pair,
+    *,
+    name,
+    seed,
+    epoch,
+    end_ids,
+    keep_end=False,
+    sides="both",
+    gamma=1.0,
+    k=0,
+    balance=False,
+    totals=None,
 ):
     """(S_w, S_l) of one pair, and the log-probs of the chosen tokens, from the equations."""
     result, chosen_logps = [], None
@@ -188,6 +201,10 @@ def oracle_scores(
         row, own = pair["prompt_ids"] + pair[side], len(pair[side])
         logps, ref = (token_logps(m, row)[n_prompt - 1 :] for m in (policy, reference))
         ends = [i for i, token in enumerate(pair[side]) if token in end_ids]
+        budget = None
+        if totals is not None:
+            both = totals if side == "chosen_ids" else totals[::-1]
+            budget = oracles.dataset_budget(name, own, *both, oracles.row_key(row, seed, epoch, k))
         w = oracles.weights(
             name,
             own,
@@ -197,6 +214,7 @@ def oracle_scores(
             end=ends[-1] if keep_end and ends else None,
             whole=sides == "rejected" and side == "chosen_ids",
             gamma=gamma,
+            budget=budget,
         )
         if balance and ends:
             at = ends[-1]
@@ -223,6 +241,15 @@ ORACLE_CASES = [
     {"token_weighting": "sampo", "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.3]},
     {"token_weighting": "expected", "loss_type": ["sft"]},
     *({"token_weighting": name, "balance_end_token": True} for name in WEIGHTINGS),
+    *(
+        {"token_weighting": name, "token_budget": "dataset", "sampled_sides": sides}
+        for name, method in WEIGHTINGS.items()
+        if method.downsamples
+        for sides in ("both", "rejected")
+    ),
+    {"token_weighting": "sampo", "token_budget": "dataset", "token_totals": [50, 30], "mask_samples": 3},
+    {"token_weighting": "expected", "token_budget": "dataset", "keep_end_token": True, "length_penalty": 0.05},
+    {"token_weighting": "sampo", "token_budget": "dataset", "balance_end_token": True, "sampled_sides": "rejected"},
     {"token_weighting": "sampo", "balance_end_token": True, "sampled_sides": "rejected", "length_penalty": 0.05},
     {"token_weighting": "sampo", "balance_end_token": True, "mask_samples": 3},
     {"token_weighting": "all", "balance_end_token": True, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.3]},
@@ -244,6 +271,11 @@ def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, tr
         **case,
     )
     rows = [trainer.train_dataset[i] for i in range(6)]
+    totals = None
+    if case.get("token_budget") == "dataset":
+        counted = [sum(len(row[side]) for row in rows) for side in ("chosen_ids", "rejected_ids")]
+        totals = case.get("token_totals", counted)
+        assert totals[0] != totals[1]
     for row in rows[::2] if balance else ():  # not all responses end in the same way
         row["rejected_ids"] = [1 if token == 3 else token for token in row["rejected_ids"]]
     batch = trainer.data_collator(rows)
@@ -268,6 +300,7 @@ def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, tr
                 sides=case.get("sampled_sides", "both"),
                 gamma=0.9,
                 k=k,
+                totals=totals,
             )
             logit = 0.1 * (chosen - rejected)
             logit += case.get("length_penalty", 0.0) * (len(pair["chosen_ids"]) - len(pair["rejected_ids"]))
