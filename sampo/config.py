@@ -39,7 +39,8 @@ class SamPOConfig(DPOConfig):
         metadata={
             "help": "Which completion tokens count, and how much: `all` (DPO), `sampo` (a uniform random subset of "
             "T_m = min(T_w, T_l) tokens of each response), `expected` (its mean, T_m/T each), `mean_rescaled`, "
-            "`mean` (1/T each), `prefix` (the first T_m), `top_k` (the T_m largest log-ratios) or `decay` (gamma^t).",
+            "`mean` (1/T each), `prefix` (the first T_m), `ld` (1 on the first T_m, alpha on the others), `top_k` "
+            "(the T_m largest log-ratios) or `decay` (gamma^t).",
             "choices": sorted(WEIGHTINGS),
         },
     )
@@ -105,6 +106,13 @@ class SamPOConfig(DPOConfig):
         default=0.98,
         metadata={
             "help": "Gamma in (0, 1] of `token_weighting: decay`; completion token t = 0, 1, ... weighs gamma^t."
+        },
+    )
+    ld_tail_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "Alpha in [0, 1] of `token_weighting: ld`: the weight of the tokens after the first T_m. At 0 it "
+            "is `prefix`, at 1 `all`. TRL's `ld_alpha` is the same weighting, for `token_weighting: all` alone."
         },
     )
     # The last of two types is what the command line parses; a number may be given as either.

@@ -43,7 +43,7 @@ def find_range_issues(config: Any) -> list[str]:
 def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
     """(option, holds, what it must be) of the options that `SamPOConfig` adds."""
     scale, tokens = config.length_penalty_scale, config.max_tokens_per_forward
-    gamma, rate = config.decay_gamma, config.length_penalty_lr
+    gamma, rate, tail = config.decay_gamma, config.length_penalty_lr, config.ld_tail_weight
     return [
         *(
             (name, getattr(config, name) in values, f"one of {list(values)}")
@@ -69,6 +69,7 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
             "a whole number of at least 1, or `auto`",
         ),
         ("decay_gamma", _is_finite(gamma) and 0 < gamma <= 1, "in (0, 1]"),
+        ("ld_tail_weight", _is_finite(tail) and 0 <= tail <= 1, "in [0, 1]"),
         (
             "length_penalty",
             config.learns_length_penalty or _is_finite(config.length_penalty),
@@ -183,7 +184,8 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
         (
             not config.is_plain_dpo and config.ld_alpha is not None,
             f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
-            f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, or use `all` alone.",
+            f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, use `all` alone, or `ld` "
+            "with `ld_tail_weight`.",
         ),
     ]
 

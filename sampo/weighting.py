@@ -51,6 +51,7 @@ class PairTokens:
         keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`).
         log_ratios: `(2B, N)` float, without gradient; only for methods that need them.
         gamma: factor of `decay`.
+        tail_weight: of the tokens after `budget` in `ld`.
     """
 
     mask: Tensor
@@ -59,6 +60,7 @@ class PairTokens:
     keys: Tensor | None = None
     log_ratios: Tensor | None = None
     gamma: float = 1.0
+    tail_weight: float = 0.0
 
     @property
     def lengths(self) -> Tensor:
@@ -99,6 +101,12 @@ def _mean(tokens: PairTokens) -> Tensor:
 def _prefix(tokens: PairTokens) -> Tensor:
     """POET (arXiv 2506.09457): 1 on the first `budget` tokens."""
     return (tokens.mask & (tokens.mask.cumsum(dim=1) <= tokens.budget[:, None])).float()
+
+
+def _ld(tokens: PairTokens) -> Tensor:
+    """LD-DPO (arXiv 2409.06411): 1 on the first T_m tokens, α on the others."""
+    first = _prefix(tokens)
+    return first + tokens.tail_weight * (tokens.mask.float() - first)
 
 
 def _top_k(tokens: PairTokens) -> Tensor:
@@ -176,6 +184,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "prefix": Weighting(
         _prefix, "POET", "1 on the first T_m tokens", "arXiv 2506.09457", subset=True, downsamples=True
     ),
+    "ld": Weighting(_ld, "LD-DPO", "1 on the first T_m tokens, α on the others", "arXiv 2409.06411"),
     "top_k": Weighting(
         _top_k,
         "SamPO-TopK",
@@ -225,6 +234,7 @@ def token_weights(
     token_totals: tuple[int, int] | None = None,
     keep_end_token: bool = False,
     gamma: float = 1.0,
+    tail_weight: float = 0.0,
 ) -> Tensor:
     """The weights of a method for a batch of pairs.
 
@@ -239,6 +249,7 @@ def token_weights(
         token_totals: ΣT_w and ΣT_l of the data set with `token_budget: dataset`, None with `pair`.
         keep_end_token: the end token is always selected.
         gamma: factor of `decay`.
+        tail_weight: α of `ld`.
 
     Returns:
         `(2B, N)` float32, ≥ 0, zero where `mask` is.
@@ -253,7 +264,7 @@ def token_weights(
         n_pairs = mask.size(0) // 2
         budget = torch.cat((lengths[:n_pairs].to(budget.dtype), budget[n_pairs:]))
     forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
-    weights = method.weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
+    weights = method.weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma, tail_weight))
     if weights.shape != mask.shape:
         raise ValueError(
             f"the weights of `{name}` must have the shape of `mask`, {tuple(mask.shape)}, got {tuple(weights.shape)}."

@@ -94,6 +94,7 @@ REFUSED = [
     ({"mask_samples": 0}, "`mask_samples` must be a whole number of at least 1, got 0"),
     ({"decay_gamma": 0.0}, r"`decay_gamma` must be in \(0, 1\], got 0.0"),
     ({"decay_gamma": math.nan}, "`decay_gamma`"),
+    ({"ld_tail_weight": 1.5}, r"`ld_tail_weight` must be in \[0, 1\], got 1.5"),
     ({"length_penalty": "auto"}, "`length_penalty` must be a finite number or `learned`, got 'auto'"),
     ({"length_penalty": math.inf}, "`length_penalty` must be a finite number"),
     ({"length_penalty_scale": -1.0}, "`length_penalty_scale` must be a positive number"),
@@ -123,7 +124,7 @@ REFUSED = [
     ({"balance_end_token": True, "use_weighting": True}, r"`use_weighting` \(WPO\) has no meaning"),
     (
         {"balance_end_token": True, "token_weighting": "all", "ld_alpha": 0.5},
-        "with `token_weighting: all` and `balance_end_token`. Unset it, or use `all` alone",
+        "with `token_weighting: all` and `balance_end_token`. Unset it, use `all` alone, or `ld` with",
     ),
     ({"token_weighting": "expected", "mask_sharing": "independent"}, "`mask_sharing: independent` needs random"),
     ({"token_weighting": "top_k", "mask_samples": 2}, "`mask_samples: 2` needs random"),

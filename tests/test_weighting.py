@@ -81,7 +81,14 @@ def test_weights_equal_a_loop_over_tokens_written_from_the_equations(name, sides
         if at is not None:
             end[row, mask[row].nonzero()[at]] = True
     log_ratios = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed))
-    options = {"end": end, "sampled_sides": sides, "keep_end_token": keep_end, "gamma": 0.9, "token_totals": totals}
+    options = {
+        "end": end,
+        "sampled_sides": sides,
+        "keep_end_token": keep_end,
+        "gamma": 0.9,
+        "tail_weight": 0.3,
+        "token_totals": totals,
+    }
     got = weigh(name, ids, real, mask, seed=seed, epoch=2, log_ratios=log_ratios, **options)
     n = len(pairs)
     for row, own in enumerate(lengths):
@@ -98,6 +105,7 @@ def test_weights_equal_a_loop_over_tokens_written_from_the_equations(name, sides
             end=end_at[row] if keep_end else None,
             whole=sides == "rejected" and row < n,
             gamma=0.9,
+            tail=0.3,
             budget=budget,
         )
         assert got[row][mask[row]].tolist() == pytest.approx(expected, rel=1e-6)

@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     training.add_argument("--max_length", type=int, help="tokens of prompt and response; 0 truncates nothing")
     training.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), default="keep_start")
     training.add_argument("--decay_gamma", type=float, help="of the weighting `decay`")
+    training.add_argument("--ld_tail_weight", type=float, help="of the weighting `ld`")
     training.add_argument(
         "--token_totals",
         type=int,
@@ -120,7 +121,7 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     from ..config import SamPOConfig
     from ..config_checks import are_token_totals
 
-    for name in ("beta", "max_length", "decay_gamma", "seed"):
+    for name in ("beta", "max_length", "decay_gamma", "ld_tail_weight", "seed"):
         if getattr(args, name) is None:
             setattr(args, name, SamPOConfig.__dataclass_fields__[name].default)
     issues = [
@@ -133,6 +134,7 @@ def _fill_defaults(args: argparse.Namespace) -> None:
                 args.max_length == 0 or args.max_length >= 2,
             ),
             ("decay_gamma", "in (0, 1]", 0 < args.decay_gamma <= 1),
+            ("ld_tail_weight", "in [0, 1]", 0 <= args.ld_tail_weight <= 1),
             (
                 "token_totals",
                 "two whole numbers of at least 1",
@@ -391,6 +393,7 @@ def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str
         end_id=most_common_end_token(setup.pairs, setup.end_ids),
         seed=args.seed,
         gamma=args.decay_gamma,
+        tail_weight=args.ld_tail_weight,
         token_totals=setup.token_totals,
         other_ends=setup.other_ends,
     )

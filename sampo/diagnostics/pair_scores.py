@@ -92,6 +92,7 @@ class ScoreKey:
         end_id: the one whose logit is shifted.
         seed: of the subsets.
         gamma: factor of `decay`.
+        tail_weight: α of `ld`.
         token_totals: ΣT_w and ΣT_l for `token_budget: dataset`.
         other_ends: fingerprints of rows whose end tokens all end other turns (`rows_with_other_ends`).
         schema: version of this list and of the columns.
@@ -106,6 +107,7 @@ class ScoreKey:
     end_id: int
     seed: int
     gamma: float
+    tail_weight: float
     token_totals: list[int]
     other_ends: list[int] = field(default_factory=list)
     schema: int = SCORE_SCHEMA
@@ -239,6 +241,7 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
             token_totals=(chosen_total, rejected_total) if method.token_budget == "dataset" else None,
             keep_end_token=method.keep_end_token,
             gamma=key.gamma,
+            tail_weight=key.tail_weight,
         ).double()
         columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
         if CACHED_REF_LOGPS in inputs:

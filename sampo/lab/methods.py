@@ -46,6 +46,9 @@ STUDY_METHODS = {  # and of `studies/`
     "rdpo_02": Method("R-DPO .02", {"token_weighting": "all", "length_penalty": 0.02}),
     "rdpo_05": Method("R-DPO .05", {"token_weighting": "all", "length_penalty": 0.05}),
     "ld_dpo": Method("LD-DPO .5", {"token_weighting": "all", "ld_alpha": 0.5}),
+    "ld_dpo_balanced": Method(
+        "LD-DPO .5, end balanced", {"token_weighting": "ld", "ld_tail_weight": 0.5, **_BALANCED}
+    ),
     "expected": Method("expected", {"token_weighting": "expected"}),
     "mean_rescaled": Method("DPO-SANorm", {"token_weighting": "mean_rescaled"}),
     "mean": Method("length-normalised DPO", {"token_weighting": "mean"}, beta_per_token=True),

@@ -34,6 +34,7 @@ def mean_weights(lengths: Sequence[int], options: dict[str, Any]) -> Tensor:
         token_totals=(sum(lengths[:n_pairs]), sum(lengths[n_pairs:])) if by_dataset else None,
         keep_end_token=options.get("keep_end_token", False) or (balanced and WEIGHTINGS[name].can_keep_end),
         gamma=options.get("decay_gamma", 1.0),
+        tail_weight=options.get("ld_tail_weight", 0.0),
     )
     if "ld_alpha" in options:  # LD-DPO, arXiv 2409.06411: the tokens after T_m weigh alpha
         weights = torch.where(token_weights("prefix", mask) > 0, weights, options["ld_alpha"] * weights)

@@ -41,6 +41,8 @@ def describe_method(args: SamPOConfig, length_scale: float, token_totals: tuple[
             text += f", `{name}: {getattr(args, name)}`"
     if args.token_weighting == "decay":
         text += f", `decay_gamma: {args.decay_gamma}`"
+    if args.token_weighting == "ld":
+        text += f", `ld_tail_weight: {args.ld_tail_weight}`"
     if args.learns_length_penalty:
         text += f" with a scale of {length_scale:.1f} tokens"
     return text if token_totals is None else f"{text}; {_describe_budget(args, *token_totals)}"

@@ -143,6 +143,7 @@ class Weigher:
             token_totals=self.token_totals,
             keep_end_token=args.keep_end_token or (args.balance_end_token and self.method.can_keep_end),
             gamma=args.decay_gamma,
+            tail_weight=args.ld_tail_weight,
         )
         return weights if end_probs is None else balance_end(weights, batch.end, end_probs)
 

@@ -34,7 +34,7 @@ from sampo.scoring.scorer import ModelScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
 
 SEED, GAMMA, MAX_LENGTH = 5, 0.9, 40
-TOTALS = [300, 410]
+TOTALS, TAIL = [300, 410], 0.3
 EOS, IM_END = 1, 3
 
 
@@ -54,6 +54,7 @@ def key_of(data, **changes):
         "end_id": most_common_end_token(data, [EOS, IM_END]),
         "seed": SEED,
         "gamma": GAMMA,
+        "tail_weight": TAIL,
         "token_totals": TOTALS,
     }
     return ScoreKey(**{**known, **changes})
@@ -131,6 +132,8 @@ def naive_weights(method, lengths, side, ends, keys, ratios, row_keys):
         return first([-r for r in ratios[side]])
     if name == "prefix":
         return [float(t < budget) for t in range(n)]
+    if name == "ld":
+        return [1.0 if t < budget else TAIL for t in range(n)]
     if name == "expected":
         if end is None:
             return [budget / n] * n
@@ -414,6 +417,7 @@ def test_every_field_of_the_key_changes_its_digest(data):
         "end_id": 9,
         "seed": 6,
         "gamma": 0.5,
+        "tail_weight": 0.4,
         "token_totals": [410, 300],
         "other_ends": [7],
         "schema": 99,

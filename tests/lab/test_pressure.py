@@ -57,7 +57,8 @@ def naive_weights(t_w, t_l, options, end_probs, totals):
             budget = None
             if options.get("token_budget") == "dataset":
                 budget = dataset_budget(mean, own, *(totals if is_chosen else totals[::-1]), key=0)
-            side = weights_of(mean, own, other, end=end, whole=whole, gamma=gamma, budget=budget)
+            tail = options.get("ld_tail_weight")
+            side = weights_of(mean, own, other, end=end, whole=whole, gamma=gamma, tail=tail, budget=budget)
         if balanced:
             p = end_probs[len(sides)]
             side[-1] = sum(w * q for w, q in zip(side[:-1], p[:-1], strict=True)) / (1 - p[-1])

@@ -53,7 +53,7 @@ def smallest(values: list[float], count: int) -> set[int]:
 
 
 def weights(
-    name, own, other, *, keys=None, log_ratios=None, end=None, whole=False, gamma=1.0, budget=None
+    name, own, other, *, keys=None, log_ratios=None, end=None, whole=False, gamma=1.0, tail=0.5, budget=None
 ) -> list[float]:
     """Weights of one response of `own` tokens beside a rival of `other` tokens, from the equations.
 
@@ -69,6 +69,8 @@ def weights(
         return [(own + other) / 2 / own] * own
     if name == "prefix":
         return [1.0 if t < keep else 0.0 for t in range(own)]
+    if name == "ld":
+        return [1.0 if t < keep else tail for t in range(own)]
     if name == "decay":
         return [gamma**t for t in range(own)]
     if name == "expected":

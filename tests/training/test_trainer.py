@@ -106,6 +106,35 @@ def test_with_all_tokens_it_is_trls_trainer_to_the_bit(model_folder, tmp_path, o
     assert compared > 60
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_ld_is_trls_ld_alpha(tmp_path, alpha):
+    logs = []
+    for trainer, config, options in (
+        (DPOTrainer, DPOConfig, {"ld_alpha": alpha}),
+        (SamPOTrainer, SamPOConfig, {"token_weighting": "ld", "ld_tail_weight": alpha}),
+    ):
+        made = make_trainer(
+            make_model(seed=2),
+            tmp_path,
+            ref_model=make_model(seed=1),
+            processing_class=make_tokenizer(),
+            eval_data=make_pairs(10, seed=5),
+            trainer=trainer,
+            config=config,
+            eval_strategy="steps",
+            eval_steps=2,
+            **options,
+        )
+        logs.append(history(made))
+    compared = 0
+    for theirs, ours in zip(*logs, strict=True):
+        for name in theirs:
+            if name.endswith(("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "grad_norm")):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name  # float32 sums
+                compared += 1
+    assert compared > 15
+
+
 @pytest.mark.parametrize("conversational", [False, True])
 @pytest.mark.parametrize("peft", [False, True])
 def test_trls_documented_uses_run_with_the_class_swapped(model_folder, tmp_path, conversational, peft):
