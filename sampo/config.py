@@ -18,6 +18,7 @@ from .config_checks import (
     TOKEN_BUDGETS,
     find_combination_issues,
     find_range_issues,
+    find_weight_columns,
 )
 from .old_options import find_old_option_issues
 from .weighting import WEIGHTINGS
@@ -40,7 +41,8 @@ class SamPOConfig(DPOConfig):
             "help": "Which completion tokens count, and how much: `all` (DPO), `sampo` (a uniform random subset of "
             "T_m = min(T_w, T_l) tokens of each response), `expected` (its mean, T_m/T each), `mean_rescaled`, "
             "`mean` (1/T each), `prefix` (the first T_m), `ld` (1 on the first T_m, alpha on the others), `top_k` "
-            "(the T_m largest log-ratios) or `decay` (gamma^t).",
+            "(the T_m largest log-ratios), `decay` (gamma^t) or `column` (the data's columns `chosen_weights` and "
+            "`rejected_weights`).",
             "choices": sorted(WEIGHTINGS),
         },
     )
@@ -113,6 +115,13 @@ class SamPOConfig(DPOConfig):
         metadata={
             "help": "Alpha in [0, 1] of `token_weighting: ld`: the weight of the tokens after the first T_m. At 0 it "
             "is `prefix`, at 1 `all`. TRL's `ld_alpha` is the same weighting, for `token_weighting: all` alone."
+        },
+    )
+    pair_weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the data with a number of at least 0 for each pair, which its loss is multiplied by; "
+            "the loss of a batch stays a mean over its pairs. Metrics other than the loss are not weighted."
         },
     )
     # The last of two types is what the command line parses; a number may be given as either.
@@ -231,6 +240,11 @@ class SamPOConfig(DPOConfig):
     def is_plain_dpo(self) -> bool:
         """Whether all tokens weigh 1, so that TRL's own weights apply."""
         return self.token_weighting == "all" and not self.balance_end_token
+
+    @property
+    def weight_columns(self) -> list[str]:
+        """The columns of weights that are read from the data."""
+        return find_weight_columns(self)
 
     @property
     def has_length_penalty(self) -> bool:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from .data.lengths import TRUNCATION_MODES
+from .data.weight_columns import TOKEN_WEIGHT_COLUMNS
 from .old_options import OLD_LOSSES
 from .weighting import WEIGHTINGS, Weighting
 
@@ -69,6 +70,11 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
             "a whole number of at least 1, or `auto`",
         ),
         ("decay_gamma", _is_finite(gamma) and 0 < gamma <= 1, "in (0, 1]"),
+        (
+            "pair_weight_column",
+            config.pair_weight_column not in ("", *TOKEN_WEIGHT_COLUMNS, "prompt", "chosen", "rejected"),
+            "the name of a column of numbers",
+        ),
         ("ld_tail_weight", _is_finite(tail) and 0 <= tail <= 1, "in [0, 1]"),
         (
             "length_penalty",
@@ -113,6 +119,12 @@ def _is_finite(value: Any) -> bool:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and value >= least
+
+
+def find_weight_columns(config: Any) -> list[str]:
+    """The columns of weights that a run with a `SamPOConfig` reads from its data."""
+    of_tokens = TOKEN_WEIGHT_COLUMNS if WEIGHTINGS[config.token_weighting].from_data else ()
+    return [*of_tokens, *([config.pair_weight_column] if config.pair_weight_column else [])]
 
 
 def are_token_totals(value: Any) -> bool:
@@ -224,6 +236,11 @@ def _loss_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             config.max_tokens_per_forward is not None and bool(losses & BATCH_LOSSES),
             f"`max_tokens_per_forward` needs losses that are means over the pairs, got "
             f"{sorted(losses & BATCH_LOSSES)}, which sort the rows of a batch.",
+        ),
+        (
+            config.pair_weight_column is not None and bool(losses & BATCH_LOSSES),
+            f"`pair_weight_column` needs losses that are means over the pairs, got {sorted(losses & BATCH_LOSSES)}, "
+            "which sort the rows of a batch.",
         ),
         (
             config.has_length_penalty and bool(not_of_margin),

@@ -52,6 +52,7 @@ class PairTokens:
         log_ratios: `(2B, N)` float, without gradient; only for methods that need them.
         gamma: factor of `decay`.
         tail_weight: of the tokens after `budget` in `ld`.
+        given: `(2B, N)` float ≥ 0, weights from the data; only for methods that read them.
     """
 
     mask: Tensor
@@ -61,6 +62,7 @@ class PairTokens:
     log_ratios: Tensor | None = None
     gamma: float = 1.0
     tail_weight: float = 0.0
+    given: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -115,6 +117,12 @@ def _top_k(tokens: PairTokens) -> Tensor:
     return _first((-tokens.log_ratios).masked_fill(tokens.forced, -torch.inf), tokens).float()
 
 
+def _column(tokens: PairTokens) -> Tensor:
+    """The data's own weights, such as those of TIS-DPO (arXiv 2410.04350)."""
+    assert tokens.given is not None
+    return tokens.given * tokens.mask
+
+
 def _decay(tokens: PairTokens) -> Tensor:
     """D2PO (arXiv 2502.14340): γ^t for the completion tokens t = 0, 1 and so on."""
     position = (tokens.mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -146,6 +154,7 @@ class Weighting:
         random: the weights depend on `keys`.
         can_keep_end: `keep_end_token` is defined.
         needs_log_ratios: the weights depend on `log_ratios`.
+        from_data: the weights depend on `given`.
     """
 
     weights: Callable[[PairTokens], Tensor]
@@ -157,6 +166,7 @@ class Weighting:
     random: bool = False
     can_keep_end: bool = False
     needs_log_ratios: bool = False
+    from_data: bool = False
 
 
 WEIGHTINGS: dict[str, Weighting] = {
@@ -196,6 +206,13 @@ WEIGHTINGS: dict[str, Weighting] = {
         needs_log_ratios=True,
     ),
     "decay": Weighting(_decay, "D2PO", "γ^t, t = 0, 1, …", "arXiv 2502.14340"),
+    "column": Weighting(
+        _column,
+        "weights from the data",
+        "that of the columns `chosen_weights`, `rejected_weights`",
+        "the data; such as TIS-DPO's, arXiv 2410.04350",
+        from_data=True,
+    ),
 }
 
 REGISTERED: dict[str, str] = {}  # methods from outside: name -> hash of the file that they are written in
@@ -235,6 +252,7 @@ def token_weights(
     keep_end_token: bool = False,
     gamma: float = 1.0,
     tail_weight: float = 0.0,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The weights of a method for a batch of pairs.
 
@@ -250,6 +268,7 @@ def token_weights(
         keep_end_token: the end token is always selected.
         gamma: factor of `decay`.
         tail_weight: α of `ld`.
+        given: `(2B, N)` float; needed by `column`.
 
     Returns:
         `(2B, N)` float32, ≥ 0, zero where `mask` is.
@@ -264,7 +283,7 @@ def token_weights(
         n_pairs = mask.size(0) // 2
         budget = torch.cat((lengths[:n_pairs].to(budget.dtype), budget[n_pairs:]))
     forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
-    weights = method.weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma, tail_weight))
+    weights = method.weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma, tail_weight, given))
     if weights.shape != mask.shape:
         raise ValueError(
             f"the weights of `{name}` must have the shape of `mask`, {tuple(mask.shape)}, got {tuple(weights.shape)}."

@@ -1,6 +1,7 @@
 """The arithmetic of the methods against slow loops, closed forms and the statistics of uniform subsets."""
 
 import math
+from functools import partial
 
 import numpy as np
 import oracles
@@ -49,6 +50,7 @@ def make_batch(lengths, *, prompts=None, pad_left=0, seed=0, n_tokens=50):
 def weigh(name, ids, real, mask, *, seed=1, epoch=0, stream=0, log_ratios=None, **options):
     keys = draw_keys(ids, real, seed=seed, epoch=epoch, stream=stream)
     row_keys = draw_row_keys(ids, real, seed=seed, epoch=epoch, stream=stream)
+    options.setdefault("given", ids[:, 1:] / 10)  # weights from the data
     if log_ratios is None:
         log_ratios = torch.zeros(mask.shape)
     return token_weights(name, mask, keys=keys, row_keys=row_keys, log_ratios=log_ratios, **options)
@@ -107,6 +109,7 @@ def test_weights_equal_a_loop_over_tokens_written_from_the_equations(name, sides
             gamma=0.9,
             tail=0.3,
             budget=budget,
+            given=[token / 10 for token in tokens[-own:]],
         )
         assert got[row][mask[row]].tolist() == pytest.approx(expected, rel=1e-6)
         assert got[row][~mask[row]].sum() == 0
@@ -390,9 +393,12 @@ def test_weights_have_the_flags_that_the_registry_claims():
     ids, real, mask = make_batch([9, 4, 3, 8])
     ratios = torch.randn(mask.shape)
     for name, method in WEIGHTINGS.items():
-        w = weigh(name, ids, real, mask, log_ratios=ratios, gamma=0.9)
+        again = partial(weigh, name, ids, real, mask, gamma=0.9, tail_weight=0.3)
+        w = again(log_ratios=ratios)
         assert bool(((w == 0) | (w == 1)).all()) == method.subset, name
-        other = weigh(name, ids, real, mask, log_ratios=ratios, gamma=0.9, seed=99)
+        other = again(log_ratios=ratios, seed=99)
         assert (not torch.equal(w, other)) == method.random, name
-        others = weigh(name, ids, real, mask, log_ratios=-ratios, gamma=0.9)
+        others = again(log_ratios=-ratios)
         assert (not torch.equal(w, others)) == method.needs_log_ratios, name
+        from_data = again(log_ratios=ratios, given=mask * 3.5)
+        assert (not torch.equal(w, from_data)) == method.from_data, name

@@ -173,6 +173,7 @@ class _Setup:
         pairs: tokenised, with the reference's log-probs if there is one.
         reference: digest of its cache, or None.
         data: hash of the token ids.
+        weights: hash of the data's token weights, or None.
         pad_id: of the tokenizer.
         end_ids: tokens that end a response, EOS first.
         other_ends: fingerprints of rows whose end tokens end other turns.
@@ -185,6 +186,7 @@ class _Setup:
     pairs: Any
     reference: str | None
     data: str
+    weights: str | None
     pad_id: int
     end_ids: list[int]
     other_ends: list[int]
@@ -225,6 +227,7 @@ def _prepare(args: argparse.Namespace) -> _Setup:
         pairs=pairs,
         reference=None,
         data=hash_token_ids(pairs),
+        weights=_token_weights(pairs),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         end_ids=end_token_ids(tokenizer, policies[0].generation_config()),
         other_ends=rows_with_other_ends(pairs, counts, args.max_length or None, args.truncation_mode),
@@ -304,6 +307,16 @@ def _count_tokens(pairs: Any, tokenizer: Any, args: argparse.Namespace) -> Any:
             *(f"{2 * counts.pairs:,}", tokenizer.eos_token),
         )
     return counts
+
+
+def _token_weights(pairs: Any) -> str | None:
+    """Hash of the data's token weights after a check of them, or None if it has none."""
+    from ..data.weight_columns import TOKEN_WEIGHT_COLUMNS, check_weights, hash_weight_columns
+
+    if not set(TOKEN_WEIGHT_COLUMNS) & set(pairs.column_names):
+        return None
+    check_weights(pairs, TOKEN_WEIGHT_COLUMNS, "given")
+    return hash_weight_columns(pairs, TOKEN_WEIGHT_COLUMNS)
 
 
 def _check_tokens(pairs: Any, tokenizer: Any, models: list[LazyModel]) -> None:
@@ -387,6 +400,7 @@ def _score(args: argparse.Namespace, setup: _Setup, policy: LazyModel, name: str
         policy=policy.file_identity() or policy.identity(),
         reference=setup.reference,
         data=setup.data,
+        weights=setup.weights,
         max_length=args.max_length or None,
         truncation_mode=args.truncation_mode,
         end_ids=setup.end_ids,

@@ -25,6 +25,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..data.token_ids import ID_COLUMNS
+from ..data.weight_columns import GIVEN_TOKEN_WEIGHTS, TOKEN_WEIGHT_COLUMNS, WeightCollator
 from ..io.files import remove_left_overs, write_atomic
 from ..io.hashing import Content, find_changed_file, hash_content, hash_json, seal, unseal
 from ..io.progress import Progress
@@ -86,6 +87,7 @@ class ScoreKey:
         policy: fields of the key that a model fills (`sampo.reference_cache.key.identity_of_model`).
         reference: digest of the reference's cache; None without a reference.
         data: hash of the token ids.
+        weights: hash of the data's token weights; None without.
         max_length: tokens of prompt and response together, or None.
         truncation_mode: which end is cut.
         end_ids: tokens that end a response.
@@ -101,6 +103,7 @@ class ScoreKey:
     policy: dict[str, str]
     reference: str | None
     data: str
+    weights: str | None
     max_length: int | None
     truncation_mode: str
     end_ids: list[int]
@@ -160,9 +163,11 @@ def score_pairs(
     known = read_score_shards(folder, key)
     starts = range(0, len(dataset), rows_per_shard)
     paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
-    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS)]
-    rows = dataset.select_columns(names).with_format(None)
-    collate = RefCollator(DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode), ref_dtype)
+    weights = () if key.weights is None else TOKEN_WEIGHT_COLUMNS
+    read = (*ID_COLUMNS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS, *weights)
+    rows = dataset.select_columns([name for name in dataset.column_names if name in read]).with_format(None)
+    cut = DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode)
+    collate = WeightCollator(RefCollator(cut, ref_dtype), weights, key.truncation_mode)
     score_tokens: ModelScorer | None = None
     for start, path in zip(starts, paths, strict=True):
         stop = min(start + rows_per_shard, len(dataset))
@@ -230,6 +235,8 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
     )
     chosen_total, rejected_total = key.token_totals
     for name, method in DIAGNOSED_METHODS.items():
+        if WEIGHTINGS[method.weighting].from_data and GIVEN_TOKEN_WEIGHTS not in inputs:
+            continue
         weights = token_weights(
             method.weighting,
             mask,
@@ -242,6 +249,7 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
             keep_end_token=method.keep_end_token,
             gamma=key.gamma,
             tail_weight=key.tail_weight,
+            given=inputs.get(GIVEN_TOKEN_WEIGHTS),
         ).double()
         columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
         if CACHED_REF_LOGPS in inputs:

@@ -7,7 +7,7 @@ from ..weighting import WEIGHTINGS
 
 DESCRIBED_OPTIONS = (
     *("sampled_sides", "token_budget", "keep_end_token", "balance_end_token", "mask_sharing", "mask_samples"),
-    "length_penalty",
+    *("length_penalty", "pair_weight_column"),
 )
 PAPER = {
     "title": "Eliminating Biased Length Reliance of Direct Preference Optimization via Down-Sampled KL Divergence",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config import SamPOConfig
 from ..data.lengths import TokenCounts
+from ..data.weight_columns import GIVEN_TOKEN_WEIGHTS
 from ..weighting import (
     EVAL_EPOCH,
     WEIGHTINGS,
@@ -144,6 +145,7 @@ class Weigher:
             keep_end_token=args.keep_end_token or (args.balance_end_token and self.method.can_keep_end),
             gamma=args.decay_gamma,
             tail_weight=args.ld_tail_weight,
+            given=batch.inputs.get(GIVEN_TOKEN_WEIGHTS),
         )
         return weights if end_probs is None else balance_end(weights, batch.end, end_probs)
 

@@ -18,9 +18,9 @@ from made_up_scores import made_up
 from oracles import dataset_budget, row_key
 from peft import LoraConfig, get_peft_model
 from scipy import stats
-from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
+from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options, with_weights
 
-from sampo import SamPOConfig, SamPOTrainer, cli
+from sampo import SamPOConfig, SamPOTrainer, cli, load_preferences
 from sampo.commands import lazy_model
 from sampo.data.end_tokens import most_common_end_token
 from sampo.data.token_ids import hash_token_ids
@@ -34,6 +34,7 @@ from sampo.scoring.scorer import ModelScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
 
 SEED, GAMMA, MAX_LENGTH = 5, 0.9, 40
+METHODS = {name: method for name, method in DIAGNOSED_METHODS.items() if method.weighting != "column"}
 TOTALS, TAIL = [300, 410], 0.3
 EOS, IM_END = 1, 3
 
@@ -48,6 +49,7 @@ def key_of(data, **changes):
         "policy": {"weights": "none"},
         "reference": None,
         "data": "none",
+        "weights": None,
         "max_length": MAX_LENGTH,
         "truncation_mode": "keep_start",
         "end_ids": [EOS, IM_END],
@@ -171,7 +173,7 @@ def naive_pair(policy, reference, row):
         found[f"{side}_end_place"] = -1 if ends[i] is None else ends[i]
         found[f"{side}_policy_logps"], found[f"{side}_ref_logps"] = sum(own[i]), sum(ref[i])
         found[f"{side}_log_ratio"], found[f"{side}_token_log_ratios"] = sum(ratios[i]), ratios[i]
-    for name, method in DIAGNOSED_METHODS.items():
+    for name, method in METHODS.items():
         weights = [naive_weights(method, lengths, side, ends, keys, ratios, row_keys) for side in (0, 1)]
         found[f"pressure/{name}"] = dot(weights[0], slopes[0]) - dot(weights[1], slopes[1])
         for i, side in enumerate(("chosen", "rejected")):
@@ -219,8 +221,8 @@ def test_without_a_reference_the_pressure_is_that_before_training(data, shards, 
     assert not [name for name in alone[0] if "ref_logps" in name or "ratio" in name or "score" in name]
     itself = table_of(computed(tmp_path / "same", data, make_model(seed=1), make_model(seed=1)))
     for row, same, with_other in zip(alone, itself, table_of(shards), strict=True):
-        assert all(same[f"chosen_score/{name}"] == pytest.approx(0, abs=1e-3) for name in DIAGNOSED_METHODS)
-        for name, method in DIAGNOSED_METHODS.items():
+        assert all(same[f"chosen_score/{name}"] == pytest.approx(0, abs=1e-3) for name in METHODS)
+        for name, method in METHODS.items():
             if method.weighting != "top_k":  # it looks at the reference
                 assert row[f"pressure/{name}"] == pytest.approx(with_other[f"pressure/{name}"], abs=1e-5)
         # all log-ratios are 0, and of equals the earlier are taken
@@ -411,6 +413,7 @@ def test_every_field_of_the_key_changes_its_digest(data):
         "policy": {"weights": "other"},
         "reference": "digest",
         "data": "other",
+        "weights": "other",
         "max_length": None,
         "truncation_mode": "keep_end",
         "end_ids": [1],
@@ -628,7 +631,7 @@ def test_several_checkpoints_on_one_page_and_nothing_is_computed_twice(world, tm
     assert shown == {str(world / "a"), str(world / "b")}
     pressure = [r for r in records if r.name == "diagnose/pressure" and r.config["policy"] == str(world / "a")]
     assert {(r.config["method"], r.config["group"]) for r in pressure} >= {
-        (method, group) for method in DIAGNOSED_METHODS for group in ("all", "chosen longer", "source: y")
+        (method, group) for method in METHODS for group in ("all", "chosen longer", "source: y")
     }
     monkeypatch.setattr(lazy_model.LazyModel, "load", refuse_to_load)
     assert diagnose(world, *words, *more, out=tmp_path) == 0
@@ -636,6 +639,36 @@ def test_several_checkpoints_on_one_page_and_nothing_is_computed_twice(world, tm
     # the values of a column are not in the key: they need no forward pass
     assert diagnose(world, *words, "--by", "p", out=tmp_path) == 0
     assert "p: 2" in capsys.readouterr().out
+
+
+def test_weights_of_the_data_are_diagnosed_where_the_data_have_them(tmp_path):
+    pairs = with_weights(raw_pairs(8, seed=4))
+    prepared = tokenize_pairs(pairs, make_tokenizer(), max_length=MAX_LENGTH)
+    policy, reference = make_model(seed=1), make_model(seed=0)
+    plain = table_of(computed(tmp_path / "plain", prepared, policy, reference))
+    assert not [name for name in plain[0] if name.endswith("/column")]
+    found = table_of(computed(tmp_path / "given", prepared, policy, reference, weights="w"))
+    for row, without, example in zip(found, plain, prepared, strict=True):
+        assert without.items() <= row.items()
+        for side in ("chosen", "rejected"):
+            weights = example[f"{side}_weights"][: row[f"{side}_tokens"]]
+            expected = dot(weights, row[f"{side}_token_log_ratios"])
+            assert row[f"{side}_score/column"] == pytest.approx(expected, abs=1e-4)
+        assert "pressure/column" in row
+
+
+def test_the_command_reads_weights_of_the_data_and_names_a_wrong_one(world, tmp_path):
+    # the tokens of the data as they are loaded: one weight for each
+    pairs = with_weights(load_preferences(str(world / "pairs.jsonl")))
+    pairs.to_json(world / "weights.jsonl")
+    assert diagnose(world, "--policy", str(world / "a"), out=tmp_path, data="weights.jsonl") == 0
+    records = results.read(tmp_path / "records.jsonl")
+    assert [r for r in records if (r.config["method"], r.config["group"]) == ("column", "all")]
+    short = pairs["chosen_weights"][:]
+    short[2] = short[2][:-1]
+    pairs.remove_columns("chosen_weights").add_column("chosen_weights", short).to_json(world / "wrong.jsonl")
+    with pytest.raises(SystemExit, match=r"sampo diagnose: error: `chosen_weights` must have one .* rows \[2\]"):
+        diagnose(world, "--policy", str(world / "a"), out=tmp_path / "2", data="wrong.jsonl")
 
 
 def test_the_budget_of_a_data_set_is_that_of_the_pairs_or_of_the_totals_given(world, tmp_path):

@@ -53,7 +53,18 @@ def smallest(values: list[float], count: int) -> set[int]:
 
 
 def weights(
-    name, own, other, *, keys=None, log_ratios=None, end=None, whole=False, gamma=1.0, tail=0.5, budget=None
+    name,
+    own,
+    other,
+    *,
+    keys=None,
+    log_ratios=None,
+    end=None,
+    whole=False,
+    gamma=1.0,
+    tail=0.5,
+    budget=None,
+    given=None,
 ) -> list[float]:
     """Weights of one response of `own` tokens beside a rival of `other` tokens, from the equations.
 
@@ -69,6 +80,8 @@ def weights(
         return [(own + other) / 2 / own] * own
     if name == "prefix":
         return [1.0 if t < keep else 0.0 for t in range(own)]
+    if name == "column":
+        return list(given)
     if name == "ld":
         return [1.0 if t < keep else tail for t in range(own)]
     if name == "decay":

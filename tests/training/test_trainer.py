@@ -18,7 +18,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options
+from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options, with_weights
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -41,10 +41,11 @@ def model_folder(tmp_path_factory):
 def make_trainer(model, output_dir, *, data=None, eval_data=None, trainer=SamPOTrainer, config=SamPOConfig, **options):
     kwargs = {name: options.pop(name) for name in ("ref_model", "peft_config", "processing_class") if name in options}
     options = (PLAIN if config is SamPOConfig else {}) | options
+    data = make_pairs(32) if data is None else data
     return trainer(
         model=model,
         args=config(**training_options(output_dir, **options)),
-        train_dataset=make_pairs(32) if data is None else data,
+        train_dataset=with_weights(data) if options.get("token_weighting") == "column" else data,
         eval_dataset=eval_data,
         **kwargs,
     )
@@ -244,6 +245,7 @@ def oracle_scores(
             whole=sides == "rejected" and side == "chosen_ids",
             gamma=gamma,
             budget=budget,
+            given=pair.get(side.replace("ids", "weights")),
         )
         if balance and ends:
             at = ends[-1]
