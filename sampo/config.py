@@ -41,8 +41,8 @@ class SamPOConfig(DPOConfig):
             "help": "Which completion tokens count, and how much: `all` (DPO), `sampo` (a uniform random subset of "
             "T_m = min(T_w, T_l) tokens of each response), `expected` (its mean, T_m/T each), `mean_rescaled`, "
             "`mean` (1/T each), `prefix` (the first T_m), `ld` (1 on the first T_m, alpha on the others), `top_k` "
-            "(the T_m largest log-ratios), `decay` (gamma^t) or `column` (the data's columns `chosen_weights` and "
-            "`rejected_weights`).",
+            "(the T_m largest log-ratios), `decay` (gamma^t), `otpo` (optimal transport between the "
+            "responses) or `column` (the data's columns `chosen_weights` and `rejected_weights`).",
             "choices": sorted(WEIGHTINGS),
         },
     )
@@ -115,6 +115,17 @@ class SamPOConfig(DPOConfig):
         metadata={
             "help": "Alpha in [0, 1] of `token_weighting: ld`: the weight of the tokens after the first T_m. At 0 it "
             "is `prefix`, at 1 `all`. TRL's `ld_alpha` is the same weighting, for `token_weighting: all` alone."
+        },
+    )
+    otpo_reg: float = field(
+        default=1.0,
+        metadata={"help": "Coefficient of the entropy of the transport plan of `token_weighting: otpo`."},
+    )
+    otpo_mass_reg: float = field(
+        default=0.2,
+        metadata={
+            "help": "Coefficient of the marginals of that plan: the larger, the closer are the weights to T_m/T. At "
+            "most 100 times `otpo_reg`."
         },
     )
     pair_weight_column: str | None = field(

@@ -75,6 +75,12 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
             config.pair_weight_column not in ("", *TOKEN_WEIGHT_COLUMNS, "prompt", "chosen", "rejected"),
             "the name of a column of numbers",
         ),
+        ("otpo_reg", _is_finite(config.otpo_reg) and config.otpo_reg > 0, "positive"),
+        (
+            "otpo_mass_reg",
+            _is_finite(config.otpo_mass_reg) and 0 < config.otpo_mass_reg <= 100 * config.otpo_reg,
+            f"positive and at most 100 times `otpo_reg` ({config.otpo_reg})",
+        ),
         ("ld_tail_weight", _is_finite(tail) and 0 <= tail <= 1, "in [0, 1]"),
         (
             "length_penalty",

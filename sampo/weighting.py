@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from . import plugins
+from .budget import dataset_budget
+from .transport import transport_weights
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
 # Lower bound of 1 − p_end in `balance_end`; without it a reference with p_end near 1 gives an unbounded weight
@@ -53,6 +55,8 @@ class PairTokens:
         gamma: factor of `decay`.
         tail_weight: of the tokens after `budget` in `ld`.
         given: `(2B, N)` float ≥ 0, weights from the data; only for methods that read them.
+        states: `(2B, N, H)` hidden states of the policy that predict the tokens; only for methods that need them.
+        transport: coefficients (of the entropy, of the marginals) of `otpo`.
     """
 
     mask: Tensor
@@ -63,6 +67,8 @@ class PairTokens:
     gamma: float = 1.0
     tail_weight: float = 0.0
     given: Tensor | None = None
+    states: Tensor | None = None
+    transport: tuple[float, float] = (1.0, 0.2)
 
     @property
     def lengths(self) -> Tensor:
@@ -117,6 +123,13 @@ def _top_k(tokens: PairTokens) -> Tensor:
     return _first((-tokens.log_ratios).masked_fill(tokens.forced, -torch.inf), tokens).float()
 
 
+def _otpo(tokens: PairTokens) -> Tensor:
+    """OTPO (arXiv 2505.18720): the marginals of a transport plan between the responses, T_m in total."""
+    assert tokens.states is not None
+    reg, mass_reg = tokens.transport
+    return transport_weights(tokens.states, tokens.mask, reg=reg, mass_reg=mass_reg)
+
+
 def _column(tokens: PairTokens) -> Tensor:
     """The data's own weights, such as those of TIS-DPO (arXiv 2410.04350)."""
     assert tokens.given is not None
@@ -154,6 +167,7 @@ class Weighting:
         random: the weights depend on `keys`.
         can_keep_end: `keep_end_token` is defined.
         needs_log_ratios: the weights depend on `log_ratios`.
+        needs_states: the weights depend on `states`.
         from_data: the weights depend on `given`.
     """
 
@@ -166,7 +180,13 @@ class Weighting:
     random: bool = False
     can_keep_end: bool = False
     needs_log_ratios: bool = False
+    needs_states: bool = False
     from_data: bool = False
+
+    @property
+    def needs_policy(self) -> bool:
+        """The weights are known only after a forward pass of the policy."""
+        return self.needs_log_ratios or self.needs_states
 
 
 WEIGHTINGS: dict[str, Weighting] = {
@@ -206,6 +226,13 @@ WEIGHTINGS: dict[str, Weighting] = {
         needs_log_ratios=True,
     ),
     "decay": Weighting(_decay, "D2PO", "γ^t, t = 0, 1, …", "arXiv 2502.14340"),
+    "otpo": Weighting(
+        _otpo,
+        "OTPO",
+        "the marginal of an optimal transport plan between the hidden states of both responses, T_m in total",
+        "arXiv 2505.18720",
+        needs_states=True,
+    ),
     "column": Weighting(
         _column,
         "weights from the data",
@@ -253,6 +280,8 @@ def token_weights(
     gamma: float = 1.0,
     tail_weight: float = 0.0,
     given: Tensor | None = None,
+    states: Tensor | None = None,
+    transport: tuple[float, float] = (1.0, 0.2),
 ) -> Tensor:
     """The weights of a method for a batch of pairs.
 
@@ -269,6 +298,8 @@ def token_weights(
         gamma: factor of `decay`.
         tail_weight: α of `ld`.
         given: `(2B, N)` float; needed by `column`.
+        states: `(2B, N, H)` float; needed by `otpo`.
+        transport: coefficients of `otpo`.
 
     Returns:
         `(2B, N)` float32, ≥ 0, zero where `mask` is.
@@ -283,34 +314,13 @@ def token_weights(
         n_pairs = mask.size(0) // 2
         budget = torch.cat((lengths[:n_pairs].to(budget.dtype), budget[n_pairs:]))
     forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
-    weights = method.weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma, tail_weight, given))
+    more = log_ratios, gamma, tail_weight, given, states, transport
+    weights = method.weights(PairTokens(mask, budget, forced, keys, *more))
     if weights.shape != mask.shape:
         raise ValueError(
             f"the weights of `{name}` must have the shape of `mask`, {tuple(mask.shape)}, got {tuple(weights.shape)}."
         )
     return weights
-
-
-def dataset_budget(lengths: Tensor, token_totals: tuple[int, int], row_keys: Tensor | None) -> Tensor:
-    """The tokens that each response keeps, so that chosen and rejected responses keep equally many in total.
-
-    A chosen response keeps the share min(1, ΣT_l / ΣT_w) of its tokens, a rejected one min(1, ΣT_w / ΣT_l), and at
-    least one. A share that is no whole number of tokens is rounded up with the probability of its fraction, so that
-    the mean over draws is the share itself. In int64, so that the bits are the same on every device.
-
-    Args:
-        lengths: `(2B,)` int64, chosen rows first.
-        token_totals: ΣT_w and ΣT_l over the data set.
-        row_keys: `(2B,)` int64 ≥ 0 from `draw_row_keys`; without them the share is not rounded.
-
-    Returns:
-        `(2B,)` ≥ 1: int64, or float64 without `row_keys`.
-    """
-    total = lengths.new_tensor(token_totals).repeat_interleave(len(lengths) // 2)  # (2B,)
-    kept = lengths * min(token_totals)
-    if row_keys is None:
-        return (kept.double() / total).clamp(min=1)
-    return ((kept + row_keys % total) // total).clamp(min=1)
 
 
 def sequence_logps(logps: Tensor, weights: Tensor) -> Tensor:

@@ -212,7 +212,8 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
     ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
     targets = ids[:, 1:]
     end_targets = torch.full_like(targets, key.end_id)
-    logps, end_logps = (each.double().cpu() for each in scorer(inputs, targets, end_targets))
+    scored, states = scorer.score(inputs, targets, end_targets, keep_states=True)
+    logps, end_logps = (each.double().cpu() for each in scored)
     is_end = mask & (targets == key.end_id)
     ends = last_end_tokens(ids, mask, torch.tensor(key.end_ids))
     if key.other_ends:
@@ -250,6 +251,7 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
             gamma=key.gamma,
             tail_weight=key.tail_weight,
             given=inputs.get(GIVEN_TOKEN_WEIGHTS),
+            states=None if states is None else states.float().cpu(),
         ).double()
         columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
         if CACHED_REF_LOGPS in inputs:

@@ -54,6 +54,7 @@ STUDY_METHODS = {  # and of `studies/`
     "mean": Method("length-normalised DPO", {"token_weighting": "mean"}, beta_per_token=True),
     "prefix": Method("POET", {"token_weighting": "prefix"}),
     "top_k": Method("SamPO-TopK", {"token_weighting": "top_k"}),
+    "otpo": Method("OTPO", {"token_weighting": "otpo"}),
     "decay": Method("D2PO .97", {"token_weighting": "decay", "decay_gamma": 0.97}),
     "sampo_end": Method("SamPO, end kept", {**_SAMPO, "keep_end_token": True}),
     "expected_end": Method("expected, end kept", {"token_weighting": "expected", "keep_end_token": True}),

@@ -41,6 +41,8 @@ def describe_method(args: SamPOConfig, length_scale: float, token_totals: tuple[
             text += f", `{name}: {getattr(args, name)}`"
     if args.token_weighting == "decay":
         text += f", `decay_gamma: {args.decay_gamma}`"
+    if args.token_weighting == "otpo":
+        text += f", `otpo_reg: {args.otpo_reg}`, `otpo_mass_reg: {args.otpo_mass_reg}`"
     if args.token_weighting == "ld":
         text += f", `ld_tail_weight: {args.ld_tail_weight}`"
     if args.learns_length_penalty:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_up_scores import made_up
-from oracles import dataset_budget, row_key
+from oracles import dataset_budget, row_key, transport_weights
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options, with_weights
@@ -173,8 +173,13 @@ def naive_pair(policy, reference, row):
         found[f"{side}_end_place"] = -1 if ends[i] is None else ends[i]
         found[f"{side}_policy_logps"], found[f"{side}_ref_logps"] = sum(own[i]), sum(ref[i])
         found[f"{side}_log_ratio"], found[f"{side}_token_log_ratios"] = sum(ratios[i]), ratios[i]
+    with torch.no_grad():
+        outputs = [policy.double().model(torch.tensor([prompt + side])).last_hidden_state[0] for side in sides]
+    plan = transport_weights(*(states[len(prompt) - 1 : -1].tolist() for states in outputs))
     for name, method in METHODS.items():
-        weights = [naive_weights(method, lengths, side, ends, keys, ratios, row_keys) for side in (0, 1)]
+        weights = plan
+        if name != "otpo":
+            weights = [naive_weights(method, lengths, side, ends, keys, ratios, row_keys) for side in (0, 1)]
         found[f"pressure/{name}"] = dot(weights[0], slopes[0]) - dot(weights[1], slopes[1])
         for i, side in enumerate(("chosen", "rejected")):
             found[f"{side}_score/{name}"] = dot(weights[i], ratios[i])

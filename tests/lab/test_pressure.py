@@ -8,7 +8,7 @@ from sampo.lab import model as lm
 from sampo.lab.methods import STUDY_METHODS
 from sampo.lab.pressure import logistic_slope, mean_pressures, mean_weights
 from sampo.lab.world import EOS, World
-from sampo.weighting import draw_keys, token_weights
+from sampo.weighting import WEIGHTINGS, draw_keys, token_weights
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,9 @@ def naive_weights(t_w, t_l, options, end_probs, totals):
     return sides
 
 
-WITH_PRESSURE = [name for name, method in STUDY_METHODS.items() if method.options["token_weighting"] != "top_k"]
+WITH_PRESSURE = [
+    name for name, method in STUDY_METHODS.items() if not WEIGHTINGS[method.options["token_weighting"]].needs_policy
+]
 
 
 @pytest.mark.parametrize("name", WITH_PRESSURE)

@@ -80,7 +80,7 @@ def weights(
         return [(own + other) / 2 / own] * own
     if name == "prefix":
         return [1.0 if t < keep else 0.0 for t in range(own)]
-    if name == "column":
+    if name in ("column", "otpo"):  # of `otpo`, from `transport_weights`
         return list(given)
     if name == "ld":
         return [1.0 if t < keep else tail for t in range(own)]
@@ -97,6 +97,22 @@ def weights(
         values[end] = -math.inf
     kept = smallest(values, keep)
     return [1.0 if t in kept else 0.0 for t in range(own)]
+
+
+def transport_weights(chosen, rejected, reg=1.0, mass_reg=0.2) -> tuple[list[float], list[float]]:
+    """OTPO's weights of both responses from their hidden states, by Sinkhorn's scaling until it stands still."""
+    cost = [[math.dist(a, b) + 1e-6 for b in rejected] for a in chosen]
+    largest = max(1.0, max(map(max, cost)))
+    kernel = [[math.exp(-c / largest / reg) for c in row] for row in cost]
+    u, v, power, change = [1.0] * len(chosen), [1.0] * len(rejected), mass_reg / (mass_reg + reg), 1.0
+    while change > 1e-13:
+        before = u
+        u = [sum(k * y for k, y in zip(row, v, strict=True)) ** -power for row in kernel]
+        v = [sum(row[j] * x for row, x in zip(kernel, u, strict=True)) ** -power for j in range(len(v))]
+        change = max(abs(x - y) for x, y in zip(u, before, strict=True))
+    plan = [[x * k * y for k, y in zip(row, v, strict=True)] for x, row in zip(u, kernel, strict=True)]
+    scale = min(len(u), len(v)) / sum(map(sum, plan))
+    return [scale * sum(row) for row in plan], [scale * sum(column) for column in zip(*plan, strict=True)]
 
 
 def correlation_and_slope(x: list[float], y: list[float]) -> tuple[float, float]:

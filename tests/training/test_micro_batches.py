@@ -180,6 +180,7 @@ RUNS = [
     {"token_weighting": "all", "loss_type": ["sigmoid", "sft"]},
     {"token_weighting": "all", "ld_alpha": 0.4},
     {"token_weighting": "top_k", "log_length_pressure": True},
+    {"token_weighting": "otpo", "log_length_pressure": True},
     {"mask_samples": 3, "length_penalty": "learned", "gradient_accumulation_steps": 2},
     {"use_weighting": True, "log_token_statistics": False},
     {"balance_end_token": True, "precompute_ref_log_probs": True, "log_length_pressure": True},

@@ -227,6 +227,14 @@ def oracle_scores(
     """(S_w, S_l) of one pair, and the log-probs of the chosen tokens, from the equations."""
     result, chosen_logps = [], None
     n_prompt = len(pair["prompt_ids"])
+    given = {side: pair.get(side.replace("ids", "weights")) for side in ("chosen_ids", "rejected_ids")}
+    if name == "otpo":
+        with torch.no_grad():
+            states = [
+                policy.model(torch.tensor([pair["prompt_ids"] + pair[side]])).last_hidden_state[0, n_prompt - 1 : -1]
+                for side in given
+            ]
+        given = dict(zip(given, oracles.transport_weights(*(each.tolist() for each in states)), strict=True))
     for side, rival in (("chosen_ids", "rejected_ids"), ("rejected_ids", "chosen_ids")):
         row, own = pair["prompt_ids"] + pair[side], len(pair[side])
         logps, ref = (token_logps(m, row)[n_prompt - 1 :] for m in (policy, reference))
@@ -245,7 +253,7 @@ def oracle_scores(
             whole=sides == "rejected" and side == "chosen_ids",
             gamma=gamma,
             budget=budget,
-            given=pair.get(side.replace("ids", "weights")),
+            given=given[side],
         )
         if balance and ends:
             at = ends[-1]
