@@ -94,6 +94,11 @@ REFUSED = [
     ({"mask_samples": 0}, "`mask_samples` must be a whole number of at least 1, got 0"),
     ({"decay_gamma": 0.0}, r"`decay_gamma` must be in \(0, 1\], got 0.0"),
     ({"decay_gamma": math.nan}, "`decay_gamma`"),
+    ({"otpo_reg": 0.0}, "`otpo_reg` must be positive, got 0.0"),
+    (
+        {"otpo_mass_reg": 101.0},
+        r"`otpo_mass_reg` must be positive and at most 100 times `otpo_reg` \(1.0\)",
+    ),
     ({"ld_tail_weight": 1.5}, r"`ld_tail_weight` must be in \[0, 1\], got 1.5"),
     ({"length_penalty": "auto"}, "`length_penalty` must be a finite number or `learned`, got 'auto'"),
     ({"length_penalty": math.inf}, "`length_penalty` must be a finite number"),

@@ -42,7 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("lab-results"), metavar="DIR", help="records, table, figure")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="pairs to train on")
     parser.add_argument(
-        "--methods", nargs="+", choices=list(STUDY_METHODS), default=list(METHODS), help="methods to run"
+        "--methods",
+        nargs="+",
+        choices=list(STUDY_METHODS),
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"methods to run, of {', '.join(STUDY_METHODS)}",
     )
     for option in fields(Settings):
         if "help" in option.metadata:

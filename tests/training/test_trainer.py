@@ -295,6 +295,21 @@ ORACLE_CASES = [
 ]
 
 
+def test_otpo_has_the_same_losses_whatever_the_forward(tmp_path):
+    logs = []
+    for way in ("false", "true"):
+        options = {"token_weighting": "otpo", "pair_stream": way, "processing_class": make_tokenizer()}
+        trainer = make_trainer(make_model(seed=2), tmp_path, ref_model=make_model(seed=1), **options)
+        logs.append(losses(history(trainer)))
+    assert logs[1] == pytest.approx(logs[0], abs=1e-5)
+
+
+def test_otpo_is_refused_where_the_hidden_states_are_not_seen(model_folder, tmp_path):
+    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="`token_weighting: otpo` needs the hidden states of the policy"):
+        make_trainer(model_folder, tmp_path, token_weighting="otpo", peft_config=peft)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", ORACLE_CASES, ids=lambda c: ",".join(str(v) for v in c.values()))
 def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, training):
