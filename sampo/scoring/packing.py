@@ -223,8 +223,7 @@ def score_packed(
             keep_states=keep_states,
             **router,
         )
-    layers = backbone.config.get_text_config().num_hidden_layers
-    calls = stream.segments.calls
+    layers, calls = backbone.config.get_text_config().num_hidden_layers, stream.segments.calls
     scored = output[0].log_probs
     if scored.requires_grad:  # gradient checkpointing computes the attention again in the backward pass
         scored.register_hook(lambda _, needed=stream.segments: None)  # kept as long as the graph
