@@ -353,9 +353,9 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
     batches = []
 
     class Counting(ModelScorer):
-        def __call__(self, inputs, *targets):
+        def score(self, inputs, *targets, **options):
             batches.append(len(inputs["input_ids"]) // 2)
-            return super().__call__(inputs, *targets)
+            return super().score(inputs, *targets, **options)
 
     with_reference = cached_reference(data, ref_cache(tmp_path, data), refuse_to_load, {}, pad_id=0)
     again = score_pairs(
