@@ -15,8 +15,10 @@ from .config_checks import (
     PAIR_STREAMS,
     REF_CACHE_DTYPES,
     SAMPLED_SIDES,
+    TOKEN_BUDGETS,
     find_combination_issues,
     find_range_issues,
+    find_weight_columns,
 )
 from .old_options import find_old_option_issues
 from .weighting import WEIGHTINGS
@@ -38,7 +40,9 @@ class SamPOConfig(DPOConfig):
         metadata={
             "help": "Which completion tokens count, and how much: `all` (DPO), `sampo` (a uniform random subset of "
             "T_m = min(T_w, T_l) tokens of each response), `expected` (its mean, T_m/T each), `mean_rescaled`, "
-            "`mean` (1/T each), `prefix` (the first T_m), `top_k` (the T_m largest log-ratios) or `decay` (gamma^t).",
+            "`mean` (1/T each), `prefix` (the first T_m), `ld` (1 on the first T_m, alpha on the others), `top_k` "
+            "(the T_m largest log-ratios), `decay` (gamma^t), `otpo` (optimal transport between the "
+            "responses) or `column` (the data's columns `chosen_weights` and `rejected_weights`).",
             "choices": sorted(WEIGHTINGS),
         },
     )
@@ -49,6 +53,24 @@ class SamPOConfig(DPOConfig):
             "only a longer rejected response is downsampled, a longer chosen one keeps all its tokens. For `sampo`, "
             "`expected`, `prefix` and `top_k`.",
             "choices": list(SAMPLED_SIDES),
+        },
+    )
+    token_budget: str = field(
+        default="pair",
+        metadata={
+            "help": "How many tokens a downsampled response keeps. `pair`: T_m, so that both responses of a pair have "
+            "equally many, as in the paper. `dataset`: its share of a total, so that chosen and rejected "
+            "responses have equally many over the training data: min(1, sum T_w / sum T_l) of each rejected response "
+            "and, with `sampled_sides: both`, min(1, sum T_l / sum T_w) of each chosen one. For `sampo`, `expected`, "
+            "`prefix` and `top_k`.",
+            "choices": list(TOKEN_BUDGETS),
+        },
+    )
+    token_totals: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The sums of T_w and of T_l for `token_budget: dataset`. Default: those of the training data "
+            "after truncation, counted once at the start. Needed for streamed and vision data."
         },
     )
     keep_end_token: bool = field(
@@ -86,6 +108,31 @@ class SamPOConfig(DPOConfig):
         default=0.98,
         metadata={
             "help": "Gamma in (0, 1] of `token_weighting: decay`; completion token t = 0, 1, ... weighs gamma^t."
+        },
+    )
+    ld_tail_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "Alpha in [0, 1] of `token_weighting: ld`: the weight of the tokens after the first T_m. At 0 it "
+            "is `prefix`, at 1 `all`. TRL's `ld_alpha` is the same weighting, for `token_weighting: all` alone."
+        },
+    )
+    otpo_reg: float = field(
+        default=1.0,
+        metadata={"help": "Coefficient of the entropy of the transport plan of `token_weighting: otpo`."},
+    )
+    otpo_mass_reg: float = field(
+        default=0.2,
+        metadata={
+            "help": "Coefficient of the marginals of that plan: the larger, the closer are the weights to T_m/T. At "
+            "most 100 times `otpo_reg`."
+        },
+    )
+    pair_weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the data with a number of at least 0 for each pair, which its loss is multiplied by; "
+            "the loss of a batch stays a mean over its pairs. Metrics other than the loss are not weighted."
         },
     )
     # The last of two types is what the command line parses; a number may be given as either.
@@ -204,6 +251,11 @@ class SamPOConfig(DPOConfig):
     def is_plain_dpo(self) -> bool:
         """Whether all tokens weigh 1, so that TRL's own weights apply."""
         return self.token_weighting == "all" and not self.balance_end_token
+
+    @property
+    def weight_columns(self) -> list[str]:
+        """The columns of weights that are read from the data."""
+        return find_weight_columns(self)
 
     @property
     def has_length_penalty(self) -> bool:

@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 from .data.lengths import TRUNCATION_MODES
+from .data.weight_columns import TOKEN_WEIGHT_COLUMNS
 from .old_options import OLD_LOSSES
 from .weighting import WEIGHTINGS, Weighting
 
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
+TOKEN_BUDGETS = ("pair", "dataset")
 PAIR_STREAMS = ("auto", "true", "false")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's
 REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
@@ -42,17 +44,23 @@ def find_range_issues(config: Any) -> list[str]:
 def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
     """(option, holds, what it must be) of the options that `SamPOConfig` adds."""
     scale, tokens = config.length_penalty_scale, config.max_tokens_per_forward
-    gamma, rate = config.decay_gamma, config.length_penalty_lr
+    gamma, rate, tail = config.decay_gamma, config.length_penalty_lr, config.ld_tail_weight
     return [
         *(
             (name, getattr(config, name) in values, f"one of {list(values)}")
             for name, values in (
                 ("token_weighting", sorted(WEIGHTINGS)),
                 ("sampled_sides", SAMPLED_SIDES),
+                ("token_budget", TOKEN_BUDGETS),
                 ("mask_sharing", MASK_SHARINGS),
                 ("pair_stream", PAIR_STREAMS),
                 ("ref_cache_dtype", REF_CACHE_DTYPES),
             )
+        ),
+        (
+            "token_totals",
+            config.token_totals is None or are_token_totals(config.token_totals),
+            "two whole numbers of at least 1, the sums of T_w and of T_l",
         ),
         ("ref_cache_check", _is_count(config.ref_cache_check, 0), "a whole number of at least 0"),
         ("mask_samples", _is_count(config.mask_samples, 1), "a whole number of at least 1"),
@@ -62,6 +70,18 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
             "a whole number of at least 1, or `auto`",
         ),
         ("decay_gamma", _is_finite(gamma) and 0 < gamma <= 1, "in (0, 1]"),
+        (
+            "pair_weight_column",
+            config.pair_weight_column not in ("", *TOKEN_WEIGHT_COLUMNS, "prompt", "chosen", "rejected"),
+            "the name of a column of numbers",
+        ),
+        ("otpo_reg", _is_finite(config.otpo_reg) and config.otpo_reg > 0, "positive"),
+        (
+            "otpo_mass_reg",
+            _is_finite(config.otpo_mass_reg) and 0 < config.otpo_mass_reg <= 100 * config.otpo_reg,
+            f"positive and at most 100 times `otpo_reg` ({config.otpo_reg})",
+        ),
+        ("ld_tail_weight", _is_finite(tail) and 0 <= tail <= 1, "in [0, 1]"),
         (
             "length_penalty",
             config.learns_length_penalty or _is_finite(config.length_penalty),
@@ -107,6 +127,17 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and value >= least
 
 
+def find_weight_columns(config: Any) -> list[str]:
+    """The columns of weights that a run with a `SamPOConfig` reads from its data."""
+    of_tokens = TOKEN_WEIGHT_COLUMNS if WEIGHTINGS[config.token_weighting].from_data else ()
+    return [*of_tokens, *([config.pair_weight_column] if config.pair_weight_column else [])]
+
+
+def are_token_totals(value: Any) -> bool:
+    """Whether a value can be `token_totals`."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_count(each, 1) for each in value)
+
+
 def find_combination_issues(config: Any) -> list[str]:
     """Find options of a `SamPOConfig` that do not go together; docs/concepts.md gives the reason of each row."""
     if config.token_weighting not in WEIGHTINGS:
@@ -128,6 +159,20 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             config.sampled_sides != "both" and not method.downsamples,
             f"`sampled_sides: {config.sampled_sides}` needs a method that downsamples the longer response "
             f"{methods('downsamples')}, got `token_weighting: {name}`.",
+        ),
+        (
+            config.token_budget != "pair" and not method.downsamples,
+            f"`token_budget: {config.token_budget}` needs a method that downsamples responses "
+            f"{methods('downsamples')}, got `token_weighting: {name}`.",
+        ),
+        (
+            config.token_totals is not None and config.token_budget != "dataset",
+            f"`token_totals: {config.token_totals}` is for `token_budget: dataset`, got `{config.token_budget}`.",
+        ),
+        (
+            config.token_budget == "dataset" and config.mask_sharing == "independent",
+            "`token_budget: dataset` needs one subset for policy and reference, got `mask_sharing: independent`, with "
+            "which they would be compared on different numbers of tokens. Use `shared`.",
         ),
         (
             config.keep_end_token and not method.can_keep_end,
@@ -157,7 +202,8 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
         (
             not config.is_plain_dpo and config.ld_alpha is not None,
             f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
-            f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, or use `all` alone.",
+            f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, use `all` alone, or `ld` "
+            "with `ld_tail_weight`.",
         ),
     ]
 
@@ -196,6 +242,11 @@ def _loss_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             config.max_tokens_per_forward is not None and bool(losses & BATCH_LOSSES),
             f"`max_tokens_per_forward` needs losses that are means over the pairs, got "
             f"{sorted(losses & BATCH_LOSSES)}, which sort the rows of a batch.",
+        ),
+        (
+            config.pair_weight_column is not None and bool(losses & BATCH_LOSSES),
+            f"`pair_weight_column` needs losses that are means over the pairs, got {sorted(losses & BATCH_LOSSES)}, "
+            "which sort the rows of a batch.",
         ),
         (
             config.has_length_penalty and bool(not_of_margin),

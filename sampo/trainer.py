@@ -43,6 +43,7 @@ from .checkpointing.resume import ResumableTrainer
 from .config import SamPOConfig
 from .data.end_tokens import end_token_ids
 from .data.lengths import TokenCounts
+from .data.weight_columns import WeightCollator
 from .logs import get_logger
 from .reference_cache.trainer import CachedReferenceTrainer
 from .training import engines
@@ -61,11 +62,12 @@ from .training.preflight import (
     check_data,
     check_micro_batches,
     check_tokens,
+    check_weight_columns,
     refuse_another_engine,
 )
 from .training.preparation import prepare_dataset
 from .training.run_state import RunState
-from .training.weigher import Weigher
+from .training.weigher import Weigher, find_token_totals
 from .weighting import EVAL_EPOCH
 
 logger = get_logger(__name__)
@@ -135,6 +137,8 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         super().__init__(model, ref_model, args, data_collator, *data, *rest, **kwargs)
 
         self._refuse_what_cannot_be_trained()
+        if args.weight_columns:
+            self.data_collator = WeightCollator(self.data_collator, args.weight_columns, args.truncation_mode)
         self.objective = Objective(self)
         self.length_penalty = LengthPenalty(
             args,
@@ -186,6 +190,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
             self._rows_with_other_ends,
             scores_all="sft" in self.loss_types,
             ld_alpha=self.ld_alpha,
+            token_totals=find_token_totals(self.args, self.token_counts.get("train")),
         )
 
     @cached_property
@@ -299,6 +304,10 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         self._rows_with_other_ends += prepared.other_ends
         return prepared.dataset
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *self.args.weight_columns]))
+
     @property
     def cached_targets(self) -> list[str]:
         """The completion's own tokens, and with `balance_end_token` the end token."""
@@ -316,10 +325,11 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         self._checked = True
         check_tokens(self)
         check_micro_batches(self)
+        check_weight_columns(self)
         self.passes.refuse_packing()
 
     def _report_what_is_run(self) -> None:
-        logger.info(f"method: {describe_method(self.args, self.length_penalty.scale)}")
+        logger.info(f"method: {describe_method(self.args, self.length_penalty.scale, self.weigher.token_totals)}")
         logger.info(f"reference: {describe_reference(self)}")
         if self.args.mask_sharing == "independent":
             logger.warning(

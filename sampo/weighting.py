@@ -14,7 +14,8 @@ Differences from the SamPO paper (arXiv 2406.10957) and its released code:
    the trainer does so too.
 3. A subset is a hash of (seed, epoch, tokens of the row, position), not a draw from a generator: it is the same after
    a resume, for any batch size and on any number of processes.
-4. `keep_end_token`, `balance_end_token` and `sampled_sides: rejected` are not in the paper (docs/concepts.md).
+4. `keep_end_token`, `balance_end_token`, `sampled_sides: rejected` and `token_budget: dataset` are not in the paper
+   (docs/concepts.md).
 
 To add a method here, write one function and one line in `WEIGHTINGS`; the config, the docs and the tests read that
 dict. To add one from outside, call `register_weighting` (docs/plugins.md).
@@ -29,6 +30,8 @@ import torch
 from torch import Tensor
 
 from . import plugins
+from .budget import dataset_budget
+from .transport import transport_weights
 
 EVAL_EPOCH = -1  # evaluation draws the same subsets whenever it runs
 # Lower bound of 1 − p_end in `balance_end`; without it a reference with p_end near 1 gives an unbounded weight
@@ -42,12 +45,18 @@ class PairTokens:
 
     Attributes:
         mask: `(2B, N)` bool, the completion tokens.
-        budget: `(2B,)` int64, how many tokens of a row are selected: T_m, or T if the response is not downsampled.
+        budget: `(2B,)` how many tokens of a row are selected, at least 1: T_m, or T if the response is not
+            downsampled, or the row's share of the token budget of the data set. int64; methods that are no `subset`
+            get that share unrounded, in float64.
         forced: `(2B, N)` bool, tokens that are always selected (the end tokens with `keep_end_token`); at most one per
             row.
         keys: `(2B, N)` int64 ≥ 0, one random number per token (`draw_keys`).
         log_ratios: `(2B, N)` float, without gradient; only for methods that need them.
         gamma: factor of `decay`.
+        tail_weight: of the tokens after `budget` in `ld`.
+        given: `(2B, N)` float ≥ 0, weights from the data; only for methods that read them.
+        states: `(2B, N, H)` hidden states of the policy that predict the tokens; only for methods that need them.
+        transport: coefficients (of the entropy, of the marginals) of `otpo`.
     """
 
     mask: Tensor
@@ -56,6 +65,10 @@ class PairTokens:
     keys: Tensor | None = None
     log_ratios: Tensor | None = None
     gamma: float = 1.0
+    tail_weight: float = 0.0
+    given: Tensor | None = None
+    states: Tensor | None = None
+    transport: tuple[float, float] = (1.0, 0.2)
 
     @property
     def lengths(self) -> Tensor:
@@ -98,10 +111,29 @@ def _prefix(tokens: PairTokens) -> Tensor:
     return (tokens.mask & (tokens.mask.cumsum(dim=1) <= tokens.budget[:, None])).float()
 
 
+def _ld(tokens: PairTokens) -> Tensor:
+    """LD-DPO (arXiv 2409.06411): 1 on the first T_m tokens, α on the others."""
+    first = _prefix(tokens)
+    return first + tokens.tail_weight * (tokens.mask.float() - first)
+
+
 def _top_k(tokens: PairTokens) -> Tensor:
     """SamPO App. G: 1 on the `budget` tokens with the largest log-ratio."""
     assert tokens.log_ratios is not None
     return _first((-tokens.log_ratios).masked_fill(tokens.forced, -torch.inf), tokens).float()
+
+
+def _otpo(tokens: PairTokens) -> Tensor:
+    """OTPO (arXiv 2505.18720): the marginals of a transport plan between the responses, T_m in total."""
+    assert tokens.states is not None
+    reg, mass_reg = tokens.transport
+    return transport_weights(tokens.states, tokens.mask, reg=reg, mass_reg=mass_reg)
+
+
+def _column(tokens: PairTokens) -> Tensor:
+    """The data's own weights, such as those of TIS-DPO (arXiv 2410.04350)."""
+    assert tokens.given is not None
+    return tokens.given * tokens.mask
 
 
 def _decay(tokens: PairTokens) -> Tensor:
@@ -130,10 +162,13 @@ class Weighting:
         formula: weight of a completion token, for the docs.
         source: arXiv id and equation, or how it was derived.
         subset: the weights are 0 or 1, so that token counts and likelihood ratios are defined.
-        downsamples: the weights select T_m tokens of the longer response, so `sampled_sides` is defined.
+        downsamples: the weights select `budget` tokens of a response, so `sampled_sides` and `token_budget` are
+            defined.
         random: the weights depend on `keys`.
         can_keep_end: `keep_end_token` is defined.
         needs_log_ratios: the weights depend on `log_ratios`.
+        needs_states: the weights depend on `states`.
+        from_data: the weights depend on `given`.
     """
 
     weights: Callable[[PairTokens], Tensor]
@@ -145,6 +180,13 @@ class Weighting:
     random: bool = False
     can_keep_end: bool = False
     needs_log_ratios: bool = False
+    needs_states: bool = False
+    from_data: bool = False
+
+    @property
+    def needs_policy(self) -> bool:
+        """The weights are known only after a forward pass of the policy."""
+        return self.needs_log_ratios or self.needs_states
 
 
 WEIGHTINGS: dict[str, Weighting] = {
@@ -172,6 +214,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "prefix": Weighting(
         _prefix, "POET", "1 on the first T_m tokens", "arXiv 2506.09457", subset=True, downsamples=True
     ),
+    "ld": Weighting(_ld, "LD-DPO", "1 on the first T_m tokens, α on the others", "arXiv 2409.06411"),
     "top_k": Weighting(
         _top_k,
         "SamPO-TopK",
@@ -183,6 +226,20 @@ WEIGHTINGS: dict[str, Weighting] = {
         needs_log_ratios=True,
     ),
     "decay": Weighting(_decay, "D2PO", "γ^t, t = 0, 1, …", "arXiv 2502.14340"),
+    "otpo": Weighting(
+        _otpo,
+        "OTPO",
+        "the marginal of an optimal transport plan between the hidden states of both responses, T_m in total",
+        "arXiv 2505.18720",
+        needs_states=True,
+    ),
+    "column": Weighting(
+        _column,
+        "weights from the data",
+        "that of the columns `chosen_weights`, `rejected_weights`",
+        "the data; such as TIS-DPO's, arXiv 2410.04350",
+        from_data=True,
+    ),
 }
 
 REGISTERED: dict[str, str] = {}  # methods from outside: name -> hash of the file that they are written in
@@ -215,10 +272,16 @@ def token_weights(
     *,
     end: Tensor | None = None,
     keys: Tensor | None = None,
+    row_keys: Tensor | None = None,
     log_ratios: Tensor | None = None,
     sampled_sides: str = "both",
+    token_totals: tuple[int, int] | None = None,
     keep_end_token: bool = False,
     gamma: float = 1.0,
+    tail_weight: float = 0.0,
+    given: Tensor | None = None,
+    states: Tensor | None = None,
+    transport: tuple[float, float] = (1.0, 0.2),
 ) -> Tensor:
     """The weights of a method for a batch of pairs.
 
@@ -227,21 +290,32 @@ def token_weights(
         mask: `(2B, N)` bool, completion tokens, chosen rows first.
         end: `(2B, N)` bool, the end token of each completion (`last_end_tokens`); needed with `keep_end_token`.
         keys: `(2B, N)` int64 from `draw_keys`; needed by `sampo`.
+        row_keys: `(2B,)` int64 from `draw_row_keys`; needed by subset methods with `token_totals`.
         log_ratios: `(2B, N)` float; needed by `top_k`. The selection passes no gradient.
         sampled_sides: `both`, or `rejected`: all tokens of chosen rows are selected.
+        token_totals: ΣT_w and ΣT_l of the data set with `token_budget: dataset`, None with `pair`.
         keep_end_token: the end token is always selected.
         gamma: factor of `decay`.
+        tail_weight: α of `ld`.
+        given: `(2B, N)` float; needed by `column`.
+        states: `(2B, N, H)` float; needed by `otpo`.
+        transport: coefficients of `otpo`.
 
     Returns:
         `(2B, N)` float32, ≥ 0, zero where `mask` is.
     """
-    lengths = mask.sum(dim=1)
-    budget = lengths.view(2, -1).amin(dim=0).repeat(2)  # (2B,): T_m in both rows of a pair
+    method, lengths = WEIGHTINGS[name], mask.sum(dim=1)
+    if token_totals is None:
+        budget = lengths.view(2, -1).amin(dim=0).repeat(2)  # (2B,): T_m in both rows of a pair
+    else:
+        assert row_keys is not None or not method.subset
+        budget = dataset_budget(lengths, token_totals, row_keys if method.subset else None)
     if sampled_sides == "rejected":
         n_pairs = mask.size(0) // 2
-        budget = torch.cat((lengths[:n_pairs], budget[n_pairs:]))
+        budget = torch.cat((lengths[:n_pairs].to(budget.dtype), budget[n_pairs:]))
     forced = torch.zeros_like(mask) if end is None or not keep_end_token else end
-    weights = WEIGHTINGS[name].weights(PairTokens(mask, budget, forced, keys, log_ratios, gamma))
+    more = log_ratios, gamma, tail_weight, given, states, transport
+    weights = method.weights(PairTokens(mask, budget, forced, keys, *more))
     if weights.shape != mask.shape:
         raise ValueError(
             f"the weights of `{name}` must have the shape of `mask`, {tuple(mask.shape)}, got {tuple(weights.shape)}."
@@ -351,12 +425,23 @@ def draw_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: in
     Returns:
         `(2B, L − 1)` int64, ≥ 0: a function of (seed, epoch, stream, tokens of the row, position) and nothing else.
     """
-    run = torch.zeros((), dtype=torch.int64, device=input_ids.device)
-    for part in (seed, epoch, stream):
-        run = splitmix64(run ^ part)
-    row = splitmix64(fingerprints(input_ids, attention_mask) ^ run)  # (2B,)
+    row = _row_states(input_ids, attention_mask, (seed, epoch, stream))
     position = attention_mask.long().cumsum(dim=1) - 1
     return _shift_right(splitmix64(row[:, None] + position * _GOLDEN), 1)[:, 1:]
+
+
+def draw_row_keys(input_ids: Tensor, attention_mask: Tensor, *, seed: int, epoch: int, stream: int = 0) -> Tensor:
+    """One random number per row, `(2B,)` int64 ≥ 0, independent of `draw_keys` with the same arguments."""
+    row = _row_states(input_ids, attention_mask, (seed, epoch, stream))
+    return _shift_right(splitmix64(row - _GOLDEN), 1)  # the position before the first token's
+
+
+def _row_states(input_ids: Tensor, attention_mask: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """`(2B,)` a hash of the row's tokens and of `parts`."""
+    run = torch.zeros((), dtype=torch.int64, device=input_ids.device)
+    for part in parts:
+        run = splitmix64(run ^ part)
+    return splitmix64(fingerprints(input_ids, attention_mask) ^ run)
 
 
 plugins.load_plugins()  # last, so that they find everything above

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from ..data.token_ids import ID_COLUMNS, hash_token_ids
+from ..data.weight_columns import hash_weight_columns
 from ..io.versions import TRAINING_PACKAGES, find_version
 from ..weighting import REGISTERED
 
@@ -66,6 +67,8 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
         "the end tokens": getattr(trainer, "end_token_ids", None),
         "the pairs per step": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
+    if columns := getattr(args, "weight_columns", []):
+        must["the weights in the training data"] = describe_weights(trainer.train_dataset, columns)
     if code := REGISTERED.get(getattr(args, "token_weighting", "")):
         must["the file of the plugin's weighting"] = code
     must |= _described("model", model.config)
@@ -116,6 +119,13 @@ def describe_data(dataset: Any) -> dict[str, Any]:
     if not set(ID_COLUMNS) <= set(dataset.column_names):
         return {"pairs": len(dataset), "columns": sorted(dataset.column_names)}
     return {"pairs": len(dataset), "sha256": hash_token_ids(dataset)[:16]}
+
+
+def describe_weights(dataset: Any, columns: list[str]) -> str:
+    """Hash of the weights that a run reads from its data; of streams, whose rows are not read, their columns."""
+    from datasets import Dataset
+
+    return hash_weight_columns(dataset, columns)[:16] if isinstance(dataset, Dataset) else ", ".join(columns)
 
 
 def hash_weight_samples(models: list[Any]) -> str:

@@ -19,7 +19,7 @@ from ..io.command_line import format_command
 from ..io.files import write_atomic
 from ..io.locks import FolderInUseError, alone_in
 from ..io.records import Record
-from ..lab.methods import METHODS
+from ..lab.methods import METHODS, STUDY_METHODS
 from ..lab.settings import GROUPS, Run, Settings, plan
 
 if TYPE_CHECKING:
@@ -42,7 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds, {DEFAULT_SEEDS} without `--fast`")
     parser.add_argument("--out", type=Path, default=Path("lab-results"), metavar="DIR", help="records, table, figure")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="pairs to train on")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="methods to run")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(STUDY_METHODS),
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"methods to run, of {', '.join(STUDY_METHODS)}",
+    )
     for option in fields(Settings):
         if "help" in option.metadata:
             text = option.metadata["help"].replace("%", "%%")
@@ -90,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _choices(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The groups and methods asked for, in our order."""
-    return [name for name in GROUPS if name in args.groups], [name for name in METHODS if name in args.methods]
+    return [name for name in GROUPS if name in args.groups], [name for name in STUDY_METHODS if name in args.methods]
 
 
 def _command(args: argparse.Namespace, settings: Settings) -> str:
@@ -102,7 +109,7 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
         words += ["--fast"]
     groups, methods = _choices(args)
     words += ["--groups", *groups] if len(groups) < len(GROUPS) else []
-    words += ["--methods", *methods] if len(methods) < len(METHODS) else []
+    words += ["--methods", *methods] if methods != list(METHODS) else []
     for option in fields(Settings):
         if getattr(settings, option.name) != option.default:
             words += [f"--{option.name}", str(getattr(settings, option.name))]

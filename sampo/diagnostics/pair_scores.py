@@ -25,6 +25,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..data.token_ids import ID_COLUMNS
+from ..data.weight_columns import GIVEN_TOKEN_WEIGHTS, TOKEN_WEIGHT_COLUMNS, WeightCollator
 from ..io.files import remove_left_overs, write_atomic
 from ..io.hashing import Content, find_changed_file, hash_content, hash_json, seal, unseal
 from ..io.progress import Progress
@@ -36,6 +37,7 @@ from ..weighting import (
     EVAL_EPOCH,
     WEIGHTINGS,
     draw_keys,
+    draw_row_keys,
     fingerprints,
     last_end_tokens,
     length_pressure,
@@ -43,7 +45,7 @@ from ..weighting import (
     token_weights,
 )
 
-SCORE_SCHEMA = 1
+SCORE_SCHEMA = 2
 SCORE_MANIFEST = "manifest.json"
 SCORE_ROWS_PER_SHARD = 512  # what a killed run loses at most
 
@@ -53,20 +55,27 @@ class DiagnosedMethod(NamedTuple):
 
     weighting: str
     sampled_sides: str = "both"
+    token_budget: str = "pair"
     keep_end_token: bool = False
 
     @property
     def name(self) -> str:
         """As in `sampo+rejected+end`: what differs from the default, in the order of the fields."""
-        return self.weighting + "+rejected" * (self.sampled_sides == "rejected") + "+end" * self.keep_end_token
+        parts = {
+            "+rejected": self.sampled_sides == "rejected",
+            "+dataset": self.token_budget == "dataset",
+            "+end": self.keep_end_token,
+        }
+        return self.weighting + "".join(part for part, differs in parts.items() if differs)
 
 
 DIAGNOSED_METHODS: dict[str, DiagnosedMethod] = {
     method.name: method
     for name, weighting in WEIGHTINGS.items()
     for sides in ("both", "rejected")[: 1 + weighting.downsamples]
+    for budget in ("pair", "dataset")[: 1 + weighting.downsamples]
     for keeps in (False, True)[: 1 + weighting.can_keep_end]
-    for method in [DiagnosedMethod(name, sides, keeps)]
+    for method in [DiagnosedMethod(name, sides, budget, keeps)]
 }
 
 
@@ -78,12 +87,15 @@ class ScoreKey:
         policy: fields of the key that a model fills (`sampo.reference_cache.key.identity_of_model`).
         reference: digest of the reference's cache; None without a reference.
         data: hash of the token ids.
+        weights: hash of the data's token weights; None without.
         max_length: tokens of prompt and response together, or None.
         truncation_mode: which end is cut.
         end_ids: tokens that end a response.
         end_id: the one whose logit is shifted.
         seed: of the subsets.
         gamma: factor of `decay`.
+        tail_weight: α of `ld`.
+        token_totals: ΣT_w and ΣT_l for `token_budget: dataset`.
         other_ends: fingerprints of rows whose end tokens all end other turns (`rows_with_other_ends`).
         schema: version of this list and of the columns.
     """
@@ -91,12 +103,15 @@ class ScoreKey:
     policy: dict[str, str]
     reference: str | None
     data: str
+    weights: str | None
     max_length: int | None
     truncation_mode: str
     end_ids: list[int]
     end_id: int
     seed: int
     gamma: float
+    tail_weight: float
+    token_totals: list[int]
     other_ends: list[int] = field(default_factory=list)
     schema: int = SCORE_SCHEMA
 
@@ -148,9 +163,11 @@ def score_pairs(
     known = read_score_shards(folder, key)
     starts = range(0, len(dataset), rows_per_shard)
     paths = [folder / f"rows-{start:07d}-{min(start + rows_per_shard, len(dataset)):07d}.parquet" for start in starts]
-    names = [name for name in dataset.column_names if name in (*ID_COLUMNS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS)]
-    rows = dataset.select_columns(names).with_format(None)
-    collate = RefCollator(DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode), ref_dtype)
+    weights = () if key.weights is None else TOKEN_WEIGHT_COLUMNS
+    read = (*ID_COLUMNS, CHOSEN_REF_LOGPS, REJECTED_REF_LOGPS, *weights)
+    rows = dataset.select_columns([name for name in dataset.column_names if name in read]).with_format(None)
+    cut = DataCollatorForPreference(pad_id, key.max_length, key.truncation_mode)
+    collate = WeightCollator(RefCollator(cut, ref_dtype), weights, key.truncation_mode)
     score_tokens: ModelScorer | None = None
     for start, path in zip(starts, paths, strict=True):
         stop = min(start + rows_per_shard, len(dataset))
@@ -195,7 +212,8 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
     ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
     targets = ids[:, 1:]
     end_targets = torch.full_like(targets, key.end_id)
-    logps, end_logps = (each.double().cpu() for each in scorer(inputs, targets, end_targets))
+    scored, states = scorer.score(inputs, targets, end_targets, keep_states=True)
+    logps, end_logps = (each.double().cpu() for each in scored)
     is_end = mask & (targets == key.end_id)
     ends = last_end_tokens(ids, mask, torch.tensor(key.end_ids))
     if key.other_ends:
@@ -213,17 +231,27 @@ def _columns(rows: list[int], inputs: dict[str, Tensor], scorer: ModelScorer, ke
         columns |= _sides("ref_logps", ref_logps.sum(dim=1)) | _sides("log_ratio", log_ratios.sum(dim=1))
         each = [row[kept].float().numpy() for row, kept in zip(log_ratios, mask, strict=True)]
         columns |= {"chosen_token_log_ratios": each[:n_pairs], "rejected_token_log_ratios": each[n_pairs:]}
-    keys = draw_keys(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH)
+    keys, row_keys = (
+        draw(ids, inputs["attention_mask"], seed=key.seed, epoch=EVAL_EPOCH) for draw in (draw_keys, draw_row_keys)
+    )
+    chosen_total, rejected_total = key.token_totals
     for name, method in DIAGNOSED_METHODS.items():
+        if WEIGHTINGS[method.weighting].from_data and GIVEN_TOKEN_WEIGHTS not in inputs:
+            continue
         weights = token_weights(
             method.weighting,
             mask,
             end=ends,
             keys=keys,
+            row_keys=row_keys,
             log_ratios=log_ratios,
             sampled_sides=method.sampled_sides,
+            token_totals=(chosen_total, rejected_total) if method.token_budget == "dataset" else None,
             keep_end_token=method.keep_end_token,
             gamma=key.gamma,
+            tail_weight=key.tail_weight,
+            given=inputs.get(GIVEN_TOKEN_WEIGHTS),
+            states=None if states is None else states.float().cpu(),
         ).double()
         columns[f"pressure/{name}"] = length_pressure(weights, is_end, end_logps.exp()).numpy()
         if CACHED_REF_LOGPS in inputs:

@@ -28,6 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from ..io import records as results
 from ..io.progress import OpenProgress
+from ..weighting import WEIGHTINGS
 from . import model as lm
 from .methods import SLOPE
 from .pressure import logistic_slope, mean_pressures
@@ -295,8 +296,8 @@ class Bench:
         """Length pressure of the method's weights on its training pairs, at the start of training."""
         pairs, end_probs = self._pairs_and_end_probs(run)
         options = self.options(run)
-        if options["token_weighting"] == "top_k":  # before training all log-ratios are 0, and the tokens undecided
-            return []
+        if WEIGHTINGS[options["token_weighting"]].needs_policy:
+            return []  # before training all log-ratios are 0, and the tokens undecided; states are not at hand here
         pressures = mean_pressures([p.chosen for p in pairs], [p.rejected for p in pairs], end_probs, options)
         scale, clusters = self.beta_factor(run), [pair.question.key for pair in pairs]
         return [mean_number(name, scale * values, clusters) for name, values in pressures.items()]

@@ -17,20 +17,24 @@ def mean_weights(lengths: Sequence[int], options: dict[str, Any]) -> Tensor:
     Under `balance_end_token` the end tokens' weights are still to be balanced.
 
     Args:
-        lengths: of 2B answers, chosen ones first; the last token of each is its end token.
+        lengths: of 2B answers, chosen ones first; the last token of each is its end token. With `token_budget:
+            dataset` they are those of the data set.
         options: of `SamPOConfig`.
     """
     counts = torch.tensor(lengths)
     position = torch.arange(int(counts.max()))
     mask, end = position < counts[:, None], position == counts[:, None] - 1  # (2B, T)
     name, balanced = options["token_weighting"], options.get("balance_end_token", False)
+    n_pairs, by_dataset = len(lengths) // 2, options.get("token_budget") == "dataset"
     weights = token_weights(
         {"sampo": "expected"}.get(name, name),
         mask,
         end=end,
         sampled_sides=options.get("sampled_sides", "both"),
+        token_totals=(sum(lengths[:n_pairs]), sum(lengths[n_pairs:])) if by_dataset else None,
         keep_end_token=options.get("keep_end_token", False) or (balanced and WEIGHTINGS[name].can_keep_end),
         gamma=options.get("decay_gamma", 1.0),
+        tail_weight=options.get("ld_tail_weight", 0.0),
     )
     if "ld_alpha" in options:  # LD-DPO, arXiv 2409.06411: the tokens after T_m weigh alpha
         weights = torch.where(token_weights("prefix", mask) > 0, weights, options["ld_alpha"] * weights)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import replacing
 from ..io.records import Record
 from ..io.tables import Table
-from .methods import METHODS
+from .methods import STUDY_METHODS
 from .settings import GROUPS, MIN_QUALITY, SFT, UNEQUAL_TOKENS, Run, Settings
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Line:
     @property
     def title(self) -> str:
         """The method's name for people."""
-        return "SFT (start)" if self.method == SFT else METHODS[self.method].title
+        return "SFT (start)" if self.method == SFT else STUDY_METHODS[self.method].title
 
     def values(self, name: str) -> list[float]:
         """One value per seed, without undefined ones."""
@@ -93,7 +93,7 @@ def outcomes_of(records: Iterable[Record]) -> list[tuple[Run, list[Record]]]:
     if len(settings) != 1:
         raise ValueError(f"The records must be of one experiment, got {len(settings)} different settings. Split them.")
     (shared,) = settings
-    order = ["", *GROUPS], [SFT, *METHODS]
+    order = ["", *GROUPS], [SFT, *STUDY_METHODS]
     runs = sorted(found, key=lambda run: (order[0].index(run[0]), order[1].index(run[1]), run[2]))
     return [
         (Run(seed, group, method, shared), list(found[group, method, seed].values())) for group, method, seed in runs
@@ -236,7 +236,7 @@ def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
     """
     panels = {"tokens": "tokens per answer", "win_rate": "win rate against the start, judged by the truth"}
     groups = [group for group in GROUPS if any(line.group == group for line in lines)]
-    methods = [method for method in METHODS if any(line.method == method for line in lines)]
+    methods = [method for method in STUDY_METHODS if any(line.method == method for line in lines)]
     for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for line in lines[1:]:
             x = groups.index(line.group) + 0.25 * (methods.index(line.method) - (len(methods) - 1) / 2)
@@ -245,7 +245,7 @@ def draw_into(figure: "Figure", lines: Sequence[Line]) -> None:
                 line,
                 name,
                 x,
-                METHOD_COLOURS[list(METHODS).index(line.method) % len(METHOD_COLOURS)],
+                METHOD_COLOURS[list(STUDY_METHODS).index(line.method) % len(METHOD_COLOURS)],
                 in_legend=line.group == groups[0],
             )
         axes.axhline(lines[0].mean(name), color="black", linewidth=0.8, linestyle="--", label="SFT (start)")

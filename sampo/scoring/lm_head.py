@@ -17,7 +17,14 @@ Index = tuple[Tensor, Tensor]  # rows and columns, each `(M,)`
 
 
 def score_positions(
-    model: Any, backbone: Any, states_at: Index, positions: Index, targets: list[Tensor], **kwargs: Any
+    model: Any,
+    backbone: Any,
+    states_at: Index,
+    positions: Index,
+    targets: list[Tensor],
+    *,
+    keep_states: bool = False,
+    **kwargs: Any,
 ) -> tuple[Any, list[Tensor]]:
     """Score one or several tokens at each of M positions, by one forward pass.
 
@@ -27,6 +34,7 @@ def score_positions(
         states_at: row and position, in the backbone's output, of the state that predicts each token.
         positions: row and column of each token in the result.
         targets: each `(R, N)`, the tokens to be scored. Those after the first are scored without gradient.
+        keep_states: the output gets `states`, `(R, N, H)` without gradient, from which the tokens were predicted.
         kwargs: what the model's forward gets, without labels.
 
     Returns:
@@ -34,9 +42,12 @@ def score_positions(
         and the `(R, N)` log-probs of each further target.
     """
     n = len(states_at[0])
+    kept: list[Tensor] = []
 
     def take_states(module: Any, args: Any, output: Any) -> Any:
         states = output.last_hidden_state[states_at]  # (M, H)
+        if keep_states:
+            kept.append(states.detach())
         copies = [states, *[states.detach()] * (len(targets) - 1)]
         output.last_hidden_state = (torch.cat(copies) if len(targets) > 1 else states)[None]  # (1, k·M, H)
         return output
@@ -49,12 +60,14 @@ def score_positions(
         handle.remove()
 
     def in_rows(values: Tensor) -> Tensor:
-        return values.new_zeros(targets[0].shape).index_put(positions, values)  # (R, N)
+        return values.new_zeros(*targets[0].shape, *values.shape[1:]).index_put(positions, values)  # (R, N, …)
 
     first = copy.copy(output)
     for name in PER_TOKEN:
         values = getattr(output, name)
         if values is not None:
             setattr(first, name, in_rows(values[0, :n]))
+    if keep_states:
+        first.states = in_rows(kept[0])
     others = [in_rows(part.detach()) for part in output.log_probs[0, n:].split(n)] if len(targets) > 1 else []
     return first, others

@@ -170,6 +170,7 @@ def score_packed(
     targets: list[Tensor],
     *,
     output_router_logits: bool = False,
+    keep_states: bool = False,
 ) -> tuple[Any, list[Tensor]]:
     """Score one or several tokens at each position, in the layout that the padded forward has.
 
@@ -180,6 +181,7 @@ def score_packed(
         positions: `(2B, L − 1)` bool, the tokens that go through the LM head; they must be in the stream.
         targets: each `(2B, L − 1)`, the tokens to be scored there. Those after the first are scored without gradient.
         output_router_logits: compute the auxiliary loss of a mixture of experts; the stream must have every token.
+        keep_states: as in `score_positions`.
 
     Returns:
         TRL's `FusedCausalLMOutput` for the first target, with `(2B, L − 1)` fields that are zero where `positions` is
@@ -218,10 +220,10 @@ def score_packed(
             position_ids=stream.position_ids,
             attention_mask=mask,
             use_cache=False,
+            keep_states=keep_states,
             **router,
         )
-    layers = backbone.config.get_text_config().num_hidden_layers
-    calls = stream.segments.calls
+    layers, calls = backbone.config.get_text_config().num_hidden_layers, stream.segments.calls
     scored = output[0].log_probs
     if scored.requires_grad:  # gradient checkpointing computes the attention again in the backward pass
         scored.register_hook(lambda _, needed=stream.segments: None)  # kept as long as the graph

@@ -87,10 +87,12 @@ class Scores:
         output: TRL's `FusedCausalLMOutput` for the first target. Fields are `(R, N)`, with more positions in front if
             the model has virtual tokens.
         log_probs: `(R, N)` nats for each target, zero where nothing was scored; without gradient after the first.
+        states: `(R, N, H)` the hidden states from which the tokens were predicted, without gradient, if asked for.
     """
 
     output: Any
     log_probs: list[Tensor]
+    states: Tensor | None = None
 
 
 def masked_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +142,9 @@ class Scorer:
         self._tolerance = 0.1 if reduced else 1e-4  # rounding is a few hundredths in bf16 and 1e-6 in float32
         self._unwrap, self._options, self._autocast, self._largest = unwrap, options, autocast, largest
 
-    def __call__(self, model: Any, batch: Batch, positions: Tensor, *targets: Tensor, **more: Any) -> Scores:
+    def __call__(
+        self, model: Any, batch: Batch, positions: Tensor, *targets: Tensor, keep_states: bool = False, **more: Any
+    ) -> Scores:
         """Score.
 
         Args:
@@ -148,17 +152,22 @@ class Scorer:
             batch: on the model's device.
             positions: `(R, N)` bool, where.
             targets: each `(R, N)`, the tokens to be scored there; the batch's own tokens if none is given.
+            keep_states: also give the hidden states; only with the head `positions`.
             more: `output_router_logits`, if this pass computes an auxiliary loss.
         """
+        assert self._head == "positions" or not keep_states
         each = list(targets) or [batch.inputs["input_ids"][:, 1:]]
         with self._autocast(), self._head_function():
             unwrapped = self._unwrap(model)
             if self.ways.is_on_trial(unwrapped):
                 self._compare(model, batch, positions, each, **more)
             way = self.ways.of(unwrapped, lambda: batch.stream)
-            output, others = self._score(way, model, batch, positions, each, **more)
+            # asked for only where it is, because a model of rows with labels would be given the argument
+            kept = {"keep_states": True} if keep_states else {}
+            output, others = self._score(way, model, batch, positions, each, **kept, **more)
+        states = vars(output).pop("states", None)  # not kept with the output until the step ends
         n = batch.inputs["input_ids"].size(1) - 1
-        return Scores(output, [scored[:, -n:] for scored in (output.log_probs, *others)])
+        return Scores(output, [scored[:, -n:] for scored in (output.log_probs, *others)], states)
 
     def _score(
         self, way: str, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any
@@ -197,13 +206,13 @@ class Scorer:
             parts.append((rows, *self._padded(model, take_rows(options, rows, length), here[0], here[1:])))
 
         def join(values: list[Tensor]) -> Tensor:
-            full = values[0].new_zeros(positions.shape)
+            full = values[0].new_zeros(*positions.shape, *values[0].shape[2:])
             for (rows, *_), value in zip(parts, values, strict=True):
                 full[rows, : value.size(1)] = value
             return full
 
         outputs, others = [output for _, output, _ in parts], [others for _, _, others in parts]
-        known = [name for name in PER_TOKEN if getattr(outputs[0], name, None) is not None]
+        known = [name for name in (*PER_TOKEN, "states") if getattr(outputs[0], name, None) is not None]
         joined = {name: join([getattr(output, name) for output in outputs]) for name in known}
         missing = dict.fromkeys(PER_TOKEN)
         return SimpleNamespace(**missing | joined), [join(list(each)) for each in zip(*others, strict=True)]
@@ -293,22 +302,30 @@ class ModelScorer:
             autocast=autocast,
         )
 
-    @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], *targets: Tensor) -> list[Tensor]:
+        """The log-probs of `score`."""
+        return self.score(inputs, *targets)[0]
+
+    @torch.no_grad()
+    def score(
+        self, inputs: dict[str, Tensor], *targets: Tensor, keep_states: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Score.
 
         Args:
             inputs: a collated batch of pairs; with `own_head` any rows.
             targets: each `(R, N)`, the tokens to be scored at the positions of the completion tokens; the batch's own
                 tokens if none is given.
+            keep_states: also give the hidden states; not with `own_head`.
 
         Returns:
-            `(R, N)` nats, float32, for each target; zero outside the completion.
+            `(R, N)` nats, float32, for each target, zero outside the completion; and `(R, N, H)` states or None.
         """
         device = self._model.device
         rows = Rows({name: inputs[name].to(device) for name in MASKS})
-        scores = self._scorer(self._model, rows, rows.mask, *(each.to(device) for each in targets))
-        return [each.float() for each in scores.log_probs]
+        wanted = [each.to(device) for each in targets]
+        scores = self._scorer(self._model, rows, rows.mask, *wanted, keep_states=keep_states)
+        return [each.float() for each in scores.log_probs], scores.states
 
 
 def _base(model: Any) -> Any:

@@ -6,8 +6,8 @@ from ..config import SamPOConfig
 from ..weighting import WEIGHTINGS
 
 DESCRIBED_OPTIONS = (
-    *("sampled_sides", "keep_end_token", "balance_end_token", "mask_sharing", "mask_samples"),
-    "length_penalty",
+    *("sampled_sides", "token_budget", "keep_end_token", "balance_end_token", "mask_sharing", "mask_samples"),
+    *("length_penalty", "pair_weight_column"),
 )
 PAPER = {
     "title": "Eliminating Biased Length Reliance of Direct Preference Optimization via Down-Sampled KL Divergence",
@@ -26,12 +26,13 @@ PAPER = {
 }
 
 
-def describe_method(args: SamPOConfig, length_scale: float) -> str:
+def describe_method(args: SamPOConfig, length_scale: float, token_totals: tuple[int, int] | None = None) -> str:
     """The weighting, its source and the options that are not the default.
 
     Args:
         args: of the run.
         length_scale: of a learned length penalty, in tokens.
+        token_totals: ΣT_w and ΣT_l with `token_budget: dataset`.
     """
     method = WEIGHTINGS[args.token_weighting]
     text = f"{method.title} (`token_weighting: {args.token_weighting}`, {method.source})"
@@ -40,9 +41,21 @@ def describe_method(args: SamPOConfig, length_scale: float) -> str:
             text += f", `{name}: {getattr(args, name)}`"
     if args.token_weighting == "decay":
         text += f", `decay_gamma: {args.decay_gamma}`"
+    if args.token_weighting == "otpo":
+        text += f", `otpo_reg: {args.otpo_reg}`, `otpo_mass_reg: {args.otpo_mass_reg}`"
+    if args.token_weighting == "ld":
+        text += f", `ld_tail_weight: {args.ld_tail_weight}`"
     if args.learns_length_penalty:
         text += f" with a scale of {length_scale:.1f} tokens"
-    return text
+    return text if token_totals is None else f"{text}; {_describe_budget(args, *token_totals)}"
+
+
+def _describe_budget(args: SamPOConfig, chosen: int, rejected: int) -> str:
+    share = min(1.0, rejected / chosen) if args.sampled_sides == "both" else 1.0
+    return (
+        f"of {chosen:,} chosen and {rejected:,} rejected tokens, each chosen response keeps the "
+        f"share {share:.4g} and each rejected one {min(1.0, chosen / rejected):.4g}"
+    )
 
 
 def describe_reference(trainer: Any) -> str:

@@ -37,7 +37,8 @@ def write_card(trainer: Any, folder: Path, write_draft: Callable[..., None], dat
         write_draft(dataset_name=on_hub)
     finally:
         args.output_dir = before
-    method = f"Trained with sampo. Method: {describe_method(args, trainer.length_penalty.scale)}.\n"
+    about = describe_method(args, trainer.length_penalty.scale, trainer.weigher.token_totals)
+    method = f"Trained with sampo. Method: {about}.\n"
     method += f"Reference: {describe_reference(trainer)}. Beta {trainer.beta}, loss {args.loss_type}."
     counts = trainer.token_counts.get("train")
     data = "" if dataset_name is None else f"`{dataset_name if on_hub else Path(dataset_name).name}`: "

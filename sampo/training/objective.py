@@ -9,17 +9,20 @@ its own ([`_View`]), so nothing of the trainer changes while it runs. `sampo.tra
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import DPOTrainer
 
+from ..data.weight_columns import GIVEN_PAIR_WEIGHTS, GIVEN_TOKEN_WEIGHTS
 from ..reference_cache.store import CACHED_REF_LOGPS, END
 from .batch import Draw, PairBatch, Scored
-from .micro_batches import MicroBatch
+from .micro_batches import MicroBatch, by_pair, by_row
 
-NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", CACHED_REF_LOGPS, END.batch)
+_OURS = (CACHED_REF_LOGPS, END.batch, GIVEN_TOKEN_WEIGHTS, GIVEN_PAIR_WEIGHTS)  # inputs that TRL does not know
+NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", *_OURS)
 TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")  # of the head, for TRL's log alone
 WPO_STATISTIC = "log_sum_sq_probs"  # of the head, for WPO's weights
 TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")  # what TRL makes of them
@@ -56,7 +59,7 @@ class Objective:
         self._trainer, self._args = trainer, trainer.args
         terms = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
         self.sft_weight = 0.0
-        if not self._args.is_plain_dpo or self._args.max_tokens_per_forward:
+        if not self._args.is_plain_dpo or self._args.max_tokens_per_forward or self._args.pair_weight_column:
             self.sft_weight = sum((weight for name, weight in terms if name == "sft"), 0.0)
             terms = [term for term in terms if term[0] != "sft"]
         self._loss_types = [name for name, _ in terms]
@@ -81,7 +84,8 @@ class Objective:
             view = self._view(trainer.accelerator)
             asked = return_outputs and i == 0
             result = self._trl_loss(view, model, batch, scored, draw, shift, return_outputs=asked)
-            losses.append(result[0] if isinstance(result, tuple) else result)
+            loss = result[0] if isinstance(result, tuple) else result
+            losses.append(self._weighted_value(loss, model, batch, scored, i, shift))
             if i == 0:  # TRL counts the tokens of a batch at each call
                 outputs, n_tokens = (result[1] if isinstance(result, tuple) else None), view._total_train_tokens
             self._add_metrics(view._metrics[mode], draw, shift, mode)
@@ -108,6 +112,30 @@ class Objective:
             losses.append(self._trl_loss(view, model, batch, scored, draw, shift, factors=factors))
         return self._mean(losses) + self._sft(batch, scored, part.token_weights)
 
+    def _weighted_value(
+        self, loss: Tensor, model: Any, batch: PairBatch, scored: Scored, k: int, shift: Tensor | None
+    ) -> Tensor:
+        """The loss of draw k with the weights of pairs in its value; its gradient has them already.
+
+        TRL gives the mean over the pairs of a batch. So it is asked for the loss of each pair, without a gradient.
+        """
+        weights = batch.inputs.get(GIVEN_PAIR_WEIGHTS)
+        if weights is None:
+            return loss
+        n_pairs, of_pairs = batch.n_pairs, []
+        inputs, known = (by_pair(rows, n_pairs) for rows in (batch.inputs, scored.tensors()))
+        accelerator = _View(self._trainer.accelerator, gather=_unchanged, gather_for_metrics=_unchanged)
+        with torch.no_grad():
+            for i in range(n_pairs):
+                rows = by_row({name: value[i : i + 1] for name, value in inputs.items()})
+                del rows[GIVEN_PAIR_WEIGHTS]
+                own = Scored.of(by_row({name: value[i : i + 1] for name, value in known.items()}))
+                pair = replace(batch, inputs=rows, mask=batch.mask[[i, n_pairs + i]])
+                view = self._view(accelerator, aux_loss_enabled=False)  # a mean over tokens, and not over pairs
+                of_pair = None if shift is None else shift[i : i + 1]
+                of_pairs.append(self._trl_loss(view, model, pair, own, own.draws[k], of_pair))
+        return loss + ((weights - 1) * torch.stack(of_pairs)).mean().detach()
+
     @staticmethod
     def _mean(losses: list[Any]) -> Any:
         return sum(losses) / len(losses)
@@ -117,12 +145,15 @@ class Objective:
         if not self.sft_weight:
             return 0.0
         logps, mask = scored.logps[: batch.n_pairs], batch.mask[: batch.n_pairs]
+        if GIVEN_PAIR_WEIGHTS in batch.inputs:
+            token_weights = 1 / mask.sum() if token_weights is None else token_weights
+            token_weights = token_weights * batch.inputs[GIVEN_PAIR_WEIGHTS]
         if token_weights is None:
             return -(self.sft_weight * logps[mask].sum() / mask.sum())
         return -(self.sft_weight * (token_weights[:, None] * logps * mask).sum())
 
-    def _view(self, accelerator: Any) -> _View:
-        """The trainer as TRL's loss sees it."""
+    def _view(self, accelerator: Any, **own: Any) -> _View:
+        """The trainer as TRL's loss sees it, with more attributes of its own."""
         return _View(
             self._trainer,
             accelerator=accelerator,
@@ -131,6 +162,7 @@ class Objective:
             loss_weights=self._loss_weights,
             _metrics={mode: defaultdict(list) for mode in ("train", "eval")},
             _total_train_tokens=self._trainer._total_train_tokens,
+            **own,
         )
 
     def _trl_loss(
@@ -147,7 +179,11 @@ class Objective:
     ) -> Any:
         """TRL's result for one draw; with `(2B, 1)` factors of the gradients of its rows."""
         plain = self._args.is_plain_dpo
-        kept = {name: value for name, value in batch.inputs.items() if name not in (CACHED_REF_LOGPS, END.batch)}
+        pair_weights = batch.inputs.get(GIVEN_PAIR_WEIGHTS)  # (B,), of the gradients; see `_weighted_value`
+        if pair_weights is not None:
+            factors = pair_weights.repeat(2)[:, None] * (1 if factors is None else factors)
+            shift = None if shift is None else scale_gradient(shift, pair_weights)
+        kept = {name: value for name, value in batch.inputs.items() if name not in _OURS}
         ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
         inputs = {
             **kept,
@@ -155,11 +191,11 @@ class Objective:
             "ref_chosen_logps": ref_chosen if shift is None else ref_chosen - shift,
             "ref_rejected_logps": ref_rejected,
         }
-        policy = self._scored_policy(model, batch, scored, draw, factors)
+        policy = self._scored_policy(view, model, batch, scored, draw, factors)
         return DPOTrainer._compute_loss(view, policy, inputs, return_outputs)
 
     def _scored_policy(
-        self, model: Any, batch: PairBatch, scored: Scored, draw: Draw, factors: Tensor | None
+        self, view: Any, model: Any, batch: PairBatch, scored: Scored, draw: Draw, factors: Tensor | None
     ) -> Callable[..., Any]:
         """The function that TRL's loss calls instead of the model."""
         weighted = copy.copy(scored.output)
@@ -171,7 +207,7 @@ class Objective:
             for name in TOKEN_STATISTICS:
                 setattr(weighted, name, torch.zeros_like(batch.mask))
         expected = self.model_options(batch.inputs).keys() | {"labels", "fused_lm_head"}
-        if self._trainer.aux_loss_enabled:
+        if view.aux_loss_enabled:
             expected |= {"output_router_logits"}
 
         def policy(**kwargs: Any) -> Any:

@@ -60,14 +60,15 @@ class Passes:
         batch.every_token = self._trainer.aux_loss_enabled
         if weigher.needs_end_probs:  # of the reference, before the weights are known
             reference = self._score_reference(batch)
-            if not weigher.method.needs_log_ratios:
+            if not weigher.method.needs_policy:
                 weigher.weigh(batch, end_probs=reference.end_probs)
         targets = [batch.ids, *([weigher.end_targets(batch)] if self._args.log_length_pressure else [])]
         aux_loss = {"output_router_logits": True} if self._trainer.aux_loss_enabled else {}
-        policy = self._scorer(model, batch, batch.positions, *targets, **aux_loss)
+        states = weigher.method.needs_states
+        policy = self._scorer(model, batch, batch.positions, *targets, keep_states=states, **aux_loss)
         logps, *end_logps = policy.log_probs
         reference = reference or self._score_reference(batch)
-        draws = weigher.make_draws(batch, logps.detach(), reference)
+        draws = weigher.make_draws(batch, logps.detach(), reference, policy.states)
         pressure = None
         if end_logps:
             weights = torch.stack([draw.weights for draw in draws]).mean(dim=0)
@@ -127,6 +128,12 @@ class Passes:
         virtual_tokens = uses_prompt_learning(trainer.accelerator.unwrap_model(trainer.model))
         compiled = is_compiled(trainer.accelerator, self._models)
         by_labels = virtual_tokens or trainer._is_vision_dataset or compiled
+        if by_labels and self._weigher.method.needs_states:
+            raise ValueError(
+                f"`token_weighting: {self._args.token_weighting}` needs the hidden states of the policy, got vision "
+                "data, a prompt-learning adapter or `torch_compile`, with which sampo does not see them. Use another "
+                "method."
+            )
         # micro-batches have like lengths already, and as many forwards on every process only if each is one
         one_forward = virtual_tokens or compiled or self._args.max_tokens_per_forward is not None
         return Scorer(

@@ -92,6 +92,19 @@ def check_tokens(trainer: Any) -> None:
         raise ValueError(" ".join(issues))
 
 
+def check_weight_columns(trainer: Any) -> None:
+    """Data whose rows have no tokens that weights could be aligned with.
+
+    Raises:
+        ValueError: weights from the data, which are images.
+    """
+    if trainer.args.weight_columns and trainer._is_vision_dataset:
+        raise ValueError(
+            f"Weights from the data {trainer.args.weight_columns} need data of text, got vision data, which are laid "
+            "out by their processor. Use another `token_weighting`, and unset `pair_weight_column`."
+        )
+
+
 def check_micro_batches(trainer: Any) -> None:
     """Models, data and launches for which pairs cannot be computed in micro-batches.
 

@@ -9,6 +9,7 @@ from ..config import SamPOConfig
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts, count_tokens
 from ..data.tokenize import rows_with_other_ends, tokenize_by_trl
+from ..data.weight_columns import check_weights
 from ..logs import get_logger
 from .preflight import refuse_endless_responses
 
@@ -42,7 +43,8 @@ def prepare_dataset(
         args: of the run.
 
     Raises:
-        ValueError: a completion without tokens, or options about the end token where no response ends.
+        ValueError: a completion without tokens, weights that are wrong, or options about the end token where no
+            response ends.
     """
     prepared, note = tokenize_by_trl(trl_prepares, dataset, tokenizer, args, name)
     if note is not None:
@@ -60,6 +62,7 @@ def prepare_dataset(
             f"the {name} data, first at rows {counts.empty_rows[:10]} of the tokenised set. Remove "
             "them, or load the data with `sampo.load_preferences(..., on_bad_rows='drop')`."
         )
+    check_weights(prepared, args.weight_columns, name)
     other_ends = rows_with_other_ends(prepared, counts, args.max_length, args.truncation_mode)
     refuse_endless_responses(counts, args, name)
     log = logger.warning if counts.dropped or counts.identical else logger.info

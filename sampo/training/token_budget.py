@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..data.weight_columns import GIVEN_TOKEN_WEIGHTS, TOKEN_WEIGHT_COLUMNS
 from ..logs import get_logger
 from ..reference_cache.store import CACHED_REF_LOGPS, END
 
@@ -106,6 +107,8 @@ def _forward_and_backward(trainer: Any, n_pairs: int, longest: int) -> None:
     if trainer.args.precompute_ref_log_probs:
         names = [CACHED_REF_LOGPS, *([END.batch] if trainer.args.balance_end_token else [])]
         inputs |= {name: torch.zeros(2 * n_pairs, longest - 1, device=ids.device) for name in names}
+    if TOKEN_WEIGHT_COLUMNS[0] in trainer.args.weight_columns:
+        inputs[GIVEN_TOKEN_WEIGHTS] = torch.ones(2 * n_pairs, longest - 1, device=ids.device)
     with trainer.maybe_activation_offload_context, trainer.compute_loss_context_manager():
         model = trainer.accelerator.unwrap_model(trainer.model)
         scored = trainer.passes.score(model, trainer.prepare_batch(inputs))

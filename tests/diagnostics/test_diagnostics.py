@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_up_scores import made_up
+from oracles import dataset_budget, row_key, transport_weights
 from peft import LoraConfig, get_peft_model
 from scipy import stats
-from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options
+from tiny import make_model, make_pairs, make_tokenizer, save_model, training_options, with_weights
 
-from sampo import SamPOConfig, SamPOTrainer, cli
+from sampo import SamPOConfig, SamPOTrainer, cli, load_preferences
 from sampo.commands import lazy_model
 from sampo.data.end_tokens import most_common_end_token
 from sampo.data.token_ids import hash_token_ids
@@ -33,6 +34,8 @@ from sampo.scoring.scorer import ModelScorer
 from sampo.weighting import EVAL_EPOCH, draw_keys
 
 SEED, GAMMA, MAX_LENGTH = 5, 0.9, 40
+METHODS = {name: method for name, method in DIAGNOSED_METHODS.items() if method.weighting != "column"}
+TOTALS, TAIL = [300, 410], 0.3
 EOS, IM_END = 1, 3
 
 
@@ -46,12 +49,15 @@ def key_of(data, **changes):
         "policy": {"weights": "none"},
         "reference": None,
         "data": "none",
+        "weights": None,
         "max_length": MAX_LENGTH,
         "truncation_mode": "keep_start",
         "end_ids": [EOS, IM_END],
         "end_id": most_common_end_token(data, [EOS, IM_END]),
         "seed": SEED,
         "gamma": GAMMA,
+        "tail_weight": TAIL,
+        "token_totals": TOTALS,
     }
     return ScoreKey(**{**known, **changes})
 
@@ -107,13 +113,14 @@ def naive_logps(model, prompt, completion, shift=0.0, shifted=IM_END):
     return [logps[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
 
 
-def naive_weights(method, lengths, side, ends, keys, ratios):
+def naive_weights(method, lengths, side, ends, keys, ratios, row_keys):
     """Weights of one side, by the words of the table of methods."""
-    n, least = lengths[side], min(lengths)
+    n, least, name = lengths[side], min(lengths), method.weighting
     thinned = not (method.sampled_sides == "rejected" and side == 0)
+    if method.token_budget == "dataset":
+        least = dataset_budget(name, n, TOTALS[side], TOTALS[1 - side], row_keys[side])
     budget = least if thinned else n
     end = ends[side] if method.keep_end_token else None
-    name = method.weighting
 
     def first(order):
         ranked = sorted(range(n), key=lambda t: (t != end, order[t], t))[:budget]
@@ -127,6 +134,8 @@ def naive_weights(method, lengths, side, ends, keys, ratios):
         return first([-r for r in ratios[side]])
     if name == "prefix":
         return [float(t < budget) for t in range(n)]
+    if name == "ld":
+        return [1.0 if t < budget else TAIL for t in range(n)]
     if name == "expected":
         if end is None:
             return [budget / n] * n
@@ -158,13 +167,19 @@ def naive_pair(policy, reference, row):
         ids = torch.tensor([prompt + side])
         drawn = draw_keys(ids, torch.ones_like(ids), seed=SEED, epoch=EVAL_EPOCH)[0].tolist()
         keys.append(drawn[len(prompt) - 1 :])
+    row_keys = [row_key(prompt + side, SEED, EVAL_EPOCH) for side in sides]
     found = {"chosen_tokens": lengths[0], "rejected_tokens": lengths[1]}
     for i, side in enumerate(("chosen", "rejected")):
         found[f"{side}_end_place"] = -1 if ends[i] is None else ends[i]
         found[f"{side}_policy_logps"], found[f"{side}_ref_logps"] = sum(own[i]), sum(ref[i])
         found[f"{side}_log_ratio"], found[f"{side}_token_log_ratios"] = sum(ratios[i]), ratios[i]
-    for name, method in DIAGNOSED_METHODS.items():
-        weights = [naive_weights(method, lengths, side, ends, keys, ratios) for side in (0, 1)]
+    with torch.no_grad():
+        outputs = [policy.double().model(torch.tensor([prompt + side])).last_hidden_state[0] for side in sides]
+    plan = transport_weights(*(states[len(prompt) - 1 : -1].tolist() for states in outputs))
+    for name, method in METHODS.items():
+        weights = plan
+        if name != "otpo":
+            weights = [naive_weights(method, lengths, side, ends, keys, ratios, row_keys) for side in (0, 1)]
         found[f"pressure/{name}"] = dot(weights[0], slopes[0]) - dot(weights[1], slopes[1])
         for i, side in enumerate(("chosen", "rejected")):
             found[f"{side}_score/{name}"] = dot(weights[i], ratios[i])
@@ -211,8 +226,8 @@ def test_without_a_reference_the_pressure_is_that_before_training(data, shards, 
     assert not [name for name in alone[0] if "ref_logps" in name or "ratio" in name or "score" in name]
     itself = table_of(computed(tmp_path / "same", data, make_model(seed=1), make_model(seed=1)))
     for row, same, with_other in zip(alone, itself, table_of(shards), strict=True):
-        assert all(same[f"chosen_score/{name}"] == pytest.approx(0, abs=1e-3) for name in DIAGNOSED_METHODS)
-        for name, method in DIAGNOSED_METHODS.items():
+        assert all(same[f"chosen_score/{name}"] == pytest.approx(0, abs=1e-3) for name in METHODS)
+        for name, method in METHODS.items():
             if method.weighting != "top_k":  # it looks at the reference
                 assert row[f"pressure/{name}"] == pytest.approx(with_other[f"pressure/{name}"], abs=1e-5)
         # all log-ratios are 0, and of equals the earlier are taken
@@ -242,14 +257,17 @@ def test_the_numbers_are_those_that_the_trainer_logs(tmp_path):
     """Tokenisation, truncation, subsets and pressure, for a subset, a fraction, and a choice by log-ratio."""
     policy, reference, pairs = make_model(seed=1), make_model(seed=0), raw_pairs(16, seed=8)
     prepared = tokenize_pairs(pairs, make_tokenizer(), max_length=MAX_LENGTH)
-    shards = computed(tmp_path, prepared, make_model(seed=1), make_model(seed=0), seed=7)
+    totals = [3, 2]
+    shards = computed(tmp_path, prepared, make_model(seed=1), make_model(seed=0), seed=7, token_totals=totals)
     found = findings(read_scores(shards), beta=0.1)
-    for name in ("sampo+rejected+end", "expected", "top_k"):
+    for name in ("sampo+rejected+end", "expected", "top_k", "sampo+dataset"):
         method = DIAGNOSED_METHODS[name]
         args = SamPOConfig(
             **training_options(tmp_path / "out", max_length=MAX_LENGTH, beta=0.1),
             token_weighting=method.weighting,
             sampled_sides=method.sampled_sides,
+            token_budget=method.token_budget,
+            token_totals=totals if method.token_budget == "dataset" else None,
             keep_end_token=method.keep_end_token,
             log_length_pressure=True,
         )
@@ -335,9 +353,9 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(data, shards, tmp
     batches = []
 
     class Counting(ModelScorer):
-        def __call__(self, inputs, *targets):
+        def score(self, inputs, *targets, **options):
             batches.append(len(inputs["input_ids"]) // 2)
-            return super().__call__(inputs, *targets)
+            return super().score(inputs, *targets, **options)
 
     with_reference = cached_reference(data, ref_cache(tmp_path, data), refuse_to_load, {}, pad_id=0)
     again = score_pairs(
@@ -400,12 +418,15 @@ def test_every_field_of_the_key_changes_its_digest(data):
         "policy": {"weights": "other"},
         "reference": "digest",
         "data": "other",
+        "weights": "other",
         "max_length": None,
         "truncation_mode": "keep_end",
         "end_ids": [1],
         "end_id": 9,
         "seed": 6,
         "gamma": 0.5,
+        "tail_weight": 0.4,
+        "token_totals": [410, 300],
         "other_ends": [7],
         "schema": 99,
     }
@@ -615,7 +636,7 @@ def test_several_checkpoints_on_one_page_and_nothing_is_computed_twice(world, tm
     assert shown == {str(world / "a"), str(world / "b")}
     pressure = [r for r in records if r.name == "diagnose/pressure" and r.config["policy"] == str(world / "a")]
     assert {(r.config["method"], r.config["group"]) for r in pressure} >= {
-        (method, group) for method in DIAGNOSED_METHODS for group in ("all", "chosen longer", "source: y")
+        (method, group) for method in METHODS for group in ("all", "chosen longer", "source: y")
     }
     monkeypatch.setattr(lazy_model.LazyModel, "load", refuse_to_load)
     assert diagnose(world, *words, *more, out=tmp_path) == 0
@@ -623,6 +644,53 @@ def test_several_checkpoints_on_one_page_and_nothing_is_computed_twice(world, tm
     # the values of a column are not in the key: they need no forward pass
     assert diagnose(world, *words, "--by", "p", out=tmp_path) == 0
     assert "p: 2" in capsys.readouterr().out
+
+
+def test_weights_of_the_data_are_diagnosed_where_the_data_have_them(tmp_path):
+    pairs = with_weights(raw_pairs(8, seed=4))
+    prepared = tokenize_pairs(pairs, make_tokenizer(), max_length=MAX_LENGTH)
+    policy, reference = make_model(seed=1), make_model(seed=0)
+    plain = table_of(computed(tmp_path / "plain", prepared, policy, reference))
+    assert not [name for name in plain[0] if name.endswith("/column")]
+    found = table_of(computed(tmp_path / "given", prepared, policy, reference, weights="w"))
+    for row, without, example in zip(found, plain, prepared, strict=True):
+        assert without.items() <= row.items()
+        for side in ("chosen", "rejected"):
+            weights = example[f"{side}_weights"][: row[f"{side}_tokens"]]
+            expected = dot(weights, row[f"{side}_token_log_ratios"])
+            assert row[f"{side}_score/column"] == pytest.approx(expected, abs=1e-4)
+        assert "pressure/column" in row
+
+
+def test_the_command_reads_weights_of_the_data_and_names_a_wrong_one(world, tmp_path):
+    # the tokens of the data as they are loaded: one weight for each
+    pairs = with_weights(load_preferences(str(world / "pairs.jsonl")))
+    pairs.to_json(world / "weights.jsonl")
+    assert diagnose(world, "--policy", str(world / "a"), out=tmp_path, data="weights.jsonl") == 0
+    records = results.read(tmp_path / "records.jsonl")
+    assert [r for r in records if (r.config["method"], r.config["group"]) == ("column", "all")]
+    short = pairs["chosen_weights"][:]
+    short[2] = short[2][:-1]
+    pairs.remove_columns("chosen_weights").add_column("chosen_weights", short).to_json(world / "wrong.jsonl")
+    with pytest.raises(SystemExit, match=r"sampo diagnose: error: `chosen_weights` must have one .* rows \[2\]"):
+        diagnose(world, "--policy", str(world / "a"), out=tmp_path / "2", data="wrong.jsonl")
+
+
+def test_the_budget_of_a_data_set_is_that_of_the_pairs_or_of_the_totals_given(world, tmp_path):
+    found = []
+    for number, words in enumerate(([], ["--token_totals", "100", "60"])):
+        assert diagnose(world, "--policy", str(world / "a"), *words, out=tmp_path / str(number)) == 0
+        records = results.read(tmp_path / str(number) / "records.jsonl")
+        (record,) = (r for r in records if (r.config["method"], r.config["group"]) == ("expected+dataset", "all"))
+        found.append(record.value)
+    rows = table_of(sorted(tmp_path.glob("0/pairs/a-*/*.parquet")))
+    chosen, rejected = (sum(row[f"{side}_tokens"] for row in rows) for side in ("chosen", "rejected"))
+    words = ["--token_totals", str(chosen), str(rejected)]
+    assert diagnose(world, "--policy", str(world / "a"), *words, out=tmp_path / "0") == 0
+    assert len(list((tmp_path / "0" / "pairs").iterdir())) == 1
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
+    with pytest.raises(SystemExit, match=r"`token_totals` must be two whole numbers of at least 1, got \[0, 5\]"):
+        diagnose(world, "--policy", str(world / "a"), "--token_totals", "0", "5", out=tmp_path / "2")
 
 
 def test_a_record_holds_the_number_of_the_rows(world, tmp_path):

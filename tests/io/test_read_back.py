@@ -224,8 +224,9 @@ def reference_cache(folder):
 
 def diagnosis(folder):
     key = pair_scores.ScoreKey(
-        **{"policy": {"weights": "a"}, "reference": None, "data": "d", "max_length": None, "seed": 0, "gamma": 0.9},
-        **{"truncation_mode": "keep_start", "end_ids": [1], "end_id": 1},
+        **{"policy": {"weights": "a"}, "reference": None, "data": "d", "weights": None, "max_length": None, "seed": 0},
+        **{"gamma": 0.9, "truncation_mode": "keep_start", "end_ids": [1], "end_id": 1, "token_totals": [5, 7]},
+        tail_weight=0.5,
     )
     (folder / "rows.parquet").write_bytes(b"rows")
     known = {"rows.parquet": pair_scores.hash_content(b"rows")}

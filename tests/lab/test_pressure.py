@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from oracles import dataset_budget
 from oracles import weights as weights_of
 
 from sampo.lab import model as lm
 from sampo.lab.methods import STUDY_METHODS
 from sampo.lab.pressure import logistic_slope, mean_pressures, mean_weights
 from sampo.lab.world import EOS, World
-from sampo.weighting import draw_keys, token_weights
+from sampo.weighting import WEIGHTINGS, draw_keys, token_weights
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def token_logps(model, prompt, answer):
     return logits.log_softmax(dim=1)[range(len(answer)), answer].numpy()
 
 
-def naive_weights(t_w, t_l, options, end_probs):
+def naive_weights(t_w, t_l, options, end_probs, totals):
     """Weights of the chosen and of the rejected answer, token by token: random ones by their mean."""
     balanced = options.get("balance_end_token", False)
     name, keeps = options["token_weighting"], options.get("keep_end_token", balanced)
@@ -53,7 +54,11 @@ def naive_weights(t_w, t_l, options, end_probs):
             whole = is_chosen and options.get("sampled_sides") == "rejected"
             gamma = options.get("decay_gamma", 1.0)
             mean = "expected" if name == "sampo" else name
-            side = weights_of(mean, own, other, end=end, whole=whole, gamma=gamma)
+            budget = None
+            if options.get("token_budget") == "dataset":
+                budget = dataset_budget(mean, own, *(totals if is_chosen else totals[::-1]), key=0)
+            tail = options.get("ld_tail_weight")
+            side = weights_of(mean, own, other, end=end, whole=whole, gamma=gamma, tail=tail, budget=budget)
         if balanced:
             p = end_probs[len(sides)]
             side[-1] = sum(w * q for w, q in zip(side[:-1], p[:-1], strict=True)) / (1 - p[-1])
@@ -61,7 +66,9 @@ def naive_weights(t_w, t_l, options, end_probs):
     return sides
 
 
-WITH_PRESSURE = [name for name, method in STUDY_METHODS.items() if method.options["token_weighting"] != "top_k"]
+WITH_PRESSURE = [
+    name for name, method in STUDY_METHODS.items() if not WEIGHTINGS[method.options["token_weighting"]].needs_policy
+]
 
 
 @pytest.mark.parametrize("name", WITH_PRESSURE)
@@ -70,10 +77,12 @@ def test_the_pressure_is_the_derivative_of_the_weighted_margin_by_the_end_logit(
     pairs = world.annotated_pairs(25, bias=0.5)
     rows = [(p.question.prompt, p.chosen) for p in pairs] + [(p.question.prompt, p.rejected) for p in pairs]
     probs = lm.end_probs(start, rows)
+    totals = sum(len(p.chosen) for p in pairs), sum(len(p.rejected) for p in pairs)
     found = mean_pressures([p.chosen for p in pairs], [p.rejected for p in pairs], probs, options)
     step = 0.05  # the logits are float32
     for i, pair in enumerate(pairs):
-        weights = naive_weights(len(pair.chosen), len(pair.rejected), options, (probs[i], probs[25 + i]))
+        both = (probs[i], probs[25 + i])
+        weights = naive_weights(len(pair.chosen), len(pair.rejected), options, both, totals)
         margins = []
         for shift in (-step, step):
             model = Shifted(start, shift)

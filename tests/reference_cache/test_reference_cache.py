@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options
+from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options, with_weights
 from transformers import AutoModelForCausalLM
 
 from sampo import SamPOConfig, SamPOTrainer
@@ -175,6 +175,7 @@ RUNS = [{"token_weighting": name} for name in WEIGHTINGS] + [
     {"balance_end_token": True, "max_length": 14, "log_length_pressure": True},
     {"token_weighting": "all", "ld_alpha": 0.3},
     {"mask_sharing": "independent"},
+    {"token_budget": "dataset", "balance_end_token": True, "length_penalty": "learned", "pair_stream": "true"},
     {"mask_samples": 3, "loss_type": ["sigmoid", "sft"]},
     {"keep_end_token": True, "sampled_sides": "rejected", "length_penalty": "learned"},
     {"token_weighting": "top_k", "pair_stream": "true"},
@@ -188,8 +189,11 @@ RUNS = [{"token_weighting": name} for name in WEIGHTINGS] + [
 @pytest.mark.parametrize("options", RUNS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items())[:60])
 def test_cached_and_live_runs_have_the_same_losses_and_metrics(model_folder, root, options):
     logs = []
+    data, held_out = make_pairs(20), make_pairs(7, seed=5)
+    if options.get("token_weighting") == "column":
+        data, held_out = with_weights(data), with_weights(held_out)
     for place in (None, root):
-        trainer = make_trainer(model_folder, place, eval_data=make_pairs(7, seed=5), **options)
+        trainer = make_trainer(model_folder, place, data=data, eval_data=held_out, **options)
         trainer.train()
         logs.append([*trainer.state.log_history[:3], trainer.evaluate()])
     assert trainer.ref_model is None
@@ -516,7 +520,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from tiny import make_pairs, training_options
+from tiny import make_pairs, training_options, with_weights
 from sampo import SamPOConfig, SamPOTrainer
 from sampo.reference_cache import store
 

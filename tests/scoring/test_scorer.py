@@ -7,6 +7,7 @@ from streams import collate
 from tiny import make_model
 
 from sampo.scoring.scorer import ModelScorer, Rows, Scorer
+from sampo.scoring.ways import GROUPED, PACKED, PADDED
 
 SHAPES = [(3, 4, 7), (1, 9, 2), (6, 1, 1)]
 HEADS = [("positions", "true"), ("positions", "false"), ("labels", "false"), ("logits", "false")]
@@ -46,6 +47,27 @@ def test_each_target_has_its_log_probs_and_the_first_its_gradient(batch, head, p
     (expected_logps(plain, batch, targets[0]) * positions).sum().backward()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+LAYOUTS = {"packed": {"pair_stream": "true"}, "padded": {"pair_stream": "false"}, "grouped": {"refuse": "of a test"}}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_the_hidden_states_are_those_that_predict_the_tokens(batch, layout):
+    model, plain = make_model(seed=1), make_model(seed=1)
+    ModelScorer(model)  # gives it TRL's head
+    scorer, rows = Scorer([model], **LAYOUTS[layout]), Rows(batch)
+    scorer(model, rows, rows.mask)
+    scorer.ways.settle(None)
+    assert {"grouped": GROUPED, "packed": PACKED, "padded": PADDED}[layout] == scorer.ways.way
+    scores = scorer(model, rows, rows.mask, keep_states=True)
+    assert not hasattr(scores.output, "states")
+    assert not scores.states.requires_grad
+    for row, (ids, real) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        n = int(real.sum())
+        states = plain.model(input_ids=ids[None, :n]).last_hidden_state[0, :-1]  # the state before each token
+        mask = rows.mask[row, : n - 1, None]
+        torch.testing.assert_close(scores.states[row, : n - 1], states * mask, atol=1e-5, rtol=1e-5)
 
 
 def test_the_batchs_own_tokens_are_the_target_where_none_is_given(batch):

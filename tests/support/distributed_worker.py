@@ -151,9 +151,9 @@ def watch(trainer) -> tuple[list, set]:
                     subsets.append([trainer.state.global_step, row[:length].tolist(), kept[: length - 1].tolist()])
         return draws
 
-    def typed(batch, logps, reference):
+    def typed(batch, logps, *more):
         dtypes.add(str(logps.dtype))
-        return make_draws(batch, logps, reference)
+        return make_draws(batch, logps, *more)
 
     trainer.weigher.weigh, trainer.weigher.make_draws = watched, typed
     return subsets, dtypes

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from fractions import Fraction
 
 MASK64 = 2**64 - 1
 
@@ -16,14 +17,34 @@ def splitmix64(x: int) -> int:
 
 def row_keys(tokens: list[int], seed: int, epoch: int, stream: int = 0) -> list[int]:
     """One key per token of an unpadded row."""
+    row, golden = row_state(tokens, seed, epoch, stream)
+    return [splitmix64(row + i * golden & MASK64) >> 1 for i in range(len(tokens))]
+
+
+def row_key(tokens: list[int], seed: int, epoch: int, stream: int = 0) -> int:
+    """The key of an unpadded row as a whole."""
+    row, golden = row_state(tokens, seed, epoch, stream)
+    return splitmix64(row - golden & MASK64) >> 1
+
+
+def row_state(tokens: list[int], seed: int, epoch: int, stream: int) -> tuple[int, int]:
+    """Hash of a row, and the step from one position to the next."""
     golden = 0x9E3779B97F4A7C15
     total = sum(splitmix64(splitmix64(token) + i * golden & MASK64) for i, token in enumerate(tokens)) & MASK64
     fingerprint = splitmix64(total ^ len(tokens))
     run = 0
     for part in (seed, epoch, stream):
         run = splitmix64(run ^ (part & MASK64))
-    row = splitmix64(fingerprint ^ run)
-    return [splitmix64(row + i * golden & MASK64) >> 1 for i in range(len(tokens))]
+    return splitmix64(fingerprint ^ run), golden
+
+
+def dataset_budget(name: str, own: int, total_own: int, total_other: int, key: int) -> int | float:
+    """Tokens that a response of `own` tokens keeps of the data set's budget; methods of fractions do not round."""
+    kept = own * min(Fraction(1), Fraction(total_other, total_own))
+    if name == "expected":
+        return max(float(kept), 1.0)
+    whole = math.floor(kept)
+    return max(whole + (key % total_own >= (1 - (kept - whole)) * total_own), 1)
 
 
 def smallest(values: list[float], count: int) -> set[int]:
@@ -31,12 +52,26 @@ def smallest(values: list[float], count: int) -> set[int]:
     return set(sorted(range(len(values)), key=lambda i: values[i])[:count])
 
 
-def weights(name, own, other, *, keys=None, log_ratios=None, end=None, whole=False, gamma=1.0) -> list[float]:
+def weights(
+    name,
+    own,
+    other,
+    *,
+    keys=None,
+    log_ratios=None,
+    end=None,
+    whole=False,
+    gamma=1.0,
+    tail=0.5,
+    budget=None,
+    given=None,
+) -> list[float]:
     """Weights of one response of `own` tokens beside a rival of `other` tokens, from the equations.
 
-    `whole`: this side is not thinned. `end`: index of an end token that must be kept, or None.
+    `whole`: this side is not thinned. `end`: index of an end token that must be kept, or None. `budget`: in place of
+    the number of tokens that both responses have.
     """
-    keep = own if whole else min(own, other)
+    keep = own if whole else min(own, other) if budget is None else budget
     if name == "all":
         return [1.0] * own
     if name == "mean":
@@ -45,12 +80,16 @@ def weights(name, own, other, *, keys=None, log_ratios=None, end=None, whole=Fal
         return [(own + other) / 2 / own] * own
     if name == "prefix":
         return [1.0 if t < keep else 0.0 for t in range(own)]
+    if name in ("column", "otpo"):  # of `otpo`, from `transport_weights`
+        return list(given)
+    if name == "ld":
+        return [1.0 if t < keep else tail for t in range(own)]
     if name == "decay":
         return [gamma**t for t in range(own)]
     if name == "expected":
         if end is None:
             return [keep / own] * own
-        return [1.0 if t == end else (keep - 1) / (own - 1) for t in range(own)]
+        return [1.0 if t == end else (keep - 1) / (own - 1) for t in range(own)]  # where own is 1, t is end
     if name not in ("sampo", "top_k"):
         raise NotImplementedError(f"There is no slow reference for {name!r}: add your method here.")
     values = list(keys) if name == "sampo" else [-r for r in log_ratios]
@@ -58,6 +97,22 @@ def weights(name, own, other, *, keys=None, log_ratios=None, end=None, whole=Fal
         values[end] = -math.inf
     kept = smallest(values, keep)
     return [1.0 if t in kept else 0.0 for t in range(own)]
+
+
+def transport_weights(chosen, rejected, reg=1.0, mass_reg=0.2) -> tuple[list[float], list[float]]:
+    """OTPO's weights of both responses from their hidden states, by Sinkhorn's scaling until it stands still."""
+    cost = [[math.dist(a, b) + 1e-6 for b in rejected] for a in chosen]
+    largest = max(1.0, max(map(max, cost)))
+    kernel = [[math.exp(-c / largest / reg) for c in row] for row in cost]
+    u, v, power, change = [1.0] * len(chosen), [1.0] * len(rejected), mass_reg / (mass_reg + reg), 1.0
+    while change > 1e-13:
+        before = u
+        u = [sum(k * y for k, y in zip(row, v, strict=True)) ** -power for row in kernel]
+        v = [sum(row[j] * x for row, x in zip(kernel, u, strict=True)) ** -power for j in range(len(v))]
+        change = max(abs(x - y) for x, y in zip(u, before, strict=True))
+    plan = [[x * k * y for k, y in zip(row, v, strict=True)] for x, row in zip(u, kernel, strict=True)]
+    scale = min(len(u), len(v)) / sum(map(sum, plan))
+    return [scale * sum(row) for row in plan], [scale * sum(column) for column in zip(*plan, strict=True)]
 
 
 def correlation_and_slope(x: list[float], y: list[float]) -> tuple[float, float]:

@@ -7,6 +7,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sampo.data.tokenize import tokenize_pairs
+
 WORDS = [f"w{i}" for i in range(60)]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> \n {% endfor %}"
@@ -77,6 +79,20 @@ def make_pairs(n=16, seed=0, conversational=False, longer=None, min_len=1, max_l
             # the tokenizer splits at blanks: keep prompt and completion apart
             rows.append({"prompt": prompt + " ", "chosen": chosen + " ", "rejected": rejected + " "})
     return Dataset.from_list(rows)
+
+
+def with_weights(pairs: Dataset, seed=0) -> Dataset:
+    """The pairs with random weights of their tokens and of themselves in the columns that sampo reads."""
+    rng = random.Random(seed)
+    ids = tokenize_pairs(pairs, make_tokenizer(), max_length=None)
+    columns = {
+        f"{side}_weights": [[rng.random() * 2 for _ in row] for row in ids[f"{side}_ids"]]
+        for side in ("chosen", "rejected")
+    }
+    columns["pair_weight"] = [rng.random() * 3 for _ in ids]
+    for name, values in columns.items():
+        pairs = pairs.add_column(name, values)
+    return pairs
 
 
 PLAIN = {"pair_stream": "false"}  # TRL's forward, with its arithmetic to the bit

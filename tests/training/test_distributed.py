@@ -13,7 +13,7 @@ def model_folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
+OURS = {"sampled_sides": "rejected", "token_budget": "dataset", "length_penalty": "learned"}
 
 
 STREAM = {"pair_stream": "true", **OURS}

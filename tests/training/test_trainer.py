@@ -18,7 +18,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options
+from tiny import PLAIN, make_model, make_pairs, make_tokenizer, save_model, training_options, with_weights
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -41,10 +41,11 @@ def model_folder(tmp_path_factory):
 def make_trainer(model, output_dir, *, data=None, eval_data=None, trainer=SamPOTrainer, config=SamPOConfig, **options):
     kwargs = {name: options.pop(name) for name in ("ref_model", "peft_config", "processing_class") if name in options}
     options = (PLAIN if config is SamPOConfig else {}) | options
+    data = make_pairs(32) if data is None else data
     return trainer(
         model=model,
         args=config(**training_options(output_dir, **options)),
-        train_dataset=make_pairs(32) if data is None else data,
+        train_dataset=with_weights(data) if options.get("token_weighting") == "column" else data,
         eval_dataset=eval_data,
         **kwargs,
     )
@@ -104,6 +105,35 @@ def test_with_all_tokens_it_is_trls_trainer_to_the_bit(model_folder, tmp_path, o
                 assert our_entry[name] == value, name
                 compared += 1
     assert compared > 60
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_ld_is_trls_ld_alpha(tmp_path, alpha):
+    logs = []
+    for trainer, config, options in (
+        (DPOTrainer, DPOConfig, {"ld_alpha": alpha}),
+        (SamPOTrainer, SamPOConfig, {"token_weighting": "ld", "ld_tail_weight": alpha}),
+    ):
+        made = make_trainer(
+            make_model(seed=2),
+            tmp_path,
+            ref_model=make_model(seed=1),
+            processing_class=make_tokenizer(),
+            eval_data=make_pairs(10, seed=5),
+            trainer=trainer,
+            config=config,
+            eval_strategy="steps",
+            eval_steps=2,
+            **options,
+        )
+        logs.append(history(made))
+    compared = 0
+    for theirs, ours in zip(*logs, strict=True):
+        for name in theirs:
+            if name.endswith(("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "grad_norm")):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name  # float32 sums
+                compared += 1
+    assert compared > 15
 
 
 @pytest.mark.parametrize("conversational", [False, True])
@@ -179,15 +209,40 @@ def end_probs(model, row, end_id) -> list[float]:
 
 
 def oracle_scores(
-    policy, reference, pair, *, name, seed, epoch, end_ids, keep_end=False, sides="both", gamma=1.0, k=0, balance=False
+    policy,
+    reference,
+    pair,
+    *,
+    name,
+    seed,
+    epoch,
+    end_ids,
+    keep_end=False,
+    sides="both",
+    gamma=1.0,
+    k=0,
+    balance=False,
+    totals=None,
 ):
     """(S_w, S_l) of one pair, and the log-probs of the chosen tokens, from the equations."""
     result, chosen_logps = [], None
     n_prompt = len(pair["prompt_ids"])
+    given = {side: pair.get(side.replace("ids", "weights")) for side in ("chosen_ids", "rejected_ids")}
+    if name == "otpo":
+        with torch.no_grad():
+            states = [
+                policy.model(torch.tensor([pair["prompt_ids"] + pair[side]])).last_hidden_state[0, n_prompt - 1 : -1]
+                for side in given
+            ]
+        given = dict(zip(given, oracles.transport_weights(*(each.tolist() for each in states)), strict=True))
     for side, rival in (("chosen_ids", "rejected_ids"), ("rejected_ids", "chosen_ids")):
         row, own = pair["prompt_ids"] + pair[side], len(pair[side])
         logps, ref = (token_logps(m, row)[n_prompt - 1 :] for m in (policy, reference))
         ends = [i for i, token in enumerate(pair[side]) if token in end_ids]
+        budget = None
+        if totals is not None:
+            both = totals if side == "chosen_ids" else totals[::-1]
+            budget = oracles.dataset_budget(name, own, *both, oracles.row_key(row, seed, epoch, k))
         w = oracles.weights(
             name,
             own,
@@ -197,6 +252,8 @@ def oracle_scores(
             end=ends[-1] if keep_end and ends else None,
             whole=sides == "rejected" and side == "chosen_ids",
             gamma=gamma,
+            budget=budget,
+            given=given[side],
         )
         if balance and ends:
             at = ends[-1]
@@ -223,10 +280,34 @@ ORACLE_CASES = [
     {"token_weighting": "sampo", "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.3]},
     {"token_weighting": "expected", "loss_type": ["sft"]},
     *({"token_weighting": name, "balance_end_token": True} for name in WEIGHTINGS),
+    *(
+        {"token_weighting": name, "token_budget": "dataset", "sampled_sides": sides}
+        for name, method in WEIGHTINGS.items()
+        if method.downsamples
+        for sides in ("both", "rejected")
+    ),
+    {"token_weighting": "sampo", "token_budget": "dataset", "token_totals": [50, 30], "mask_samples": 3},
+    {"token_weighting": "expected", "token_budget": "dataset", "keep_end_token": True, "length_penalty": 0.05},
+    {"token_weighting": "sampo", "token_budget": "dataset", "balance_end_token": True, "sampled_sides": "rejected"},
     {"token_weighting": "sampo", "balance_end_token": True, "sampled_sides": "rejected", "length_penalty": 0.05},
     {"token_weighting": "sampo", "balance_end_token": True, "mask_samples": 3},
     {"token_weighting": "all", "balance_end_token": True, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.3]},
 ]
+
+
+def test_otpo_has_the_same_losses_whatever_the_forward(tmp_path):
+    logs = []
+    for way in ("false", "true"):
+        options = {"token_weighting": "otpo", "pair_stream": way, "processing_class": make_tokenizer()}
+        trainer = make_trainer(make_model(seed=2), tmp_path, ref_model=make_model(seed=1), **options)
+        logs.append(losses(history(trainer)))
+    assert logs[1] == pytest.approx(logs[0], abs=1e-5)
+
+
+def test_otpo_is_refused_where_the_hidden_states_are_not_seen(model_folder, tmp_path):
+    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="`token_weighting: otpo` needs the hidden states of the policy"):
+        make_trainer(model_folder, tmp_path, token_weighting="otpo", peft_config=peft)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -244,6 +325,11 @@ def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, tr
         **case,
     )
     rows = [trainer.train_dataset[i] for i in range(6)]
+    totals = None
+    if case.get("token_budget") == "dataset":
+        counted = [sum(len(row[side]) for row in rows) for side in ("chosen_ids", "rejected_ids")]
+        totals = case.get("token_totals", counted)
+        assert totals[0] != totals[1]
     for row in rows[::2] if balance else ():  # not all responses end in the same way
         row["rejected_ids"] = [1 if token == 3 else token for token in row["rejected_ids"]]
     batch = trainer.data_collator(rows)
@@ -268,6 +354,7 @@ def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, tr
                 sides=case.get("sampled_sides", "both"),
                 gamma=0.9,
                 k=k,
+                totals=totals,
             )
             logit = 0.1 * (chosen - rejected)
             logit += case.get("length_penalty", 0.0) * (len(pair["chosen_ids"]) - len(pair["rejected_ids"]))
