@@ -167,9 +167,6 @@ def _names(policies: list[str]) -> list[str]:
     return [short if again[short] == 1 else "-".join(two) for short, two in zip(last, parts, strict=True)]
 
 
-# --- before the first forward pass ----------------------------------------------------------------------------------
-
-
 def _score(args: argparse.Namespace, setup: DiagnosisSetup, policy: LazyModel, name: str) -> tuple[list[Path], str]:
     """The shards of a policy, and the digest of their key."""
     from ..data.end_tokens import most_common_end_token
