@@ -1,6 +1,8 @@
 """`sampo COMMAND …`. A command is imported when it is called, so that `sampo --help` does not wait for torch."""
 
 import difflib
+import os
+import signal
 import sys
 from importlib import import_module
 
@@ -62,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     except plugins.PluginError as error:
         print(f"sampo {name}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # what reads the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it flushes
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         again = " The same command continues where it stopped." if name in RESUMABLE else ""
         print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)

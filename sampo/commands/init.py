@@ -178,6 +178,7 @@ def _read(args: argparse.Namespace) -> _Found:
     import transformers
 
     from ..audit.audit import audit_preferences
+    from ..data.issues import PreferenceDataError
     from ..data.sources import open_source
     from ..models.load import ModelError, load_tokenizer
     from ..training.memory import read_shape
@@ -196,15 +197,24 @@ def _read(args: argparse.Namespace) -> _Found:
         positions = getattr(config, "max_position_embeddings", None)
     except (ValueError, OSError) as error:
         notes.append(f"The shape of the model could not be read, so that the batch sizes are guesses: {_short(error)}")
-    with progress("pairs") as advance:
-        audit = audit_preferences(
-            args.data,
-            name=args.name,
-            tokenizer=tokenizer,
-            splits=[train_split],
-            progress=advance,
-            **treatment_of(args),
-        )
+
+    def audit_pairs() -> "Audit":
+        split = {"name": args.name, "splits": [train_split], **treatment_of(args)}
+        with progress("pairs") as advance:
+            return audit_preferences(args.data, tokenizer=tokenizer, progress=advance, **split)
+
+    audit = audit_pairs()
+    is_chat_model = bool(getattr(tokenizer, "chat_template", None))
+    if is_chat_model and audit.scans[0].layout == "text" and not args.text_as_messages:
+        args.text_as_messages = True
+        try:
+            audit = audit_pairs()
+            notes.append(
+                "The pairs are text, and the model has a chat template: `text_as_messages` trains it in the form in "
+                "which `sampo generate` and `sampo chat` prompt it."
+            )
+        except PreferenceDataError:  # the text holds a template already
+            args.text_as_messages = False
     return _Found(audit, train_split, test_split, shape, positions, notes)
 
 

@@ -86,11 +86,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _list_recipes() -> None:
+    from ..io.tables import screen_width, wrapped
+
     known = recipes()
     width = max(map(len, known))
     for name, path in known.items():
         with path.open(encoding="utf-8") as lines:
-            print(f"{name:<{width}}  {next(lines).lstrip('# ').rstrip()}")
+            about = next(lines).lstrip("# ").rstrip()
+        print("\n".join(wrapped(f"{name:<{width}}  {about}", screen_width())))
 
 
 def _copy_recipe(recipe: Path, dest: Path) -> None:

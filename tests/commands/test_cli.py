@@ -467,3 +467,14 @@ def test_a_refused_launch_says_so_once(words, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.count("Did you mean `--beta`?") == 1
+
+
+@pytest.mark.parametrize("words", [["recipes", "ls"], ["recipes", "show", "qwen2.5-0.5b-instruct/sampo_lora"]])
+def test_a_reader_that_ends_early_is_no_error(words):
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "sampo.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert said == ""
+    assert process.returncode == 141

@@ -227,3 +227,30 @@ def test_bad_input_is_one_sentence(place, tmp_path, monkeypatch, capsys, words, 
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sampo init: error: ")]
     assert says in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "becomes"),
+    [("what is w1", True), ("<|im_start|>user\nwhat is w1<|im_end|>\n", None)],
+    ids=["text", "rendered"],
+)
+def test_pairs_of_text_become_messages_for_a_chat_model(place, tmp_path, monkeypatch, prompt, becomes):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{prompt} {i}", "chosen": f"w2 w{i % 9}", "rejected": "w3 w4 w5"} for i in range(24)]
+    Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "init",
+        "--model",
+        str(place / "model"),
+        "--data",
+        "text.jsonl",
+        "--out",
+        "run.yaml",
+        "--yes",
+        "--gpus",
+        "0",
+    ]
+    assert cli.main(words) == 0
+    recipe = Path("run.yaml").read_text()
+    assert yaml.safe_load(recipe).get("text_as_messages") is becomes
+    assert ("`text_as_messages` trains it in the form" in " ".join(recipe.replace("#", "").split())) == bool(becomes)
