@@ -40,19 +40,22 @@ def transport_weights(states: Tensor, mask: Tensor, *, reg: float, mass_reg: flo
     Returns:
         `(2B, N)` float32 ≥ 0, zero where `mask` is.
     """
-    chosen, rejected = states.float().chunk(2)
-    rows, columns = mask.chunk(2)
-    both = rows[:, :, None] & columns[:, None, :]  # (B, N, N)
+    longest = max(int(mask.sum(dim=1).max()), 1)
+    place = mask.long().argsort(dim=1, descending=True, stable=True)[:, :longest]  # (2B, M), completions first
+    chosen, rejected = states.float().gather(1, place[:, :, None].expand(-1, -1, states.size(2))).chunk(2)
+    rows, columns = mask.gather(1, place).chunk(2)
+    both = rows[:, :, None] & columns[:, None, :]  # (B, M, M)
     # by differences: a distance from a matrix product is not 0 between equal states, as those after one prompt
     cost = torch.cdist(chosen, rejected, compute_mode="donot_use_mm_for_euclid_dist") + _OFFSET
     largest = cost.masked_fill(~both, 0.0).amax(dim=(1, 2), keepdim=True).clamp(min=1.0)
     kernel = (-cost / (largest * reg)).masked_fill(~both, -torch.inf)
     factor = mass_reg / (mass_reg + reg)
-    left, right = torch.zeros_like(kernel[:, :, 0]), torch.zeros_like(kernel[:, 0])  # log-scalings, (B, N)
+    left, right = torch.zeros_like(kernel[:, :, 0]), torch.zeros_like(kernel[:, 0])  # log-scalings, (B, M)
     for _ in range(count_iterations(reg, mass_reg)):
         left = (-factor * (kernel + right[:, None, :]).logsumexp(dim=2)).masked_fill(~rows, 0.0)
         right = (-factor * (kernel + left[:, :, None]).logsumexp(dim=1)).masked_fill(~columns, 0.0)
     plan = (kernel + left[:, :, None] + right[:, None, :]).exp()
     least = torch.minimum(rows.sum(dim=1), columns.sum(dim=1))  # (B,): T_m
     scale = (least / plan.sum(dim=(1, 2)))[:, None]
-    return torch.cat((plan.sum(dim=2) * scale, plan.sum(dim=1) * scale)) * mask
+    weights = torch.cat((plan.sum(dim=2) * scale, plan.sum(dim=1) * scale))  # (2B, M)
+    return torch.zeros_like(mask, dtype=weights.dtype).scatter(1, place, weights) * mask
