@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..checkpointing.files import find_output_folder_issue, numbered_checkpoints
+from ..checkpointing.files import find_output_folder_issue
 from ..data.issues import PreferenceDataError
 from ..io.tables import Table
 from ..models.load import ModelError, check_model
@@ -25,6 +25,7 @@ from ..training.memory import gpu_bytes, read_shape
 from .launch import refuse_engine_that_cannot_run
 from .log_line import duration
 from .models import RefusedRun, check_adapter, check_vocabulary, load_processor
+from .option_checks import find_other_checkpoints_issue
 from .options import RecipeParser, listed
 from .shown import say, show
 
@@ -61,8 +62,9 @@ def find_issues(parser: RecipeParser, argv: list[str]) -> list[str]:
     issues, options, _ = parser.find_issues(argv)
     options.eval_strategy = IntervalStrategy(options.eval_strategy)
     if options.output_dir:
-        issues += filter(None, [find_output_folder_issue(str(options.output_dir), create=False)])
-        issues += _find_checkpoints(options)
+        resume = options.resume or options.resume_from_checkpoint
+        found = find_output_folder_issue(str(options.output_dir), create=False)
+        issues += [issue for issue in (found, find_other_checkpoints_issue(options, resume)) if issue]
     tokenizer = None
     if options.model_name_or_path:
         with _collect(issues):
@@ -80,13 +82,6 @@ def find_issues(parser: RecipeParser, argv: list[str]) -> list[str]:
         with _collect(issues):
             load_data(options, options, _mixture(parser, options), tokenizer)
     return list(dict.fromkeys(issues))
-
-
-def _find_checkpoints(options: argparse.Namespace) -> list[str]:
-    there = [path.name for path in numbered_checkpoints(str(options.output_dir))]
-    if not there or options.resume or options.resume_from_checkpoint or str(options.save_strategy) == "no":
-        return []
-    return [f"`output_dir` {options.output_dir} has {', '.join(there)} of another run: `resume: auto` continues it."]
 
 
 def _mixture(parser: RecipeParser, options: argparse.Namespace) -> Any:

@@ -59,6 +59,26 @@ def find_option_issues(options: Any) -> list[str]:
     ]
 
 
+def find_other_checkpoints_issue(options: Any, resume: Any) -> str | None:
+    """A new run must not mix its checkpoints with those of another one in the same folder.
+
+    Args:
+        options: with `output_dir` and `save_strategy`.
+        resume: what asks to go on from a checkpoint, if anything does.
+    """
+    from transformers.trainer_utils import SaveStrategy  # imports torch, which the help texts do without
+
+    from ..checkpointing.files import numbered_checkpoints  # so does this
+
+    there = [path.name for path in numbered_checkpoints(str(options.output_dir))]
+    if not there or resume or SaveStrategy(options.save_strategy) == SaveStrategy.NO:
+        return None
+    return (
+        f"A new run must not mix its checkpoints with those of another one, got `output_dir` {options.output_dir} "
+        f"with {', '.join(there)}. Set `resume: auto` to resume from the last one, or choose another folder."
+    )
+
+
 def _find_syntax_issues(options: Any) -> list[str]:
     """Check the options with a syntax of their own."""
     issues = []

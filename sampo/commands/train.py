@@ -20,14 +20,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import plugins
-from ..checkpointing.files import CheckpointNotSavedError, find_output_folder_issue, numbered_checkpoints
+from ..checkpointing.files import CheckpointNotSavedError, find_output_folder_issue
 from ..data.columns import pairs_of_stream, read_columns
 from ..data.issues import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .next_steps import after_training, show_next
-from .option_checks import find_option_issues, read_shard
+from .option_checks import find_option_issues, find_other_checkpoints_issue, read_shard
 from .options import DRY_RUN, RecipeParser, make_parser, short_help
 
 logger = logging.getLogger(__name__)
@@ -150,12 +150,8 @@ def _output_folder(training_args: Any, resume: str | bool | None) -> Iterator[No
         raise RefusedRun(issue)
     first = training_args.process_index == 0
     with alone_in(Path(folder)) if first else contextlib.nullcontext():
-        there = [path.name for path in numbered_checkpoints(folder)]
-        if there and not resume and training_args.save_strategy != "no":
-            raise RefusedRun(
-                f"A new run must not mix its checkpoints with those of another one, got `output_dir` {folder} "
-                f"with {', '.join(there)}. Set `resume: auto` to resume from the last one, or choose another folder."
-            )
+        if issue := find_other_checkpoints_issue(training_args, resume):
+            raise RefusedRun(issue)
         yield
 
 

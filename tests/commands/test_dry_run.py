@@ -48,7 +48,7 @@ def test_issues_of_options_folder_model_and_data_are_listed_together(folder, tmp
         "`--learning_rate` must be a number, got 'x'.",
         "`--beta` must be a number, got 'y'.",
         "got 'sampoo'. Did you mean `sampo`?",
-        "has checkpoint-3 of another run",
+        "with checkpoint-3. Set `resume: auto`",
         "`model_name_or_path` must be a folder with a model, ",
         "1 of 2 pairs has an empty `chosen`",
     ):
