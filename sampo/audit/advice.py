@@ -6,6 +6,7 @@ docs/choose.md has the evidence. It is from the lab and one small model, so an a
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods import NAMED_METHODS, find_method
 from .bias import LengthBias, sign_of_effect
 
 NEARLY_ALL = 0.9  # of the pairs
@@ -43,11 +44,14 @@ def advise(bias: LengthBias, *, unit: str) -> Advice:
     if sign == 0:
         found = "Length alone does not show which response was chosen"
         if _is_near_chance(bias):
-            return Advice(found, {"token_weighting": "all"}, "Plain DPO", "length explains nothing in these pairs")
-    options: dict[str, Any] = {"token_weighting": "sampo", "sampled_sides": "rejected", "length_penalty": "learned"}
-    name = "One-sided SamPO with a learned length penalty"
+            return Advice(
+                found, dict(NAMED_METHODS["dpo"].options), "Plain DPO", "length explains nothing in these pairs"
+            )
+    options, name = dict(find_method("onesided").options), "One-sided SamPO with a learned length penalty"
     if unit != "tokens" or bias.end_chosen is not None or bias.end_rejected is not None:
-        options["balance_end_token"], name = True, f"{name} and a balanced end token"
+        name = f"{name} and a balanced end token"
+    else:
+        del options["balance_end_token"]
     return Advice(found, options, name, _reason(sign, nearly))
 
 

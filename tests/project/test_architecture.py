@@ -19,6 +19,7 @@ ARROWS = {
     "logs": set(),
     "plugins": set(),
     "old_options": set(),
+    "methods": {"plugins", "weighting"},
     "io": set(),
     "stats": set(),
     "weighting": {"plugins"},
@@ -38,10 +39,11 @@ ARROWS = {
         *{"training", "weighting"},
     },
     "diagnostics": {"data", "io", "reference_cache", "scoring", "stats", "weighting"},
-    "audit": {"data", "io", "models", "stats"},
+    "audit": {"data", "io", "methods", "models", "stats"},
     "evaluation": {"data", "io", "models", "scoring", "stats"},
     "report": {"audit", "checkpointing", "data", "diagnostics", "evaluation", "io", "stats"},
-    "lab": {"config", "evaluation", "io", "plugins", "report", "scoring", "trainer", "weighting"},
+    "lab": {"config", "evaluation", "io", "methods", "report", "scoring", "trainer", "weighting"},
+    "sweep": {"checkpointing", "diagnostics", "evaluation", "io", "methods", "report", "stats", "training"},
     "cli": {"commands", "plugins"},
 }
 
