@@ -1,7 +1,6 @@
-"""The named methods: a name, a title for tables, and options of `SamPOConfig`. One list for the lab, `sampo sweep`,
-the advice of `sampo audit`, and the tests of the recipes.
+"""The named methods: a name, a title for tables, and options of `SamPOConfig`.
 
-A method with a number is written `NAME=NUMBER`, as `rdpo=0.01`. This module does not import torch.
+The lab, `sampo sweep`, the advice of `sampo audit` and the tests of the recipes take them from here. A method with a number is written `NAME=NUMBER`, as `rdpo=0.01`. This module does not import torch.
 """
 
 import difflib

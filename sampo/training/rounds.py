@@ -250,7 +250,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") 
     """Describe each difference."""
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
-        if name in ("recipe", "launch", "inputs") and not begin:
+        if name in ("recipe", "launch", "inputs", "settings") and not begin:
             yield from describe_changes(was or {}, now or {}, f"{name}: ")
         elif was != now and begin == "inputs: ":
             yield f"{name} has other content than before"

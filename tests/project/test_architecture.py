@@ -43,7 +43,7 @@ ARROWS = {
     "evaluation": {"data", "io", "models", "scoring", "stats"},
     "report": {"audit", "checkpointing", "data", "diagnostics", "evaluation", "io", "stats"},
     "lab": {"config", "evaluation", "io", "methods", "report", "scoring", "trainer", "weighting"},
-    "sweep": {"checkpointing", "diagnostics", "evaluation", "io", "methods", "report", "stats", "training"},
+    "sweep": {"audit", "diagnostics", "evaluation", "io", "reference_cache", "report", "stats", "training"},
     "cli": {"commands", "plugins"},
 }
 
