@@ -1,6 +1,8 @@
 """The named methods: a name, a title for tables, and options of `SamPOConfig`.
 
-The lab, `sampo sweep`, the advice of `sampo audit` and the tests of the recipes take them from here. A method with a number is written `NAME=NUMBER`, as `rdpo=0.01`. This module does not import torch.
+The lab, `sampo sweep`, the advice of `sampo audit` and the tests of the recipes take them from here.
+
+A method with a number is written `NAME=NUMBER`, as `rdpo=0.01`. This module does not import torch.
 """
 
 import difflib

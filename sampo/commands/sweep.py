@@ -19,6 +19,7 @@ from ..io.records import lines as record_lines
 from ..sweep.plan import RefusedSweep, Sweep, SweepRun, SweepState, restore_state, write_state
 from ..sweep.runs import Starter, SweepRunner, SweepStopped, divide_devices, local_starter
 from .next_steps import after_sweep, show_next
+from .options import make_parser as make_train_parser
 from .shown import say, show
 from .sweep_options import Checked, Request, check_request, make_parser, read_request
 
@@ -31,6 +32,8 @@ def run(argv: list[str]) -> int:
         from .sweep_evaluation import evaluate
 
         return evaluate(Path(argv[1]), argv[2:])
+    if {"--help_all", "--help-all"} & set(argv):
+        make_train_parser(prog="sampo sweep").parse_args(["--help_all"])
     try:
         return _sweep(argv)
     except (RefusedSweep, FolderInUseError, SweepStopped) as error:
@@ -39,6 +42,9 @@ def run(argv: list[str]) -> int:
 
 
 def _sweep(argv: list[str]) -> int:
+    import datasets
+
+    datasets.disable_progress_bars()
     request = read_request(argv)
     recipe_text = _as_yaml(request.recipe)
     with tempfile.TemporaryDirectory(prefix="sampo-sweep-") as folder:

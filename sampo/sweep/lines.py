@@ -26,10 +26,10 @@ LEGEND = (
     "pressure before: length pressure of the method's token weights on training pairs, before training; below 0 it "
     "lengthens. tokens: mean length of an answer to a held-out prompt, end token included. length / start: to the "
     "start's answers to the same prompts, geometric mean. ended: answers that end before the limit of tokens. "
-    "accuracy: held-out pairs whose chosen response has the higher implicit reward (sum of log-ratios over all tokens, "
-    "for every method), of all pairs, of those whose chosen response is longer or shorter, and of those whose lengths differ by "
-    "at most a tenth. win rate: of the answers against the start's. Intervals are 95 %, over prompts, the seeds of a "
-    "method averaged."
+    "accuracy: held-out pairs whose chosen response has the higher implicit reward (sum of log-ratios over all "
+    "tokens, for every method), of all pairs, of those whose chosen response is longer or shorter, and of those whose "
+    "lengths differ by at most a tenth. win rate: of the answers against the start's. Intervals are 95 %, over "
+    "prompts, the seeds of a method averaged."
 )
 
 
