@@ -200,7 +200,7 @@ def _draw_prompts(checked: Checked) -> list[dict[str, Any]]:
 
 
 def _write_results(sweep: Sweep, state: SweepState, command: str, *, last: bool = False) -> None:
-    """Write records, tables and figures of what is evaluated so far, and show the table; at the end the page too."""
+    """Write records and tables of what is evaluated so far; at the end show them, and make the figure and the page."""
     from ..sweep import conclusion, frontier, lines, results, table
 
     records = results.make_records(sweep, state, command)
@@ -213,8 +213,9 @@ def _write_results(sweep: Sweep, state: SweepState, command: str, *, last: bool 
         write_atomic(sweep.folder / "table.tex", table.latex(found))
         written.append("table.tex")
     try:
-        written += frontier.write_frontier(found, sweep.folder) if frontier.paths_of(found) else []
-        written += _write_page(sweep) if last else []
+        if last:
+            written += frontier.write_frontier(found, sweep.folder) if frontier.paths_of(found) else []
+            written += _write_page(sweep)
     except ImportError:
         written.append('no figure and no page, which need `pip install "sampo-dpo[report]"`')
     if last:

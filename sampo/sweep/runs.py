@@ -114,7 +114,7 @@ class SweepRunner:
         start: starts a command.
         environments: one for each job that may run at a time.
         say: called with each line of progress.
-        show: called after each evaluation.
+        show: called after each evaluation while trainings are left.
         after_training: called with each run that has finished training.
     """
 
@@ -240,7 +240,8 @@ class SweepRunner:
                 if name != START and not self.sweep.is_evaluated(name):
                     self.state.runs[name].error = f"evaluation: {self._last_error(task, name)}"
                     self._say(f"{name}: {self.state.runs[name].error}")
-            self._show()
+            if not all(map(self.sweep.is_trained, self._runs.values())):  # else the results at the end will do
+                self._show()
         write_state(self.sweep.folder, self.state)
 
     def _end_training(self, task: _Task, status: int, seconds: float) -> None:

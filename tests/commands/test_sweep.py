@@ -70,26 +70,28 @@ def write_config(place, name, *methods, **more):
 
 @pytest.fixture(scope="module")
 def grown(place):
-    """Two methods and a seed; then another seed, and a method that fails: statuses, and the second state."""
-    first = cli.main(write_config(place, "grown", "dpo", "onesided"))
-    models = {name: mtime(place / "grown", name) for name in RUNS[:2]}
-    second = cli.main(write_config(place, "grown", "dpo", "onesided", BROKEN, seeds=2))
-    return place / "grown", (first, second), models
+    """Two methods and a seed, then another seed: the folder, its records and models after the first part."""
+    folder = place / "grown"
+    assert cli.main(write_config(place, "grown", "dpo", "onesided")) == 0
+    first = numbers(folder), {name: mtime(folder, name) for name in RUNS[:2]}
+    assert cli.main(write_config(place, "grown", "dpo", "onesided", seeds=2)) == 0
+    return folder, *first
 
 
 @pytest.fixture(scope="module")
 def killed(place):
-    """Two methods and two seeds, killed when a run of the second seed has a checkpoint, and started again."""
-    words, folder = write_config(place, "killed", "dpo", "onesided", seeds=2), place / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "sampo.cli", *words], stdout=subprocess.DEVNULL)
-    while not list(folder.glob("runs/*-s8/checkpoint-2/trainer_state.json")):
+    """The same two methods and one that fails, killed when the second has a checkpoint, and started again."""
+    folder = place / "killed"
+    one, two = (write_config(place, "killed", "dpo", "onesided", BROKEN, jobs=jobs) for jobs in (1, 2))
+    process = subprocess.Popen([sys.executable, "-m", "sampo.cli", *one], stdout=subprocess.DEVNULL)
+    while not (folder / "runs" / RUNS[1] / "checkpoint-2" / "trainer_state.json").exists():
         assert process.poll() is None
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    before = {name: mtime(folder, name) for name in RUNS if (folder / "runs" / name / "trainer_state.json").exists()}
-    assert cli.main(words) == 0
-    return folder, before
+    assert not (folder / "runs" / RUNS[1] / "trainer_state.json").exists()
+    before = mtime(folder, RUNS[0])
+    return folder, before, cli.main(two)
 
 
 def mtime(folder, name):
@@ -110,36 +112,32 @@ def numbers(folder):
 
 
 def test_a_killed_sweep_goes_on_and_gives_the_records_of_one_that_was_not(killed, grown):
-    folder, before = killed
-    attempts = {name: one["attempts"] for name, one in state_of(folder).items()}
-    assert before  # a run was finished
-    assert len(before) < len(RUNS)
-    assert {name: mtime(folder, name) for name in before} == before  # and was not run again
-    assert all(attempts[name] == 1 for name in before)
-    assert any(attempts[name] == 2 for name in RUNS)
-    assert numbers(folder) == numbers(grown[0])
+    folder, before, _ = killed
+    assert mtime(folder, RUNS[0]) == before  # was not run again
+    assert [state_of(folder)[name]["attempts"] for name in RUNS[:2]] == [1, 2]
+    assert numbers(folder) == grown[1]
 
 
-def test_a_method_and_a_seed_are_added_and_nothing_is_run_again(grown):
+def test_a_seed_is_added_and_nothing_is_run_again(grown):
     folder, _, models = grown
     assert {name: mtime(folder, name) for name in models} == models
     assert [state_of(folder)[name]["attempts"] for name in RUNS] == [1] * 4
     assert {record.config.get("run") for record in numbers(folder)} >= set(RUNS)
 
 
-def test_a_run_that_fails_is_shown_and_stops_no_other(grown):
-    folder, statuses, _ = grown
-    assert statuses == (0, 1)
-    failed = [record for record in records.read(folder / "records.jsonl") if record.name == "sweep/failed"]
-    assert [record.config["run"] for record in failed] == [f"broken-lr0.001-beta0.1-s{seed}" for seed in (7, 8)]
-    assert all("finite" in record.config["error"] for record in failed)
+def test_a_run_that_fails_is_shown_and_stops_no_other(killed):
+    folder, _, status = killed
+    assert status == 1
+    (failed,) = [record for record in records.read(folder / "records.jsonl") if record.name == "sweep/failed"]
+    assert failed.config["run"] == "broken-lr0.001-beta0.1-s7"
+    assert "finite" in failed.config["error"]
     text = (folder / "table.md").read_text()
     assert "`broken-lr0.001-beta0.1-s7` has failed and is in no number below" in text
     assert "| broken-lr0.001-beta0.1-s7 | failed |" in text
 
 
-def test_all_runs_have_the_same_pairs_steps_and_reference(killed):
-    folder, _ = killed
+def test_all_runs_have_the_same_pairs_steps_and_reference(grown):
+    folder = grown[0]
     steps = [record.value for record in numbers(folder) if record.name == "sweep/steps"]
     assert steps == [8.0] * 4
     logs = [(folder / "logs" / f"{name}.log").read_text() for name in RUNS]
@@ -150,9 +148,9 @@ def test_all_runs_have_the_same_pairs_steps_and_reference(killed):
     assert not list(folder.glob("runs/*/checkpoint-*"))
 
 
-def test_the_numbers_are_those_of_the_commands(killed):
+def test_the_numbers_are_those_of_the_commands(grown):
     """Accuracy and length of one run from what `diagnose` and `generate` wrote, computed anew."""
-    folder, name = killed[0], RUNS[3]
+    folder, name = grown[0], RUNS[3]
     found = {r.name: r.value for r in numbers(folder) if r.config.get("run") == name}
     shown = {
         (r.name, r.config.get("group")): r.value
@@ -171,8 +169,8 @@ def test_the_numbers_are_those_of_the_commands(killed):
     assert both[2] == pytest.approx((both[0] + both[1]) / 2)  # of the two runs, and of the method over its seeds
 
 
-def test_the_folder_has_tables_figures_and_a_page(killed):
-    folder, _ = killed
+def test_the_folder_has_tables_figures_and_a_page(grown):
+    folder = grown[0]
     assert {"table.tex", "frontier.svg", "frontier.pdf"} <= {path.name for path in folder.iterdir()}
     page = (folder / "report.html").read_text()
     assert "Methods over their seeds" in page
@@ -190,7 +188,7 @@ def test_another_definition_in_the_folder_is_refused_with_what_changed(place, gr
 
 
 def test_a_second_sweep_in_the_folder_is_locked_out(place, grown, monkeypatch, capsys):
-    words = write_config(place, "grown", "dpo", "onesided", BROKEN, seeds=2)
+    words = write_config(place, "grown", "dpo", "onesided", seeds=2)
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
     with open(grown[0] / locks.LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
