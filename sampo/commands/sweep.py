@@ -16,12 +16,15 @@ from ..io.command_line import format_command
 from ..io.files import write_atomic
 from ..io.locks import FolderInUseError, alone_in
 from ..io.records import lines as record_lines
-from ..sweep.plan import RefusedSweep, Sweep, SweepRun, SweepState, restore_state, write_state
-from ..sweep.runs import Starter, SweepRunner, SweepStopped, divide_devices, local_starter
+from ..sweep.plan import RefusedSweep, Sweep, SweepRun
+from ..sweep.processes import Starter, divide_devices, local_starter
+from ..sweep.runs import SweepRunner, SweepStopped
+from ..sweep.state import SweepState, restore_state, write_state
 from .next_steps import after_sweep, show_next
 from .options import make_parser as make_train_parser
 from .shown import say, show
-from .sweep_options import Checked, Request, check_request, make_parser, read_request
+from .sweep_check import Checked, check_request
+from .sweep_options import Request, make_parser, read_request
 
 __all__ = ["make_parser", "run"]
 
@@ -207,7 +210,7 @@ def _write_results(sweep: Sweep, state: SweepState, command: str, *, last: bool 
     write_atomic(sweep.folder / "records.jsonl", record_lines(records))
     found = lines.read_lines(records)
     sentences = conclusion.conclude(found)
-    write_atomic(sweep.folder / "table.md", table.markdown(found, sentences, command))
+    write_atomic(sweep.folder / "table.md", table.markdown_page(found, sentences, command))
     written = ["records.jsonl", "table.md"]
     if found.methods:
         write_atomic(sweep.folder / "table.tex", table.latex(found))

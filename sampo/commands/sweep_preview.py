@@ -7,7 +7,7 @@ from ..io.tables import Table
 from .dry_run import FirstSteps, measure_first_steps
 from .log_line import duration
 from .shown import say, show
-from .sweep_options import Checked
+from .sweep_check import Checked
 
 
 def preview(checked: Checked, jobs: int) -> None:

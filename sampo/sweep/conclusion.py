@@ -6,7 +6,7 @@ from ..audit.report import sign_of_effect
 from ..report.conclusion import SURE
 from ..report.numbers import count_runs, number
 from .frontier import at_kl, matched_kl, paths_of, quality_of
-from .lines import Line, Lines
+from .lines import Lines, ResultLine
 
 DIRECTION = {1: "longer", -1: "shorter"}
 
@@ -19,7 +19,9 @@ def conclude(lines: Lines) -> list[str]:
 def _about_budget(lines: Lines) -> Iterator[str]:
     steps = sorted({line.get("steps").value or 0 for line in lines.finished})
     about = lines.about
-    if len(steps) == 1:
+    if len(lines.finished) == 1:
+        yield f"One run is finished, of {steps[0]:,.0f} optimiser steps from {about['model']}."
+    elif len(steps) == 1:
         yield (
             f"{count_runs(len(lines.finished))} with equal budget: {steps[0]:,.0f} optimiser steps each, on the same "
             f"split of the data (split_seed {about['split_seed']}), from the same start, {about['model']}."
@@ -61,7 +63,7 @@ def _about_lengths(lines: Lines) -> Iterator[str]:
         )
 
 
-def _runs_of(lines: Lines, method: Line) -> list[Line]:
+def _runs_of(lines: Lines, method: ResultLine) -> list[ResultLine]:
     same = ("method", "learning_rate", "beta")
     return [one for one in lines.finished if all(one.config[name] == method.config[name] for name in same)]
 

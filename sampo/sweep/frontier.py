@@ -13,12 +13,12 @@ import numpy as np
 from ..io.files import replacing
 from ..report.axes import COLOURS, MARKERS, draw_level
 from ..report.svg import RC_SETTINGS
-from .lines import Line, Lines
+from .lines import Lines, ResultLine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIGURE_SIZE = (9.0, 3.4)  # inches
+FRONTIER_SIZE = (9.0, 3.4)  # inches
 
 
 def quality_of(lines: Lines) -> str:
@@ -26,10 +26,10 @@ def quality_of(lines: Lines) -> str:
     return next((name for name in ("win_rate", "accuracy") if any(name in one.numbers for one in lines.methods)), "")
 
 
-def paths_of(lines: Lines) -> dict[str, list[Line]]:
+def paths_of(lines: Lines) -> dict[str, list[ResultLine]]:
     """The cells of each method that have a KL, a length and a quality, by rising KL."""
     wanted = ("kl", "tokens_ratio", quality_of(lines))
-    found: dict[str, list[Line]] = {}
+    found: dict[str, list[ResultLine]] = {}
     for line in lines.methods:
         if all(line.get(name).value is not None for name in wanted):
             found.setdefault(line.config["method"], []).append(line)
@@ -48,7 +48,7 @@ def matched_kl(lines: Lines) -> float | None:
     return high if low <= high else None
 
 
-def at_kl(path: Sequence[Line], name: str, kl: float) -> float:
+def at_kl(path: Sequence[ResultLine], name: str, kl: float) -> float:
     """A number of a method, interpolated at a KL."""
     kls, values = ([one.get(each).value or 0.0 for one in path] for each in ("kl", name))
     return float(np.interp(kl, kls, values))
@@ -80,7 +80,7 @@ def draw_frontier(lines: Lines, figure: "Figure") -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(1, len(labels))), frameon=False)
 
 
-def _distances(line: Line, name: str) -> np.ndarray:
+def _distances(line: ResultLine, name: str) -> np.ndarray:
     """`(2, 1)` from a value to the bounds of its interval."""
     one = line.get(name)
     value = one.value or 0.0
@@ -94,7 +94,7 @@ def write_frontier(lines: Lines, folder: Path) -> list[str]:
     from matplotlib.figure import Figure
 
     with rc_context({**RC_SETTINGS, "svg.hashsalt": "sampo", "font.size": 9}):
-        figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
+        figure = Figure(figsize=FRONTIER_SIZE, layout="constrained")
         draw_frontier(lines, figure)
         for kind, dates in (("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
             with replacing(folder / f"frontier.{kind}") as file:

@@ -9,7 +9,7 @@ from ..report.numbers import estimate, number
 from ..stats.intervals import Estimate
 from .plan import GRID, START
 
-COLUMNS: dict[str, tuple[str, str | int]] = {  # record -> head of its column, and how the number is written
+SWEEP_COLUMNS: dict[str, tuple[str, str | int]] = {  # record -> head of its column, and how the number is written
     "pressure": ("pressure before", 3),
     "tokens_mean": ("tokens", 1),
     "tokens_ratio": ("length / start", 2),
@@ -22,7 +22,7 @@ COLUMNS: dict[str, tuple[str, str | int]] = {  # record -> head of its column, a
     "win_rate/equal_length": ("win rate at equal length", "%"),
     "kl": ("KL", 2),
 }
-LEGEND = (
+SWEEP_LEGEND = (
     "pressure before: length pressure of the method's token weights on training pairs, before training; below 0 it "
     "lengthens. tokens: mean length of an answer to a held-out prompt, end token included. length / start: to the "
     "start's answers to the same prompts, geometric mean. ended: answers that end before the limit of tokens. "
@@ -34,7 +34,7 @@ LEGEND = (
 
 
 @dataclass
-class Line:
+class ResultLine:
     """The start, a run, a method over its seeds, or two methods."""
 
     config: dict[str, Any]
@@ -47,7 +47,7 @@ class Line:
 
     def cell(self, name: str) -> str:
         """A number as text."""
-        return number(self.get(name), COLUMNS[name][1]) if name in self.numbers else "–"
+        return number(self.get(name), SWEEP_COLUMNS[name][1]) if name in self.numbers else "–"
 
     @property
     def seeds(self) -> int:
@@ -59,10 +59,10 @@ class Line:
 class Lines:
     """All lines of a sweep, in the order of its records."""
 
-    start: Line
-    runs: list[Line]
-    methods: list[Line]
-    duels: list[Line]
+    start: ResultLine
+    runs: list[ResultLine]
+    methods: list[ResultLine]
+    duels: list[ResultLine]
 
     @property
     def about(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Lines:
     @property
     def shown(self) -> list[str]:
         """The columns that any method has."""
-        return [name for name in COLUMNS if any(name in line.numbers for line in self.methods)]
+        return [name for name in SWEEP_COLUMNS if any(name in line.numbers for line in self.methods)]
 
     @property
     def varied(self) -> list[str]:
@@ -80,16 +80,16 @@ class Lines:
         return [option for option in GRID if len({line.config[option] for line in self.methods}) > 1]
 
     @property
-    def finished(self) -> list[Line]:
+    def finished(self) -> list[ResultLine]:
         """Runs with an outcome."""
         return [line for line in self.runs if "failed" not in line.numbers]
 
     @property
-    def failed(self) -> list[Line]:
+    def failed(self) -> list[ResultLine]:
         """Runs with an error."""
         return [line for line in self.runs if "failed" in line.numbers]
 
-    def name(self, line: Line) -> str:
+    def name(self, line: ResultLine) -> str:
         """A method in sentences: its name, with the options that vary."""
         varied = [f"{option} {line.config[option]:g}" for option in self.varied]
         return " ".join([f"`{line.config['method']}`", *([f"({', '.join(varied)})"] if varied else [])])
@@ -101,12 +101,12 @@ def read_lines(records: Sequence[Record]) -> Lines:
     Raises:
         ValueError: there is no record of the start.
     """
-    found: dict[str, dict[str, Line]] = {level: {} for level in (START, "run", "method", "duel")}
+    found: dict[str, dict[str, ResultLine]] = {level: {} for level in (START, "run", "method", "duel")}
     for record in records:
         config = record.config
         lines = found[str(config["level"])]
         key = repr([config.get(name) for name in ("run", "method", *GRID, "quality", "first", "second")])
-        line = lines.setdefault(key, Line(config))
+        line = lines.setdefault(key, ResultLine(config))
         line.numbers[record.name.removeprefix("sweep/")] = record
     if not found[START]:
         raise ValueError("records of a sweep must have those of the start, got none")

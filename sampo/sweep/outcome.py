@@ -23,12 +23,19 @@ from ..stats.intervals import Estimate, codes_of, mean_interval, prompt_means, r
 from ..training.rounds import read_metrics
 from .plan import START, Sweep, SweepRun
 
-LENGTHS = ("tokens_mean", "tokens_median", "tokens_ratio", "tokens_longer", "characters_mean", "characters_ratio")
-CLASSES = {"all": "accuracy", "chosen longer": "accuracy_longer", "chosen shorter": "accuracy_shorter"}
+SWEPT_LENGTHS = (
+    "tokens_mean",
+    "tokens_median",
+    "tokens_ratio",
+    "tokens_longer",
+    "characters_mean",
+    "characters_ratio",
+)
+ACCURACIES = {"all": "accuracy", "chosen longer": "accuracy_longer", "chosen shorter": "accuracy_shorter"}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What an evaluation writes last.
 
     Attributes:
@@ -59,7 +66,7 @@ def read_evaluated(sweep: Sweep, run: SweepRun) -> Evaluated:
         run=run,
         answers=read_answers(sweep.answers(run.name)),
         scores=read_scores(shards),
-        log_ratios=read_json(sweep.outcome(run.name), Outcome).log_ratios,
+        log_ratios=read_json(sweep.outcome(run.name), RunOutcome).log_ratios,
         judged=read_judged(sweep.judgements(run.name)) if sweep.definition.judge else None,
         training=read_metrics(sweep.run_folder(run.name)),
     )
@@ -94,7 +101,7 @@ def measure_answers(answers: Sequence[Answer], start: Sequence[Answer] = ()) -> 
     measures = verbosity(System.of("answers", answers), baseline).measures
     codes = codes_of([answer.prompt_id for answer in answers])[0]
     ended = np.array([float(answer.stop == "eos") for answer in answers])
-    lengths = {name: measures[name] for name in LENGTHS if name in measures}
+    lengths = {name: measures[name] for name in SWEPT_LENGTHS if name in measures}
     return {**lengths, "ended": rate_interval(prompt_means(ended, codes))}
 
 
@@ -105,7 +112,7 @@ def right_pairs(scores: PairScores) -> np.ndarray:
 
 def _accuracies(evaluated: Sequence[Evaluated]) -> dict[str, Estimate]:
     scores = evaluated[0].scores  # the pairs of all runs are the same, in the same order
-    insides = {CLASSES[name]: inside for name, inside in groups(scores, {}).items() if name in CLASSES}
+    insides = {ACCURACIES[name]: inside for name, inside in groups(scores, {}).items() if name in ACCURACIES}
     insides["accuracy_matched"] = np.abs(scores.difference) <= MATCHED * scores.tokens.max(axis=0)
     right = np.mean([right_pairs(one.scores) for one in evaluated], axis=0)
     return {

@@ -17,7 +17,8 @@ from ..io.records import Record, provenance
 from ..report.numbers import estimate
 from ..stats.intervals import Estimate
 from .outcome import Evaluated, compare_accuracy, compare_wins, measure, measure_answers, read_evaluated, read_start
-from .plan import START, Sweep, SweepRun, SweepState
+from .plan import START, Sweep, SweepRun
+from .state import SweepState
 
 LOGGED = (  # of the last evaluation in a run's log
     *("eval_loss", "eval_length_gap/slope", "eval_length_gap/correlation", "eval_dpo/length_gap/slope"),

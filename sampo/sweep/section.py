@@ -6,8 +6,8 @@ from ..report.collect import Found, RecordFile
 from ..report.numbers import count_runs
 from ..report.page import Heading, Listing, PageTable, Section, Text, origins_of
 from .conclusion import conclude
-from .frontier import FIGURE_SIZE, draw_frontier, paths_of
-from .lines import LEGEND, read_lines
+from .frontier import FRONTIER_SIZE, draw_frontier, paths_of
+from .lines import SWEEP_LEGEND, read_lines
 from .table import duel_rows, method_rows, run_rows
 
 
@@ -30,7 +30,7 @@ def _add_sweep(section: Section, file: RecordFile) -> None:
     ):
         if rows:
             section.add(PageTable(caption, heads, rows, origins, n, names=3 if heads[0] == "quality" else 1))
-    section.add(Heading("What the columns mean"), Text(LEGEND))
+    section.add(Heading("What the columns mean"), Text(SWEEP_LEGEND))
     if paths_of(lines):
         section.draw(
             lambda figure: draw_frontier(lines, figure),
@@ -40,5 +40,5 @@ def _add_sweep(section: Section, file: RecordFile) -> None:
             origins=origins,
             n=n,
             about="Hollow: at the largest KL that every method reaches, where there is one.",
-            size=FIGURE_SIZE,
+            size=FRONTIER_SIZE,
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .plan import RefusedSweep, Sweep
-from .runs import Starter, open_log
+from .processes import Starter, open_log
 
 
 class SubmittedJob:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from ..io.tables import Table
-from .lines import COLUMNS, LEGEND, Line, Lines
+from .lines import SWEEP_COLUMNS, SWEEP_LEGEND, Lines, ResultLine
 
 _LATEX = {"\\": r"\textbackslash{}", "–": "--", "−": "$-$", "≥": r"$\geq$"} | {each: f"\\{each}" for each in "&%$#_{}"}
 RUN_COLUMNS = ("tokens_mean", "tokens_ratio", "ended", "accuracy", "win_rate", "kl")
@@ -13,7 +13,7 @@ RUN_COLUMNS = ("tokens_mean", "tokens_ratio", "ended", "accuracy", "win_rate", "
 def method_rows(lines: Lines) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: the start, then each method over its seeds."""
     names = lines.shown
-    heads = ["method", *lines.varied, "seeds", *(COLUMNS[name][0] for name in names)]
+    heads = ["method", *lines.varied, "seeds", *(SWEEP_COLUMNS[name][0] for name in names)]
     start = ["start", *[""] * len(lines.varied), "", *(lines.start.cell(name) for name in names)]
     rows = [
         [
@@ -30,7 +30,7 @@ def method_rows(lines: Lines) -> tuple[list[str], list[list[str]]]:
 def run_rows(lines: Lines) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: each run; a failed one has its error."""
     names = [name for name in RUN_COLUMNS if any(name in line.numbers for line in lines.runs)]
-    heads = ["run", "steps", *(COLUMNS[name][0] for name in names)]
+    heads = ["run", "steps", *(SWEEP_COLUMNS[name][0] for name in names)]
     rows = []
     for line in lines.runs:
         if "failed" in line.numbers:
@@ -42,7 +42,7 @@ def run_rows(lines: Lines) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
-def _plain(line: Line, name: str) -> str:
+def _plain(line: ResultLine, name: str) -> str:
     """A number without its interval."""
     return re.sub(r" \(.*\)", "", line.cell(name))
 
@@ -76,7 +76,7 @@ def screen_table(lines: Lines) -> Table:
     return table
 
 
-def markdown(lines: Lines, sentences: Sequence[str], command: str) -> str:
+def markdown_page(lines: Lines, sentences: Sequence[str], command: str) -> str:
     """`table.md`: conclusion, methods, comparisons, runs."""
     parts = ["# Sweep", "\n".join(f"- {sentence}" for sentence in sentences)]
     for title, (heads, rows) in (
@@ -86,7 +86,7 @@ def markdown(lines: Lines, sentences: Sequence[str], command: str) -> str:
     ):
         if rows:
             parts += [f"## {title}", _markdown_table(heads, rows)]
-    return "\n\n".join([*parts, LEGEND, f"Measured by `{command}`."]) + "\n"
+    return "\n\n".join([*parts, SWEEP_LEGEND, f"Measured by `{command}`."]) + "\n"
 
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

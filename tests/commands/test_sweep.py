@@ -25,8 +25,9 @@ from sampo.methods import find_method
 from sampo.sweep.conclusion import conclude
 from sampo.sweep.frontier import at_kl, matched_kl, paths_of
 from sampo.sweep.lines import read_lines
-from sampo.sweep.plan import Definition, SweptMethod, find_changes
-from sampo.sweep.runs import divide_devices
+from sampo.sweep.plan import Definition, SweptMethod
+from sampo.sweep.processes import divide_devices
+from sampo.sweep.state import find_changes
 from sampo.sweep.table import latex
 
 RECIPE = {
