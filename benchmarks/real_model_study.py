@@ -25,7 +25,8 @@ import numpy as np
 
 from sampo.io import records as results
 from sampo.lab.experiment import Number
-from sampo.lab.methods import METHODS, STUDY_METHODS, Method
+from sampo.lab.methods import METHODS, STUDY_METHODS
+from sampo.methods import Method
 
 START = "start"
 CHOICES = {

@@ -12,6 +12,7 @@ GUIDES = {
     "init": ("train", "choose"),
     "train": ("train", "configuration", "data", "resume", "scale"),
     "iterate": ("iterate",),
+    "sweep": ("sweep",),
     "merge": ("lora",),
     "cache": ("cache",),
     "audit": ("audit",),
@@ -29,7 +30,7 @@ GUIDES = {
     "completion": ("install",),
     "lab": ("lab",),
 }  # command -> pages of docs/ that explain it
-TRAINS = ("iterate", "cache")  # they also take the options of `sampo train`
+TRAINS = ("iterate", "sweep", "cache")  # they also take the options of `sampo train`
 OF_THE_TERMINAL = ("disable_tqdm",)  # a default that depends on where the command runs
 
 

@@ -16,6 +16,10 @@ COMMANDS = {
     ),
     "train": ("commands.train", "train on preference pairs, from a YAML file and options, on one process or many"),
     "iterate": ("commands.iterate", "Iterative SamPO: several rounds of training, each from the model of the last"),
+    "sweep": (
+        "commands.sweep",
+        "compare methods on your pairs: train each with the same budget, answer, judge, and say what is decided",
+    ),
     "merge": ("commands.merge", "merge an adapter into its base model, and check that the log-probs stay the same"),
     "cache": ("commands.cache", "compute the reference log-probs of a training run ahead; list and delete them"),
     "audit": ("commands.audit", "check preference data: issues, lengths, what length alone predicts"),
@@ -38,7 +42,7 @@ COMMANDS = {
 }
 
 # Commands that do not compute again what they have written.
-RESUMABLE = ("iterate", "cache", "diagnose", "generate", "judge", "bench", "lab")
+RESUMABLE = ("iterate", "sweep", "cache", "diagnose", "generate", "judge", "bench", "lab")
 
 
 def main(argv: list[str] | None = None) -> int:

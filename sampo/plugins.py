@@ -12,7 +12,15 @@ from pathlib import Path
 
 VARIABLE = "SAMPO_PLUGINS"
 GROUP = "sampo.weightings"
-COMMANDS_WITH_PLUGINS = ("train", "iterate", "diagnose", "cache", "completion", "lab")  # those that take `--plugin`
+COMMANDS_WITH_PLUGINS = (
+    "train",
+    "iterate",
+    "sweep",
+    "diagnose",
+    "cache",
+    "completion",
+    "lab",
+)  # those that take `--plugin`
 PLUGIN_HELP = "Python file that registers a weighting (docs/plugins.md)"
 
 

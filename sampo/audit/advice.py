@@ -6,6 +6,7 @@ docs/choose.md has the evidence. It is from the lab and one small model, so an a
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods import find_method
 from .bias import LengthBias, sign_of_effect
 
 NEARLY_ALL = 0.9  # of the pairs
@@ -47,11 +48,12 @@ def advise(bias: LengthBias, *, unit: str) -> Advice:
         reason = (
             "nearly all pairs have responses of equal length" if equal else "length explains nothing in these pairs"
         )
-        return Advice(found, {"token_weighting": "all"}, "Plain DPO", reason)
-    options: dict[str, Any] = {"token_weighting": "sampo", "sampled_sides": "rejected", "length_penalty": "learned"}
-    name = "One-sided SamPO with a learned length penalty"
+        return Advice(found, dict(find_method("dpo").options), "Plain DPO", reason)
+    options, name = dict(find_method("onesided").options), "One-sided SamPO with a learned length penalty"
     if unit != "tokens" or bias.end_chosen is not None or bias.end_rejected is not None:
-        options["balance_end_token"], name = True, f"{name} and a balanced end token"
+        name = f"{name} and a balanced end token"
+    else:
+        del options["balance_end_token"]
     return Advice(found, options, name, _reason(sign, nearly))
 
 

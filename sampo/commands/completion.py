@@ -12,7 +12,7 @@ from .launch import OPTIONS, packaged
 from .options import make_parser as make_train_parser
 from .recipes import recipes
 
-TRAINS = ("train", "iterate", "cache")  # they take the options of the training
+TRAINS = ("train", "iterate", "sweep", "cache")  # they take the options of the training
 
 
 @dataclass

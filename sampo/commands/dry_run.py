@@ -103,40 +103,56 @@ def _collect(issues: list[str]) -> Iterator[None]:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Make the trainer, show what it trains on, and measure its first steps. Raises what `sampo train` does."""
-    import torch
-
-    from .train import make_trainer  # which imports this module for a dry run alone
-
     cached = training_args.precompute_ref_log_probs
     with tempfile.TemporaryDirectory(prefix="sampo-dry-run-") as folder:
-        for name, value in {
-            "output_dir": folder,
-            "save_strategy": SaveStrategy.NO,
-            "load_best_model_at_end": False,
-            "report_to": [],
-            "push_to_hub": False,
-            "disable_tqdm": True,
-            "eval_on_start": False,
-            "precompute_ref_log_probs": False,  # a live reference, so that no cache is filled
-        }.items():
-            setattr(training_args, name, value)
-        trainer = make_trainer(script_args, training_args, model_args, dataset_args)
-        first = _keep_first_batch(trainer)
-        trainer.remove_callback(PrinterCallback)
-        steps = FirstSteps(settled=lambda: trainer.run_state.way is not None)
-        trainer.add_callback(steps)
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError as error:
-            raise RefusedRun(
-                f"The first steps must fit into the memory of the GPU, got: {error} Set a smaller "
-                "`per_device_train_batch_size`, `max_tokens_per_forward: auto`, or train an adapter (`use_peft`)."
-            ) from None
+        trainer, steps, first = measure_first_steps(folder, script_args, training_args, model_args, dataset_args)
     if trainer.is_world_process_zero():
         _show_pairs(trainer, *first)
         _show_lengths(trainer)
         _show_run(trainer, steps, cached=cached)
         say("", "Nothing was written. The same command without `--dry_run` trains.")
+
+
+def measure_first_steps(
+    folder: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
+) -> tuple[Any, "FirstSteps", list[Any]]:
+    """Make the trainer and run its first steps; returns it, its steps, and the first batch with its weights.
+
+    Args:
+        folder: in place of `output_dir`.
+        script_args: as for `make_trainer`, and so the others.
+        training_args: are changed.
+        model_args: of the model.
+        dataset_args: of the data.
+    """
+    import torch
+
+    from .train import make_trainer  # which imports this module for a dry run alone
+
+    for name, value in {
+        "output_dir": folder,
+        "save_strategy": SaveStrategy.NO,
+        "load_best_model_at_end": False,
+        "report_to": [],
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "eval_on_start": False,
+        "precompute_ref_log_probs": False,  # a live reference, so that no cache is filled
+    }.items():
+        setattr(training_args, name, value)
+    trainer = make_trainer(script_args, training_args, model_args, dataset_args)
+    first = _keep_first_batch(trainer)
+    trainer.remove_callback(PrinterCallback)
+    steps = FirstSteps(settled=lambda: trainer.run_state.way is not None)
+    trainer.add_callback(steps)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise RefusedRun(
+            f"The first steps must fit into the memory of the GPU, got: {error} Set a smaller "
+            "`per_device_train_batch_size`, `max_tokens_per_forward: auto`, or train an adapter (`use_peft`)."
+        ) from None
+    return trainer, steps, first
 
 
 class FirstSteps(TrainerCallback):

@@ -80,5 +80,10 @@ def after_comparing(out: Path) -> list[Command]:
     return [_report(out.parent)]
 
 
+def after_sweep(folder: Path) -> list[Command]:
+    """Read the answers of two runs side by side, or make the page again."""
+    return [["sampo", "chat", folder / "runs" / "RUN"], _report(folder)]
+
+
 def _report(folder: str | Path) -> Command:
     return ["sampo", "report", folder]

@@ -24,12 +24,13 @@ def main(args: argparse.Namespace) -> None:
     from ..io.files import write_atomic
     from ..lab.section import lab_section
     from ..report.build import build_report
+    from ..sweep.section import sweep_section
 
     out = args.out or args.folder / "report.html"
     try:
         if out.is_dir():
             raise ValueError(f"`out` must name a file, got the folder {out}.")
-        report = build_report(args.folder, title=args.title, lab_section=lab_section)
+        report = build_report(args.folder, title=args.title, lab_section=lab_section, sweep_section=sweep_section)
         write_atomic(out, report.html)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo report: error: {error}") from None

@@ -10,7 +10,7 @@ The pairs are tokenised and cut as in training, by TRL itself: `sampo.data.token
 `DataCollatorForPreference` (pinned by tests/diagnostics/test_diagnostics.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,6 +77,19 @@ DIAGNOSED_METHODS: dict[str, DiagnosedMethod] = {
     for keeps in (False, True)[: 1 + weighting.can_keep_end]
     for method in [DiagnosedMethod(name, sides, budget, keeps)]
 }
+
+
+def diagnosed_name(options: Mapping[str, Any]) -> str | None:
+    """The row of `DIAGNOSED_METHODS` with the token weights of a method before training; None if there is none.
+
+    Args:
+        options: of `SamPOConfig`. With `balance_end_token` the pressure is 0 by construction, so there is no row.
+    """
+    if "ld_alpha" in options or options.get("balance_end_token"):
+        return None
+    sides, keeps = options.get("sampled_sides", "both"), options.get("keep_end_token", False)
+    name = DiagnosedMethod(options["token_weighting"], sides, keeps).name
+    return name if name in DIAGNOSED_METHODS else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .. import __version__
-from .methods import STUDY_METHODS, Method
+from ..methods import Method
+from .methods import STUDY_METHODS
 
 GROUPS = {
     "all": "all pairs",

@@ -51,7 +51,13 @@ class Report:
     missing: list[str]
 
 
-def build_report(folder: str | Path, *, title: str | None = None, lab_section: SectionBuilder | None = None) -> Report:
+def build_report(
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    lab_section: SectionBuilder | None = None,
+    sweep_section: SectionBuilder | None = None,
+) -> Report:
     """Everything that sampo's commands wrote below a folder, on one HTML page that loads nothing and runs nothing.
 
     The same files give the same page. Files that are broken or foreign are named on it. Needs the extra `report`.
@@ -61,6 +67,7 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
         title: of the page.
         lab_section: `sampo.lab.section.lab_section`, which this package must not import. Without it the records of
             the lab are shown among the other records.
+        sweep_section: the same for a sweep, `sampo.sweep.section.sweep_section`.
 
     Raises:
         NotADirectoryError: `folder` is not a folder.
@@ -77,7 +84,14 @@ def build_report(folder: str | Path, *, title: str | None = None, lab_section: S
     found = collect(folder)
     if lab_section is None:
         found.others += found.labs
-    builders = [*SECTIONS, *([lab_section] if lab_section else []), *LAST_SECTIONS]
+    if sweep_section is None:
+        found.others += found.sweeps
+    builders = [
+        *([sweep_section] if sweep_section else []),
+        *SECTIONS,
+        *([lab_section] if lab_section else []),
+        *LAST_SECTIONS,
+    ]
     sections = [build(found) for build in builders]
     missing = [
         SECTION_COMMANDS[section.name]

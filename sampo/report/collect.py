@@ -110,7 +110,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A file of records: of `sampo diagnose`, of the lab, of benchmarks, or of something else."""
+    """A file of records: of `sampo diagnose`, of the lab, of a sweep, of benchmarks, or of something else."""
 
     file: str
     folder: Path
@@ -131,6 +131,7 @@ class Found:
     compared: list[Compared] = field(default_factory=list)
     diagnoses: list[RecordFile] = field(default_factory=list)
     labs: list[RecordFile] = field(default_factory=list)
+    sweeps: list[RecordFile] = field(default_factory=list)
     benchmarks: list[RecordFile] = field(default_factory=list)
     others: list[RecordFile] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -389,8 +390,8 @@ def _sort_records(path: Path, folder: Path, records: list[Record], found: Found)
 def _kind(record: Record) -> str:
     if record.name.startswith("diagnose/"):
         return "diagnoses"
-    if record.config.get("experiment") == "lab":
-        return "labs"
+    if (experiment := record.config.get("experiment")) in ("lab", "sweep"):
+        return f"{experiment}s"
     return "benchmarks" if "benchmark" in record.config else "others"
 
 

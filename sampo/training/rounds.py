@@ -14,11 +14,8 @@ Nothing here loads a model: a round is the command `sampo train …`, which is p
 """
 
 import json
-import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpointing.files import TrainerState, numbered_checkpoints
+from ..io.children import start_child
 from ..io.files import write_atomic
 from ..io.hashing import hash_files, hash_json, seal, unseal
 from ..io.locks import alone_in
@@ -252,7 +250,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") 
     """Describe each difference."""
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
-        if name in ("recipe", "launch", "inputs") and not begin:
+        if name in ("recipe", "launch", "inputs", "settings") and not begin:
             yield from describe_changes(was or {}, now or {}, f"{name}: ")
         elif was != now and begin == "inputs: ":
             yield f"{name} has other content than before"
@@ -278,7 +276,7 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
     one.started = one.started or datetime.now(UTC).isoformat(timespec="seconds")
     one.versions = versions()
     folder = plan.round_folder(one.number)
-    if not _is_trained(folder):
+    if not is_trained(folder):
         again = ["--resume", "auto"] if _has_begun(folder) else []
         _step(plan, rounds, one, "training", [*plan.train_command(one.number), *again], say, lock)
     merge = plan.merge_command(one.number)
@@ -318,17 +316,9 @@ def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: l
         )
 
 
-# In the process of a round, before anything else happens in it.
-_IN_A_ROUND = (
-    "import sys; from sampo.io.locks import end_with_parent; end_with_parent(int(sys.argv.pop(1))); "
-    "from sampo.cli import main; sys.exit(main(sys.argv[1:]))"
-)
-
-
 def _launch(command: list[str], lock: int) -> int:
     """Run `sampo …` in a process of its own, which holds the lock as long as it lives."""
-    arguments = [sys.executable, "-c", _IN_A_ROUND, str(os.getpid()), *command[1:]]
-    process = subprocess.Popen(arguments, pass_fds=[lock])
+    process = start_child(command, lock)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it may want to save, and we wait for it
     try:
         while True:
@@ -343,18 +333,18 @@ def _launch(command: list[str], lock: int) -> int:
 # --- results of a round ---------------------------------------------------------------------------------------------
 
 
-def _is_trained(folder: Path) -> bool:
+def is_trained(folder: Path) -> bool:
     """Whether a training has finished: it writes its state last, after the model."""
-    return _read(folder / "trainer_state.json", TrainerState) is not None
+    return read_or_none(folder / "trainer_state.json", TrainerState) is not None
 
 
 def _has_begun(folder: Path) -> bool:
-    return _is_trained(folder) or bool(numbered_checkpoints(folder))
+    return is_trained(folder) or bool(numbered_checkpoints(folder))
 
 
 def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:
     """The first and last line of a round's log, the last evaluation, and the report of the merge."""
-    state = _read(folder / "trainer_state.json", TrainerState) or TrainerState([], 0)
+    state = read_or_none(folder / "trainer_state.json", TrainerState) or TrainerState([], 0)
     log = [{name: value for name, value in entry.items() if _is_number(value)} for entry in state.log_history]
     trained = [entry for entry in log if "loss" in entry]
     evaluated = [entry for entry in log if "eval_loss" in entry]
@@ -363,7 +353,7 @@ def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:
         found |= {"first": trained[0], "last": trained[-1]}
     if evaluated:
         found["eval"] = evaluated[-1]
-    merged = _read(model / "sampo_merge.json", dict[str, Any]) if model is not None else None
+    merged = read_or_none(model / "sampo_merge.json", dict[str, Any]) if model is not None else None
     return found if merged is None else {**found, "merge": merged}
 
 
@@ -406,7 +396,7 @@ def read_state(path: Path) -> State | None:
         raise RefusedIteration(str(error)) from None
 
 
-def _read(path: Path, kind: Any) -> Any:
+def read_or_none(path: Path, kind: Any) -> Any:
     """The content of a file; None if it is missing or damaged."""
     try:
         return read_json(path, kind, ignore_unknown=True)

@@ -104,7 +104,7 @@ def test_the_help_of_train_shows_our_options_on_two_screens_without_importing_to
     assert set(shown[: len(ours)]) == {f"--{name}" for name in ours}
 
 
-@pytest.mark.parametrize("command", ["train", "iterate", "cache"])
+@pytest.mark.parametrize("command", ["train", "iterate", "sweep", "cache"])
 def test_help_all_prints_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help_all"])

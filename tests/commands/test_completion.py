@@ -46,7 +46,7 @@ def test_bash_completes_commands(complete):
     assert complete("sampo", "co") == ["compare", "completion"]
 
 
-@pytest.mark.parametrize("command", ["train", "iterate", "cache"])
+@pytest.mark.parametrize("command", ["train", "iterate", "sweep", "cache"])
 def test_bash_completes_options_of_the_training_and_of_the_launcher(complete, command):
     assert complete("sampo", command, "--token_w") == ["--token_weighting"]
     assert complete("sampo", command, "--beta", "1", "--num_proc") == ["--num_processes"]

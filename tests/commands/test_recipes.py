@@ -11,6 +11,7 @@ from sampo.commands.iterate import make_plan
 from sampo.commands.option_checks import HELD_OUT
 from sampo.commands.options import ITERATE_OPTIONS, make_parser
 from sampo.commands.recipes import find_recipe, recipes
+from sampo.methods import METHOD_OPTIONS, find_method
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = recipes()
@@ -67,6 +68,14 @@ def parse(name, *more):
     parser.not_ours = set(ITERATE_OPTIONS) if name in ITERATIVE else set()
     words = ["--config", str(RECIPES[name]), "--use_cpu", "true", "--load_in_4bit", "false", *more]
     return parser.parse_args_and_config(words)
+
+
+@every_recipe
+def test_the_method_of_a_recipe_is_a_named_method(name):
+    """The file's name is the method's, and for the other variants it ends in one of their kinds."""
+    prefix, kind = name.split("/")[1].split("_")
+    method = find_method("onesided" if kind == "onesided" else prefix)
+    assert {key: value for key, value in read(name).items() if key in METHOD_OPTIONS} == method.options
 
 
 def header(name):

@@ -19,6 +19,7 @@ ARROWS = {
     "logs": set(),
     "plugins": set(),
     "old_options": set(),
+    "methods": {"plugins", "weighting"},
     "io": set(),
     "stats": set(),
     "budget": set(),
@@ -40,10 +41,11 @@ ARROWS = {
         *{"training", "weighting"},
     },
     "diagnostics": {"data", "io", "reference_cache", "scoring", "stats", "weighting"},
-    "audit": {"data", "io", "models", "stats"},
+    "audit": {"data", "io", "methods", "models", "stats"},
     "evaluation": {"data", "io", "models", "scoring", "stats"},
     "report": {"audit", "checkpointing", "data", "diagnostics", "evaluation", "io", "stats"},
-    "lab": {"config", "evaluation", "io", "plugins", "report", "scoring", "trainer", "weighting"},
+    "lab": {"config", "evaluation", "io", "methods", "report", "scoring", "trainer", "weighting"},
+    "sweep": {"audit", "diagnostics", "evaluation", "io", "reference_cache", "report", "stats", "training"},
     "cli": {"commands", "plugins"},
 }
 

@@ -117,7 +117,7 @@ def check_docker(words: list[str]) -> None:
 
 def check_sampo(words: list[str]) -> None:
     from sampo.cli import COMMANDS
-    from sampo.commands import iterate
+    from sampo.commands import iterate, sweep_options
 
     words = words[: words.index(">")] if ">" in words else words
     assert words[0] in COMMANDS or words[0].startswith("-"), words
@@ -128,6 +128,9 @@ def check_sampo(words: list[str]) -> None:
         from sampo.commands.cache import make_parser
 
         check_train(words[1:] if words[0] == "train" else make_parser().parse_known_args(words[1:])[1])
+    elif words[0] == "sweep":
+        rest = sweep_options.make_parser().parse_known_args(words[1:])[1]
+        check_train(rest)
     elif words[0] == "iterate":
         check_train(iterate.make_parser().parse_known_args(words[1:])[1], iterate=True)
     elif words[0] in COMMANDS:

@@ -123,7 +123,7 @@ def compare(
         hard = difficulty_from(others) if others else {}
         summary = run.summary(name, length_unit=length_unit, difficulty=hard if difficulty else None)
         summaries.append(_with_note(summary, comparisons[name], hard, len(others), used=difficulty))
-    return summaries, _duels(comparisons)
+    return summaries, compare_pairs(comparisons, combinations(comparisons, 2))
 
 
 def _with_note(
@@ -149,8 +149,14 @@ def _with_note(
     return replace(summary, controlled=controlled)
 
 
-def _duels(comparisons: Mapping[str, Comparisons]) -> list[Duel]:
-    found = [(a, b, paired(comparisons[a], comparisons[b])) for a, b in combinations(comparisons, 2)]
+def compare_pairs(comparisons: Mapping[str, Comparisons], pairs: Iterable[tuple[str, str]]) -> list[Duel]:
+    """Compare systems two by two, with p-values adjusted for all these pairs.
+
+    Args:
+        comparisons: of each system with the common baseline, by its name.
+        pairs: names.
+    """
+    found = [(a, b, paired(comparisons[a], comparisons[b])) for a, b in pairs]
     tested = [i for i, (_, _, one) in enumerate(found) if one.p_value is not None]
     adjusted = dict(zip(tested, holm([found[i][2].p_value or 0.0 for i in tested]), strict=True))
     return [Duel(first=a, second=b, paired=one, p_holm=adjusted.get(i)) for i, (a, b, one) in enumerate(found)]

@@ -1,0 +1,374 @@
+"""Sweeps really run, with a tiny model: one in two parts, and one that is killed in the middle."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import make_pairs, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sampo import cli
+from sampo.evaluation.answers.answers import Answer
+from sampo.evaluation.answers.log_ratios import answer_log_ratios
+from sampo.io import locks, records
+from sampo.io.records import Record
+from sampo.methods import find_method
+from sampo.sweep.conclusion import conclude
+from sampo.sweep.frontier import at_kl, matched_kl, paths_of
+from sampo.sweep.lines import read_lines
+from sampo.sweep.plan import Definition, SweptMethod
+from sampo.sweep.processes import divide_devices
+from sampo.sweep.state import find_changes
+from sampo.sweep.table import latex
+
+RECIPE = {
+    "eval_fraction": 0.3,
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1.0e-3,
+    "logging_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 8,
+    "save_steps": 2,
+    "seed": 7,
+    "use_cpu": True,
+    "pair_stream": "false",  # `auto` decides by time, and the runs here are compared to the bit
+    "bf16": False,
+    "report_to": "none",
+    "token_weighting": "sampo",  # gives way to the methods
+    "output_dir": "elsewhere",
+}
+BROKEN = {"broken": {"token_weighting": "all", "beta": 1.0e39}}  # overflows in its first step
+RUNS = [f"{method}-lr0.001-beta0.1-s{seed}" for seed in (7, 8) for method in ("dpo", "onesided")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model and pairs."""
+    folder = tmp_path_factory.mktemp("sweep")
+    save_model(folder / "model")
+    make_pairs(60, conversational=True).to_json(folder / "pairs.jsonl")
+    return folder
+
+
+def write_config(place, name, *methods, **more):
+    """Words of a sweep with a YAML file; the folder is `name`."""
+    config = {**RECIPE, "model_name_or_path": str(place / "model"), "dataset_name": str(place / "pairs.jsonl")}
+    config |= {"out": str(place / name), "methods": list(methods), "prompts": 6, "max_tokens": 12, "judge": "longer"}
+    path = place / f"{name}-{len(list(place.glob('*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump({**config, "jobs": 2, **more}))
+    return ["sweep", "--config", str(path)]
+
+
+@pytest.fixture(scope="module")
+def grown(place):
+    """Two methods and a seed, then another seed: the folder, its records and models after the first part."""
+    folder = place / "grown"
+    assert cli.main(write_config(place, "grown", "dpo", "onesided")) == 0
+    first = numbers(folder), {name: mtime(folder, name) for name in RUNS[:2]}
+    assert cli.main(write_config(place, "grown", "dpo", "onesided", seeds=2)) == 0
+    return folder, *first
+
+
+@pytest.fixture(scope="module")
+def killed(place):
+    """The same two methods and one that fails, killed when the second has a checkpoint, and started again."""
+    folder = place / "killed"
+    one, two = (write_config(place, "killed", "dpo", "onesided", BROKEN, jobs=jobs) for jobs in (1, 2))
+    process = subprocess.Popen([sys.executable, "-m", "sampo.cli", *one], stdout=subprocess.DEVNULL)
+    while not (folder / "runs" / RUNS[1] / "checkpoint-2" / "trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "runs" / RUNS[1] / "trainer_state.json").exists()
+    before = mtime(folder, RUNS[0])
+    return folder, before, cli.main(two)
+
+
+def mtime(folder, name):
+    return (folder / "runs" / name / "model.safetensors").stat().st_mtime_ns
+
+
+def state_of(folder):
+    return json.loads((folder / "sweep.json").read_text())["runs"]
+
+
+def numbers(folder):
+    """Records without what every sweep has of its own."""
+    found = [replace(one, command="", created="", commit=None) for one in records.read(folder / "records.jsonl")]
+    return [one for one in found if one.name != "sweep/failed"]
+
+
+# --- sweeps that ran
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_records_of_one_that_was_not(killed, grown):
+    folder, before, _ = killed
+    assert mtime(folder, RUNS[0]) == before  # was not run again
+    assert [state_of(folder)[name]["attempts"] for name in RUNS[:2]] == [1, 2]
+    assert numbers(folder) == grown[1]
+
+
+def test_a_seed_is_added_and_nothing_is_run_again(grown):
+    folder, _, models = grown
+    assert {name: mtime(folder, name) for name in models} == models
+    assert [state_of(folder)[name]["attempts"] for name in RUNS] == [1] * 4
+    assert {record.config.get("run") for record in numbers(folder)} >= set(RUNS)
+
+
+def test_a_run_that_fails_is_shown_and_stops_no_other(killed):
+    folder, _, status = killed
+    assert status == 1
+    (failed,) = [record for record in records.read(folder / "records.jsonl") if record.name == "sweep/failed"]
+    assert failed.config["run"] == "broken-lr0.001-beta0.1-s7"
+    assert "finite" in failed.config["error"]
+    text = (folder / "table.md").read_text()
+    assert "`broken-lr0.001-beta0.1-s7` has failed and is in no number below" in text
+    assert "| broken-lr0.001-beta0.1-s7 | failed |" in text
+
+
+def test_all_runs_have_the_same_pairs_steps_and_reference(grown):
+    folder = grown[0]
+    steps = [record.value for record in numbers(folder) if record.name == "sweep/steps"]
+    assert steps == [8.0] * 4
+    logs = [(folder / "logs" / f"{name}.log").read_text() for name in RUNS]
+    assert all("of the train data: 34 of 34 rows from the cache" in log for log in logs)
+    state = json.loads((folder / "sweep.json").read_text())
+    assert state["cached_rows"] == 60
+    assert "equal budget: 8 optimiser steps each" in (folder / "table.md").read_text()
+    assert not list(folder.glob("runs/*/checkpoint-*"))
+
+
+def test_the_numbers_are_those_of_the_commands(grown):
+    """Accuracy and length of one run from what `diagnose` and `generate` wrote, computed anew."""
+    folder, name = grown[0], RUNS[3]
+    found = {r.name: r.value for r in numbers(folder) if r.config.get("run") == name}
+    shown = {
+        (r.name, r.config.get("group")): r.value
+        for r in records.read(folder / "evaluation" / name / "diagnosis" / "records.jsonl")
+        if r.config.get("method") == "all"
+    }
+    for ours, group in {"": "all", "_longer": "chosen longer", "_matched": "matched length"}.items():
+        assert found[f"sweep/accuracy{ours}"] == shown["diagnose/accuracy", group]
+    answers = [json.loads(line) for line in (folder / "answers" / f"{name}.jsonl").read_text().splitlines()]
+    assert len(answers) == 6
+    assert found["sweep/tokens_mean"] == pytest.approx(sum(answer["tokens"] for answer in answers) / 6)
+    assert found["sweep/ended"] == pytest.approx(sum(answer["stop"] == "eos" for answer in answers) / 6)
+    log_ratios = json.loads((folder / "evaluation" / name / "outcome.json").read_text())["log_ratios"]
+    assert found["sweep/kl"] == pytest.approx(sum(log_ratios) / 6)
+    both = [r.value for r in numbers(folder) if r.name == "sweep/kl" and r.config.get("method") == "onesided"]
+    assert both[2] == pytest.approx((both[0] + both[1]) / 2)  # of the two runs, and of the method over its seeds
+
+
+def test_the_folder_has_tables_figures_and_a_page(grown):
+    folder = grown[0]
+    assert {"table.tex", "frontier.svg", "frontier.pdf"} <= {path.name for path in folder.iterdir()}
+    page = (folder / "report.html").read_text()
+    assert "Methods over their seeds" in page
+    assert "This judge takes the longer answer" in page
+    assert "onesided-lr0.001-beta0.1-s8" in page
+
+
+def test_another_definition_in_the_folder_is_refused_with_what_changed(place, grown, capsys):
+    words = write_config(place, "grown", "dpo", seeds=2, max_tokens=13, max_steps=9)
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "recipe: `max_steps` was 8 and is 9" in said
+    assert "`max_tokens` was 12 and is 13" in said
+    assert "the method `onesided` is missing" in said
+
+
+def test_a_second_sweep_in_the_folder_is_locked_out(place, grown, monkeypatch, capsys):
+    words = write_config(place, "grown", "dpo", "onesided", seeds=2)
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    with open(grown[0] / locks.LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert cli.main(words) == 2
+    (grown[0] / locks.LOCK).unlink()
+    assert "One process at a time can write into" in capsys.readouterr().err
+
+
+# --- before anything runs
+
+
+def test_all_issues_of_all_runs_are_in_one_error(place, capsys):
+    words = write_config(place, "wrong", "dpo", {"odd": {"token_weighting": "mean", "sampled_sides": "rejected"}})
+    assert cli.main([*words, "--learning_rat", "1", "--warmup_steps", "many"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sampo sweep: error: 3 issues:")
+    assert "`--learning_rat` is no option" in said
+    assert "`--warmup_steps` must be" in said
+    assert "odd-lr0.001-beta0.1-s7: SamPOConfig" in said
+    assert not (place / "wrong").exists()
+
+
+def test_own_options_are_checked(place, capsys):
+    words = write_config(place, "wrong", "dpp", "sampo_iterative", seeds=0, judge="nobody --x", eval_strategy="no")
+    assert cli.main([*words, "--token_weighting", "all", "--output_dir", "x"]) == 2
+    said = capsys.readouterr().err
+    for part in ("Did you mean `dpo`?", "use `sampo iterate`", "`seeds` must be", "`judge` must begin with"):
+        assert part in said
+    assert "`token_weighting` is set by `methods`" in said
+    assert "`output_dir` is set by each run" in said
+    assert cli.main(write_config(place, "wrong", "dpo", eval_strategy="no", eval_fraction=0.0)) == 2
+    assert "`eval_strategy` must evaluate" in capsys.readouterr().err
+
+
+def test_the_dry_run_writes_nothing(place, capsys):
+    words = write_config(place, "preview", "dpo", "rdpo=0.01", "mean", seeds=2)
+    assert cli.main([*words, "--learning_rate", "5e-7", "1e-6", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "12 runs" in said
+    assert "rdpo_0.01-lr5e-07-beta0.1-s8" in said
+    assert "8 steps each, on 34 pairs; 26 are held out" in said
+    assert "6 models of" not in said
+    assert "12 models of" in said
+    assert not (place / "preview").exists()
+
+
+# --- parts
+
+
+def test_a_method_is_found_by_its_name_its_short_name_or_with_a_number():
+    assert find_method("onesided") == find_method("rejected_learned_balanced")
+    assert find_method("rdpo=0.02").options == find_method("rdpo_02").options
+    assert find_method("ld_dpo=0.25").options == {"token_weighting": "all", "ld_alpha": 0.25}
+    for name, part in {"rdpo=x": "followed by a number", "dpoo": "Did you mean `dpo`", "rdpo": "rdpo=NUMBER"}.items():
+        with pytest.raises(ValueError, match=part):
+            find_method(name)
+
+
+def make_definition(**more):
+    plain = {"model": "m", "recipe": {}, "words": [], "launch": {}, "inputs": {}, "settings": {}, "split_seed": 1}
+    plain |= {"seed": 1, "seeds": 2, "grid": {"learning_rate": [1e-6], "beta": [0.1]}, "answer_tokens": 50.0}
+    plain |= {"prompts": 2, "pairs": 2, "max_tokens": 2, "temperature": 1.0, "chat": True}
+    return Definition(**{**plain, "methods": {"dpo": SweptMethod("DPO", {"token_weighting": "all"})}, **more})
+
+
+def test_a_definition_may_grow_and_nothing_else():
+    old = make_definition()
+    mean = SweptMethod("mean", {"token_weighting": "mean"}, beta_per_token=True)
+    grid = {"learning_rate": [1e-6, 2e-6], "beta": [0.1]}
+    new = make_definition(seeds=3, grid=grid, methods={**old.methods, "mean": mean})
+    assert list(find_changes(old, new)) == []
+    assert len(list(find_changes(new, old))) == 3
+    names = [run.name for run in new.runs]
+    assert len(names) == len(set(names)) == 12
+    assert {run.name for run in old.runs} <= set(names)
+    assert {run.train_beta for run in new.runs if run.method == "mean"} == {5.0}  # 0.1 times the mean length
+
+
+def test_jobs_get_their_share_of_the_devices(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    four = ["0", "1", "4", "5"]
+    assert divide_devices(2, four, 8) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "4,5"}]
+    assert divide_devices(3, four, 8) == [{"CUDA_VISIBLE_DEVICES": one} for one in four[:3]]
+    assert divide_devices(2, [], 8) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert divide_devices(1, [], 8) == [{}]
+
+
+def made_up(p, agree, kls=((1.0, 3.0), (2.0, 4.0)), ratio=(1.2, 1.1, 1.3)):
+    """Records of two methods at two grid values and two seeds."""
+    shared = {
+        "experiment": "sweep",
+        "model": "m",
+        "split_seed": 1,
+        "max_tokens": 9,
+        "temperature": 1,
+        "judge": "reward",
+    }
+
+    def record(level, name, value, interval=None, **config):
+        return Record(
+            name=f"sweep/{name}", value=value, n=9, interval=interval, config={**shared, "level": level, **config}
+        )
+
+    made = [record("start", "tokens_mean", 10.0)]
+    for method, each in zip(("dpo", "sampo"), kls, strict=True):
+        for rate, kl in zip((1e-6, 2e-6), each, strict=True):
+            config = {"method": method, "title": method.upper(), "learning_rate": rate, "beta": 0.1}
+            for seed in (1, 2):
+                run = {**config, "run": f"{method}-{rate}-{seed}", "seed": seed}
+                made += [record("run", "steps", 5.0, **run), record("run", "tokens_ratio", ratio[0], **run)]
+            cell = {**config, "seeds": [1, 2]}
+            made += [record("method", "kl", kl, **cell), record("method", "win_rate", 0.5 + kl / 10, **cell)]
+            made += [record("method", "tokens_ratio", ratio[0], ratio[1:], **cell)]
+    duel = {"quality": "win rate", "first": "dpo", "second": "sampo", "seeds_agree": agree}
+    return [*made, record("duel", "difference", -0.1, (-0.2, -0.01), **duel), record("duel", "p_holm", p, **duel)]
+
+
+@pytest.mark.parametrize(("p", "agree", "decided"), [(0.01, 2, True), (0.06, 2, False), (0.01, 1, False)])
+def test_a_difference_is_named_only_with_a_small_p_and_seeds_that_agree(p, agree, decided):
+    said = " ".join(conclude(read_lines(made_up(p, agree))))
+    assert ("`sampo` has the higher win rate than `dpo`" in said) == decided
+    assert (f"Not decided by win rate: `dpo` and `sampo` (p = {p:.2g})" in said) == (not decided)
+
+
+def test_a_length_is_named_only_where_its_interval_excludes_one():
+    assert "answers are longer than the start's: 1.20 (1.10 to 1.30)" in " ".join(
+        conclude(read_lines(made_up(1.0, 0)))
+    )
+    open_one = " ".join(conclude(read_lines(made_up(1.0, 0, ratio=(1.2, 0.9, 1.3)))))
+    assert "longer than the start's:" not in open_one
+    assert "Not decided, whether the answers are longer or shorter" in open_one
+
+
+def test_methods_are_compared_at_a_kl_that_all_have_measured_around():
+    lines = read_lines(made_up(1.0, 0))
+    assert matched_kl(lines) == 3.0  # dpo from 1 to 3, sampo from 2 to 4
+    assert at_kl(paths_of(lines)["sampo"], "win_rate", 3.0) == pytest.approx(0.8)
+    assert matched_kl(read_lines(made_up(1.0, 0, kls=((1.0, 2.0), (3.0, 4.0))))) is None
+
+
+def test_the_latex_table_escapes_what_latex_would_read():
+    text = latex(read_lines(made_up(1.0, 0)))
+    assert r"learning\_rate" in text
+    assert r"60.0 \%" in text
+    assert all(
+        line.count("&") == text.splitlines()[2].count("&") for line in text.splitlines() if line.endswith(r"\\")
+    )
+
+
+def test_log_ratios_are_those_of_the_two_models(tmp_path):
+    """Against plain forward passes of transformers; a cut answer has no end token."""
+    names = [save_model(tmp_path / str(seed), chat=False, seed=seed) for seed in (0, 1)]
+    tokenizer = AutoTokenizer.from_pretrained(names[0])
+    rows = [("w1 w2 w3 ", "w4 w5 w6", "eos"), ("w7 ", "w8 w9", "length")]
+    answers = [Answer(prompt=prompt, answer=text, stop=stop) for prompt, text, stop in rows]
+
+    def log_prob(name, prompt, text, stop):
+        start = tokenizer(prompt)["input_ids"]
+        ids = [*start, *tokenizer(text)["input_ids"], *([tokenizer.eos_token_id] if stop == "eos" else [])]
+        logits = AutoModelForCausalLM.from_pretrained(name)(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return sum(logits[place - 1, ids[place]].item() for place in range(len(start), len(ids)))
+
+    found = answer_log_ratios(*names, answers, prompt_format="raw", device="cpu")
+    assert found == pytest.approx([log_prob(names[0], *row) - log_prob(names[1], *row) for row in rows], abs=1e-4)
+    assert answer_log_ratios(names[0], names[0], answers, prompt_format="raw", device="cpu") == [0.0, 0.0]
+
+
+def test_a_job_of_submitit_runs_the_command(tmp_path):
+    pytest.importorskip("submitit")
+    from sampo.sweep.plan import Sweep
+    from sampo.sweep.slurm import slurm_starter
+
+    start = slurm_starter(Sweep(Path(tmp_path), make_definition()), {"timeout_min": "5"}, cluster="local")
+    jobs = {
+        status: start(["sampo", *words], name, {})
+        for status, words, name in ((0, ["--version"], "good"), (2, ["nothing"], "bad"))
+    }
+    for status, job in jobs.items():
+        while job.poll() is None:
+            time.sleep(0.1)
+        assert job.poll() == status
+    assert "sampo 0" in (tmp_path / "logs" / "good.log").read_text()
