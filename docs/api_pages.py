@@ -20,6 +20,7 @@ PAGES = {
     "report": ("Report and figures", ("report",)),
     "io": ("Files and records", ("io",)),
     "lab": ("Lab", ("lab",)),
+    "sweep": ("Sweep", ("sweep",)),
 }
 
 

@@ -15,7 +15,16 @@ from .options import RecipeParser, listed
 from .options import make_parser as make_train_parser
 from .sweep_options import Request
 
-NEEDED = ("model_name_or_path", "max_length", "truncation_mode", "dtype", "use_cpu", "bf16", "trust_remote_code")
+NEEDED = (
+    "model_name_or_path",
+    "max_length",
+    "truncation_mode",
+    "dtype",
+    "use_cpu",
+    "bf16",
+    "pair_stream",
+    "trust_remote_code",
+)
 
 
 @dataclass

@@ -102,7 +102,8 @@ def _diagnose(sweep: Sweep, policy: str, data: str, name: str) -> list[str]:
     settings = sweep.definition.settings
     words = ["diagnose", "--policy", policy, "--data", str(sweep.data(data))]
     words += ["--out", str(sweep.evaluation(name) / "diagnosis"), "--max_length", str(settings["max_length"] or 0)]
-    words += ["--truncation_mode", settings["truncation_mode"], *_shared(sweep)]
+    words += ["--truncation_mode", settings["truncation_mode"], "--pair_stream", settings["pair_stream"]]
+    words += _shared(sweep)
     if settings["dtype"] in ("float32", "bfloat16", "float16"):
         words += ["--dtype", settings["dtype"]]
     return [*words, *(f"--{name}" for name in ("bf16", "use_cpu") if settings[name])]

@@ -20,6 +20,7 @@ from .processes import Started, Starter
 from .state import SweepState, write_state
 
 EVALUATE_EVERY = 600.0  # seconds
+EVALUATED_TOGETHER = 2  # at least, where there are as many: what they load is loaded once
 POLL_EVERY = 0.1
 
 
@@ -117,7 +118,8 @@ class SweepRunner:
             trains = waiting or any(task.kind == "train" for task in self._tasks)
             if trained and (not trains or time.monotonic() - self._evaluated_at > EVALUATE_EVERY):
                 self._evaluated_at = time.monotonic()
-                part = trained[: -(-len(trained) // len(self._free))] if not trains else trained
+                size = max(EVALUATED_TOGETHER, -(-len(trained) // len(self._free)))
+                part = trained if trains else trained[:size]
                 self._tried.update(part)
                 for name in part:
                     self.state.runs[name].error = ""
