@@ -87,8 +87,8 @@ def diagnosed_name(options: Mapping[str, Any]) -> str | None:
     """
     if "ld_alpha" in options or options.get("balance_end_token"):
         return None
-    sides, keeps = options.get("sampled_sides", "both"), options.get("keep_end_token", False)
-    name = DiagnosedMethod(options["token_weighting"], sides, keeps).name
+    more = {name: options[name] for name in DiagnosedMethod._fields if name in options}
+    name = DiagnosedMethod(options["token_weighting"], **more).name
     return name if name in DIAGNOSED_METHODS else None
 
 

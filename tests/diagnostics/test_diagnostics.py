@@ -26,8 +26,9 @@ from sampo.data.end_tokens import most_common_end_token
 from sampo.data.token_ids import hash_token_ids
 from sampo.data.tokenize import tokenize_pairs
 from sampo.diagnostics.findings import CLASSES, Finding, PairScores, findings, groups, read_scores
-from sampo.diagnostics.pair_scores import DIAGNOSED_METHODS, ScoreKey, cached_reference, score_pairs
+from sampo.diagnostics.pair_scores import DIAGNOSED_METHODS, ScoreKey, cached_reference, diagnosed_name, score_pairs
 from sampo.io import records as results
+from sampo.methods import find_method
 from sampo.reference_cache.key import RefKey
 from sampo.reference_cache.store import RefCache
 from sampo.scoring.scorer import ModelScorer
@@ -795,3 +796,21 @@ def test_checkpoints_of_one_run_have_names_of_their_own(world, tmp_path, capsys)
     folders = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / "pairs").iterdir())
     assert folders == ["one-checkpoint-3", "two-checkpoint-3"]
     assert "one-checkpoint-3: by the length pressure" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("sampo", "sampo"),
+        ("sampo_end", "sampo+end"),
+        ("sampo_rejected_learned", "sampo+rejected"),
+        ("rejected_learned_end", "sampo+rejected+end"),
+        ("rejected_learned_dataset", "sampo+rejected+dataset"),
+        ("otpo", "otpo"),
+        ("ld_dpo", None),
+        ("onesided", None),
+    ],
+)
+def test_a_named_method_has_the_row_of_its_token_weights(method, row):
+    assert diagnosed_name(find_method(method).options) == row
+    assert row is None or row in DIAGNOSED_METHODS
