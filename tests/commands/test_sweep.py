@@ -69,30 +69,35 @@ def write_config(place, name, *methods, **more):
     return ["sweep", "--config", str(path)]
 
 
-@pytest.fixture(scope="module")
-def grown(place):
-    """Two methods and a seed, then another seed: the folder, its records and models after the first part."""
-    folder = place / "grown"
-    assert cli.main(write_config(place, "grown", "dpo", "onesided")) == 0
-    first = numbers(folder), {name: mtime(folder, name) for name in RUNS[:2]}
-    assert cli.main(write_config(place, "grown", "dpo", "onesided", seeds=2)) == 0
-    return folder, *first
-
-
-@pytest.fixture(scope="module")
-def killed(place):
-    """The same two methods and one that fails, killed when the second has a checkpoint, and started again."""
-    folder = place / "killed"
-    one, two = (write_config(place, "killed", "dpo", "onesided", BROKEN, jobs=jobs) for jobs in (1, 2))
-    process = subprocess.Popen([sys.executable, "-m", "sampo.cli", *one], stdout=subprocess.DEVNULL)
+def kill_in_the_second_run(folder, words):
+    """Start a sweep, and kill it when its second run has a checkpoint."""
+    process = subprocess.Popen([sys.executable, "-m", "sampo.cli", *words], stdout=subprocess.DEVNULL)
     while not (folder / "runs" / RUNS[1] / "checkpoint-2" / "trainer_state.json").exists():
         assert process.poll() is None
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (folder / "runs" / RUNS[1] / "trainer_state.json").exists()
+
+
+@pytest.fixture(scope="module")
+def grown(place):
+    """Two methods and a seed, killed and continued, then another seed: the folder, its models after the first part."""
+    folder = place / "grown"
+    kill_in_the_second_run(folder, write_config(place, "grown", "dpo", "onesided", jobs=1))
     before = mtime(folder, RUNS[0])
-    return folder, before, cli.main(two)
+    assert cli.main(write_config(place, "grown", "dpo", "onesided")) == 0
+    assert mtime(folder, RUNS[0]) == before  # was not run again
+    assert [state_of(folder)[name]["attempts"] for name in RUNS[:2]] == [1, 2]
+    first = numbers(folder), {name: mtime(folder, name) for name in RUNS[:2]}
+    assert cli.main(write_config(place, "grown", "dpo", "onesided", seeds=2)) == 0
+    return folder, *first
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The first part, not interrupted, with a method that fails: the folder and the status."""
+    return place / "whole", cli.main(write_config(place, "whole", "dpo", "onesided", BROKEN, jobs=2))
 
 
 def mtime(folder, name):
@@ -112,22 +117,21 @@ def numbers(folder):
 # --- sweeps that ran
 
 
-def test_a_killed_sweep_goes_on_and_gives_the_records_of_one_that_was_not(killed, grown):
-    folder, before, _ = killed
-    assert mtime(folder, RUNS[0]) == before  # was not run again
-    assert [state_of(folder)[name]["attempts"] for name in RUNS[:2]] == [1, 2]
-    assert numbers(folder) == grown[1]
+@pytest.mark.slow
+def test_a_killed_sweep_gives_the_records_of_one_that_was_not(whole, grown):
+    assert numbers(whole[0]) == grown[1]
 
 
 def test_a_seed_is_added_and_nothing_is_run_again(grown):
     folder, _, models = grown
     assert {name: mtime(folder, name) for name in models} == models
-    assert [state_of(folder)[name]["attempts"] for name in RUNS] == [1] * 4
+    assert [state_of(folder)[name]["attempts"] for name in RUNS] == [1, 2, 1, 1]
     assert {record.config.get("run") for record in numbers(folder)} >= set(RUNS)
 
 
-def test_a_run_that_fails_is_shown_and_stops_no_other(killed):
-    folder, _, status = killed
+@pytest.mark.slow
+def test_a_run_that_fails_is_shown_and_stops_no_other(whole):
+    folder, status = whole
     assert status == 1
     (failed,) = [record for record in records.read(folder / "records.jsonl") if record.name == "sweep/failed"]
     assert failed.config["run"] == "broken-lr0.001-beta0.1-s7"

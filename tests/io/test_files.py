@@ -214,6 +214,11 @@ ALLOWED = {
     "evaluation/harness.py",  # into a temporary folder
     "report/svg.py",  # into memory
     "lab/report.py",  # into a file of `replacing`
+    "sweep/frontier.py",  # so does this
+    "sweep/processes.py",  # logs of child processes, which grow
+    "sweep/slurm.py",  # the same
+    "commands/sweep.py",  # into a temporary folder
+    "commands/init.py",  # so does this
 }
 
 

@@ -74,7 +74,7 @@ def test_every_command_that_takes_a_plugin_says_so_in_its_help_and_in_the_docs()
 
 def test_the_completion_script_has_the_method(place):
     done = sampo("completion", "--plugin", "mine.py", "bash", cwd=place)
-    assert "'train --token_weighting') values='all decay expected last_half mean " in done.stdout, done.stderr
+    assert "'train --token_weighting') values='all column decay expected last_half " in done.stdout, done.stderr
 
 
 def test_diagnose_and_lab_show_the_method_beside_ours(place):
