@@ -163,7 +163,7 @@ def _write(args: argparse.Namespace) -> None:
     )
     notes = [*_size_notes(args, sizes, max_length.value), *found.notes]
     command = _next_command(args, sizes.engine)
-    remarks = {"Command": [command], "Method": reasons, "Memory": notes}
+    remarks = {"Command": [command], "Method": reasons, "Notes": notes}
     groups = _groups(args, found, [*method, RecipeLine("beta", 0.1)], max_length, sizes)
     title = f"{Path(args.model).name} on {found.audit.label}, {TRAININGS[args.method]}; written by `sampo init`"
     text = write_recipe(title, remarks, groups)

@@ -56,9 +56,10 @@ def test_a_stranger_gets_from_pairs_to_a_judged_comparison_of_two_trained_models
     assert "Nothing was written." in said  # by the dry run
     assert "ours" in said
     assert "against dpo by" in said
-    page = (folder / "results" / "report.html").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
     for part in ("pairs", "ours", "dpo"):
         assert part in page
+    assert "the log of a training run" not in said  # nor is anything else of the steps missing on the page
 
 
 def test_the_two_models_differ_by_the_method_alone(followed):
