@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import signal
 import sys
 from importlib import import_module
 
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # what reads the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it flushes
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, which Windows does not have
     except KeyboardInterrupt:
         again = " The same command continues where it stopped." if name in RESUMABLE else ""
         print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)

@@ -119,11 +119,12 @@ def _outcomes(policy: str, signs: dict[str, int], found: Found) -> Iterator[str]
 
 
 def _compared(ours: Estimate, theirs: Estimate) -> str:
-    if None in (ours.low, ours.high, theirs.low, theirs.high):
+    if ours.interval is None or theirs.interval is None:
         return "against"
-    if ours.low > theirs.high:  # type: ignore[operator]  # both are numbers
+    (low, high), (their_low, their_high) = ours.interval, theirs.interval
+    if low > their_high:
         return "longer than"
-    return "shorter than" if ours.high < theirs.low else "not surely longer or shorter than"  # type: ignore[operator]
+    return "shorter than" if high < their_low else "not surely longer or shorter than"
 
 
 def _last_part(name: str) -> str:
