@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def _refuse_fsdp_without_devices(config: dict, rest: list[str]) -> None:
     """On the CPU accelerate silently replaces FSDP by DDP; the trainer raises too, but in each process."""
     import torch
 
-    if config.get("distributed_type") == "FSDP" and (_asks_for_cpu(rest) or not torch.accelerator.is_available()):
+    if config.get("distributed_type") == "FSDP" and (asks_for_cpu(rest) or not torch.accelerator.is_available()):
         raise SystemExit(
             "sampo train: FSDP must have a GPU for each process, got a run on the CPU, where accelerate would train "
             "with DDP instead. Use `--accelerate_config cpu_zero3`, which shards on the CPU too, or `cpu_ddp`."
@@ -146,7 +147,7 @@ def refuse_engine_that_cannot_run(options: dict[str, str], rest: list[str]) -> N
 
     if "accelerate_config" not in options:
         several = _number("num_processes", options.get("num_processes", 1)) > 1
-        if several and not _asks_for_cpu(rest) and not torch.accelerator.is_available():
+        if several and not asks_for_cpu(rest) and not torch.accelerator.is_available():
             raise SystemExit(
                 f"sampo train: `--num_processes` must be at most the number of GPUs, got {options['num_processes']} "
                 f"on a machine without one that torch {torch.__version__} can use. To try a run on the CPU, use "
@@ -154,7 +155,7 @@ def refuse_engine_that_cannot_run(options: dict[str, str], rest: list[str]) -> N
             )
         return
     engine = _read_config(accelerate_config(options["accelerate_config"])).get("distributed_type")
-    on_cpu = _asks_for_cpu(rest)
+    on_cpu = asks_for_cpu(rest)
     if engine in ("DEEPSPEED", "MULTI_GPU") and not on_cpu and not torch.accelerator.is_available():
         cpu = "cpu_zero1, cpu_zero2 or cpu_zero3" if engine == "DEEPSPEED" else "cpu_ddp"
         raise SystemExit(
@@ -165,8 +166,9 @@ def refuse_engine_that_cannot_run(options: dict[str, str], rest: list[str]) -> N
         raise SystemExit("sampo train: ZeRO needs DeepSpeed: `pip install 'sampo-dpo[deepspeed]'`.")
 
 
-def _asks_for_cpu(rest: list[str]) -> bool:
-    asks = False  # the last one takes effect, as in argparse
+def asks_for_cpu(rest: Sequence[str], default: bool = False) -> bool:
+    """Whether the options choose the CPU. The last `--use_cpu` takes effect; without one, `default` does."""
+    asks = default
     for i, word in enumerate(rest):
         name, _, value = word.replace("-", "_").partition("=")
         if name == "__use_cpu":

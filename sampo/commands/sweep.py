@@ -20,6 +20,7 @@ from ..sweep.plan import RefusedSweep, Sweep, SweepRun
 from ..sweep.processes import Starter, divide_devices, local_starter
 from ..sweep.runs import SweepRunner, SweepStopped
 from ..sweep.state import SweepState, restore_state, write_state
+from .launch import asks_for_cpu
 from .next_steps import after_sweep, show_next
 from .options import make_parser as make_train_parser
 from .shown import say, show
@@ -112,8 +113,7 @@ def _devices(request: Request) -> list[str]:
     """
     import torch
 
-    words = [word.replace("-", "_") for word in request.words]
-    on_cpu = "__use_cpu" in words or bool(request.recipe.get("use_cpu"))
+    on_cpu = asks_for_cpu(request.words, default=bool(request.recipe.get("use_cpu")))
     if on_cpu or request.own["launcher"] != "local" or not torch.cuda.is_available():
         return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")

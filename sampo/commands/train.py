@@ -400,8 +400,9 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
             from . import dry_run  # no other run needs it
 
             dry_run.refuse_issues(parser, rest, options)
-        refuse_engine_that_cannot_run(options, rest)
-        _check_model(parser.read(rest)[1])  # once here rather than once per process
+        else:
+            refuse_engine_that_cannot_run(options, rest)
+            _check_model(parser.read(rest)[1])  # once here rather than once per process
         # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         os.environ[LAUNCHER] = str(os.getpid())

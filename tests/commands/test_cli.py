@@ -20,7 +20,7 @@ from trl.scripts.utils import ScriptArguments
 
 from sampo import cli
 from sampo.commands import train
-from sampo.commands.launch import OPTIONS, accelerate_config, launch_command, split_options
+from sampo.commands.launch import OPTIONS, accelerate_config, asks_for_cpu, launch_command, split_options
 from sampo.commands.options import SamPOScriptArguments, make_parser
 from sampo.commands.recipes import recipes
 from sampo.config import SamPOConfig
@@ -478,3 +478,18 @@ def test_a_reader_that_ends_early_is_no_error(words):
         said = process.stderr.read().decode()
     assert said == ""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("words", "default", "asks"),
+    [
+        (["--use_cpu"], False, True),
+        (["--use_cpu", "--bf16", "false"], False, True),
+        (["--use-cpu=false"], True, False),
+        (["--use_cpu", "true", "--use_cpu", "false"], False, False),
+        ([], True, True),
+        ([], False, False),
+    ],
+)
+def test_the_last_use_cpu_takes_effect_and_a_recipe_without_one(words, default, asks):
+    assert asks_for_cpu(words, default=default) is asks

@@ -110,6 +110,26 @@ def test_the_process_group_ends_before_python_does(folder, tmp_path, raised):
             distributed.destroy_process_group()
 
 
+def test_a_process_of_a_group_that_is_stopped_at_once_ends_with_130(folder, tmp_path):
+    """Its collectives may never end, so nothing waits for them."""
+    code = """
+import sys
+from torch import distributed
+from sampo.commands import train
+
+def work(*options):
+    raise KeyboardInterrupt
+
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+train.start_with(train.make_parser(), work, sys.argv[1:])
+sys.exit("did not end at once")
+"""
+    words = [sys.executable, "-c", code, *options(folder, tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 130, done.stderr[-2000:]
+    assert "sampo train: stopped." in done.stderr
+
+
 def cluster_command(folder: Path, out: Path) -> list[str]:
     """The command of the PyTorchJob, with this machine, two processes and a tiny run in the place of its own."""
     job = yaml.safe_load((ROOT / "configs" / "kubernetes" / "pytorchjob.yaml").read_text())
