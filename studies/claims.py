@@ -7,6 +7,8 @@ where it does not, or where there are fewer than three seeds.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from sampo.lab.methods import STUDY_METHODS
 from sampo.lab.settings import GROUPS
 
@@ -31,7 +33,12 @@ COLLAPSED = 0.45  # win rate against the start, below which a policy has collaps
 HALF_STOPS = 0.5  # or share of answers that end
 MARGIN = 0.02  # of win rate: a loss that is worth less is none
 OURS, BALANCED = "sampo_rejected_learned", "rejected_learned_balanced"
-_AT_THE_SAME = (("sampo", "dpo"), (OURS, "dpo"), (OURS, "dpo_learned"), (BALANCED, "dpo"))  # KL, or win rate
+DATASET = "rejected_learned_dataset_balanced"
+_AT_THE_SAME = (  # KL, or win rate
+    *(("sampo", "dpo"), (OURS, "dpo"), (OURS, "dpo_learned"), (BALANCED, "dpo")),
+    *((DATASET, other) for other in ("dpo", "rdpo_02", BALANCED)),
+)
+NEUTRAL = 0.2  # share of the start's length: a smaller change is none
 UNCORRELATED = 0.1  # correlation of margin and length difference that counts as none
 
 
@@ -253,6 +260,8 @@ def _questions_of_ours(study: Study) -> list[Claim]:
     of_methods = [
         *_claims_of_the_combination(study),
         *_claims_of_the_end_token(study),
+        *_claims_of_the_budget(study),
+        *_claims_of_the_other_weightings(study),
         *_claims_of_tuned_methods(study),
     ]
     at_the_same = [*_claims_at_equal_kl(study), *_claims_at_equal_win_rate(study)]
@@ -338,11 +347,74 @@ def _claims_of_the_end_token(study: Study) -> list[Claim]:
     ]
 
 
+def _claims_of_the_budget(study: Study) -> list[Claim]:
+    def at_bias(other: str, bias: float) -> Finding:
+        def values(method: str, name: str) -> dict[int, float]:
+            return study.values(name, lambda c: _mixed(c, method, bias))
+
+        wins, tokens = (paired(values(DATASET, name), values(other, name)) for name in ("win_rate", "tokens"))
+        evidence = f"win rate {describe(wins, 3)}; {describe(tokens)} tokens"
+        return Finding(f"bias {bias:g}", above(wins, -MARGIN), evidence)
+
+    def length_neutral(group: str) -> tuple[str, str]:
+        spread = paired(study.headline(DATASET, group, "tokens"), study.start("tokens"))
+        bound = NEUTRAL * float(np.mean(list(study.start("tokens").values())))
+        return within(spread, bound), f"{describe(spread)} tokens"
+
+    title = STUDY_METHODS[DATASET].title
+    return [
+        *(
+            Claim(
+                f"{title} is at least as good as {STUDY_METHODS[other].title}.",
+                "sampo",
+                f"Difference of win rates above -{MARGIN}.",
+                _at_least_as_good(study.headline, DATASET, other),
+            )
+            for other in ("dpo", "sampo", "rdpo_02", BALANCED, "dpo_learned_balanced")
+        ),
+        *(
+            Claim(
+                f"{title} is at least as good as {STUDY_METHODS[other].title}, whatever the annotators' length bias.",
+                "sampo",
+                f"On mixed pairs, difference of win rates above -{MARGIN}; for each bias of the annotators.",
+                [at_bias(other, bias) for bias in sorted({HEADLINE.bias, *BIASES})],
+            )
+            for other in ("dpo", "sampo", BALANCED)
+        ),
+        Claim(
+            f"{title} does not change length.",
+            "sampo",
+            f"Tokens minus those of the start lie within {NEUTRAL:.0%} of the start's.",
+            _of_groups(length_neutral),
+        ),
+    ]
+
+
+def _claims_of_the_other_weightings(study: Study) -> list[Claim]:
+    compared = (
+        *(("otpo", other, "arXiv 2505.18720") for other in ("dpo", "sampo")),
+        *(("ld_dpo_balanced", other, "sampo") for other in ("ld_dpo", "dpo_balanced")),
+    )
+    return [
+        Claim(
+            f"{STUDY_METHODS[ours].title} is at least as good as {STUDY_METHODS[other].title}.",
+            source,
+            f"Difference of win rates above -{MARGIN}.",
+            _at_least_as_good(study.headline, ours, other),
+        )
+        for ours, other, source in compared
+    ]
+
+
 def _claims_of_tuned_methods(study: Study) -> list[Claim]:
     def numbers(method: str, group: str, name: str) -> dict[int, float]:
         return {seed: cell.numbers[name] for seed, cell in tuned(study, method, group).items()}
 
-    compared = (("sampo", "dpo"), *((OURS, other) for other in ("dpo", "sampo", "rdpo_02", "dpo_learned")))
+    compared = (
+        *(("sampo", "dpo"), *((OURS, other) for other in ("dpo", "sampo", "rdpo_02", "dpo_learned"))),
+        *((BALANCED, "dpo"), (BALANCED, OURS)),
+        *((DATASET, other) for other in ("dpo", "sampo", "rdpo_02", BALANCED)),
+    )
     return [
         Claim(
             f"Both at their best cell of the grid, {STUDY_METHODS[ours].title} is at least as good as "
@@ -351,7 +423,7 @@ def _claims_of_tuned_methods(study: Study) -> list[Claim]:
             f"Difference of win rates above -{MARGIN}; each seed's cell is the best one of the other seeds.",
             _at_least_as_good(numbers, ours, other),
         )
-        for ours, other in (*compared, (BALANCED, "dpo"), (BALANCED, OURS))
+        for ours, other in compared
     ]
 
 

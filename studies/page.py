@@ -284,7 +284,8 @@ PARTS: dict[str, Callable[[Study], str]] = {
 COLOURS = {
     **{"dpo": "#666666", "sampo": "#0072b2", "sampo_rejected_learned": "#d55e00", "rdpo_02": "#009e73"},
     **{"dpo_learned": "#cc79a7", "sampo_rejected": "#e69f00", "dpo_balanced": "#56b4e9"},
-    **{"rejected_learned_balanced": "#6a3d9a"},
+    **{"rejected_learned_balanced": "#6a3d9a", "rejected_learned_dataset_balanced": "#b2182b"},
+    **{"dpo_learned_balanced": "#a6761d"},
 }
 OTHERS = "#c8c8c8"
 

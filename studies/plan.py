@@ -18,7 +18,7 @@ EQUAL_METHODS = ("dpo", "sampo", "mean", "otpo", "decay", "sampo_iterative")
 BIASES = (0.0, 1.0, 2.0, 4.0)  # beside the headline's
 BIAS_METHODS = (
     *("dpo", "sampo", "sampo_rejected_learned", "dpo_learned", "sampo_rejected"),
-    *("dpo_balanced", "rejected_learned_balanced"),
+    *("dpo_balanced", "rejected_learned_balanced", "rejected_learned_dataset_balanced", "dpo_learned_balanced"),
 )
 PENALTY_METHODS = ("sampo_rejected_learned", "dpo_learned")
 PENALTY_BIASES = (0.5, 2.0)
