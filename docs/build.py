@@ -419,7 +419,7 @@ def diagnosed() -> str:
 
 
 STUDY_PARTS = (
-    *("about", "verdicts", "details", "headline", "against_dpo"),
+    *("about", "summary", "verdicts_of_paper", "verdicts_of_budget", "verdicts", "details", "headline", "against_dpo"),
     *("at_best", "equal_kl", "equal_win_rate", "frontiers", "biases", "penalties"),
 )
 PARTS = {

@@ -28,6 +28,7 @@ from .analysis import (
 )
 from .plan import BIASES
 
+PAPER = "arXiv 2406.10957"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 COLLAPSED = 0.45  # win rate against the start, below which a policy has collapsed
 HALF_STOPS = 0.5  # or share of answers that end
@@ -152,7 +153,7 @@ def _claims_of_the_paper(study: Study) -> list[Claim]:
         tokens = _difference(study, "sampo_iterative", "sampo", group, "tokens")
         return above(wins), f"win rate {describe(wins, 3)}; {describe(tokens)} tokens"
 
-    source = "arXiv 2406.10957"
+    source = PAPER
     return [
         Claim(
             "DPO makes answers longer.",

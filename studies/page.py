@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .analysis import (
     paired,
     tuned,
 )
-from .claims import Claim, claims
+from .claims import DATASET, PAPER, Claim, claims
 from .plan import BIAS_METHODS, BIASES, PENALTY_BIASES, PENALTY_METHODS, PENALTY_RATES, PENALTY_STARTS
 
 COLUMNS = {  # number -> head, digits
@@ -38,6 +38,10 @@ COLUMNS = {  # number -> head, digits
     "correlation": ("corr. with length", 2),
     "pressure": ("pressure before", 2),
 }
+SUMMARISED = (  # methods of the short table
+    *("dpo", "sampo", "rdpo_02", "mean", "otpo", "dpo_learned_balanced"),
+    *("rejected_learned_balanced", "rejected_learned_dataset_balanced"),
+)
 _AT_BEST = {"win_rate": 3, "tokens": 1, "kl": 1}  # number -> digits
 NONE = "–"
 
@@ -76,6 +80,24 @@ def about(study: Study) -> str:
         f"({setting}), {rest} in other cells of the grid, {len(biased)} with other annotators, {len(changed)} with "
         "another start or rate of the learned penalty. None was left out."
     )
+
+
+def summary(study: Study) -> str:
+    """Win rate, tokens and KL of a few methods on each group, and with annotators of a strong length bias."""
+    worst = max(BIASES)
+    places: dict[str, Callable[[str, str], dict[int, float]]] = {
+        f"`{group}`": lambda method, name, group=group: study.headline(method, group, name) for group in GROUPS
+    }
+    places[f"`all`, bias {worst:g}"] = lambda method, name: study.values(name, _mixed(method, worst))
+    rows = []
+    for method in SUMMARISED:
+        row = [STUDY_METHODS[method].title]
+        for values in places.values():
+            means = [(list(values(method, name).values()), digits) for name, digits in _AT_BEST.items()]
+            row.append(" / ".join(f"{statistics.mean(found):.{digits}f}" for found, digits in means if found) or NONE)
+        rows.append(row)
+    start = [statistics.mean(study.start(name).values()) for name in ("win_rate", "tokens")]
+    return f"{table(['method', *places], rows)}\n\nThe start: {start[0]:.3f} / {start[1]:.1f}."
 
 
 def headline(study: Study) -> str:
@@ -261,8 +283,24 @@ def _changed(method: str, bias: float, start: object, rate: float) -> Callable[[
 
 def verdicts(study: Study) -> str:
     """One row per claim."""
-    rows = [[claim.text, claim.source, f"**{claim.verdict}**"] for claim in claims(study)]
-    return table(["claim", "whose", "verdict"], rows)
+    return _verdicts(claims(study))
+
+
+def verdicts_of_paper(study: Study) -> str:
+    """One row per claim of the paper."""
+    return _verdicts(claim for claim in claims(study) if claim.source.startswith(PAPER))
+
+
+def verdicts_of_budget(study: Study) -> str:
+    """One row per claim on the token budget of the data set."""
+    title = STUDY_METHODS[DATASET].title
+    return _verdicts(claim for claim in claims(study) if title in claim.text.partition(" is ")[0])
+
+
+def _verdicts(found: Iterable[Claim]) -> str:
+    return table(
+        ["claim", "whose", "verdict"], [[claim.text, claim.source, f"**{claim.verdict}**"] for claim in found]
+    )
 
 
 def details(study: Study) -> str:
@@ -276,7 +314,9 @@ def _details(claim: Claim) -> str:
 
 
 PARTS: dict[str, Callable[[Study], str]] = {
-    **{"about": about, "verdicts": verdicts, "details": details, "headline": headline, "against_dpo": against_dpo},
+    **{"about": about, "summary": summary, "verdicts_of_paper": verdicts_of_paper},
+    **{"verdicts_of_budget": verdicts_of_budget, "verdicts": verdicts, "details": details},
+    **{"headline": headline, "against_dpo": against_dpo},
     **{"at_best": at_best, "equal_kl": equal_kl, "equal_win_rate": equal_win_rate, "frontiers": frontiers},
     **{"biases": biases, "penalties": penalties},
 }

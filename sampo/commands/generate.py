@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     local.add_argument(
         "--stop_tokens", nargs="+", default=[], metavar="TOKEN", help="further tokens that end an answer"
     )
-    local.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
+    local.add_argument("--batch_size", type=int, default=32, help="prompts at a time (32)")
     local.add_argument("--device", help="the first accelerator, else the CPU")
     local.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     local.add_argument("--trust_remote_code", action="store_true")

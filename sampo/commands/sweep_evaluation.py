@@ -94,7 +94,7 @@ def _generate(sweep: Sweep, name: str, model: str) -> list[str]:
     one = sweep.definition
     words = ["generate", model, "--prompts", str(sweep.data("prompts")), "--out", str(sweep.answers(name))]
     words += ["--max_tokens", str(one.max_tokens), "--temperature", f"{one.temperature:g}", "--seed", str(one.seed)]
-    words += ["--format", "chat" if one.chat else "raw", *_shared(sweep)]
+    words += ["--format", "chat" if one.chat else "raw", *_shared(sweep), *_dtype(sweep)]
     return [*words, "--device", "cpu"] if one.settings["use_cpu"] else words
 
 
@@ -103,9 +103,7 @@ def _diagnose(sweep: Sweep, policy: str, data: str, name: str) -> list[str]:
     words = ["diagnose", "--policy", policy, "--data", str(sweep.data(data))]
     words += ["--out", str(sweep.evaluation(name) / "diagnosis"), "--max_length", str(settings["max_length"] or 0)]
     words += ["--truncation_mode", settings["truncation_mode"], "--pair_stream", settings["pair_stream"]]
-    words += _shared(sweep)
-    if settings["dtype"] in ("float32", "bfloat16", "float16"):
-        words += ["--dtype", settings["dtype"]]
+    words += [*_shared(sweep), *_dtype(sweep)]
     return [*words, *(f"--{name}" for name in ("bf16", "use_cpu") if settings[name])]
 
 
@@ -115,6 +113,12 @@ def _shared(sweep: Sweep) -> Iterator[str]:
         yield from ("--chat_template", str(template))
     if sweep.definition.settings["trust_remote_code"]:
         yield "--trust_remote_code"
+
+
+def _dtype(sweep: Sweep) -> list[str]:
+    """That of the training; `generate` and `diagnose` choose another one for themselves."""
+    dtype = sweep.definition.settings["dtype"]
+    return ["--dtype", dtype] if dtype in ("float32", "bfloat16", "float16") else []
 
 
 def _call(words: list[str], accepted: tuple[int, ...] = ()) -> None:

@@ -36,7 +36,7 @@ class TransformersBackend:
         loaded: "Loaded",
         texts: "Texts",
         *,
-        batch_size: int = 8,
+        batch_size: int = 32,
         stop_tokens: Sequence[str] = (),
     ):
         if batch_size < 1:
