@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="whose tokenizer measures lengths")
     parser.add_argument("--data", required=True, help="preference pairs: file, folder or hub id")
     parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of prompt and response; longer are omitted")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens of prompt and response; longer: omitted")
     parser.add_argument("--pairs", type=int, default=320, help="to train on")
     parser.add_argument("--held_out", type=float, default=0.3, help="share of prompts that are held out")
     parser.add_argument("--held_out_pairs", type=int, default=150, help="at most so many of their pairs are kept")
