@@ -16,7 +16,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 sys.path.insert(0, str(FOLDER))
 from execute import execute, is_setup, light, made_from, with_setup  # noqa: E402, found by the path above
 
-NAMES = ("length_bias", "what_is_learned", "win_rate_and_length", "choosing_a_weighting")
+QUICK = ("length_bias", "what_is_learned", "win_rate_and_length", "choosing_a_weighting")
+NAMES = (*QUICK, "from_audit_to_decision")
 LARGEST = 300_000  # bytes
 MACHINE = re.compile(r"(?<![\w.<])/(?:home|root|Users|tmp|work|usr|opt|var|private)/|[A-Z]:\\\\|\.venv|site-packages")
 TIME_STAMP = re.compile(r"20\d\d-\d\d-\d\d[T ]\d\d:\d\d")
@@ -113,7 +114,7 @@ def test_each_tells_how_long_it_takes_and_what_to_do_with_data_of_ones_own(name)
     assert is_setup(install.source)
     assert f"/blob/main/notebooks/{name}.ipynb" in badge.source
     assert first.source.startswith("# ")
-    assert re.search(r"takes\s+(about\s+a\s+minute|one\s+to\s+two\s+minutes|seconds)", first.source)
+    assert re.search(r"takes\s+(about\s+a\s+minute|one\s+to\s+two\s+minutes|several\s+minutes|seconds)", first.source)
     assert last.source.startswith("## With your own ")
     assert "`DATA`" in last.source
 
@@ -154,7 +155,7 @@ def test_the_install_cell_clones_and_installs_only_where_sampo_is_missing(tmp_pa
 # --- they run -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*QUICK, pytest.param(NAMES[-1], marks=pytest.mark.slow)])
 def test_a_notebook_runs(name):
     committed = (FOLDER / f"{name}.ipynb").read_bytes()
     done = execute(read(name), fast=True)
@@ -245,6 +246,15 @@ def test_choosing_a_weighting_takes_pairs_and_a_model_of_ones_own(models):
     done = execute(with_settings(read("choosing_a_weighting"), **settings), fast=True)
     assert_ran_to_the_end(done)
     assert "chosen longer: lengthens" in said(done)
+
+
+@pytest.mark.slow
+def test_from_audit_to_decision_takes_pairs_and_a_model_of_ones_own(models):
+    settings = {"DATA": f"{models}/pairs.jsonl", "MODEL": f"{models}/base", "METHODS": ["dpo", "rdpo=0.01"]}
+    done = execute(with_settings(read("from_audit_to_decision"), **settings), fast=True)
+    assert_ran_to_the_end(done)
+    assert "2 runs with equal budget" in said(done)
+    assert "true quality" not in said(done)
 
 
 # --- what is kept of a run ------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def two_rounds(place):
 def lora_rounds(place):
     """Two rounds of an adapter, each on its half of the prompts."""
     options = {"use_peft": True, "lora_target_modules": "all-linear", "max_steps": 3, "learning_rate": 1.0e-2}
+    options |= {"token_budget": "dataset"}
     assert cli.main(["iterate", "--config", write_recipe(place, "lora", rounds=2, data="shards", **options)]) == 0
     return place / "lora"
 
@@ -269,6 +270,25 @@ def test_shards_share_no_prompt_and_leave_no_pair_out(lora_rounds, two_rounds):
     prompts = [{json.dumps(json.loads(row)["prompt"]) for row in rows} for rows in (first[0], second[0])]
     assert not prompts[0] & prompts[1]
     assert min(map(len, prompts)) >= 8
+
+
+def test_the_token_budget_of_a_round_is_that_of_its_own_pairs(place, lora_rounds):
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+
+    def count(row, side):
+        prompt, whole = (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=begun, return_dict=True)["input_ids"]
+            for messages, begun in ((row["prompt"], True), (row["prompt"] + row[side], False))
+        )
+        return len(whole) - len(prompt)
+
+    said = []
+    for one in state_of(lora_rounds)["rounds"]:
+        rows = [json.loads(row) for row in rows_of(one["commands"][0])[0]]
+        totals = [sum(count(row, side) for row in rows) for side in ("chosen", "rejected")]
+        said.append(f"of {totals[0]:,} chosen and {totals[1]:,} rejected tokens")
+        assert said[-1] in (Path(one["model"]).parent / "README.md").read_text()
+    assert len(set(said)) == 2
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7])
