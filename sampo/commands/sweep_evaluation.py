@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import write_atomic
-from ..sweep.outcome import RunOutcome
-from ..sweep.plan import START, RefusedSweep, Sweep, SweepRun
+from ..sweep.plan import START, RefusedSweep, RunOutcome, Sweep, SweepRun
 from ..sweep.state import read_state_file
 from .endpoints import INCOMPLETE
 from .shown import say
@@ -37,7 +36,8 @@ def evaluate(folder: Path, names: list[str]) -> int:
     for name in names:
         try:
             log_ratios = _evaluate_start(sweep) if name == START else _evaluate_run(sweep, runs[name])
-            write_atomic(sweep.outcome(name), json.dumps(asdict(RunOutcome(name, log_ratios))) + "\n")
+            outcome = RunOutcome(name, log_ratios, [] if name == START else state.definition.judge)
+            write_atomic(sweep.outcome(name), json.dumps(asdict(outcome)) + "\n")
             sweep.error(name).unlink(missing_ok=True)
         except (SystemExit, ValueError, OSError, RuntimeError) as error:  # a model that is broken may raise several
             failed += 1

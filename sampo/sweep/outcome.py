@@ -21,7 +21,7 @@ from ..io.hashing import hash_json
 from ..io.schemas import read_json
 from ..stats.intervals import Estimate, codes_of, mean_interval, prompt_means, rate_interval, undefined
 from ..training.rounds import read_metrics
-from .plan import START, Sweep, SweepRun
+from .plan import START, RunOutcome, Sweep, SweepRun
 
 SWEPT_LENGTHS = (
     "tokens_mean",
@@ -32,19 +32,6 @@ SWEPT_LENGTHS = (
     "characters_ratio",
 )
 ACCURACIES = {"all": "accuracy", "chosen longer": "accuracy_longer", "chosen shorter": "accuracy_shorter"}
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """What an evaluation writes last.
-
-    Attributes:
-        run: its name.
-        log_ratios: Σ log π − log π_ref of each answer, in the order of the file of answers; empty for the start.
-    """
-
-    run: str
-    log_ratios: list[float]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..io.schemas import read_json
 from ..training.rounds import is_trained
 
 START = "start"  # the model that all runs start from, as a name beside those of the runs
@@ -116,6 +117,21 @@ class Definition:
 
 
 @dataclass(frozen=True)
+class RunOutcome:
+    """What the evaluation of a run writes last.
+
+    Attributes:
+        run: its name.
+        log_ratios: Σ log π − log π_ref of each answer, in the order of the file of answers; empty for the start.
+        judge: that has judged the answers, as in the definition.
+    """
+
+    run: str
+    log_ratios: list[float]
+    judge: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Sweep:
     """The folder of a sweep: where everything is, and the commands that make it."""
 
@@ -169,8 +185,9 @@ class Sweep:
         return is_trained(self.run_folder(run.name))
 
     def is_evaluated(self, name: str) -> bool:
-        """Whether its evaluation has finished."""
-        return self.outcome(name).is_file()
+        """Whether its evaluation has finished, with the judge of the definition."""
+        path = self.outcome(name)
+        return path.is_file() and (name == START or read_json(path, RunOutcome).judge == self.definition.judge)
 
     def train_command(self, run: SweepRun, *, resume: bool = True) -> list[str]:
         """The run as an ordinary `sampo train`, which can be run by hand."""

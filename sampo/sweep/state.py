@@ -61,8 +61,8 @@ def restore_state(folder: Path, definition: Definition) -> SweepState:
     changes = list(find_changes(saved.definition, definition))
     if changes:
         raise RefusedSweep(
-            f"{folder / STATE_FILE} must be of the same sweep, got changes: {'; '.join(changes)}. Methods, seeds and "
-            "values of the grid can be added; for other changes set another `out`."
+            f"{folder / STATE_FILE} must be of the same sweep, got changes: {'; '.join(changes)}. Methods, seeds, "
+            "values of the grid and a judge can be added; for other changes set another `out`."
         )
     runs = {run.name: saved.runs.get(run.name, RunProgress()) for run in definition.runs}
     return SweepState(definition, runs, saved.cached_by, saved.cached_rows, saved.cache_seconds)
@@ -71,7 +71,7 @@ def restore_state(folder: Path, definition: Definition) -> SweepState:
 def find_changes(old: Definition, new: Definition) -> Iterator[str]:
     """Describe what a new definition changes, except for what it adds."""
     was, now = asdict(old), json.loads(json.dumps(asdict(new)))
-    grows = ("methods", "seeds", "grid")
+    grows = ("methods", "seeds", "grid", *(() if old.judge else ("judge",)))
     yield from describe_changes(
         {name: value for name, value in was.items() if name not in grows},
         {name: value for name, value in now.items() if name not in grows},

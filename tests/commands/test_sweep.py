@@ -82,14 +82,17 @@ def kill_in_the_second_run(folder, words):
 
 @pytest.fixture(scope="module")
 def grown(place):
-    """Two methods and a seed, killed and continued, then another seed: the folder, its models after the first part."""
+    """Two methods and a seed, killed and continued, then another seed and a judge.
+
+    The folder, its numbers and the times of its models and answers after the first part.
+    """
     folder = place / "grown"
-    kill_in_the_second_run(folder, write_config(place, "grown", "dpo", "onesided", jobs=1))
+    kill_in_the_second_run(folder, write_config(place, "grown", "dpo", "onesided", jobs=1, judge=""))
     before = mtime(folder, RUNS[0])
-    assert cli.main(write_config(place, "grown", "dpo", "onesided")) == 0
+    assert cli.main(write_config(place, "grown", "dpo", "onesided", judge="")) == 0
     assert mtime(folder, RUNS[0]) == before  # was not run again
     assert [state_of(folder)[name]["attempts"] for name in RUNS[:2]] == [1, 2]
-    first = numbers(folder), {name: mtime(folder, name) for name in RUNS[:2]}
+    first = numbers(folder), {name: (mtime(folder, name), answered(folder, name)) for name in RUNS[:2]}
     assert cli.main(write_config(place, "grown", "dpo", "onesided", seeds=2)) == 0
     return folder, *first
 
@@ -97,11 +100,15 @@ def grown(place):
 @pytest.fixture(scope="module")
 def whole(place):
     """The first part, not interrupted, with a method that fails: the folder and the status."""
-    return place / "whole", cli.main(write_config(place, "whole", "dpo", "onesided", BROKEN, jobs=2))
+    return place / "whole", cli.main(write_config(place, "whole", "dpo", "onesided", BROKEN, jobs=2, judge=""))
 
 
 def mtime(folder, name):
     return (folder / "runs" / name / "model.safetensors").stat().st_mtime_ns
+
+
+def answered(folder, name):
+    return (folder / "answers" / f"{name}.jsonl").stat().st_mtime_ns
 
 
 def state_of(folder):
@@ -122,9 +129,12 @@ def test_a_killed_sweep_gives_the_records_of_one_that_was_not(whole, grown):
     assert numbers(whole[0]) == grown[1]
 
 
-def test_a_seed_is_added_and_nothing_is_run_again(grown):
-    folder, _, models = grown
-    assert {name: mtime(folder, name) for name in models} == models
+def test_a_seed_and_a_judge_are_added_and_nothing_is_run_again(grown):
+    folder, first, files = grown
+    assert {name: (mtime(folder, name), answered(folder, name)) for name in files} == files
+    assert not [one for one in first if one.name == "sweep/win_rate"]
+    judged = {one.config["run"] for one in numbers(folder) if one.name == "sweep/win_rate" and "run" in one.config}
+    assert judged == set(RUNS)
     assert [state_of(folder)[name]["attempts"] for name in RUNS] == [1, 2, 1, 1]
     assert {record.config.get("run") for record in numbers(folder)} >= set(RUNS)
 
@@ -266,6 +276,9 @@ def test_a_definition_may_grow_and_nothing_else():
     new = make_definition(seeds=3, grid=grid, methods={**old.methods, "mean": mean})
     assert list(find_changes(old, new)) == []
     assert len(list(find_changes(new, old))) == 3
+    judged = make_definition(judge=["longer"])
+    assert list(find_changes(old, judged)) == []
+    assert len(list(find_changes(judged, make_definition(judge=["shorter"])))) == 1
     names = [run.name for run in new.runs]
     assert len(names) == len(set(names)) == 12
     assert {run.name for run in old.runs} <= set(names)
