@@ -175,14 +175,14 @@ class Bench:
     def measure(self, run: Run) -> list[Number]:
         """Train, unless the run is the start, and measure."""
         if not run.group:
-            return self._measure_answers(self.start, sampling_seed=2)
+            return self.measure_answers(self.start, sampling_seed=2)
         began = time.perf_counter()
         with self.progress(run.title, run.settings.steps) as advance:
             policy, log = train(self, run, advance)
         seconds = time.perf_counter() - began
         theta = log.get("length_penalty/per_token")
         return [
-            *self._measure_answers(policy, sampling_seed=3),
+            *self.measure_answers(policy, sampling_seed=3),
             *self._measure_rewards(policy),
             *self._measure_pressure(run),
             *([Number("penalty_per_token", theta, run.settings.pairs)] if theta is not None else []),
@@ -260,7 +260,8 @@ class Bench:
     def _qualities(self, answers: list[list[int]]) -> np.ndarray:
         return np.array([self.world.quality(q, a) for q, a in zip(self.questions, answers, strict=True)])
 
-    def _measure_answers(self, model: PreTrainedModel, *, sampling_seed: int) -> list[Number]:
+    def measure_answers(self, model: PreTrainedModel, *, sampling_seed: int) -> list[Number]:
+        """Length, quality and distance from the start of a model's answers."""
         answers = self._answers(model, sampling_seed=sampling_seed)
         quality = self._qualities(answers)
         rows = [(q.prompt, a) for q, a in zip(self.questions, answers, strict=True)]
@@ -350,12 +351,12 @@ def train(bench: Bench, run: Run, advance: Callable[[int], None]) -> tuple[PreTr
         def report(step: int, done: int = done) -> None:
             advance(done + step)
 
-        log = _train_round(bench, run, policy, pairs[begin:end], steps, report)
+        log = train_round(bench, run, policy, pairs[begin:end], steps, report)
         done += steps
     return policy.eval(), log
 
 
-def _train_round(
+def train_round(
     bench: Bench,
     run: Run,
     policy: PreTrainedModel,
@@ -363,6 +364,7 @@ def _train_round(
     steps: int,
     advance: Callable[[int], None],
 ) -> dict[str, float]:
+    """Train a policy on pairs, with itself as it is now as the reference; returns the last log of the trainer."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
