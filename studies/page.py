@@ -74,11 +74,12 @@ def about(study: Study) -> str:
     biased = [c for c in study.cells if c.bias != HEADLINE.bias and not c.changes]
     changed = [c for c in study.cells if c.changes]
     rest = len(study.cells) - len(headline) - len(biased) - len(changed)
+    hours = sum(cell.numbers["train_seconds"] for cell in study.cells) / 3600
     setting = f"learning rate {HEADLINE.learning_rate:g}, beta {HEADLINE.beta:g}, annotators' bias {HEADLINE.bias:g}"
     return (
         f"{len(study.cells)} runs and {len(study.starts)} supervised starts: {len(headline)} in the headline setting "
         f"({setting}), {rest} in other cells of the grid, {len(biased)} with other annotators, {len(changed)} with "
-        "another start or rate of the learned penalty. None was left out."
+        f"another start or rate of the learned penalty. None was left out. Training took {hours:.1f} hours of one core."
     )
 
 
