@@ -15,6 +15,7 @@ from scipy import stats
 
 from ..stats.intervals import Estimate, undefined
 
+ROUNDING = 1e-9  # of the spread of the scores; what is left of it is no preference
 Pick = tuple[int, int]  # positions of the chosen and of the rejected answer
 
 
@@ -126,7 +127,8 @@ def length_regressed(prompts: Sequence[Candidates], settings: ChoiceSettings) ->
     """
     slope = fit_length_slope(prompts).value or 0.0
     rest = [one.scores - slope * np.log(one.lengths) for one in prompts]
-    return [[_extremes(scores)] if np.ptp(scores) > 0 else [] for scores in rest]
+    spread = [np.ptp(scores) > ROUNDING * np.ptp(one.scores) for scores, one in zip(rest, prompts, strict=True)]
+    return [[_extremes(scores)] if differ else [] for scores, differ in zip(rest, spread, strict=True)]
 
 
 def capped(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:

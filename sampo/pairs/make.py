@@ -172,7 +172,7 @@ def make_rows(
     rows = []
     for (one, answers, candidates), chosen in zip(spread, picks, strict=True):
         one.status, one.pairs = "used" if chosen else "no_pair", len(chosen)
-        rows += [_pair_row(answers, candidates, pick, chat=chat) | about for pick in chosen]
+        rows += [{**_pair_row(answers, candidates, pick, chat=chat), **about} for pick in chosen]
     for one, *_ in good:
         one.status = one.status or "no_spread"
     return MadePairs(rows, bias_of(rows, unit), slope)
