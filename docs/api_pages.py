@@ -16,6 +16,7 @@ PAGES = {
     "diagnostics": ("Diagnostics", ("diagnostics",)),
     "audit": ("Audit", ("audit",)),
     "evaluation": ("Evaluation", ("evaluation",)),
+    "pairs": ("Pairs from answers", ("pairs",)),
     "stats": ("Statistics", ("stats",)),
     "report": ("Report and figures", ("report",)),
     "io": ("Files and records", ("io",)),

@@ -20,6 +20,8 @@ GUIDES = {
     "generate": ("generate",),
     "chat": ("chat",),
     "judge": ("judges", "evaluation"),
+    "pairs": ("onpolicy",),
+    "filter": ("onpolicy",),
     "compare": ("evaluation",),
     "alpaca_eval": ("evaluation",),
     "bench": ("bench",),

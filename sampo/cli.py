@@ -29,6 +29,8 @@ COMMANDS = {
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
     "chat": ("commands.chat", "talk to one or two models in the terminal, with the length of each answer"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
+    "pairs": ("commands.pairs", "preference pairs from judged answers, chosen with or without control of length"),
+    "filter": ("commands.filter", "keep preference pairs by the lengths of their responses, with the audit after it"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
     "alpaca_eval": ("commands.alpaca_eval", "AlpacaEval 2's own two numbers, from its annotations and its files"),
     "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
@@ -41,7 +43,7 @@ COMMANDS = {
 }
 
 # Commands that do not compute again what they have written.
-RESUMABLE = ("iterate", "sweep", "cache", "diagnose", "generate", "judge", "bench", "lab")
+RESUMABLE = ("iterate", "sweep", "cache", "diagnose", "generate", "judge", "pairs", "bench", "lab")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,6 +70,14 @@ def after_generating(answers: Path) -> list[Command]:
     return [["sampo", "judge", *files, *judge, "--out", answers.with_name("judgements.jsonl")]]
 
 
+def after_pairs(pairs: Path) -> list[Command]:
+    """Audit the pairs, train on them."""
+    return [
+        ["sampo", "audit", pairs, "--tokenizer", "MODEL"],
+        ["sampo", "train", "--model_name_or_path", "MODEL", "--dataset_name", pairs, "--output_dir", "FOLDER"],
+    ]
+
+
 def after_judging(judgements: Path) -> list[Command]:
     """Compare several systems, or see all on one page."""
     return [["sampo", "compare", "--judgements", judgements, "OTHER.jsonl"], _report(judgements.parent)]

@@ -190,7 +190,7 @@ def _find_own_issues(request: Request) -> list[str]:
 
 
 def _find_judge_issues(judge: str) -> list[str]:
-    from .judge import JUDGES
+    from .judge_options import JUDGES
 
     words = shlex.split(judge)
     known = [name for name in JUDGES if name != "human"]

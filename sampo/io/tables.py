@@ -65,6 +65,11 @@ class Table:
             lines += self._stacked([" ".join(head) for head in heads], width)
         return "\n".join(lines)
 
+    def markdown(self) -> str:
+        """The table in Markdown, without its title."""
+        rows = [[" ".join(cell) for cell in row] for row in self.rows if row]
+        return markdown_of([" ".join(clean_lines(head)) for head in self.heads], rows)
+
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator[object]:
         """Let `rich` print it, as notebooks do."""
         from rich.text import Text
@@ -121,6 +126,12 @@ class Table:
             made += [line for cell in cells[named:] for line in wrapped(f"  {cell}", width)]
             made += [""]
         return made
+
+
+def markdown_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; a bar inside a cell becomes a slash."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def screen_width(stream: TextIO | None = None) -> int | None:

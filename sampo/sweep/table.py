@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from ..io.tables import Table
+from ..io.tables import Table, markdown_of
 from .lines import SWEEP_COLUMNS, SWEEP_LEGEND, Lines, ResultLine
 
 _LATEX = {"\\": r"\textbackslash{}", "–": "--", "−": "$-$", "≥": r"$\geq$"} | {each: f"\\{each}" for each in "&%$#_{}"}
@@ -85,13 +85,8 @@ def markdown_page(lines: Lines, sentences: Sequence[str], command: str) -> str:
         ("Runs", run_rows(lines)),
     ):
         if rows:
-            parts += [f"## {title}", _markdown_table(heads, rows)]
+            parts += [f"## {title}", markdown_of(heads, rows)]
     return "\n\n".join([*parts, SWEEP_LEGEND, f"Measured by `{command}`."]) + "\n"
-
-
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def latex(lines: Lines) -> str:

@@ -43,6 +43,7 @@ ARROWS = {
     "diagnostics": {"data", "io", "reference_cache", "scoring", "stats", "weighting"},
     "audit": {"data", "io", "methods", "models", "stats"},
     "evaluation": {"data", "io", "models", "scoring", "stats"},
+    "pairs": {"audit", "data", "evaluation", "io", "stats"},
     "report": {"audit", "checkpointing", "data", "diagnostics", "evaluation", "io", "stats"},
     "lab": {"config", "evaluation", "io", "methods", "report", "scoring", "trainer", "weighting"},
     "sweep": {"audit", "diagnostics", "evaluation", "io", "reference_cache", "report", "stats", "training"},

@@ -21,6 +21,7 @@ from ...io.progress import Progress
 from ...io.schemas import named, typed
 from ..answers.answers import Answer, prompt_text
 
+Score = float | str  # of one answer: a finite number, or the reason of a failure in one word
 ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
 ONCE = "shown in one order only"  # `detail` of a preference for an order that was not shown
 
@@ -71,6 +72,14 @@ class Judge(Protocol):
         ...
 
 
+class AnswerScorer(Judge, Protocol):
+    """A judge that scores each answer on its own; a preference is made of two scores."""
+
+    def score(self, answers: Sequence[Answer], progress: Progress | None = None) -> list[Score]:
+        """A score for each answer, in their order; higher is better."""
+        ...
+
+
 @dataclass(frozen=True)
 class AnswerPair:
     """The answers of a system and of a baseline to one prompt."""
@@ -80,15 +89,21 @@ class AnswerPair:
 
     def comparison(self, order: str) -> Comparison:
         """What is shown in that order."""
-        reference = self.system.extra.get("reference", self.baseline.extra.get("reference"))
+        reference = reference_of(self.system)
         shown = Comparison(
             prompt=self.system.prompt,
             prompt_id=self.system.prompt_id,
             answer_a=self.system.answer,
             answer_b=self.baseline.answer,
-            reference=None if reference is None else str(reference),
+            reference=reference_of(self.baseline) if reference is None else reference,
         )
         return shown if order == "ab" else shown.swapped
+
+
+def reference_of(answer: Answer) -> str | None:
+    """The right answer to the prompt, where the file has one."""
+    reference = answer.extra.get("reference")
+    return None if reference is None else str(reference)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,15 @@ sigmoid(score A − score B), the Bradley-Terry model that such scores are train
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...io.progress import Progress
 from ...models.inference import default_device, load_causal, load_reward
 from ...models.load import load_tokenizer
-from ..answers.answers import Prompt
+from ..answers.answers import Answer, Prompt
 from ..texts import Texts
-from .judges import Comparison, Verdict
-
-Score = float | str  # or the reason of a failure
+from .judges import Comparison, Score, Verdict
 
 
 class _ScoreJudge(ABC):
@@ -27,16 +25,21 @@ class _ScoreJudge(ABC):
 
     def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
         """A verdict for each comparison."""
-        wanted: dict[tuple[str, str], Prompt] = {}
-        for shown in comparisons:
-            for answer in (shown.answer_a, shown.answer_b):
-                wanted.setdefault((shown.prompt_id, answer), shown.prompt)
+        wanted = {(c.prompt_id, text): c.prompt for c in comparisons for text in (c.answer_a, c.answer_b)}
+        scores = self._score_once(wanted, progress)
+        return [_verdict(scores[c.prompt_id, c.answer_a], scores[c.prompt_id, c.answer_b]) for c in comparisons]
+
+    def score(self, answers: Sequence[Answer], progress: Progress | None = None) -> list[Score]:
+        """A score for each answer; equal answers to a prompt are scored once."""
+        scores = self._score_once({(a.prompt_id, a.answer): a.prompt for a in answers}, progress)
+        return [scores[a.prompt_id, a.answer] for a in answers]
+
+    def _score_once(
+        self, wanted: Mapping[tuple[str, str], Prompt], progress: Progress | None
+    ) -> dict[tuple[str, str], Score]:
+        """(prompt id, answer) → its score; `wanted` has the prompt of each."""
         rows = [(prompt, answer) for (_, answer), prompt in wanted.items()]
-        scores = dict(zip(wanted, self._score(rows, progress), strict=True))
-        return [
-            _verdict(scores[shown.prompt_id, shown.answer_a], scores[shown.prompt_id, shown.answer_b])
-            for shown in comparisons
-        ]
+        return dict(zip(wanted, self._score(rows, progress), strict=True))
 
     @abstractmethod
     def _score(self, rows: Sequence[tuple[Prompt, str]], progress: Progress | None) -> list[Score]:

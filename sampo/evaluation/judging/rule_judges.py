@@ -5,18 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...io.progress import Progress
-from .judges import Comparison, Verdict
+from ..answers.answers import Answer
+from .judges import Comparison, Score, Verdict, reference_of
 
 
 @dataclass(frozen=True)
 class RuleJudge:
     """Compares a score of the two answers: the higher one is preferred, equal ones tie, None is a failure.
 
-    `score(prompt, answer, reference)` returns a number or None; `failure` names what None means.
+    `rule(prompt, answer, reference)` returns a number or None; `failure` names what None means.
     """
 
     name: str
-    score: Callable[[Any, str, str | None], float | None]
+    rule: Callable[[Any, str, str | None], float | None]
     failure: str = "no_score"
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -24,7 +25,7 @@ class RuleJudge:
         """A verdict for each comparison."""
         verdicts = []
         for done, shown in enumerate(comparisons, 1):
-            a, b = (self.score(shown.prompt, text, shown.reference) for text in (shown.answer_a, shown.answer_b))
+            a, b = (self.rule(shown.prompt, text, shown.reference) for text in (shown.answer_a, shown.answer_b))
             if a is None or b is None:
                 verdicts.append(Verdict(None, self.failure, f"prompt {shown.prompt_id}"))
             else:
@@ -32,6 +33,11 @@ class RuleJudge:
             if progress:
                 progress(done, len(comparisons))
         return verdicts
+
+    def score(self, answers: Sequence[Answer], progress: Progress | None = None) -> list[Score]:
+        """The score of each answer."""
+        scores = (self.rule(a.prompt, a.answer, reference_of(a)) for a in answers)
+        return [self.failure if score is None else float(score) for score in scores]
 
 
 def longer_judge() -> RuleJudge:
