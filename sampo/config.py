@@ -220,6 +220,32 @@ class SamPOConfig(DPOConfig):
             "pair; negative means that training lengthens. Scored in the same pass as the completion."
         },
     )
+    generate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answer a few prompts of the evaluation data greedily at the start, every this many steps and "
+            "after the last one, and log the lengths: `length/generated`, `length/generated_ended`, "
+            "`length/generated_ratio`. The trained weights do not change. Default: never."
+        },
+    )
+    generate_prompts: int = field(
+        default=16,
+        metadata={
+            "help": "Number of prompts of `generate_every`, the first distinct ones; all processes share them, in "
+            "batches of `per_device_eval_batch_size`."
+        },
+    )
+    generate_max_tokens: int = field(
+        default=256,
+        metadata={"help": "Tokens at which an answer of `generate_every` is cut; it then counts with that length."},
+    )
+    max_length_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop once `length/generated_ratio` is above this number (such as 1.2): the answers of "
+            "`generate_every` are that many times as long as at the start. The model is saved as after the last step."
+        },
+    )
 
     def __new__(cls, *_args: Any, **given: Any) -> Self:
         """Name options that TRL or transformers has dropped; the generated `__init__` says only `unexpected`."""
