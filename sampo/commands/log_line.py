@@ -97,7 +97,8 @@ class LogLine(TrainerCallback):
             line = one_line(f"gen  {steps}", logs, [f"{logs['generate_runtime']:.1f} s"])
         elif prefix == "train_":
             took, speed = duration(logs["train_runtime"]), logs["train_samples_per_second"]
-            line = f"{done}{f' of {total}' if done < total else ''} steps in {took}, mean loss {logs['train_loss']:.4f}, {speed:.1f} pairs/s"
+            line = f"{steps.strip() if done < total else done} steps in {took}, mean loss {logs['train_loss']:.4f}, "
+            line += f"{speed:.1f} pairs/s"
         elif prefix:
             values = {name.removeprefix(prefix): value for name, value in logs.items()}
             line = one_line(f"{prefix[:-1]} {steps}", values, [f"{values['samples_per_second']:.1f} pairs/s"])

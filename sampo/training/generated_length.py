@@ -1,8 +1,8 @@
 """The length of the policy's own answers while it trains: a few held-out prompts, answered greedily every k steps.
 
-Greedy decoding in evaluation mode draws no random number and changes no weight, so a run trains the same model with and
-without it. Each process answers its share of the prompts. Under ZeRO-3 and FSDP2 the processes call the model equally
-often, since each call gathers the weights, layer by layer as in training.
+Greedy decoding in evaluation mode draws no random number and changes no weight, so a run trains the same model with
+and without it. Each process answers its share of the prompts. Under ZeRO-3 and FSDP2 the processes call the model
+equally often, since each call gathers the weights, layer by layer as in training.
 """
 
 import hashlib
