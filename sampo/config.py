@@ -223,27 +223,27 @@ class SamPOConfig(DPOConfig):
     generate_every: int | None = field(
         default=None,
         metadata={
-            "help": "Answer a few prompts of the evaluation data greedily at the start, every this many steps and "
-            "after the last one, and log the lengths: `length/generated`, `length/generated_ended`, "
+            "help": "Steps between answers to held-out prompts, whose lengths are logged. They come at the start and "
+            "after the last step too, and are greedy: `length/generated`, `length/generated_ended` and "
             "`length/generated_ratio`. The trained weights do not change. Default: never."
         },
     )
     generate_prompts: int = field(
         default=16,
         metadata={
-            "help": "Number of prompts of `generate_every`, the first distinct ones; all processes share them, in "
-            "batches of `per_device_eval_batch_size`."
+            "help": "Number of these prompts. They are the first distinct ones of the evaluation data; all processes "
+            "share them, in batches of `per_device_eval_batch_size`."
         },
     )
     generate_max_tokens: int = field(
         default=256,
-        metadata={"help": "Tokens at which an answer of `generate_every` is cut; it then counts with that length."},
+        metadata={"help": "Tokens at which these answers are cut. A cut answer counts with this length."},
     )
     max_length_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Stop once `length/generated_ratio` is above this number (such as 1.2): the answers of "
-            "`generate_every` are that many times as long as at the start. The model is saved as after the last step."
+            "help": "Stop when answers are more than this many times as long as at the start. For example 1.2, "
+            "compared with `length/generated_ratio` of `generate_every`. The model is saved as after the last step."
         },
     )
 
