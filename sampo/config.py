@@ -220,6 +220,32 @@ class SamPOConfig(DPOConfig):
             "pair; negative means that training lengthens. Scored in the same pass as the completion."
         },
     )
+    generate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between answers to held-out prompts, whose lengths are logged. They come at the start and "
+            "after the last step too, and are greedy: `length/generated`, `length/generated_ended` and "
+            "`length/generated_ratio`. The trained weights do not change. Default: never."
+        },
+    )
+    generate_prompts: int = field(
+        default=16,
+        metadata={
+            "help": "Number of these prompts. They are the first distinct ones of the evaluation data; all processes "
+            "share them, in batches of `per_device_eval_batch_size`."
+        },
+    )
+    generate_max_tokens: int = field(
+        default=256,
+        metadata={"help": "Tokens at which these answers are cut. A cut answer counts with this length."},
+    )
+    max_length_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when answers are more than this many times as long as at the start. For example 1.2, "
+            "compared with `length/generated_ratio` of `generate_every`. The model is saved as after the last step."
+        },
+    )
 
     def __new__(cls, *_args: Any, **given: Any) -> Self:
         """Name options that TRL or transformers has dropped; the generated `__init__` says only `unexpected`."""

@@ -43,7 +43,7 @@ def find_range_issues(config: Any) -> list[str]:
 
 def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
     """(option, holds, what it must be) of the options that `SamPOConfig` adds."""
-    scale, tokens = config.length_penalty_scale, config.max_tokens_per_forward
+    scale, tokens, ratio = config.length_penalty_scale, config.max_tokens_per_forward, config.max_length_ratio
     gamma, rate, tail = config.decay_gamma, config.length_penalty_lr, config.ld_tail_weight
     return [
         *(
@@ -90,6 +90,16 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
         ("length_penalty_scale", scale is None or (_is_finite(scale) and scale > 0), "a positive number of tokens"),
         ("length_penalty_lr", _is_finite(rate) and rate > 0, "positive"),
         ("length_penalty_start", _is_finite(config.length_penalty_start), "a finite number per token"),
+        (
+            "generate_every",
+            config.generate_every is None or _is_count(config.generate_every, 1),
+            "a whole number of steps of at least 1, or unset",
+        ),
+        *(
+            (name, _is_count(getattr(config, name), 1), "a whole number of at least 1")
+            for name in ("generate_prompts", "generate_max_tokens")
+        ),
+        ("max_length_ratio", ratio is None or (_is_finite(ratio) and ratio > 1), "a finite number above 1, or unset"),
     ]
 
 
@@ -204,6 +214,11 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
             f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, use `all` alone, or `ld` "
             "with `ld_tail_weight`.",
+        ),
+        (
+            config.max_length_ratio is not None and config.generate_every is None,
+            f"`max_length_ratio: {config.max_length_ratio}` compares lengths that are measured every `generate_every` "
+            "steps, got no `generate_every`. Set it, such as `generate_every: 100`.",
         ),
     ]
 

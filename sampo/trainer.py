@@ -49,6 +49,7 @@ from .reference_cache.trainer import CachedReferenceTrainer
 from .training import engines
 from .training.batch import PairBatch, Scored
 from .training.description import PAPER, describe_method, describe_reference
+from .training.generated_length import GeneratedLength
 from .training.length_metrics import LengthRecorder
 from .training.length_penalty import LengthPenalty
 from .training.loss_checks import check_finite, check_first_loss
@@ -151,6 +152,8 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
             self._switch_off_token_statistics()
         self.passes.start()
         self.add_callback(RunState(args.length_penalty_lr, args.length_penalty_start * self.length_penalty.scale))
+        if args.generate_every is not None:  # a signal that comes while answers are generated is seen right after
+            self.add_callback(GeneratedLength(self))
         self.make_resumable(carried=self.length_recorder)
         self._report_what_is_run()
         self._initialised = True

@@ -79,7 +79,7 @@ def about(study: Study) -> str:
     return (
         f"{len(study.cells)} runs and {len(study.starts)} supervised starts: {len(headline)} in the headline setting "
         f"({setting}), {rest} in other cells of the grid, {len(biased)} with other annotators, {len(changed)} with "
-        f"another start or rate of the learned penalty. None was left out. Training took {hours:.1f} hours of one core."
+        f"another start or rate of the learned penalty. None was left out. Training took {hours:.1f} hours of a core."
     )
 
 

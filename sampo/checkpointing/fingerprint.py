@@ -25,6 +25,7 @@ UNCOMPARED = {
     "enable_jit_checkpoint resume_from_checkpoint restore_callback_states_from_checkpoint do_train do_eval do_predict",
     "evaluation": "eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start "
     "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
+    "generate_every generate_prompts generate_max_tokens max_length_ratio "
     "load_best_model_at_end metric_for_best_model greater_is_better",
     "how data are loaded": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc precompute_ref_batch_size "

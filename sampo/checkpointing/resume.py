@@ -273,6 +273,7 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # transformers would train one more step
             logger.info(f"Nothing is left to train: the checkpoint is at step {self.state.global_step}, the last one.")
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # or a callback has stopped the run before its first step
             return
         super()._run_epoch(*args, **kwargs)
 

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 WIDTH = 100
 
 # Metric, its label and its format, in the order of the line; the last go first where the line is too long. A metric
-# that is not logged is omitted. A metric of generated responses has its place here.
+# that is not logged is omitted.
 SHOWN_METRICS = (
     ("loss", "loss", ".4f"),
     ("rewards/margins", "margin", ".4f"),
@@ -27,6 +27,9 @@ SHOWN_METRICS = (
     ("accuracies/chosen_longer", "longer", ".2f"),  # where the chosen response is; in evaluation
     ("accuracies/chosen_shorter", "shorter", ".2f"),
     ("length_gap/correlation", "length gap", "+.2f"),
+    ("length/generated", "answers", ".1f"),
+    ("length/generated_ended", "ended", ".2f"),
+    ("length/generated_ratio", "ratio", ".2f"),
 )
 
 
@@ -89,9 +92,13 @@ class LogLine(TrainerCallback):
         prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "")
         if "loss" in logs:
             line = one_line(f"step {steps}", logs, self._speed(logs) + self._time_left(done, total))
+        elif "length/generated" in logs:
+            self._busy += time.perf_counter() - self._mark - logs["generate_runtime"]  # that of the step
+            line = one_line(f"gen  {steps}", logs, [f"{logs['generate_runtime']:.1f} s"])
         elif prefix == "train_":
             took, speed = duration(logs["train_runtime"]), logs["train_samples_per_second"]
-            line = f"{done} steps in {took}, mean loss {logs['train_loss']:.4f}, {speed:.1f} pairs/s"
+            line = f"{steps.strip() if done < total else done} steps in {took}, mean loss {logs['train_loss']:.4f}, "
+            line += f"{speed:.1f} pairs/s"
         elif prefix:
             values = {name.removeprefix(prefix): value for name, value in logs.items()}
             line = one_line(f"{prefix[:-1]} {steps}", values, [f"{values['samples_per_second']:.1f} pairs/s"])

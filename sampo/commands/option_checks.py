@@ -39,6 +39,11 @@ def find_option_issues(options: Any) -> list[str]:
             "`eval_strategy: steps`, or drop `eval_fraction`.",
         ),
         (
+            options.generate_every and not evaluates,
+            f"`generate_every: {options.generate_every}` needs evaluation pairs to take prompts from, got "
+            "`eval_strategy: no`. Set `eval_strategy: steps`, with `eval_fraction` or `dataset_test_split`.",
+        ),
+        (
             fraction and options.test_split_size,
             "`eval_fraction` and `test_split_size` exclude each other, got both. `eval_fraction` keeps all pairs of a "
             "prompt in one split.",

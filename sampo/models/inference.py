@@ -1,8 +1,10 @@
-"""Open a model to generate or score with, a causal language model or a reward model, and identify its weights.
+"""Open a model to generate or score with, a causal language model or a reward model, identify its weights, generate.
 
 Built on `load`: a model is checked before its weights are read, and refused if they are missing or not finite.
 """
 
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,3 +132,63 @@ def fingerprint(name: str, model: Any) -> str | None:
         return getattr(getattr(model, "config", None), "_commit_hash", None)
     paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
     return f"sha256:{hash_file_samples(paths)[:16]}"
+
+
+def generate_ids(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    end_ids: Collection[int],
+    pad_id: int,
+    **options: Any,
+) -> list[list[int]]:
+    """The tokens that a model continues prompts with, in one batch that is padded on the left.
+
+    Of the model's own generation settings none is used; without options the choice is greedy.
+
+    Args:
+        model: a causal language model in evaluation mode, with or without an adapter.
+        prompts: token ids, at least one each.
+        max_tokens: of each continuation.
+        end_ids: tokens that end one.
+        pad_id: fills a batch up.
+        **options: of transformers' `generate`.
+
+    Returns:
+        Of each prompt its continuation: up to its first end token, with it, or `max_tokens` tokens without one.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    width, device = max(map(len, prompts)), model.device
+    ids = torch.tensor([[pad_id] * (width - len(p)) + [*p] for p in prompts], device=device)  # (B, width)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(end_ids), pad_token_id=pad_id
+    )
+    with _replaced_settings(model, settings):
+        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **options)
+    return [_up_to_end(row, end_ids) for row in found[:, width:].tolist()]
+
+
+def _up_to_end(ids: list[int], end_ids: Collection[int]) -> list[int]:
+    end = next((position for position, token in enumerate(ids) if token in end_ids), len(ids))
+    return ids[: end + 1]
+
+
+@contextmanager
+def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
+    """Replace the model's own generation settings: transformers takes from them what given settings omit.
+
+    With an adapter, the base model generates with settings of its own, so these are replaced too.
+    """
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, own in zip(owners, kept, strict=True):
+            owner.generation_config = own

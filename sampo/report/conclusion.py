@@ -65,6 +65,19 @@ def _about_run(run: TrainingRun) -> Iterator[str]:
     text += "" if run.card else "; its files do not name model and data"
     losses = training_figures.points(run.log, "loss")[1]
     yield f"{text}; last loss {losses[-1]:.4f}." if losses else f"{text}."
+    steps, lengths = training_figures.points(run.log, "length/generated")
+    ended = training_figures.points(run.log, "length/generated_ended")[1]
+    if lengths and ended:
+        pressures = training_figures.points(run.log, "length_gap/pressure")[1]
+        yield (
+            f"Answers of `{run.name}` to held-out prompts: {lengths[0]:.1f} tokens at step {steps[0]:.0f} and "
+            f"{lengths[-1]:.1f} at step {steps[-1]:.0f}, {_ratio(lengths)}; {ended[-1]:.0%} of the last ones ended."
+            + (f" Its first length pressure was {pressures[0]:+.3g}; below 0 lengthens." if pressures else "")
+        )
+
+
+def _ratio(lengths: Sequence[float]) -> str:
+    return f"{lengths[-1] / lengths[0]:.2f} times as many"
 
 
 # --- length pressure -------------------------------------------------------------------------------------------------
@@ -106,11 +119,18 @@ def _outcomes(policy: str, signs: dict[str, int], found: Found) -> Iterator[str]
         # the pressure of a weighting alone is no forecast for a run with other options of the method
         if method is None or method[1] not in signs or any(f"`{name}: " in method.string for name in _CHANGING):
             continue
-        for judged in found.judged if _last_part(run.card["model"]) == _last_part(policy) else ():
+        if _last_part(run.card["model"]) != _last_part(policy):
+            continue
+        forecast = {-1: "longer", 1: "shorter", 0: "no sure direction"}[signs[method[1]]]
+        if in_training := training_figures.points(run.log, "length/generated")[1]:
+            yield (
+                f"Answers of `{run.name}` (`{method[1]}`) in training: in the end {_ratio(in_training)} tokens as at "
+                f"the start. The forecast was: {forecast}."
+            )
+        for judged in found.judged:
             sides = [models.get(one.sha256) for one in (judged.run.system, judged.run.baseline)]
             lengths = [estimate_in_row(judged.row, f"length/{side}") for side in ("system", "baseline")]
             if sides == [_last_part(run.name), _last_part(policy)] and all(one.value is not None for one in lengths):
-                forecast = {-1: "longer", 1: "shorter", 0: "no sure direction"}[signs[method[1]]]
                 yield (
                     f"Outcome for `{run.name}` (`{method[1]}`): {number(lengths[0], 0)} {judged.row['length_unit']} "
                     f"per answer, {_compared(*lengths)} the start's {number(lengths[1], 0)}. The forecast was: "

@@ -52,6 +52,13 @@ CURVES = {
     "pressure": Curve(
         "Length pressure of the method; below 0 it lengthens", "nats per unit of logit", {"length_gap/pressure": ""}, 0
     ),
+    "generated": Curve("Length of generated answers to held-out prompts", "tokens", {"length/generated": ""}),
+    "generated_ratio": Curve(
+        "Length of generated answers, as a multiple of the start's", "ratio", {"length/generated_ratio": ""}, 1
+    ),
+    "generated_ended": Curve(
+        "Generated answers that end by themselves", "share of answers", {"length/generated_ended": ""}
+    ),
     "theta": Curve("Learned length penalty θ", "θ, logit", {"length_penalty/theta": ""}, 0),
 }
 

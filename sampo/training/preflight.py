@@ -63,6 +63,11 @@ def check_before_loading(
         raise ValueError(issue)
     if processing_class is None:
         processing_class = find_processor(model, args, train_dataset, eval_dataset)
+    if args.generate_every is not None and eval_dataset is None:
+        raise ValueError(
+            f"`generate_every: {args.generate_every}` needs evaluation data to take prompts from, got none. Give an "
+            "`eval_dataset`, or unset it."
+        )
     check_data(args, train_dataset, eval_dataset, processing_class)
     refuse_without_end_token(train_dataset, processing_class, args)
     if isinstance(model, str):  # TRL would train what a folder lacks from random weights
@@ -120,10 +125,7 @@ def check_micro_batches(trainer: Any) -> None:
         "a prompt-learning adapter, whose rows are longer than those of the batch": uses_prompt_learning(
             trainer.accelerator.unwrap_model(trainer.model)
         ),
-        "tensor, context or sequence parallelism, where processes share their pairs already": trainer.get_tp_size()
-        * trainer.get_cp_size()
-        * trainer.get_sp_size()
-        > 1,
+        "tensor, context or sequence parallelism, where processes share their pairs already": _shares_rows(trainer),
     }
     for text, holds in reasons.items():
         if holds:
@@ -135,6 +137,27 @@ def check_micro_batches(trainer: Any) -> None:
             "all GPUs wait for one that runs out of memory. Set a number, such as 8192, and half of it if memory is "
             "exhausted."
         )
+
+
+def check_generation(trainer: Any) -> None:
+    """Data and launches for which `generate_every` cannot generate.
+
+    Raises:
+        ValueError: one of them.
+    """
+    reasons = {
+        "vision data, whose prompts are laid out by their processor": trainer._is_vision_dataset,
+        "tensor, context or sequence parallelism, where processes share their rows": _shares_rows(trainer),
+        "FSDP1, which gathers weights for its own forward pass only (`fsdp_version: 2` can)": trainer.is_fsdp_enabled
+        and not trainer.accelerator.is_fsdp2,
+    }
+    for text, holds in reasons.items():
+        if holds:
+            raise ValueError(f"`generate_every` must answer whole prompts on each process, got {text}. Unset it.")
+
+
+def _shares_rows(trainer: Any) -> bool:
+    return trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1
 
 
 def refuse_separate_processes(args: SamPOConfig) -> None:

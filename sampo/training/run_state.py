@@ -1,4 +1,4 @@
-"""State of a run without the model, saved with every checkpoint: epoch, θ of a length penalty, what was tried out."""
+"""State of a run without the model, saved with every checkpoint: epoch, θ of a length penalty, what was measured."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .length_penalty import Theta
 
 
 class RunState(TrainerCallback, ExportableState):
-    """The index of the epoch, θ of a learned length penalty, and what was tried out on the device.
+    """The index of the epoch, θ of a learned length penalty, and what was measured before or between the steps.
 
     It is saved in `trainer_state.json` with every checkpoint. transformers restores callbacks only on request
     (`restore_callback_states_from_checkpoint`), so the state is taken back here.
@@ -18,6 +18,8 @@ class RunState(TrainerCallback, ExportableState):
         theta: of the length penalty.
         way: the forward that `pair_stream: auto` has settled on (`sampo.scoring.ways`), once it has.
         tokens_per_forward: what `max_tokens_per_forward: auto` has found, once it has.
+        start_length: what `generate_every` has measured at the start (`sampo.training.generated_length`).
+        stop_reason: why the run has stopped before its last step, if it has; not saved.
     """
 
     def __init__(self, length_penalty_lr: float = 0.05, theta: float = 0.0):
@@ -25,6 +27,8 @@ class RunState(TrainerCallback, ExportableState):
         self.theta = Theta(length_penalty_lr, theta)
         self.way: str | None = None
         self.tokens_per_forward: int | None = None
+        self.start_length: dict[str, Any] | None = None
+        self.stop_reason: str | None = None
         self._begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -35,6 +39,7 @@ class RunState(TrainerCallback, ExportableState):
             self.theta.restore(saved["adam"])
         self.way = saved.get("way", self.way)
         self.tokens_per_forward = saved.get("tokens_per_forward", self.tokens_per_forward)
+        self.start_length, self.stop_reason = saved.get("start_length"), None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epoch."""
@@ -49,7 +54,12 @@ class RunState(TrainerCallback, ExportableState):
         """What `trainer_state.json` keeps."""
         return {
             "args": {"length_penalty_lr": self.theta.lr},
-            "attributes": {"adam": self.theta.state(), "way": self.way, "tokens_per_forward": self.tokens_per_forward},
+            "attributes": {
+                "adam": self.theta.state(),
+                "way": self.way,
+                "tokens_per_forward": self.tokens_per_forward,
+                "start_length": self.start_length,
+            },
         }
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import concatenate_datasets
+from datasets import Dataset
 from judge_server import Reply, Server, completion, goods, judge
 from tiny import WORDS, make_pairs, save_model, training_options
 

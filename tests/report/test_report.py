@@ -392,6 +392,24 @@ def test_a_forecast_stands_beside_its_outcome_where_the_files_name_one_model(tmp
     assert outcome.endswith("The forecast was: longer.")
 
 
+def test_the_lengths_of_generated_answers_stand_beside_the_pressure_and_the_forecast(tmp_path):
+    write_chain(tmp_path)
+    path = tmp_path / "runs" / "mine" / "trainer_state.json"
+    answers = [(0, 20.0, 0.75), (10, 25.0, 0.5), (20, 34.0, 0.25)]
+    log = [{"step": s, "length/generated": n, "length/generated_ended": share} for s, n, share in answers]
+    log.insert(1, {"step": 5, "loss": 0.5, "length_gap/pressure": -0.152})
+    path.write_text(json.dumps({"global_step": 20, "log_history": log}))
+    sentences = conclusion(build_report(tmp_path))
+    assert (
+        "Answers of runs/mine to held-out prompts: 20.0 tokens at step 0 and 34.0 at step 20, 1.70 times as many; "
+        "25% of the last ones ended. Its first length pressure was -0.152; below 0 lengthens." in sentences
+    )
+    assert (
+        "Answers of runs/mine (sampo) in training: in the end 1.70 times as many tokens as at the start. The forecast "
+        "was: longer." in sentences
+    )
+
+
 @pytest.mark.parametrize("other", [{"start": "another"}, {"more": ", `sampled_sides: rejected`"}], ids=str)
 def test_a_forecast_of_something_else_has_no_outcome(tmp_path, other):
     write_chain(tmp_path, **other)

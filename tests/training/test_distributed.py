@@ -21,6 +21,7 @@ CACHED = {"precompute_ref_log_probs": True, **OURS}
 # Pairs of very unequal lengths, eight a step: what one process accumulates, two lay into full micro-batches.
 UNEQUAL = {"unequal": True, "batch": 1}
 FILLED = {"gradient_accumulation_steps": 4, "max_tokens_per_forward": 300}
+GENERATED = {"generate_every": 3, "generate_max_tokens": 12, **OURS}
 FULL_PRECISION_SUMS = 5e-6  # a loss, fp32 sums in another order
 OTHER_LAYOUT = 2e-5  # a loss
 
@@ -34,6 +35,7 @@ def folder(tmp_path_factory):
 def alone(model_folder, folder):
     """The runs of one process."""
     runs = {"plain": {"batch": 4, "options": OURS}, "bf16": {"batch": 4, "options": {"bf16": True}}}
+    runs["generated"] = {"batch": 4, "options": GENERATED}
     accumulated = {"gradient_accumulation_steps": 8}
     runs["accumulated"] = {**UNEQUAL, "options": {**OURS, **accumulated}}
     runs["accumulated lora"] = {**UNEQUAL, "lora": True, "options": accumulated}
@@ -53,6 +55,7 @@ def together(model_folder, folder):
     runs = {
         "plain": {"options": {"save_strategy": "steps", "save_steps": 3, **OURS}},
         "resumed": {"options": OURS, "resume": checkpoint},
+        "generated": {"options": {**GENERATED, **STREAM}},
         "stream": {"options": STREAM},
         "pieces": {"options": {"max_tokens_per_forward": 20, **STREAM}},
         "unfilled": {**UNEQUAL, "options": {"gradient_accumulation_steps": 4, **STREAM}},
@@ -118,6 +121,18 @@ def test_metrics_of_length_do_not_depend_on_the_number_of_processes_and_the_unev
             assert rank["eval"][name] == pytest.approx(one["eval"][name], rel=0, abs=bound), name
         assert rank["eval"]["eval_length/chosen"] == one["eval"]["eval_length/chosen"]
     assert [e["length/chosen"] for e in one["log"][:6]] == [e["length/chosen"] for e in two[0]["log"][:6]]
+
+
+def test_two_processes_answer_their_shares_of_an_odd_number_of_prompts(alone, together):
+    def generated(run):
+        return [entry for entry in run["log"] if "length/generated" in entry]
+
+    one, (first, second) = generated(alone["generated"]), map(generated, together["generated"])
+    assert [entry["step"] for entry in one] == [0, 3, 6]
+    for ours, same, theirs in zip(first, second, one, strict=True):
+        for name in ("length/generated", "length/generated_ended", "length/generated_ratio"):
+            assert ours[name] == same[name] == theirs[name], name
+    assert together["generated"][0]["losses"] == together["stream"][0]["losses"]
 
 
 def test_two_processes_resume_to_the_same_losses_theta_and_subsets(two, together):

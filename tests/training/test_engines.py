@@ -30,12 +30,13 @@ from sampo.scoring.ways import GROUPED
 from sampo.training.memory import ENGINES as MEMORY
 
 OURS = {"sampled_sides": "rejected", "length_penalty": "learned"}
+GENERATED = {"generate_every": 3, "generate_max_tokens": 12}
 # The reference of an adapter is the policy, which FSDP2 cannot ask before training: it takes a cache that is filled.
 LORA_CACHED = {"lora": True, "slow": True, "not_under": ("fsdp2",)}
 # Name of a mode: what is trained. `batch` is that of one process alone; two have half of it each.
 MODES = {
-    "full": {"options": OURS, "save": True},
-    "lora": {"options": {"learning_rate": 1e-2}, "lora": True, "save": True},
+    "full": {"options": OURS | GENERATED, "save": True},
+    "lora": {"options": {"learning_rate": 1e-2, **GENERATED}, "lora": True, "save": True},
     "stream": {"options": {"pair_stream": "true", "gradient_checkpointing": True, **OURS}},
     "accumulated": {"options": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}},
     "stream_filled": {
@@ -208,6 +209,20 @@ def test_metrics_of_length_are_those_of_one_process_with_an_uneven_last_batch_to
         for step, (ours, theirs) in enumerate(zip(rank["log"], one["log"], strict=True)):
             for name in ("length/chosen", "length/rejected", "length/selected", "length/chosen_longer"):
                 assert ours.get(name) == theirs.get(name), (step, name)
+
+
+@pytest.mark.parametrize(("engine", "mode"), cases(["full", "lora"]))
+def test_the_answers_of_two_processes_are_as_long_as_those_of_one(launched, engine, mode):
+    def generated(run):
+        return [entry for entry in run["log"] if "length/generated" in entry]
+
+    one, *ranks = map(generated, [launched(None, mode)[1][0], *launched(engine, mode)[1]])
+    assert [entry["step"] for entry in one] == [0, 3, 6]
+    assert len({entry["length/generated"] for entry in one}) > 1
+    for rank in ranks:
+        for ours, theirs in zip(rank, one, strict=True):
+            for name in ("length/generated", "length/generated_ended", "length/generated_ratio"):
+                assert ours[name] == theirs[name], name
 
 
 @pytest.mark.parametrize(("engine", "mode"), cases(["full", "lora"]))

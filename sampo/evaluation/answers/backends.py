@@ -1,11 +1,11 @@
 """Backends that generate answers: transformers in this process, or any OpenAI-compatible server."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...models.inference import generate_ids
 from ..texts import tokenizer_hash
 from .generate import Job, Output, Sampling
 
@@ -88,47 +88,23 @@ class TransformersBackend:
     def _batch(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, streamer: Any = None
     ) -> list[Output]:
-        import torch
-        from transformers import GenerationConfig
-
-        width, device = max(map(len, prompts)), self._model.device
+        width = max(map(len, prompts))
         pad = self.stop_ids[0] if self._texts.tokenizer.pad_token_id is None else self._texts.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # (B, width)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        settings = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=self.stop_ids, pad_token_id=pad
+        found = generate_ids(
+            self._model,
+            prompts,
+            max_tokens=sampling.max_tokens,
+            end_ids=self.stop_ids,
+            pad_id=pad,
+            logits_processor=[] if sampling.greedy else [RowSampler(seeds, width, sampling)],
+            streamer=streamer,
         )
-        with _replaced_settings(self._model, settings):
-            found = self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                logits_processor=[] if sampling.greedy else [RowSampler(seeds, width, sampling)],
-                streamer=streamer,
-            )
-        return [self._output(row) for row in found[:, width:].tolist()]
+        return [self._output(answer) for answer in found]
 
     def _output(self, ids: list[int]) -> Output:
-        end = next((position for position, token in enumerate(ids) if token in self.stop_ids), None)
-        text = str(self._texts.tokenizer.decode(ids[:end], skip_special_tokens=True))
-        return Output(text, len(ids), "length") if end is None else Output(text, end + 1, "eos")
-
-
-@contextmanager
-def _replaced_settings(model: Any, settings: Any) -> Iterator[None]:
-    """Replace the model's own generation settings: transformers takes from them what given settings omit.
-
-    With an adapter, the base model generates with settings of its own, so these are replaced too.
-    """
-    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    kept = [owner.generation_config for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = settings
-        yield
-    finally:
-        for owner, own in zip(owners, kept, strict=True):
-            owner.generation_config = own
+        ended = ids[-1] in self.stop_ids
+        text = str(self._texts.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
+        return Output(text, len(ids), "eos" if ended else "length")
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, further: Sequence[str] = ()) -> list[int]:
