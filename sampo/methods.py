@@ -75,6 +75,7 @@ NAMED_METHODS: dict[str, Method] = {
 SHORT_NAMES = {
     "onesided": "rejected_learned_balanced",
     "dataset": "rejected_learned_dataset_balanced",
+    "recommended": "rejected_learned_dataset_balanced",  # of docs/choose.md
     "ln_dpo": "mean",
 }  # of methods above
 WITH_NUMBER = {  # `NAME=NUMBER` -> title, fixed options, and the option of the number

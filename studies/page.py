@@ -298,6 +298,16 @@ def verdicts_of_budget(study: Study) -> str:
     return _verdicts(claim for claim in claims(study) if title in claim.text.partition(" is ")[0])
 
 
+def forecast(study: Study) -> str:
+    """How well the length pressure before training predicts the change of length, under each condition."""
+    weights, first_gradient = (claim for claim in claims(study) if claim.text.startswith("The length pressure"))
+    rows = [
+        [one.condition, *(finding.evidence.removeprefix("rank correlation ") for finding in (one, other))]
+        for one, other in zip(weights.findings, first_gradient.findings, strict=True)
+    ]
+    return table(["over", "pressure of the weights", "pairs weighted as in the first gradient"], rows)
+
+
 def _verdicts(found: Iterable[Claim]) -> str:
     return table(
         ["claim", "whose", "verdict"], [[claim.text, claim.source, f"**{claim.verdict}**"] for claim in found]
@@ -316,7 +326,8 @@ def _details(claim: Claim) -> str:
 
 PARTS: dict[str, Callable[[Study], str]] = {
     **{"about": about, "summary": summary, "verdicts_of_paper": verdicts_of_paper},
-    **{"verdicts_of_budget": verdicts_of_budget, "verdicts": verdicts, "details": details},
+    **{"verdicts_of_budget": verdicts_of_budget, "forecast": forecast},
+    **{"verdicts": verdicts, "details": details},
     **{"headline": headline, "against_dpo": against_dpo},
     **{"at_best": at_best, "equal_kl": equal_kl, "equal_win_rate": equal_win_rate, "frontiers": frontiers},
     **{"biases": biases, "penalties": penalties},

@@ -49,11 +49,11 @@ def advise(bias: LengthBias, *, unit: str) -> Advice:
             "nearly all pairs have responses of equal length" if equal else "length explains nothing in these pairs"
         )
         return Advice(found, dict(find_method("dpo").options), "Plain DPO", reason)
-    options, name = dict(find_method("onesided").options), "One-sided SamPO with a learned length penalty"
-    if unit != "tokens" or bias.end_chosen is not None or bias.end_rejected is not None:
-        name = f"{name} and a balanced end token"
-    else:
-        del options["balance_end_token"]
+    options = dict(find_method("recommended").options)
+    parts = ["a token budget over the data set", "a learned length penalty", "a balanced end token"]
+    if unit == "tokens" and bias.end_chosen is None and bias.end_rejected is None:
+        del options["balance_end_token"], parts[-1]
+    name = f"SamPO with {', '.join(parts[:-1])} and {parts[-1]}"
     return Advice(found, options, name, _reason(sign, nearly))
 
 
@@ -66,12 +66,12 @@ def _reason(sign: int, nearly: bool) -> str:
     if sign == 0:
         return "these pairs are too few to show whether length is preferred, and it was the safest in the lab"
     if nearly and sign > 0:
-        return "DPO and plain SamPO lengthened the answers on such pairs"
+        return "DPO and plain SamPO lengthened the answers more on such pairs, at a lower win rate"
     if nearly:
         return "DPO collapsed on such pairs, and this did not"
     if sign > 0:
         return (
-            "DPO lengthened the answers on such pairs; a fixed `length_penalty` with `token_weighting: all` was "
-            "better on some of them, so compare it too"
+            "DPO lengthened the answers on such pairs, and this did not, at no loss of win rate. It shortened them, so "
+            "compare a fixed `length_penalty` with `token_weighting: all` too"
         )
     return "the longer rejected response has more terms to push down in DPO"

@@ -208,7 +208,7 @@ def write_verdict(audit: Audit) -> str:
     area = f"AUC of length {format_value(bias.auc.value, 2)}"
     found = f"{advice.found} ({bias.pairs:,} pairs: {shares}; {area})."
     options = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in advice.options.items())
-    start = f"Start with {advice.name[0].lower()}{advice.name[1:]} ({options}), because {advice.reason}."
+    start = f"Start with {advice.name} ({options}), because {advice.reason}."
     return " ".join([*sentences, found, start, "`sampo init` writes the recipe, docs/choose.md has the evidence."])
 
 

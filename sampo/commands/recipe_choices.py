@@ -58,8 +58,9 @@ class Sizes:
 
 
 REMARKS = {
-    "sampo": "downsamples the longer response to the length of the shorter one, if it is:",
-    "rejected": "a longer chosen response keeps all its tokens",
+    "sampo": "downsamples, but only",
+    "rejected": "rejected responses, and only if these have more tokens in total:",
+    "dataset": "then chosen and rejected responses select equally many tokens over the data set",
     "learned": "absorbs the length bias of the pairs in one parameter, so that the policy need not learn it",
     True: "zero length pressure at the start",
     "all": "plain DPO: all tokens count",

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML file with these options and those of `sampo train`")
     parser.add_argument("--recipe", metavar="RECIPE", help="base recipe: a YAML file or the name of a packaged one")
     parser.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="names of methods, as `dpo sampo onesided rdpo=0.01`"
+        "--methods", nargs="+", metavar="METHOD", help="names of methods, as `dpo sampo recommended rdpo=0.01`"
     )
     parser.add_argument("--seeds", type=int, help="number of seeds, from `seed` of the recipe on (1)")
     parser.add_argument("--learning_rate", nargs="+", type=float, metavar="VALUE", help="one or several")

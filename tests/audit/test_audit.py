@@ -552,7 +552,7 @@ def test_the_verdict_names_what_was_found_and_what_sampo_init_writes(
     assert max(map(len, lines)) <= 60
     verdict = " ".join(lines)
     assert verdict.startswith(f"{found} (60 pairs: {100 * longer / 60:.1f} % longer")
-    assert "Start with one-sided SamPO" in verdict
+    assert "Start with SamPO with a token budget over the data set" in verdict
     assert "(`token_weighting: sampo`, `sampled_sides: rejected`, `length_penalty: learned`" in verdict
     assert reason in verdict
 

@@ -19,6 +19,7 @@ from sampo.training.memory import SHAPES, gpu_bytes
 COMBINATION = {
     "token_weighting": "sampo",
     "sampled_sides": "rejected",
+    "token_budget": "dataset",
     "balance_end_token": True,
     "length_penalty": "learned",
 }
@@ -37,9 +38,9 @@ def method_for(differences, **more):
 @pytest.mark.parametrize(
     ("differences", "says"),
     [
-        ([10] * 95 + [-10] * 5, "DPO and plain SamPO lengthened the answers"),
+        ([10] * 95 + [-10] * 5, "DPO and plain SamPO lengthened the answers more"),
         ([-10] * 95 + [10] * 5, "DPO collapsed on such pairs"),
-        ([10] * 140 + [-10] * 60, "DPO lengthened the answers on such pairs; a fixed"),
+        ([10] * 140 + [-10] * 60, "DPO lengthened the answers on such pairs, and this did not"),
         ([10] * 60 + [-10] * 140, "has more terms to push down"),
         ([10, -10] * 5, "too few to show"),
     ],

@@ -37,7 +37,7 @@ ORDER = [
     *("model_name_or_path", "dtype", "chat_template", "use_peft", "load_in_4bit", "lora_r", "lora_alpha"),
     *("use_dora", "use_rslora", "lora_dropout", "lora_target_modules"),
     *("dataset_name", "dataset_train_split", "dataset_test_split", "on_bad_rows"),
-    *("token_weighting", "sampled_sides", "balance_end_token", "length_penalty", "beta"),
+    *("token_weighting", "sampled_sides", "token_budget", "balance_end_token", "length_penalty", "beta"),
     *("rounds", "data", "reference"),
     *("pair_stream", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps"),
@@ -49,7 +49,7 @@ VARIANTS = {
     "rslora": ("lora", {"use_rslora"}),
     "qlora": ("lora", {"load_in_4bit"}),
     "iterative": ("full", {"rounds", "data", "reference"}),
-    "onesided": ("full", {"sampled_sides", "balance_end_token", "length_penalty"}),
+    "recommended": ("full", {"sampled_sides", "token_budget", "balance_end_token", "length_penalty"}),
 }
 ITERATIVE = [name for name in RECIPES if name.endswith("iterative")]
 SINGLE = [name for name in RECIPES if kind_of(name) not in VARIANTS]
@@ -74,7 +74,7 @@ def parse(name, *more):
 def test_the_method_of_a_recipe_is_a_named_method(name):
     """The file's name is the method's, and for the other variants it ends in one of their kinds."""
     prefix, kind = name.split("/")[1].split("_")
-    method = find_method("onesided" if kind == "onesided" else prefix)
+    method = find_method("recommended" if kind == "recommended" else prefix)
     assert {key: value for key, value in read(name).items() if key in METHOD_OPTIONS} == method.options
 
 
