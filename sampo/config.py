@@ -15,6 +15,7 @@ from .config_checks import (
     PAIR_STREAMS,
     REF_CACHE_DTYPES,
     SAMPLED_SIDES,
+    TDPO_VARIANTS,
     TOKEN_BUDGETS,
     find_combination_issues,
     find_range_issues,
@@ -162,6 +163,29 @@ class SamPOConfig(DPOConfig):
             "fit of preference on length."
         },
     )
+    dpop_lambda: float = field(
+        default=0.0,
+        metadata={
+            "help": "Lambda of DPO-Positive (DPOP): the margin S_w - S_l becomes S_w - lambda * max(0, -S_w) - S_l, "
+            "so that a chosen response whose score S_w falls below 0 costs more. S_w is the score of "
+            "`token_weighting`; with `all` it is that of the paper, whose lambda is 50. 0: no such term. For losses "
+            "of the margin, as `length_penalty`."
+        },
+    )
+    tdpo: str = field(
+        default="none",
+        metadata={
+            "help": "Adds the difference of sequential KL divergences to the margin (TDPO). With D = sum_t w_t "
+            "KL(reference || policy) over the full vocabulary at each token of a response, `tdpo1` adds D_w - D_l and "
+            "`tdpo2` -tdpo_alpha * (D_l - D_w), without a gradient of D_w. Needs a live reference. For losses of the "
+            "margin, as `length_penalty`.",
+            "choices": list(TDPO_VARIANTS),
+        },
+    )
+    tdpo_alpha: float = field(
+        default=0.5,
+        metadata={"help": "Alpha of `tdpo: tdpo2`, at least 0: the weight of the difference of divergences."},
+    )
     pair_stream: str = field(
         default="auto",
         metadata={
@@ -285,5 +309,20 @@ class SamPOConfig(DPOConfig):
 
     @property
     def has_length_penalty(self) -> bool:
-        """Whether anything is added to the margin."""
+        """Whether the lengths of a pair are in the margin."""
         return self.learns_length_penalty or self.length_penalty != 0
+
+    @property
+    def has_tdpo(self) -> bool:
+        """Whether the divergence of policy and reference is in the margin."""
+        return self.tdpo != "none"
+
+    @property
+    def terms_of_margin(self) -> list[str]:
+        """The options that add something to the margin of the loss, and not to the rewards that are logged."""
+        terms = {
+            "length_penalty": self.has_length_penalty,
+            "dpop_lambda": self.dpop_lambda != 0,
+            "tdpo": self.has_tdpo,
+        }
+        return [name for name, is_set in terms.items() if is_set]

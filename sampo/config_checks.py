@@ -14,6 +14,7 @@ from .weighting import WEIGHTINGS, Weighting
 MASK_SHARINGS = ("shared", "independent")
 SAMPLED_SIDES = ("both", "rejected")
 TOKEN_BUDGETS = ("pair", "dataset")
+TDPO_VARIANTS = ("none", "tdpo1", "tdpo2")
 PAIR_STREAMS = ("auto", "true", "false")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's
 REF_CACHE_DTYPES = ("float32", "float16", "bfloat16")
@@ -53,6 +54,7 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
                 ("sampled_sides", SAMPLED_SIDES),
                 ("token_budget", TOKEN_BUDGETS),
                 ("mask_sharing", MASK_SHARINGS),
+                ("tdpo", TDPO_VARIANTS),
                 ("pair_stream", PAIR_STREAMS),
                 ("ref_cache_dtype", REF_CACHE_DTYPES),
             )
@@ -100,6 +102,8 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
             for name in ("generate_prompts", "generate_max_tokens")
         ),
         ("max_length_ratio", ratio is None or (_is_finite(ratio) and ratio > 1), "a finite number above 1, or unset"),
+        ("dpop_lambda", _is_finite(config.dpop_lambda) and config.dpop_lambda >= 0, "finite and at least 0"),
+        ("tdpo_alpha", _is_finite(config.tdpo_alpha) and config.tdpo_alpha >= 0, "finite and at least 0"),
     ]
 
 
@@ -154,6 +158,7 @@ def find_combination_issues(config: Any) -> list[str]:
         return []
     method = WEIGHTINGS[config.token_weighting]
     table = [*_method_rows(config, method), *_loss_rows(config, method)]
+    table += [row for name in config.terms_of_margin for row in _margin_rows(config, name)]
     return [message for wrong, message in table if wrong]
 
 
@@ -210,6 +215,15 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             f"`token_weighting: {name}`.",
         ),
         (
+            config.has_tdpo and config.precompute_ref_log_probs,
+            f"`tdpo: {config.tdpo}` needs a live reference for its distribution over the vocabulary, got "
+            "`precompute_ref_log_probs: true`. Set it to false.",
+        ),
+        (
+            config.has_tdpo and config.dpop_lambda != 0,
+            f"`tdpo: {config.tdpo}` with `dpop_lambda: {config.dpop_lambda}` has no source that defines it.",
+        ),
+        (
             not config.is_plain_dpo and config.ld_alpha is not None,
             f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
             f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, use `all` alone, or `ld` "
@@ -224,12 +238,11 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
 
 
 def _loss_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
-    """(wrong, message) of losses, divergences, WPO and the length penalty."""
+    """(wrong, message) of losses, divergences and WPO."""
     name, losses = config.token_weighting, set(config.loss_type)
     subset = method.subset and not config.balance_end_token
     name += " with balance_end_token" if config.balance_end_token else ""
     divergence = config.f_divergence_type != "reverse_kl"
-    not_of_margin = sorted((losses & LOSS_TYPES) - {"sft"} - MARGIN_LOSSES)
     return [
         (
             not subset and bool(losses & COUNT_LOSSES),
@@ -263,22 +276,31 @@ def _loss_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             f"`pair_weight_column` needs losses that are means over the pairs, got {sorted(losses & BATCH_LOSSES)}, "
             "which sort the rows of a batch.",
         ),
+    ]
+
+
+def _margin_rows(config: Any, name: str) -> list[tuple[bool, str]]:
+    """(wrong, message) of an option that adds a term to the margin."""
+    losses, option = set(config.loss_type), f"`{name}: {getattr(config, name)}`"
+    not_of_margin = sorted((losses & LOSS_TYPES) - {"sft"} - MARGIN_LOSSES)
+    return [
         (
-            config.has_length_penalty and bool(not_of_margin),
-            f"`length_penalty: {config.length_penalty}` needs a loss that is a function of the margin "
-            f"{sorted(MARGIN_LOSSES)}, got {not_of_margin}.",
+            bool(not_of_margin),
+            f"{option} needs a loss that is a function of the margin {sorted(MARGIN_LOSSES)}, got {not_of_margin}.",
         ),
         (
-            config.learns_length_penalty and losses == {"sft"},
-            "`length_penalty: learned` needs a preference loss to learn from, got only `sft`.",
+            (name != "length_penalty" or config.learns_length_penalty) and losses == {"sft"},
+            f"{option} needs a preference loss to learn from, got only `sft`.",
         ),
         (
-            config.has_length_penalty and divergence,
-            f"`length_penalty: {config.length_penalty}` needs `f_divergence_type: reverse_kl`, got "
-            f"`{config.f_divergence_type}`: it is added to the margin of log-ratios.",
+            config.f_divergence_type != "reverse_kl",
+            f"{option} needs `f_divergence_type: reverse_kl`, got `{config.f_divergence_type}`: it is added to the "
+            "margin of log-ratios.",
         ),
+        (config.use_weighting, f"{option} with `use_weighting` (WPO) has no source that defines it."),
         (
-            config.has_length_penalty and config.use_weighting,
-            f"`length_penalty: {config.length_penalty}` with `use_weighting` (WPO) has no source that defines it.",
+            name != "length_penalty" and config.mask_sharing == "independent",
+            f"{option} needs policy and reference on one subset, got `mask_sharing: independent`, with which the "
+            "score of a response is no log-ratio. Use `shared`.",
         ),
     ]

@@ -34,6 +34,7 @@ _REJECTED = {**_SAMPO, "sampled_sides": "rejected"}
 _OURS = {**_REJECTED, "length_penalty": "learned"}
 _DATASET = {"token_budget": "dataset"}
 _BALANCED = {"balance_end_token": True}
+_TDPO: dict[str, Any] = {"token_weighting": "all", "precompute_ref_log_probs": False}  # a cache has no distributions
 NAMED_METHODS: dict[str, Method] = {
     "dpo": Method("DPO", {"token_weighting": "all"}),
     "sampo": Method("SamPO", _SAMPO),
@@ -46,6 +47,9 @@ NAMED_METHODS: dict[str, Method] = {
     "ld_dpo_balanced": Method(
         "LD-DPO .5, end balanced", {"token_weighting": "ld", "ld_tail_weight": 0.5, **_BALANCED}
     ),
+    "tdpo1": Method("TDPO1", {**_TDPO, "tdpo": "tdpo1"}),
+    "tdpo2": Method("TDPO2 .5", {**_TDPO, "tdpo": "tdpo2", "tdpo_alpha": 0.5}),
+    "dpop": Method("DPOP 50", {"token_weighting": "all", "dpop_lambda": 50.0}),
     "expected": Method("expected", {"token_weighting": "expected"}),
     "mean_rescaled": Method("DPO-SANorm", {"token_weighting": "mean_rescaled"}),
     "mean": Method("length-normalised DPO", {"token_weighting": "mean"}, beta_per_token=True),
@@ -78,10 +82,13 @@ SHORT_NAMES = {
     "recommended": "rejected_learned_dataset_balanced",  # of docs/choose.md
     "ln_dpo": "mean",
 }  # of methods above
-WITH_NUMBER = {  # `NAME=NUMBER` -> title, fixed options, and the option of the number
+# `NAME=NUMBER` -> title, fixed options, and the option of the number
+WITH_NUMBER: dict[str, tuple[str, dict[str, Any], str]] = {
     "rdpo": ("R-DPO", {"token_weighting": "all"}, "length_penalty"),
     "ld_dpo": ("LD-DPO", {"token_weighting": "all"}, "ld_alpha"),
     "decay": ("D2PO", {"token_weighting": "decay"}, "decay_gamma"),
+    "dpop": ("DPOP", {"token_weighting": "all"}, "dpop_lambda"),
+    "tdpo2": ("TDPO2", {**_TDPO, "tdpo": "tdpo2"}, "tdpo_alpha"),
 }
 METHOD_OPTIONS = (  # that a method sets or leaves at their default; a recipe's own values give way to the method's
     *dict.fromkeys(name for method in NAMED_METHODS.values() for name in method.options),

@@ -61,6 +61,7 @@ from .training.passes import Passes
 from .training.preflight import (
     check_before_loading,
     check_data,
+    check_divergence,
     check_micro_batches,
     check_tokens,
     check_weight_columns,
@@ -329,6 +330,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         check_tokens(self)
         check_micro_batches(self)
         check_weight_columns(self)
+        check_divergence(self)
         self.passes.refuse_packing()
 
     def _report_what_is_run(self) -> None:

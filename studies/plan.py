@@ -14,7 +14,7 @@ from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Run, Settings
 SEEDS = 5
 GRID = tuple((rate, beta) for rate in (2e-4, 5e-4) for beta in (0.05, 0.1, 0.3))  # of each method on each group
 # on pairs of equal length the weights of all other methods are DPO's, and a length penalty is 0; SamPO is the check
-EQUAL_METHODS = ("dpo", "sampo", "mean", "otpo", "decay", "sampo_iterative")
+EQUAL_METHODS = ("dpo", "sampo", "mean", "otpo", "decay", "tdpo1", "tdpo2", "dpop", "sampo_iterative")
 BIASES = (0.0, 1.0, 2.0, 4.0)  # beside the headline's
 BIAS_METHODS = (
     *("dpo", "sampo", "sampo_rejected_learned", "dpo_learned", "sampo_rejected"),

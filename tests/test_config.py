@@ -139,6 +139,22 @@ REFUSED = [
     ({"length_penalty": 0.1, "f_divergence_type": "forward_kl"}, "needs `f_divergence_type: reverse_kl`"),
     ({"length_penalty": 0.1, "use_weighting": True}, "no source that defines it"),
     ({"length_penalty": "learned", "loss_type": "sft"}, "needs a preference loss to learn from"),
+    ({"dpop_lambda": -1.0}, "`dpop_lambda` must be finite and at least 0, got -1.0"),
+    ({"dpop_lambda": math.nan}, "`dpop_lambda` must be finite"),
+    ({"dpop_lambda": 5.0, "loss_type": "ipo"}, "`dpop_lambda: 5.0` needs a loss that is a function of the margin"),
+    ({"dpop_lambda": 5.0, "loss_type": ["sft"]}, "`dpop_lambda: 5.0` needs a preference loss to learn from"),
+    (
+        {"dpop_lambda": 5.0, "f_divergence_type": "forward_kl"},
+        "`dpop_lambda: 5.0` needs `f_divergence_type: reverse_kl`",
+    ),
+    ({"dpop_lambda": 5.0, "use_weighting": True}, r"`dpop_lambda: 5.0` with `use_weighting` \(WPO\) has no source"),
+    ({"dpop_lambda": 5.0, "mask_sharing": "independent"}, "`dpop_lambda: 5.0` needs policy and reference on one"),
+    ({"tdpo": "tdpo3"}, r"`tdpo` must be one of \['none', 'tdpo1', 'tdpo2'\], got 'tdpo3'"),
+    ({"tdpo": "tdpo2", "tdpo_alpha": -0.5}, "`tdpo_alpha` must be finite and at least 0, got -0.5"),
+    ({"tdpo": "tdpo1", "precompute_ref_log_probs": True}, "`tdpo: tdpo1` needs a live reference for its distribution"),
+    ({"tdpo": "tdpo2", "dpop_lambda": 5.0}, "`tdpo: tdpo2` with `dpop_lambda: 5.0` has no source"),
+    ({"tdpo": "tdpo2", "loss_type": "ipo"}, "`tdpo: tdpo2` needs a loss that is a function of the margin"),
+    ({"tdpo": "tdpo2", "mask_sharing": "independent"}, "`tdpo: tdpo2` needs policy and reference on one subset"),
 ]
 
 

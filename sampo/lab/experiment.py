@@ -419,7 +419,6 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str) -> "SamPOCon
         activation_checkpointing=False,
         dataloader_pin_memory=False,
         pair_stream="true",
-        precompute_ref_log_probs=True,
         ref_cache_dir=bench.reference_cache,
         ref_cache_check=0,
         log_token_statistics=False,
@@ -428,5 +427,5 @@ def _arguments(bench: Bench, run: Run, steps: int, output_dir: str) -> "SamPOCon
         report_to="none",
         disable_tqdm=True,
         log_level="warning",
-        **options,
+        **{"precompute_ref_log_probs": True} | options,
     )

@@ -25,7 +25,7 @@ MAX_BYTES = 256 * 2**20  # of a file that is read as text
 FIRST_LINE = 16 * 2**20  # bytes in which the first line of a JSONL file must end
 RUN_SETTINGS = (  # shown of a training run
     *("token_weighting", "sampled_sides", "token_budget", "keep_end_token", "balance_end_token", "length_penalty"),
-    *("loss_type", "beta", "learning_rate", "max_length", "seed"),
+    *("dpop_lambda", "tdpo", "loss_type", "beta", "learning_rate", "max_length", "seed"),
 )
 # as `sampo.training.model_card` writes it
 _CARD = re.compile(

@@ -34,7 +34,7 @@ def score_positions(
         states_at: row and position, in the backbone's output, of the state that predicts each token.
         positions: row and column of each token in the result.
         targets: each `(R, N)`, the tokens to be scored. Those after the first are scored without gradient.
-        keep_states: the output gets `states`, `(R, N, H)` without gradient, from which the tokens were predicted.
+        keep_states: the output gets `states`, `(R, N, H)` from which the tokens were predicted.
         kwargs: what the model's forward gets, without labels.
 
     Returns:
@@ -47,7 +47,7 @@ def score_positions(
     def take_states(module: Any, args: Any, output: Any) -> Any:
         states = output.last_hidden_state[states_at]  # (M, H)
         if keep_states:
-            kept.append(states.detach())
+            kept.append(states)
         copies = [states, *[states.detach()] * (len(targets) - 1)]
         output.last_hidden_state = (torch.cat(copies) if len(targets) > 1 else states)[None]  # (1, k·M, H)
         return output

@@ -87,12 +87,14 @@ class Scores:
         output: TRL's `FusedCausalLMOutput` for the first target. Fields are `(R, N)`, with more positions in front if
             the model has virtual tokens.
         log_probs: `(R, N)` nats for each target, zero where nothing was scored; without gradient after the first.
-        states: `(R, N, H)` the hidden states from which the tokens were predicted, without gradient, if asked for.
+        states: `(R, N, H)` the hidden states from which the tokens were predicted, if asked for.
+        head: with them, weight `(V, H)` and bias of the LM head.
     """
 
     output: Any
     log_probs: list[Tensor]
     states: Tensor | None = None
+    head: tuple[Tensor, Tensor | None] | None = None
 
 
 def masked_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +169,11 @@ class Scorer:
             output, others = self._score(way, model, batch, positions, each, **kept, **more)
         states = vars(output).pop("states", None)  # not kept with the output until the step ends
         n = batch.inputs["input_ids"].size(1) - 1
-        return Scores(output, [scored[:, -n:] for scored in (output.log_probs, *others)], states)
+        scores = Scores(output, [scored[:, -n:] for scored in (output.log_probs, *others)], states)
+        if keep_states:  # now, for an adapter that has a head of its own may be disabled for this pass
+            module = _base(unwrapped).get_output_embeddings()
+            scores.head = module.weight, getattr(module, "bias", None)
+        return scores
 
     def _score(
         self, way: str, model: Any, batch: Batch, positions: Tensor, targets: list[Tensor], **more: Any

@@ -49,6 +49,11 @@ class SweepRun:
         """All but the seed."""
         return self.method, self.learning_rate, self.beta
 
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the reference's log-probs come from the cache; a method can need a live reference."""
+        return self.options.get("precompute_ref_log_probs", True) is not False
+
 
 @dataclass(frozen=True)
 class Definition:

@@ -99,7 +99,8 @@ class SweepRunner:
     def _prepare(self) -> None:
         todo = []
         command = self.sweep.cache_command()
-        if self.state.cached_by != command and not all(map(self.sweep.is_trained, self._runs.values())):
+        reading = [run for run in self._runs.values() if run.reads_cache]
+        if self.state.cached_by != command and not all(map(self.sweep.is_trained, reading)):
             todo.append(("cache", [START], command))
         if not self.sweep.is_evaluated(START):
             todo.append(("evaluate", [START], self.sweep.evaluate_command([START])))
@@ -171,7 +172,7 @@ class SweepRunner:
         elif task.kind == "cache":
             self.state.cached_by = self.sweep.cache_command()
             self.state.cached_rows, self.state.cache_seconds = count_cached_rows(self.sweep), round(seconds, 1)
-            runs = len(self._runs)
+            runs = sum(run.reads_cache for run in self._runs.values())
             self._say(
                 f"reference scored: {self.state.cached_rows:,} pairs in {seconds:.0f} s, shared by {runs} runs, so "
                 f"{(runs - 1) * self.state.cached_rows:,} passes of pairs through the reference are not computed again"

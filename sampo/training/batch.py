@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..scoring.lm_head import PER_TOKEN
 from ..scoring.packing import Stream, lay_out
+from ..scoring.scorer import Scores
 from ..weighting import sequence_logps
 
 Weights = tuple[Tensor, Tensor]  # of the policy's and of the reference's log-probs, each `(2B, N)`
@@ -75,11 +76,13 @@ class Reference:
         logps: `(2B, N)` log π_ref of the batch's tokens, of the scored ones at least.
         sums: `(2B,)` TRL's sums, if the reference is live.
         end_probs: `(2B, N)` its probability of the end token at each completion position, if it was asked for.
+        scores: of its pass, if it is live.
     """
 
     logps: Tensor
     sums: Tensor | None = None
     end_probs: Tensor | None = None
+    scores: Scores | None = None
 
 
 @dataclass
@@ -107,6 +110,7 @@ class Scored:
         ref_logps: `(2B, N)` log π_ref, of the scored tokens at least.
         draws: the weighted results.
         pressure: `(B,)` length pressure, if it is logged.
+        kl: `(2B, N)` KL(π_ref ‖ π) at the scored tokens, with `tdpo`.
     """
 
     output: Any
@@ -114,6 +118,7 @@ class Scored:
     ref_logps: Tensor
     draws: list[Draw]
     pressure: Tensor | None = None
+    kl: Tensor | None = None
 
     @property
     def mean_scores(self) -> Tensor:
@@ -122,7 +127,7 @@ class Scored:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, without gradient; the rows of each are those of the batch."""
-        found = {"logps": self.logps, "ref_logps": self.ref_logps, "pressure": self.pressure}
+        found = {"logps": self.logps, "ref_logps": self.ref_logps, "pressure": self.pressure, "kl": self.kl}
         found |= {f"output.{name}": getattr(self.output, name) for name in PER_TOKEN if name != "log_probs"}
         for k, draw in enumerate(self.draws):
             found |= {f"draws.{k}.{name}": value for name, value in vars(draw).items()}
@@ -136,7 +141,7 @@ class Scored:
         names = ("weights", "ref_sums", "scores")
         draws = [Draw(**{name: tensors[f"draws.{k}.{name}"] for name in names}) for k in range(n_draws)]
         own = tensors["logps"], tensors["ref_logps"]
-        return cls(SimpleNamespace(**output), *own, draws, tensors.get("pressure"))
+        return cls(SimpleNamespace(**output), *own, draws, tensors.get("pressure"), tensors.get("kl"))
 
     def with_scores_kept(self) -> Self:
         """The same with the reference sums that give the scores again.

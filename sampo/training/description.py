@@ -7,7 +7,7 @@ from ..weighting import WEIGHTINGS
 
 DESCRIBED_OPTIONS = (
     *("sampled_sides", "token_budget", "keep_end_token", "balance_end_token", "mask_sharing", "mask_samples"),
-    *("length_penalty", "pair_weight_column"),
+    *("length_penalty", "dpop_lambda", "tdpo", "pair_weight_column"),
 )
 PAPER = {
     "title": "Eliminating Biased Length Reliance of Direct Preference Optimization via Down-Sampled KL Divergence",
@@ -45,6 +45,8 @@ def describe_method(args: SamPOConfig, length_scale: float, token_totals: tuple[
         text += f", `otpo_reg: {args.otpo_reg}`, `otpo_mass_reg: {args.otpo_mass_reg}`"
     if args.token_weighting == "ld":
         text += f", `ld_tail_weight: {args.ld_tail_weight}`"
+    if args.tdpo == "tdpo2":
+        text += f", `tdpo_alpha: {args.tdpo_alpha}`"
     if args.learns_length_penalty:
         text += f" with a scale of {length_scale:.1f} tokens"
     return text if token_totals is None else f"{text}; {_describe_budget(args, *token_totals)}"

@@ -18,8 +18,10 @@ from trl import DPOTrainer
 
 from ..data.weight_columns import GIVEN_PAIR_WEIGHTS, GIVEN_TOKEN_WEIGHTS
 from ..reference_cache.store import CACHED_REF_LOGPS, END
+from ..weighting import sequence_logps
 from .batch import Draw, PairBatch, Scored
 from .micro_batches import MicroBatch, by_pair, by_row
+from .score_shifts import dpop_shift, tdpo_shift
 
 _OURS = (CACHED_REF_LOGPS, END.batch, GIVEN_TOKEN_WEIGHTS, GIVEN_PAIR_WEIGHTS)  # inputs that TRL does not know
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", *_OURS)
@@ -88,7 +90,7 @@ class Objective:
             losses.append(self._weighted_value(loss, model, batch, scored, i, shift))
             if i == 0:  # TRL counts the tokens of a batch at each call
                 outputs, n_tokens = (result[1] if isinstance(result, tuple) else None), view._total_train_tokens
-            self._add_metrics(view._metrics[mode], draw, shift, mode)
+            self._add_metrics(view._metrics[mode], draw, mode)
         trainer._total_train_tokens = n_tokens
         trainer._metrics[mode]["num_tokens"] = [n_tokens]
         return self._mean(losses) + self._sft(batch, scored), outputs
@@ -183,16 +185,32 @@ class Objective:
         if pair_weights is not None:
             factors = pair_weights.repeat(2)[:, None] * (1 if factors is None else factors)
             shift = None if shift is None else scale_gradient(shift, pair_weights)
+        own_shift = self._own_shift(scored, draw, factors)
         kept = {name: value for name, value in batch.inputs.items() if name not in _OURS}
         ref_chosen, ref_rejected = draw.ref_sums.chunk(2)
+        for each in (shift, own_shift):
+            ref_chosen = ref_chosen if each is None else ref_chosen - each
         inputs = {
             **kept,
             "completion_mask": kept["completion_mask"] if plain else widen(kept, draw.weights > 0),
-            "ref_chosen_logps": ref_chosen if shift is None else ref_chosen - shift,
+            "ref_chosen_logps": ref_chosen,
             "ref_rejected_logps": ref_rejected,
         }
         policy = self._scored_policy(view, model, batch, scored, draw, factors)
         return DPOTrainer._compute_loss(view, policy, inputs, return_outputs)
+
+    def _own_shift(self, scored: Scored, draw: Draw, factors: Tensor | None) -> Tensor | None:
+        """`(B,)` what the loss adds to the chosen scores beside a length penalty, with the gradient of the policy."""
+
+        def total(values: Tensor) -> Tensor:  # (2B, N) -> (2B,)
+            return sequence_logps(values if factors is None else scale_gradient(values, factors), draw.weights)
+
+        if self._args.dpop_lambda:
+            chosen_scores, _ = (total(scored.logps) - draw.ref_sums).chunk(2)
+            return dpop_shift(chosen_scores, coefficient=self._args.dpop_lambda)
+        if scored.kl is not None:
+            return tdpo_shift(total(scored.kl), variant=self._args.tdpo, alpha=self._args.tdpo_alpha)
+        return None
 
     def _scored_policy(
         self, view: Any, model: Any, batch: PairBatch, scored: Scored, draw: Draw, factors: Tensor | None
@@ -228,9 +246,9 @@ class Objective:
         kept = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         return {**kept, "use_cache": False}
 
-    def _add_metrics(self, found: dict[str, list], draw: Draw, shift: Tensor | None, mode: str) -> None:
-        """TRL's metrics of one draw; rewards are logged without a length penalty."""
-        if shift is not None:
+    def _add_metrics(self, found: dict[str, list], draw: Draw, mode: str) -> None:
+        """TRL's metrics of one draw; rewards are logged without a length penalty and other terms of the margin."""
+        if self._args.terms_of_margin:
             found |= {name: [value] for name, value in self._rewards(draw).items()}
         for name, values in found.items():
             if name != "num_tokens" and (self._args.log_token_statistics or name not in TOKEN_METRICS):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..reference_cache.key import OWN_TOKENS
 from ..reference_cache.store import CACHED_REF_LOGPS, END
-from ..scoring.scorer import Scorer
+from ..scoring.divergence import forward_kl
+from ..scoring.scorer import Scorer, Scores
 from ..scoring.ways import PACKED, Ways
 from ..weighting import length_pressure
 from .batch import PairBatch, Reference, Scored
@@ -64,50 +65,61 @@ class Passes:
                 weigher.weigh(batch, end_probs=reference.end_probs)
         targets = [batch.ids, *([weigher.end_targets(batch)] if self._args.log_length_pressure else [])]
         aux_loss = {"output_router_logits": True} if self._trainer.aux_loss_enabled else {}
-        states = weigher.method.needs_states
-        policy = self._scorer(model, batch, batch.positions, *targets, keep_states=states, **aux_loss)
+        keep_states = bool(self._needing_states)
+        policy = self._scorer(model, batch, batch.positions, *targets, keep_states=keep_states, **aux_loss)
         logps, *end_logps = policy.log_probs
         reference = reference or self._score_reference(batch)
+        kl = None
+        if self._args.has_tdpo:
+            assert reference.scores is not None
+            with self._trainer.accelerator.autocast():
+                kl = forward_kl(reference.scores, policy, batch.positions)
         draws = weigher.make_draws(batch, logps.detach(), reference, policy.states)
         pressure = None
         if end_logps:
             weights = torch.stack([draw.weights for draw in draws]).mean(dim=0)
             pressure = length_pressure(weights, batch.mask & (batch.ids == targets[1]), end_logps[0].exp())
-        return Scored(policy.output, logps, reference.logps, draws, pressure)
+        return Scored(policy.output, logps, reference.logps, draws, pressure, kl)
 
     def _score_reference(self, batch: PairBatch) -> Reference:
         """From the cache, or by a pass of the live reference."""
         if CACHED_REF_LOGPS in batch.inputs:
             logps, sums, end_logps = batch.inputs[CACHED_REF_LOGPS], None, batch.inputs.get(END.batch)
+            scores = None
         else:
             ends = [self._weigher.end_targets(batch)] if self._weigher.needs_end_probs else []
-            (logps, *others), sums = self._pass_of_reference(self._trainer.reference, batch, [batch.ids, *ends])
-            end_logps = others[0] if others else None
-        return Reference(logps, sums, None if end_logps is None else end_logps.exp() * batch.mask)
+            scores, sums = self._pass_of_reference(self._trainer.reference, batch, [batch.ids, *ends])
+            logps, end_logps = scores.log_probs[0], scores.log_probs[1] if ends else None
+        return Reference(logps, sums, None if end_logps is None else end_logps.exp() * batch.mask, scores)
 
     def reference_logps(self, reference: Any, inputs: dict[str, Any], targets: Sequence[str]) -> dict[str, Tensor]:
         """The content of a cache: for each of `targets`, `(2B, N)` log π_ref at the completion tokens, by one pass."""
         batch = self._weigher.find_completions(inputs)
         wanted = [batch.ids if each == OWN_TOKENS else self._weigher.end_targets(batch) for each in targets]
-        found, _ = self._pass_of_reference(reference, batch, wanted)
-        return dict(zip(targets, found, strict=True))
+        scores, _ = self._pass_of_reference(reference, batch, wanted)
+        return dict(zip(targets, scores.log_probs, strict=True))
 
-    def _pass_of_reference(self, model: Any, batch: PairBatch, targets: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """`(2B, N)` log-probs of each target, and TRL's `(2B,)` sums of the first."""
-        found: list[Tensor] = []
+    def _pass_of_reference(self, model: Any, batch: PairBatch, targets: list[Tensor]) -> tuple[Scores, Tensor]:
+        """Log-probs of each target, with `tdpo` also hidden states; and TRL's `(2B,)` sums of the first."""
+        found: list[Scores] = []
         scorer = self._scorer_of(model)
 
         def reference(**kwargs: Any) -> Any:
-            scores = scorer(model, batch, batch.ref_positions, *targets)
-            found.extend(scores.log_probs)
-            return scores.output
+            found.append(scorer(model, batch, batch.ref_positions, *targets, keep_states=self._args.has_tdpo))
+            return found[0].output
 
         # TRL's own function selects the adapter of the reference; the log-probs are kept on the way to their sum
         mask = batch.inputs["completion_mask"]
         if not self._args.is_plain_dpo:  # TRL counts the first token of a row where the prompt is empty
             mask = widen(batch.inputs, batch.ref_positions)
         sums = self._trainer.compute_ref_log_probs(reference, {**batch.inputs, "completion_mask": mask})
-        return found, torch.cat(sums)
+        return found[0], torch.cat(sums)
+
+    @property
+    def _needing_states(self) -> list[str]:
+        """The options that need hidden states."""
+        weighting = f"`token_weighting: {self._args.token_weighting}`" if self._weigher.method.needs_states else ""
+        return [each for each in (weighting, f"`tdpo: {self._args.tdpo}`" if self._args.has_tdpo else "") if each]
 
     # --- how models are called -----------------------------------------------------------------------------------
 
@@ -128,11 +140,10 @@ class Passes:
         virtual_tokens = uses_prompt_learning(trainer.accelerator.unwrap_model(trainer.model))
         compiled = is_compiled(trainer.accelerator, self._models)
         by_labels = virtual_tokens or trainer._is_vision_dataset or compiled
-        if by_labels and self._weigher.method.needs_states:
+        if by_labels and self._needing_states:
             raise ValueError(
-                f"`token_weighting: {self._args.token_weighting}` needs the hidden states of the policy, got vision "
-                "data, a prompt-learning adapter or `torch_compile`, with which sampo does not see them. Use another "
-                "method."
+                f"{self._needing_states[0]} needs the hidden states of the policy, got vision data, a prompt-learning "
+                "adapter or `torch_compile`, with which sampo does not see them. Use another method."
             )
         # micro-batches have like lengths already, and as many forwards on every process only if each is one
         one_forward = virtual_tokens or compiled or self._args.max_tokens_per_forward is not None

@@ -23,6 +23,9 @@ from .engines import uses_prompt_learning
 
 logger = get_logger(__name__)
 
+# of a model's config: what scales or caps its logits, as TRL's fused head reads it
+LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
 
 def check_before_loading(
     model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any, *, unknown: dict[str, Any]
@@ -158,6 +161,30 @@ def check_generation(trainer: Any) -> None:
 
 def _shares_rows(trainer: Any) -> bool:
     return trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1
+
+
+def check_divergence(trainer: Any) -> None:
+    """Models and launches for which the divergence of `tdpo` cannot be computed.
+
+    Raises:
+        ValueError: `tdpo` with one of them.
+    """
+    if not trainer.args.has_tdpo:
+        return
+    models = [each for each in (trainer.model, trainer.ref_model) if each is not None]
+    configs = [trainer.accelerator.unwrap_model(each).config.get_text_config() for each in models]
+    changed = [name for name in LOGIT_OPTIONS if any(getattr(each, name, None) not in (None, 1) for each in configs)]
+    reasons = {
+        "FSDP or DeepSpeed, which may divide the LM head over processes": trainer.is_deepspeed_enabled
+        or trainer.is_fsdp_enabled,
+        f"a model whose config changes them by {changed}": bool(changed),
+    }
+    for text, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"`tdpo: {trainer.args.tdpo}` must have the logits of policy and reference as the LM head gives them, "
+                f"got {text}. Use another method."
+            )
 
 
 def refuse_separate_processes(args: SamPOConfig) -> None:

@@ -23,6 +23,11 @@ def kind_of(name):
     return name.split("/")[1].split("_")[1]
 
 
+def method_of(name):
+    """`sampo` of `model/sampo_full`."""
+    return name.split("/")[1].split("_")[0]
+
+
 MODELS = {
     "llama-3-8b-instruct",
     "pythia-2.8b-hh",
@@ -37,12 +42,15 @@ ORDER = [
     *("model_name_or_path", "dtype", "chat_template", "use_peft", "load_in_4bit", "lora_r", "lora_alpha"),
     *("use_dora", "use_rslora", "lora_dropout", "lora_target_modules"),
     *("dataset_name", "dataset_train_split", "dataset_test_split", "on_bad_rows"),
-    *("token_weighting", "sampled_sides", "token_budget", "balance_end_token", "length_penalty", "beta"),
+    *("token_weighting", "sampled_sides", "token_budget", "balance_end_token", "length_penalty", "dpop_lambda"),
+    *("tdpo", "tdpo_alpha", "precompute_ref_log_probs", "beta"),
     *("rounds", "data", "reference"),
     *("pair_stream", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps"),
     *("per_device_eval_batch_size", "save_steps", "save_total_limit", "output_dir"),
 ]
+# Baselines that differ from DPO in a term of the loss: method -> keys that differ from `dpo_full` beside `output_dir`.
+BASELINES = {"dpop": {"dpop_lambda"}, "tdpo2": {"tdpo", "tdpo_alpha", "precompute_ref_log_probs"}}
 # Variants are compared with another recipe of the method: kind -> (that one, keys that differ beside `output_dir`).
 VARIANTS = {
     "dora": ("lora", {"use_dora"}),
@@ -52,7 +60,7 @@ VARIANTS = {
     "recommended": ("full", {"sampled_sides", "token_budget", "balance_end_token", "length_penalty"}),
 }
 ITERATIVE = [name for name in RECIPES if name.endswith("iterative")]
-SINGLE = [name for name in RECIPES if kind_of(name) not in VARIANTS]
+SINGLE = [name for name in RECIPES if kind_of(name) not in VARIANTS and method_of(name) not in BASELINES]
 NEEDS_NO_REMARK = {"model_name_or_path", "dataset_train_split", "dataset_test_split", "output_dir"}
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -88,7 +96,7 @@ def test_each_model_has_full_and_lora_for_sampo_and_dpo():
     assert sorted(f"{model}/{kind}" for model in MODELS for kind in kinds) == SINGLE
     assert len(SINGLE) == 28
     assert len(ITERATIVE) == 4
-    assert len(RECIPES) == 28 + 4 + 3 + 3
+    assert len(RECIPES) == 28 + 4 + 3 + 3 + len(BASELINES)
     assert len(list((ROOT / "recipes").rglob("*.y*ml"))) == len(RECIPES)
 
 
@@ -96,7 +104,7 @@ def test_each_model_has_full_and_lora_for_sampo_and_dpo():
 def test_a_recipe_parses_and_means_what_its_name_says(name):
     script, training, model, mixture = parse(name)
     method, kind = name.split("/")[1].split("_")
-    assert training.token_weighting == {"sampo": "sampo", "dpo": "all"}[method]
+    assert training.token_weighting == {"sampo": "sampo"}.get(method, "all")
     assert model.use_peft == kind.endswith(("lora", "dora"))
     assert not mixture.datasets
     written = {key: value for key, value in read(name).items() if key not in ITERATE_OPTIONS}
@@ -125,8 +133,8 @@ def test_the_dpo_counterpart_differs_in_method_and_place_alone(name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in SINGLE])
 def test_a_variant_differs_from_its_counterpart_in_what_its_name_says(name):
-    kind = kind_of(name)
-    counterpart, keys = VARIANTS[kind]
+    kind, method = kind_of(name), method_of(name)
+    kind, (counterpart, keys) = (method, ("dpo", BASELINES[method])) if method in BASELINES else (kind, VARIANTS[kind])
     ours, theirs = read(name), read(name.replace(kind, counterpart))
     differ = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     assert differ - {"num_train_epochs"} == keys | {"output_dir"}

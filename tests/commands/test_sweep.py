@@ -25,7 +25,7 @@ from sampo.methods import find_method
 from sampo.sweep.conclusion import conclude
 from sampo.sweep.frontier import at_kl, matched_kl, paths_of
 from sampo.sweep.lines import read_lines
-from sampo.sweep.plan import Definition, SweptMethod
+from sampo.sweep.plan import Definition, Sweep, SweptMethod
 from sampo.sweep.processes import divide_devices
 from sampo.sweep.state import find_changes
 from sampo.sweep.table import latex
@@ -257,6 +257,8 @@ def test_a_method_is_found_by_its_name_its_short_name_or_with_a_number():
     assert find_method("onesided") == find_method("rejected_learned_balanced")
     assert find_method("rdpo=0.02").options == find_method("rdpo_02").options
     assert find_method("ld_dpo=0.25").options == {"token_weighting": "all", "ld_alpha": 0.25}
+    assert find_method("dpop=50") == find_method("dpop")
+    assert find_method("tdpo2=0.5").options == find_method("tdpo2").options
     for name, part in {"rdpo=x": "followed by a number", "dpoo": "Did you mean `dpo`", "rdpo": "rdpo=NUMBER"}.items():
         with pytest.raises(ValueError, match=part):
             find_method(name)
@@ -267,6 +269,17 @@ def make_definition(**more):
     plain |= {"seed": 1, "seeds": 2, "grid": {"learning_rate": [1e-6], "beta": [0.1]}, "answer_tokens": 50.0}
     plain |= {"prompts": 2, "pairs": 2, "max_tokens": 2, "temperature": 1.0, "chat": True}
     return Definition(**{**plain, "methods": {"dpo": SweptMethod("DPO", {"token_weighting": "all"})}, **more})
+
+
+def test_a_run_with_a_live_reference_says_so_after_what_all_runs_share(tmp_path):
+    names = ("dpo", "tdpo1")
+    methods = {name: SweptMethod(find_method(name).title, find_method(name).options) for name in names}
+    sweep = Sweep(tmp_path, make_definition(methods=methods, seeds=1))
+    assert [run.reads_cache for run in sweep.definition.runs] == [True, False]
+    for run in sweep.definition.runs:
+        words = sweep.train_command(run)
+        last = max(i for i, word in enumerate(words) if word == "--precompute_ref_log_probs")
+        assert words[last + 1] == ("true" if run.reads_cache else "false")
 
 
 def test_a_definition_may_grow_and_nothing_else():

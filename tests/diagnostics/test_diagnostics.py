@@ -807,6 +807,8 @@ def test_checkpoints_of_one_run_have_names_of_their_own(world, tmp_path, capsys)
         ("rejected_learned_end", "sampo+rejected+end"),
         ("rejected_learned_dataset", "sampo+rejected+dataset"),
         ("otpo", "otpo"),
+        ("dpop", "all"),
+        ("tdpo2", "all"),
         ("ld_dpo", None),
         ("onesided", None),
     ],

@@ -276,6 +276,9 @@ ORACLE_CASES = [
 ] + [
     {"token_weighting": "sampo", "length_penalty": 0.05},
     {"token_weighting": "mean", "length_penalty": 0.05},
+    *({"token_weighting": name, "dpop_lambda": 2.0} for name in WEIGHTINGS),
+    {"token_weighting": "sampo", "dpop_lambda": 2.0, "length_penalty": 0.05, "mask_samples": 3},
+    {"token_weighting": "expected", "dpop_lambda": 2.0, "balance_end_token": True},
     {"token_weighting": "sampo", "mask_samples": 5},
     {"token_weighting": "sampo", "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.3]},
     {"token_weighting": "expected", "loss_type": ["sft"]},
@@ -356,7 +359,8 @@ def test_the_loss_is_that_of_a_loop_over_tokens(model_folder, tmp_path, case, tr
                 k=k,
                 totals=totals,
             )
-            logit = 0.1 * (chosen - rejected)
+            fallen = max(0.0, -chosen)
+            logit = 0.1 * (chosen - case.get("dpop_lambda", 0.0) * fallen - rejected)
             logit += case.get("length_penalty", 0.0) * (len(pair["chosen_ids"]) - len(pair["rejected_ids"]))
             expected += weights.get("sigmoid", 0.0) * sigmoid_loss(logit) / draws / len(rows)
         all_chosen += chosen_logps
