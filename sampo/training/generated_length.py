@@ -2,7 +2,8 @@
 
 Greedy decoding in evaluation mode draws no random number and changes no weight, so a run trains the same model with
 and without it. Each process answers its share of the prompts. Under ZeRO-3 and FSDP2 the processes call the model
-equally often, since each call gathers the weights, layer by layer as in training.
+equally often, since each call gathers the weights, layer by layer as in training; transformers' trainer registers
+`generate` with FSDP2.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -58,7 +58,6 @@ class GeneratedLength(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start, or, in a resumed run, take it from the checkpoint."""
-        register_fsdp_forward_method(self._trainer.model_wrapped, "generate")  # does nothing without FSDP2
         start = self._trainer.run_state.start_length
         if start is not None and start["key"] == self._key:
             ratio = next((entry[RATIO] for entry in reversed(state.log_history) if RATIO in entry), 1.0)
