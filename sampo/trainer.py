@@ -267,12 +267,6 @@ class SamPOTrainer(CardTrainer, MicroBatchTrainer, ResumableTrainer, CachedRefer
             self.model.train()
 
     @property
-    def reference_is_base(self) -> bool:
-        """Whether the reference is the policy with its adapter disabled."""
-        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
-        return self.reference_is_start and bool(adapters) and "ref" not in adapters
-
-    @property
     def run_state(self) -> RunState:
         """Epoch and θ; looked up, not kept: transformers replaces callbacks that it restores."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RunState))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.columns import read_columns
 
+WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")  # values of `trainer`
 HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
 
 
@@ -57,6 +58,7 @@ def find_option_issues(options: Any) -> list[str]:
     return [
         *(message for wrong, message in table if wrong),
         *_find_syntax_issues(options),
+        *_find_baseline_issues(options),
         *_find_model_issues(options),
         *_find_streaming_issues(options),
         *_find_quantization_issues(options),
@@ -93,6 +95,29 @@ def _find_syntax_issues(options: Any) -> list[str]:
         except ValueError as issue:
             issues.append(str(issue))
     return issues
+
+
+def _find_baseline_issues(options: Any) -> list[str]:
+    """Check what TRL's trainers of other methods cannot do."""
+    trainer = getattr(options, "trainer", "dpo")
+    if trainer == "dpo":
+        return []
+    table = [
+        (
+            trainer in WITHOUT_REFERENCE and options.ref_model_name_or_path,
+            f"`trainer: {trainer}` has no reference, got `ref_model_name_or_path`. Remove it.",
+        ),
+        (
+            options.dataset_streaming or options.streaming,
+            f"`trainer: {trainer}` needs all rows, got a stream. Load the data without streaming.",
+        ),
+        (options.max_length is None, f"`max_length` must be a number for `trainer: {trainer}`, got none."),
+        (
+            getattr(options, "generate_during_eval", False),
+            "`generate_during_eval` must be off: `sampo generate` answers prompts with the trained model.",
+        ),
+    ]
+    return [message for wrong, message in table if wrong]
 
 
 def _find_model_issues(options: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """SimPO, CPO, ORPO and KTO by TRL's own trainers, with what a run of sampo has beside its loss.
 
-Tokens, loss and gradients are TRL's, to the bit (tests/training/test_baselines.py). Added are the checks before a step,
-complete checkpoints and exact resume, the metrics of length, the stop at a loss that is not finite, and the card.
+Tokens, loss and gradients are TRL's, to the bit. Added are the checks before a step, complete checkpoints and exact
+resume, the metrics of length, the stop at a loss that is not finite, and the card.
 
 1. A pair whose prompt alone fills `max_length` is dropped and counted, as in DPO. `CPOTrainer` and `ORPOTrainer` would
    train on an empty response, whose mean log-prob is NaN.
@@ -42,6 +42,18 @@ with warnings.catch_warnings():  # TRL is pinned to one minor version, within wh
 
 logger = get_logger(__name__)
 
+SIMPO_PAPER = {
+    "title": "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+    "id": "2405.14734",
+    "citation": """\
+@inproceedings{meng2024simpo,
+    title        = {{SimPO: Simple Preference Optimization with a Reference-Free Reward}},
+    author       = {Yu Meng and Mengzhou Xia and Danqi Chen},
+    year         = 2024,
+    booktitle    = {Advances in Neural Information Processing Systems},
+}""",
+}
+
 
 @dataclass
 class SimPOConfig(CPOConfig):
@@ -79,7 +91,6 @@ class BaselineTrainer(CardTrainer, ResumableTrainer):
 
     id_columns: tuple[str, ...]
     title: str
-    reference_is_start = True
 
     def __init__(self, *, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any, **models: Any):
         refuse_separate_processes(args)
@@ -114,9 +125,9 @@ class BaselineTrainer(CardTrainer, ResumableTrainer):
         super().create_accelerator_and_postprocess()
         refuse_another_engine(self.accelerator)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *rest: Any, **kwargs: Any) -> Any:
         """TRL's loss, which must be finite."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(model, inputs, return_outputs, *rest, **kwargs)
         loss = found[0] if return_outputs else found
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -206,6 +217,7 @@ class PairsSimPOTrainer(PairsCPOTrainer):
     """SimPO, arXiv 2405.14734, Eq. 6."""
 
     title = "SimPO (`trainer: simpo`, arXiv 2405.14734)"
+    _name, _tag_names, _paper = "SimPO", ["trl", "simpo"], SIMPO_PAPER
 
 
 class PairsORPOTrainer(_PairTrainer, ORPOTrainer):
@@ -236,13 +248,15 @@ class PairsKTOTrainer(BaselineTrainer, KTOTrainer):
             ids = tokenize_pairs(pairs, self._tokenizer, max_length=args.max_length, name=part)  # as `KTOTrainer` does
             self.token_counts[part] = count_tokens(ids, args.max_length)
             self.token_counts[part].dropped = len(pairs) - len(ids)
-            columns = [each for each in pairs.column_names if each in ("prompt", "chosen", "rejected")]
-            found[name] = unpair_preference_dataset(pairs.select_columns(columns)).shuffle(seed=args.seed)
+            read = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+            pairs = pairs.select_columns([column for column in read if column in pairs.column_names])
+            found[name] = unpair_preference_dataset(pairs).shuffle(seed=args.seed)
         return found
 
     def describe_run(self) -> tuple[str, str]:
         """Method and reference, in words."""
-        return super().describe_run()[0], describe_reference(self)
+        cached = "log-probs of the initial policy, one sum per response, from TRL's cache"
+        return super().describe_run()[0], cached if self.precompute_ref_logps else describe_reference(self)
 
 
 class Baseline(NamedTuple):

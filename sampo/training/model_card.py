@@ -32,12 +32,20 @@ class CardTrainer(Trainer):
         dataset_name: a hub id or a file, where the caller knows it.
         rows_per_pair: rows of the data that a pair is trained as.
         token_counts: of each data set.
+        reference_is_start: whether the reference is what the training starts from.
     """
 
     args: Any
     dataset_name: str | None = None
     rows_per_pair = 1
+    reference_is_start = True
     token_counts: dict[str, TokenCounts]
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the policy with its adapter disabled."""
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        return self.reference_is_start and bool(adapters) and "ref" not in adapters
 
     def describe_run(self) -> tuple[str, str]:
         """Method and reference, in words."""
