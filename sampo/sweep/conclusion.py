@@ -111,6 +111,11 @@ def _about_kl(lines: Lines) -> Iterator[str]:
 
 def _limits(lines: Lines) -> Iterator[str]:
     about = lines.about
+    if own := [f"{lines.name(line)} {line.config['beta']:g}" for line in lines.methods if line.config.get("own_beta")]:
+        yield (
+            f"Beta is another quantity in the methods of TRL's other trainers, which have their own: {', '.join(own)}; "
+            "that of the grid is DPO's. Their accuracy too is that of the sum of log-ratios, which they do not train."
+        )
     estimate = (
         f"mean of log π − log π_ref over answers sampled from each run at temperature 1, cut at {about['max_tokens']} "
         "tokens: an unbiased estimate of the KL of that distribution from the start"
