@@ -48,12 +48,13 @@ def run(argv: list[str]) -> int:
 
 def _sweep(argv: list[str]) -> int:
     import datasets
+    import yaml
 
     datasets.disable_progress_bars()
     request = read_request(argv)
     with tempfile.TemporaryDirectory(prefix="sampo-sweep-") as folder:
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(json.dumps(request.recipe, default=str), encoding="utf-8")  # JSON is YAML
+        recipe.write_text(yaml.safe_dump(request.recipe), encoding="utf-8")
         devices = _devices(request)
         checked = check_request(request, recipe, len(devices) // max(1, int(request.own["jobs"])))
     if request.own.get("dry_run"):
@@ -64,7 +65,7 @@ def _sweep(argv: list[str]) -> int:
     sweep = checked.sweep
     with alone_in(sweep.folder) as lock:
         state = restore_state(sweep.folder, sweep.definition)
-        for trainer in sorted({method.trainer for method in sweep.definition.methods.values()}):
+        for trainer in {"dpo", *(method.trainer for method in sweep.definition.methods.values())}:
             write_recipe(sweep, trainer, sweep.folder)
         _write_data(checked)
         write_state(sweep.folder, state)

@@ -1,6 +1,7 @@
 """The definition of a sweep from its options, with all issues of all runs at once."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,13 +65,14 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
 
     def refuse(issues: Sequence[str]) -> None:
         if issues:
-            texts = [issue.replace(str(recipe), request.file) for issue in dict.fromkeys(issues)]
+            files = rf"{re.escape(str(recipe.with_suffix('')))}(-\w+)?\.yaml"
+            texts = [re.sub(files, lambda _: request.file, issue) for issue in dict.fromkeys(issues)]
             raise RefusedSweep(listed(texts))
 
     refuse(request.issues)
     parser = make_train_parser(prog="sampo sweep")
     first = ["--config", str(recipe), *request.words, "--output_dir", str(request.own["out"])]
-    swept = {name: _options_of(name) for name in TRAINERS if name in {one.trainer for one in request.methods.values()}}
+    swept = {name: _options_of(name) for name in ("dpo", *(one.trainer for one in request.methods.values()))}
     parser.not_ours = set().union(*swept.values())
     issues, base, _ = parser.find_issues(first)
     definition = _define(request, base, devices, swept)
@@ -103,6 +105,8 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
 
 
 def _options_of(trainer: str) -> set[str]:
+    if trainer not in TRAINERS:  # which is an issue of its runs
+        return set()
     return {action.dest for action in make_train_parser(prog="sampo sweep", trainer=trainer)._actions}
 
 

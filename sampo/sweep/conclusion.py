@@ -111,10 +111,11 @@ def _about_kl(lines: Lines) -> Iterator[str]:
 
 def _limits(lines: Lines) -> Iterator[str]:
     about = lines.about
-    if own := [f"{lines.name(line)} {line.config['beta']:g}" for line in lines.methods if line.config.get("own_beta")]:
+    if own := {line.config["title"]: line.config["beta"] for line in lines.methods if line.config.get("own_beta")}:
+        betas = ", ".join(f"{title} {beta:g}" for title, beta in own.items())
         yield (
-            f"Beta is another quantity in the methods of TRL's other trainers, which have their own: {', '.join(own)}; "
-            "that of the grid is DPO's. Their accuracy too is that of the sum of log-ratios, which they do not train."
+            f"Beta is another quantity in the methods of TRL's other trainers, which have their own: {betas}. Their "
+            "accuracy, too, is that of DPO's implicit reward, which is not the reward of SimPO, CPO and ORPO."
         )
     estimate = (
         f"mean of log π − log π_ref over answers sampled from each run at temperature 1, cut at {about['max_tokens']} "
