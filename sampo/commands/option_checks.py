@@ -23,7 +23,7 @@ def find_option_issues(options: Any) -> list[str]:
     mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]
     splits = [d.get("split", "train") for d in mixed] or [options.dataset_train_split]
     held_out = [split for split in splits if HELD_OUT & set(re.split(r"[^a-z]+", split.lower()))]
-    fraction = options.eval_fraction
+    fraction, generates = options.eval_fraction, getattr(options, "generate_every", None)  # of `trainer: dpo` alone
     table = [
         (not options.model_name_or_path, "`model_name_or_path` must be given."),
         (not options.dataset_name and not mixed, "`dataset_name` or `datasets` must be given."),
@@ -40,8 +40,8 @@ def find_option_issues(options: Any) -> list[str]:
             "`eval_strategy: steps`, or drop `eval_fraction`.",
         ),
         (
-            options.generate_every and not evaluates,
-            f"`generate_every: {options.generate_every}` needs evaluation pairs to take prompts from, got "
+            generates and not evaluates,
+            f"`generate_every: {generates}` needs evaluation pairs to take prompts from, got "
             "`eval_strategy: no`. Set `eval_strategy: steps`, with `eval_fraction` or `dataset_test_split`.",
         ),
         (

@@ -171,8 +171,9 @@ def _finish(trainer: Any, script_args: Any, *, model: str) -> None:
     trainer.save_model(folder)
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {folder}.")
-    if trainer.run_state.stop_reason is not None:
-        trainer.accelerator.print(trainer.run_state.stop_reason)
+    state = getattr(trainer, "run_state", None)  # of sampo's own trainer
+    if state is not None and state.stop_reason is not None:
+        trainer.accelerator.print(state.stop_reason)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")

@@ -90,7 +90,7 @@ def test_each_model_has_full_and_lora_for_sampo_and_dpo():
     assert sorted(f"{model}/{kind}" for model in MODELS for kind in kinds) == SINGLE
     assert len(SINGLE) == 28
     assert len(ITERATIVE) == 4
-    assert OTHER_TRAINERS == [f"smollm2-135m-instruct/{name}_full" for name in ("cpo", "kto", "orpo", "simpo")]
+    assert [f"smollm2-135m-instruct/{name}_full" for name in ("cpo", "kto", "orpo", "simpo")] == OTHER_TRAINERS
     assert len(RECIPES) == 28 + 4 + 3 + 3 + 4
     assert len(list((ROOT / "recipes").rglob("*.y*ml"))) == len(RECIPES)
 
