@@ -16,17 +16,19 @@ class Method(NamedTuple):
 
     Attributes:
         title: the name in tables.
-        options: of `SamPOConfig`.
+        options: of `SamPOConfig`, or `trainer` for the method of another trainer.
         beta_per_token: beta is multiplied by the mean length of a training answer, so that a mean
             over tokens has the scale of a sum.
         rounds: of iterative training, each on its share of pairs and steps, from the model of the previous round,
             which is also its reference.
+        beta: its own, where beta is another quantity than in DPO.
     """
 
     title: str
     options: dict[str, Any]
     beta_per_token: bool = False
     rounds: int = 1
+    beta: float | None = None
 
 
 _SAMPO = {"token_weighting": "sampo"}
@@ -75,6 +77,11 @@ NAMED_METHODS: dict[str, Method] = {
     ),
     "sampo_independent": Method("SamPO, independent", {**_SAMPO, "mask_sharing": "independent"}),
     "sampo_iterative": Method("Iterative SamPO", _SAMPO, rounds=3),
+    # By TRL's trainers, with the beta that the authors' code or TRL has as its default (docs/baselines.md).
+    "simpo": Method("SimPO", {"trainer": "simpo"}, beta=2.0),
+    "cpo": Method("CPO", {"trainer": "cpo"}, beta=0.1),
+    "orpo": Method("ORPO", {"trainer": "orpo"}, beta=0.1),
+    "kto": Method("KTO", {"trainer": "kto"}, beta=0.1),
 }
 SHORT_NAMES = {
     "onesided": "rejected_learned_balanced",
@@ -119,6 +126,11 @@ def find_method(name: str) -> Method:
         except ValueError:
             raise ValueError(f"`{begin}` must be followed by a number, as `{begin}=0.02`, got {name!r}.") from None
     known = NAMED_METHODS | plugin_methods()
+    if equals and begin in known and known[begin].beta is not None:
+        try:
+            return known[begin]._replace(title=f"{known[begin].title}, beta {number}", beta=float(number))
+        except ValueError:
+            raise ValueError(f"`{begin}` may be followed by its beta, as `{begin}=0.2`, got {name!r}.") from None
     if (found := known.get(SHORT_NAMES.get(name, name))) is not None:
         return found
     with_number = [f"{each}=NUMBER" for each in WITH_NUMBER]

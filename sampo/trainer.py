@@ -30,7 +30,6 @@ What we rely on in TRL 1.16, pinned by tests/training/test_trl_contract.py:
 """
 
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ from .training.length_penalty import LengthPenalty
 from .training.loss_checks import check_finite, check_first_loss
 from .training.micro_batch_trainer import MicroBatchTrainer
 from .training.micro_batches import MICRO_BATCH, MicroBatch
-from .training.model_card import write_card
+from .training.model_card import CardTrainer
 from .training.objective import WPO_STATISTIC, Objective
 from .training.passes import Passes
 from .training.preflight import (
@@ -75,7 +74,7 @@ from .weighting import EVAL_EPOCH
 logger = get_logger(__name__)
 
 
-class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
+class SamPOTrainer(CardTrainer, MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
     """Drop-in subclass of TRL's `DPOTrainer` that chooses which completion tokens count.
 
     Takes the arguments of `DPOTrainer`; `args` is a [`SamPOConfig`], and `ref_model` may be a path. Source: SamPO,
@@ -107,8 +106,6 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
 
     args: SamPOConfig
     model: Any  # PreTrainedModel or PeftModel, maybe wrapped
-
-    dataset_name: str | None = None  # for the model card: a hub id or a file, where the caller knows it
 
     _tag_names = [*DPOTrainer._tag_names, "sampo"]
     _name, _paper = "SamPO", PAPER
@@ -148,7 +145,7 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
             theta=lambda: self.run_state.theta,
             mean=partial(self.accelerator.reduce, reduction="mean"),
         )
-        self.length_recorder = LengthRecorder(self.beta, self._gather_pairs)
+        self.length_recorder = LengthRecorder(self.beta, self.gather_pairs)
         if not args.log_token_statistics:
             self._switch_off_token_statistics()
         self.passes.start()
@@ -271,20 +268,9 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
             self.model.train()
 
     @property
-    def reference_is_base(self) -> bool:
-        """Whether the reference is the policy with its adapter disabled."""
-        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
-        return self.reference_is_start and bool(adapters) and "ref" not in adapters
-
-    @property
     def run_state(self) -> RunState:
         """Epoch and θ; looked up, not kept: transformers replaces callbacks that it restores."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RunState))
-
-    def _gather_pairs(self, rows: Tensor) -> Tensor:
-        if self.model.training:
-            self.restore_dataloader()
-        return self.accelerator.gather_for_metrics(rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with the length metrics of the full window or evaluation set."""
@@ -333,30 +319,18 @@ class SamPOTrainer(MicroBatchTrainer, ResumableTrainer, CachedReferenceTrainer):
         check_divergence(self)
         self.passes.refuse_packing()
 
+    def describe_run(self) -> tuple[str, str]:
+        """Method and reference, in words."""
+        method = describe_method(self.args, self.length_penalty.scale, self.weigher.token_totals)
+        return method, describe_reference(self)
+
     def _report_what_is_run(self) -> None:
-        logger.info(f"method: {describe_method(self.args, self.length_penalty.scale, self.weigher.token_totals)}")
-        logger.info(f"reference: {describe_reference(self)}")
+        method, reference = self.describe_run()
+        logger.info(f"method: {method}")
+        logger.info(f"reference: {reference}")
         if self.args.mask_sharing == "independent":
             logger.warning(
                 "`mask_sharing: independent` repeats the authors' released code, not their equation: policy and "
                 "reference are compared on different tokens, the first loss is not ln 2 and rewards are noisy. Use "
                 "`shared` unless you need parity with that code."
             )
-
-    # --- the model card ------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, with the model card: checkpoints have it too."""
-        super().save_model(output_dir, _internal_call)
-        if self.is_world_process_zero():
-            folder = Path(output_dir or str(self.args.output_dir))
-            self._write_card(folder, model_name=(self.hub_model_id or Path(str(self.args.output_dir)).name))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's card, with method, data, options, length metrics, versions and the command."""
-        if self.is_world_process_zero():
-            self._write_card(Path(str(self.args.output_dir)), *args, **kwargs)
-
-    def _write_card(self, folder: Path, model_name: Any = None, dataset_name: Any = None, tags: Any = None) -> None:
-        draft = partial(super().create_model_card, model_name, tags=tags)
-        write_card(self, folder, draft, dataset_name or self.dataset_name)

@@ -71,7 +71,7 @@ def _reason(sign: int, nearly: bool) -> str:
         return "DPO collapsed on such pairs, and this did not"
     if sign > 0:
         return (
-            "DPO lengthened the answers on such pairs, and this did not, at no loss of win rate. It shortened them, so "
+            "DPO lengthened the answers on such pairs, and this did not, at no loss of win rate. It shortened them: "
             "compare a fixed `length_penalty` with `token_weighting: all` too"
         )
     return "the longer rejected response has more terms to push down in DPO"

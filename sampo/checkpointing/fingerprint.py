@@ -7,6 +7,7 @@ it is classified. Data and model are compared by content, so files may move.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ..data.token_ids import ID_COLUMNS, hash_token_ids
@@ -61,7 +62,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(args) if f.init}
     must = {f"`{name}`": value for name, value in values.items() if name not in FREE | ROUNDING_OPTIONS}
     must |= {
-        "the training data": describe_data(trainer.train_dataset),
+        "the training data": describe_data(trainer.train_dataset, getattr(trainer, "id_columns", ID_COLUMNS)),
         "the weights of model and reference": hash_weight_samples([model, getattr(trainer, "ref_model", None)]),
         # a cache may have been filled by a reference that is not loaded now
         "the precomputed reference": _values_of(getattr(trainer, "ref_identity", None)),
@@ -111,15 +112,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def describe_data(dataset: Any) -> dict[str, Any]:
+def describe_data(dataset: Any, columns: Sequence[str] = ID_COLUMNS) -> dict[str, Any]:
     """Number and hash of the tokenised pairs in their order; for streams and images, whose rows are not read, less."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         return {"streamed": True}
-    if not set(ID_COLUMNS) <= set(dataset.column_names):
+    if not set(columns) <= set(dataset.column_names):
         return {"pairs": len(dataset), "columns": sorted(dataset.column_names)}
-    return {"pairs": len(dataset), "sha256": hash_token_ids(dataset)[:16]}
+    return {"pairs": len(dataset), "sha256": hash_token_ids(dataset, columns)[:16]}
 
 
 def describe_weights(dataset: Any, columns: list[str]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -233,7 +234,7 @@ class ResumableTrainer(Trainer):
 
     def _refuse_other_run(self, checkpoint: Path) -> None:
         before = checkpoints.read_manifest(checkpoint).run
-        if self.args.sync_ref_model:
+        if getattr(self.args, "sync_ref_model", False):
             raise ResumeRefusedError(
                 "A run with `sync_ref_model` cannot be resumed, got one to resume: its reference has moved, and "
                 "checkpoints hold the policy alone. Start a new run, or unset the option in it."
@@ -265,6 +266,12 @@ class ResumableTrainer(Trainer):
         known = loader is None or loader.remainder >= 0 or self.args.dataloader_drop_last
         if not known and has_length(loader.dataset):
             loader.remainder = len(loader.dataset) % (self.args.train_batch_size * self.accelerator.num_processes)
+
+    def gather_pairs(self, rows: Tensor) -> Tensor:
+        """Rows of all processes, one per pair, without those that were repeated to fill a batch."""
+        if self.model.training:
+            self.restore_dataloader()
+        return self.accelerator.gather_for_metrics(rows)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._log_window is not None:

@@ -103,11 +103,12 @@ def _collect(issues: list[str]) -> Iterator[None]:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Make the trainer, show what it trains on, and measure its first steps. Raises what `sampo train` does."""
-    cached = training_args.precompute_ref_log_probs
+    cached = getattr(training_args, "precompute_ref_log_probs", False)
     with tempfile.TemporaryDirectory(prefix="sampo-dry-run-") as folder:
         trainer, steps, first = measure_first_steps(folder, script_args, training_args, model_args, dataset_args)
     if trainer.is_world_process_zero():
-        _show_pairs(trainer, *first)
+        if first:
+            _show_pairs(trainer, *first)
         _show_lengths(trainer)
         _show_run(trainer, steps, cached=cached)
         say("", "Nothing was written. The same command without `--dry_run` trains.")
@@ -141,9 +142,10 @@ def measure_first_steps(
     }.items():
         setattr(training_args, name, value)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args)
-    first = _keep_first_batch(trainer)
+    ours = script_args.trainer == "dpo"  # TRL's other trainers select no tokens, and try nothing out
+    first = _keep_first_batch(trainer) if ours else []
     trainer.remove_callback(PrinterCallback)
-    steps = FirstSteps(settled=lambda: trainer.run_state.way is not None)
+    steps = FirstSteps(settled=lambda: not ours or trainer.run_state.way is not None)
     trainer.add_callback(steps)
     try:
         trainer.train()
@@ -264,7 +266,8 @@ def _show_lengths(trainer: Any) -> None:
 
 def _show_run(trainer: Any, steps: FirstSteps, *, cached: bool) -> None:
     args = trainer.args
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    pairs = rows // trainer.rows_per_pair
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
     total, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
@@ -325,7 +328,7 @@ def _compute_memory(trainer: Any, longest: int) -> float | None:
             engine,
             "lora" if adapter else "full",
             gpus=trainer.args.world_size,
-            tokens=2 * trainer.args.per_device_train_batch_size * longest,
+            tokens=2 * trainer.args.per_device_train_batch_size // trainer.rows_per_pair * longest,
             lora_r=getattr(adapter, "r", 16),
         )
     except ValueError:

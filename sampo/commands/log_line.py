@@ -42,7 +42,7 @@ def show_one_line(trainer: Any) -> None:
         trainer.add_callback(BarAlone())
     else:
         return
-    trainer.add_callback(LogLine())
+    trainer.add_callback(LogLine(getattr(trainer, "rows_per_pair", 1)))
 
 
 def beside_bar(trainer: Any) -> AbstractContextManager[None]:
@@ -58,9 +58,14 @@ class BarAlone(ProgressCallback):
 
 
 class LogLine(TrainerCallback):
-    """Prints a line per log, above the bar where there is one."""
+    """Prints a line per log, above the bar where there is one.
 
-    def __init__(self) -> None:
+    Args:
+        rows_per_pair: rows that the training counts for a pair.
+    """
+
+    def __init__(self, rows_per_pair: int = 1) -> None:
+        self._rows_per_pair = rows_per_pair
         self._began = self._mark = time.perf_counter()
         self._busy = 0.0  # seconds of steps since the last log, without evaluations and checkpoints
         self._first_step = self._tokens = 0
@@ -96,12 +101,14 @@ class LogLine(TrainerCallback):
             self._busy += time.perf_counter() - self._mark - logs["generate_runtime"]  # that of the step
             line = one_line(f"gen  {steps}", logs, [f"{logs['generate_runtime']:.1f} s"])
         elif prefix == "train_":
-            took, speed = duration(logs["train_runtime"]), logs["train_samples_per_second"]
+            took = duration(logs["train_runtime"])
+            speed = logs["train_samples_per_second"] / self._rows_per_pair
             line = f"{steps.strip() if done < total else done} steps in {took}, mean loss {logs['train_loss']:.4f}, "
             line += f"{speed:.1f} pairs/s"
         elif prefix:
             values = {name.removeprefix(prefix): value for name, value in logs.items()}
-            line = one_line(f"{prefix[:-1]} {steps}", values, [f"{values['samples_per_second']:.1f} pairs/s"])
+            speed = values["samples_per_second"] / self._rows_per_pair
+            line = one_line(f"{prefix[:-1]} {steps}", values, [f"{speed:.1f} pairs/s"])
         else:
             line = str(logs)  # of another callback
         if state.is_world_process_zero:

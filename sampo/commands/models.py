@@ -5,7 +5,7 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from .option_checks import is_adapter, same_place, second_adapter
+from .option_checks import WITHOUT_REFERENCE, is_adapter, same_place, second_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,9 @@ def load_models(script_args: Any, training_args: Any, model_args: Any) -> dict:
         training_args.model_init_kwargs = None
         logger.info("training continues with the adapter in %s", policy)
         _warn_of_adapter_options(model_args)
+    elif script_args.trainer in WITHOUT_REFERENCE:  # TRL's trainers of these load no quantised model
+        models |= {"model": create_model(policy, **loading), "peft_config": get_peft_config(model_args)}
+        training_args.model_init_kwargs = None
     else:
         models |= {
             "model": policy,

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.columns import read_columns
 
+WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")  # values of `trainer`
 HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
 
 
@@ -22,7 +23,7 @@ def find_option_issues(options: Any) -> list[str]:
     mixed = [dict(d) if isinstance(d, dict) else vars(d) for d in options.datasets]
     splits = [d.get("split", "train") for d in mixed] or [options.dataset_train_split]
     held_out = [split for split in splits if HELD_OUT & set(re.split(r"[^a-z]+", split.lower()))]
-    fraction = options.eval_fraction
+    fraction, generates = options.eval_fraction, getattr(options, "generate_every", None)  # of `trainer: dpo` alone
     table = [
         (not options.model_name_or_path, "`model_name_or_path` must be given."),
         (not options.dataset_name and not mixed, "`dataset_name` or `datasets` must be given."),
@@ -39,8 +40,8 @@ def find_option_issues(options: Any) -> list[str]:
             "`eval_strategy: steps`, or drop `eval_fraction`.",
         ),
         (
-            options.generate_every and not evaluates,
-            f"`generate_every: {options.generate_every}` needs evaluation pairs to take prompts from, got "
+            generates and not evaluates,
+            f"`generate_every: {generates}` needs evaluation pairs to take prompts from, got "
             "`eval_strategy: no`. Set `eval_strategy: steps`, with `eval_fraction` or `dataset_test_split`.",
         ),
         (
@@ -57,6 +58,7 @@ def find_option_issues(options: Any) -> list[str]:
     return [
         *(message for wrong, message in table if wrong),
         *_find_syntax_issues(options),
+        *_find_baseline_issues(options),
         *_find_model_issues(options),
         *_find_streaming_issues(options),
         *_find_quantization_issues(options),
@@ -93,6 +95,29 @@ def _find_syntax_issues(options: Any) -> list[str]:
         except ValueError as issue:
             issues.append(str(issue))
     return issues
+
+
+def _find_baseline_issues(options: Any) -> list[str]:
+    """Check what TRL's trainers of other methods cannot do."""
+    trainer = getattr(options, "trainer", "dpo")
+    if trainer == "dpo":
+        return []
+    table = [
+        (
+            trainer in WITHOUT_REFERENCE and options.ref_model_name_or_path,
+            f"`trainer: {trainer}` has no reference, got `ref_model_name_or_path`. Remove it.",
+        ),
+        (
+            options.dataset_streaming or options.streaming,
+            f"`trainer: {trainer}` needs all rows, got a stream. Load the data without streaming.",
+        ),
+        (options.max_length is None, f"`max_length` must be a number for `trainer: {trainer}`, got none."),
+        (
+            getattr(options, "generate_during_eval", False),
+            "`generate_during_eval` must be off: `sampo generate` answers prompts with the trained model.",
+        ),
+    ]
+    return [message for wrong, message in table if wrong]
 
 
 def _find_model_issues(options: Any) -> list[str]:

@@ -13,20 +13,23 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
 
-from ..io.schemas import WrongFile, named, read_yaml, shown, typed
+from ..io.schemas import WrongFile, named, read_yaml, typed
 from ..old_options import OLD_OPTIONS
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
 from .option_checks import find_option_issues
 from .recipes import find_recipe
+from .yaml_values import check_env, find_wrong_shapes
 
 DRY_RUN = ("--dry_run", "--dry-run")
+TRAINS_ALL = ("sampo train", "sampo sweep")
+TRAINERS = ("dpo", "cpo", "simpo", "orpo", "kto")
 ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
 OF_TRAIN = "`sampo train --help` prints the most used options of the training, `--help_all` all of them."
 
@@ -49,8 +52,17 @@ class SamPOScriptArguments(ScriptArguments):
         split_seed: Seed of all that divides the data.
         resume: `auto`, short for `resume_from_checkpoint: auto`.
         log_line: `compact` or `full`.
+        trainer: one of `TRAINERS`.
     """
 
+    trainer: str = field(
+        default="dpo",
+        metadata={
+            "help": "`dpo`: sampo's trainer, with a token weighting. `cpo`, `simpo`, `orpo`, `kto`: TRL's trainer of "
+            "that method, with the options of TRL's config in place of those of `dpo`.",
+            "choices": list(TRAINERS),
+        },
+    )
     eval_fraction: float = field(
         default=0.0,
         metadata={
@@ -165,6 +177,7 @@ class RecipeParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.add_argument("--help_all", "--help-all", action=_HelpAll, help="print all options in full, and exit")
         self.not_ours: set[str] = set()  # options in the YAML file that the command itself reads
+        self.trainer = "dpo"  # whose options these are
         self._own_defaults = {action.dest: action.default for action in self._actions}
 
     def print_help(self, file: Any = None) -> None:
@@ -191,6 +204,9 @@ class RecipeParser(TrlParser):
         """
         # TRL sets it in every run, by names that transformers has deprecated: users cannot change that.
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
+        parser = self.for_trainer(args)
+        if parser is not self:
+            return parser.find_issues(args)
         issues, config, namespace = self._read(args)
         os.environ.update({name: str(value) for name, value in (config.get("env") or {}).items()})
         built = []
@@ -206,11 +222,16 @@ class RecipeParser(TrlParser):
         args = self._find_config(args)
         config, path = self._read_config(args)
         wrong = self._find_wrong_keys(config, path)
+        foreign = [key for key in config if key in wrong and self._is_of_dpo(key)]
         config = {key: value for key, value in config.items() if key not in wrong}
         self.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
         namespace, rest, unreadable = self._parse(args)
-        unknown = [f"`{word}` is no option.{_nearest(word, vars(namespace))}" for word in _options_in(rest)]
-        issues = find_option_issues(namespace)
+        words = _options_in(rest)
+        foreign += [name for word in words if self._is_of_dpo(name := _plain(word))]
+        words = [word for word in words if not self._is_of_dpo(_plain(word))]
+        wrong = {key: issue for key, issue in wrong.items() if key not in foreign}
+        unknown = [f"`{word}` is no option.{_nearest(word, vars(namespace))}" for word in words]
+        issues = [*self._find_trainer_issues(namespace, foreign), *find_option_issues(namespace)]
         try:
             typed(list[DatasetConfig], config.get("datasets", []), field="datasets")
         except ValueError as error:
@@ -264,10 +285,37 @@ class RecipeParser(TrlParser):
             texts["columns"] = [f"{ours}={theirs or ''}" for ours, theirs in columns.items()]
         return super().set_defaults_with_config(**texts)
 
+    def for_trainer(self, args: list[str]) -> "RecipeParser":
+        """This parser, or that of the trainer which the command line or the YAML file name."""
+        words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        given = [value for word, value in pairwise(words) if word == "--trainer"]
+        trainer = given[-1] if given else self._read_config(self._find_config(args))[0].get("trainer")
+        if trainer not in TRAINERS or trainer == self.trainer or self.prog not in TRAINS_ALL:
+            return self
+        parser = make_parser(prog=self.prog, trainer=trainer)
+        parser.not_ours = self.not_ours
+        return parser
+
+    def _is_of_dpo(self, name: str) -> bool:
+        """Whether sampo's trainer alone has an option."""
+        if self.trainer == "dpo":
+            return False
+        from ..config import SamPOConfig
+
+        return name in SamPOConfig.__dataclass_fields__ and name not in self._own_defaults
+
+    def _find_trainer_issues(self, options: argparse.Namespace, foreign: list[str]) -> list[str]:
+        if foreign:
+            names = ", ".join(f"`{name}`" for name in dict.fromkeys(foreign))
+            return [f"`trainer: {self.trainer}` must go without options of `trainer: dpo`, got {names}. Remove them."]
+        if options.trainer != self.trainer:  # a command that cannot train it
+            return [f"`trainer: {options.trainer}` is for `sampo train` and `sampo sweep`, got it in `{self.prog}`."]
+        return []
+
     def find_unknown(self, args: list[str]) -> list[str]:
         """Find names, choices and shapes of the YAML file, and words of the command line, that are no option."""
-        args = self._find_config(args)
-        return [*self._find_wrong_keys(*self._read_config(args)).values(), *_options_in(self._parse(args)[1])]
+        parser, args = self.for_trainer(args), self._find_config(args)
+        return [*parser._find_wrong_keys(*self._read_config(args)).values(), *_options_in(parser._parse(args)[1])]
 
     def _find_wrong_keys(self, config: dict[str, Any], path: str) -> dict[str, str]:
         """Find names, choices and shapes of the YAML file that no dataclass knows; an issue for each name."""
@@ -283,14 +331,14 @@ class RecipeParser(TrlParser):
             for key, value in config.items()
             if choices.get(key) and value is not None and value not in choices[key]
         }
-        return unknown | no_choice | _wrong_shapes(config, self.dataclass_types, path)
+        return unknown | no_choice | find_wrong_shapes(config, self.dataclass_types, path)
 
     def read(self, args: list[str]) -> tuple[dict[str, Any], Any]:
         """The YAML file's options, and an attribute for each option of all; for a caller who trains elsewhere.
 
         Exits if something is wrong. The dataclasses, which may initialise a device, are not built.
         """
-        issues, config, namespace = self._read(args)
+        issues, config, namespace = self.for_trainer(args)._read(args)
         if issues:
             self.error(listed(issues))
         return config, namespace
@@ -318,7 +366,7 @@ class RecipeParser(TrlParser):
         try:
             config = read_yaml(Path(path), dict[Any, Any])
             with named(path):
-                _check_env(config)
+                check_env(config)
         except OSError as error:
             self.error(f"`--config` must be a YAML file that can be read, got {path}: {error.strerror}.")
         except WrongFile as error:
@@ -328,45 +376,9 @@ class RecipeParser(TrlParser):
         return config, path
 
 
-def _wrong_shapes(config: dict[str, Any], kinds: Iterable[type], path: str) -> dict[str, str]:
-    """Lists, mappings, true, false and null where they do not belong; argparse converts texts alone."""
-    known = {f.name: (get_type_hints(kind)[f.name], f.default) for kind in kinds for f in fields(kind)}
-    return {
-        key: f"`{key}` in {path} must be {expected}, got {shown(value)}."
-        for key, value in config.items()
-        if key in known and (expected := _expected_shape(key, value, *known[key]))
-    }
-
-
 def _options_in(words: list[str]) -> list[str]:
     """What follows an unknown option is most likely its value."""
     return [word.split("=")[0] for word in words if word.startswith("--")] or words
-
-
-def _expected_shape(name: str, value: Any, hint: Any, default: Any) -> str | None:
-    """Describe what a value must be; None if its shape is right or unknown."""
-    is_union = get_origin(hint) in (Union, UnionType)
-    members = {get_origin(member) or member for member in (get_args(hint) if is_union else (hint,))}
-    if members == {list} and isinstance(value, dict):
-        return "a list"
-    if not members <= {str, int, float, bool, type(None)}:  # a list or a mapping too, or something else
-        return None
-    if isinstance(value, list | dict):
-        return "a single value"
-    if isinstance(value, bool) and bool not in members and name != "resume_from_checkpoint":  # which takes `true`
-        return "a string, in quotes" if str in members else "a number"
-    if value is None and type(None) not in members and default is not None:
-        return "a value, or left out"
-    return None
-
-
-def _check_env(config: dict[str, Any]) -> None:
-    """Check what TRL's parser puts into the environment."""
-    if "env" in config:
-        env = typed(dict[str, str | int | float | bool], config["env"], field="env")
-        wrong = [name for name, value in env.items() if not re.fullmatch(r"\w+", name) or "\0" in str(value)]
-        if wrong:
-            raise ValueError(f"`env` must hold names and values of environment variables, got {wrong}")
 
 
 def listed(issues: list[str]) -> str:
@@ -374,8 +386,12 @@ def listed(issues: list[str]) -> str:
     return issues[0] if len(issues) == 1 else "\n- ".join([f"{len(issues)} issues:", *issues])
 
 
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
 def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
-    plain = name.lstrip("-").replace("-", "_")
+    plain = _plain(name)
     if plain in OLD_OPTIONS:
         return f" {OLD_OPTIONS[plain](value)}"
     if plain in LAUNCH_OPTIONS:
@@ -384,22 +400,39 @@ def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
         return " It is for the command line: `sampo train --dry_run ...`."
     if plain in ITERATE_OPTIONS:
         return " It is for `sampo iterate`."
+    from ..training.baselines import BASELINES  # loads these trainers
+
+    if trainers := [trainer for trainer, one in BASELINES.items() if plain in one.config.__dataclass_fields__]:
+        return f" It is of `trainer: {' | '.join(trainers)}`."
     near = difflib.get_close_matches(plain, known, n=1)
     return f" Did you mean `{'--' if name.startswith('-') else ''}{near[0]}`?" if near else ""
 
 
-def make_parser(subparsers: Any = None, prog: str | None = None) -> RecipeParser:
-    """The parser; alone, or as one of `subparsers` whose class takes `dataclass_types`."""
+def make_parser(subparsers: Any = None, prog: str | None = None, trainer: str = "dpo") -> RecipeParser:
+    """The parser; alone, or as one of `subparsers` whose class takes `dataclass_types`.
+
+    Args:
+        subparsers: of another parser.
+        prog: the command in messages.
+        trainer: whose options it knows.
+    """
     from trl import DatasetMixtureConfig, ModelConfig
 
     from ..config import SamPOConfig
 
-    types = (SamPOScriptArguments, SamPOConfig, ModelConfig, DatasetMixtureConfig)
+    config: type = SamPOConfig
+    if trainer != "dpo":
+        from ..training.baselines import BASELINES  # loads these trainers
+
+        config = BASELINES[trainer].config
+    types = (SamPOScriptArguments, config, ModelConfig, DatasetMixtureConfig)
     if subparsers is not None:
         parser = subparsers.add_parser("train", help="Train on preference pairs", dataclass_types=types)
     else:
         parser = RecipeParser(types, prog=prog or "sampo train")
-        if prog is None:
+        parser.trainer = trainer
+        parser.set_defaults(trainer=trainer)
+        if prog in (None, "sampo train"):
             parser.add_argument(
                 *DRY_RUN,
                 action="store_true",

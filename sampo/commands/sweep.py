@@ -3,6 +3,7 @@
 Each run is an ordinary `sampo train` in `OUT/runs/NAME`; `sampo.sweep` says what else lies in the folder.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ from .launch import asks_for_cpu
 from .next_steps import after_sweep, show_next
 from .options import make_parser as make_train_parser
 from .shown import say, show
-from .sweep_check import Checked, check_request
+from .sweep_check import Checked, check_request, write_recipe
 from .sweep_options import Request, make_parser, read_request
 
 __all__ = ["make_parser", "run"]
@@ -47,13 +48,13 @@ def run(argv: list[str]) -> int:
 
 def _sweep(argv: list[str]) -> int:
     import datasets
+    import yaml
 
     datasets.disable_progress_bars()
     request = read_request(argv)
-    recipe_text = _as_yaml(request.recipe)
     with tempfile.TemporaryDirectory(prefix="sampo-sweep-") as folder:
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(recipe_text, encoding="utf-8")
+        recipe.write_text(yaml.safe_dump(request.recipe), encoding="utf-8")
         devices = _devices(request)
         checked = check_request(request, recipe, len(devices) // max(1, int(request.own["jobs"])))
     if request.own.get("dry_run"):
@@ -64,7 +65,8 @@ def _sweep(argv: list[str]) -> int:
     sweep = checked.sweep
     with alone_in(sweep.folder) as lock:
         state = restore_state(sweep.folder, sweep.definition)
-        write_atomic(sweep.recipe, recipe_text)
+        for trainer in {"dpo", *(method.trainer for method in sweep.definition.methods.values())}:
+            write_recipe(sweep, trainer, sweep.folder)
         _write_data(checked)
         write_state(sweep.folder, state)
         _run_all(request, sweep, state, devices, lock, format_command(["sampo", "sweep", *argv]))
@@ -123,13 +125,6 @@ def _devices(request: Request) -> list[str]:
     return devices
 
 
-def _as_yaml(recipe: dict[str, Any]) -> str:
-    import yaml
-
-    begin = "# The base recipe of all runs, as it was at the start. Written by `sampo sweep`.\n"
-    return begin + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-
-
 def _remove_checkpoints(sweep: Sweep, one: SweepRun, *, keep: bool) -> None:
     """Delete the checkpoints of a run that has finished training: with their optimisers they fill a disk."""
     for path in [] if keep else numbered_checkpoints(str(sweep.run_folder(one.name))):
@@ -141,8 +136,6 @@ def _remove_checkpoints(sweep: Sweep, one: SweepRun, *, keep: bool) -> None:
 
 def _write_data(checked: Checked) -> None:
     """Write the pairs and prompts of the evaluation as ordinary files, once."""
-    import json
-
     sweep, definition = checked.sweep, checked.sweep.definition
     if sweep.data("prompts").is_file():  # written last
         return

@@ -1,17 +1,19 @@
 """The definition of a sweep from its options, with all issues of all runs at once."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..io.files import write_atomic
 from ..sweep.plan import GRID, Definition, RefusedSweep, Sweep
 from ..training.rounds import hash_data, hash_model
 from .launch import split_options
 from .option_checks import is_adapter
-from .options import RecipeParser, listed
+from .options import TRAINERS, RecipeParser, listed
 from .options import make_parser as make_train_parser
 from .sweep_options import Request
 
@@ -63,26 +65,31 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
 
     def refuse(issues: Sequence[str]) -> None:
         if issues:
-            texts = [issue.replace(str(recipe), request.file) for issue in dict.fromkeys(issues)]
+            files = rf"{re.escape(str(recipe.with_suffix('')))}(-\w+)?\.yaml"
+            texts = [re.sub(files, lambda _: request.file, issue) for issue in dict.fromkeys(issues)]
             raise RefusedSweep(listed(texts))
 
     refuse(request.issues)
     parser = make_train_parser(prog="sampo sweep")
     first = ["--config", str(recipe), *request.words, "--output_dir", str(request.own["out"])]
-    issues, options, _ = parser.find_issues(first)
-    definition = _define(request, options, devices)
+    swept = {name: _options_of(name) for name in ("dpo", *(one.trainer for one in request.methods.values()))}
+    parser.not_ours = set().union(*swept.values())
+    issues, base, _ = parser.find_issues(first)
+    definition = _define(request, base, devices, swept)
     sweep = Sweep(Path(request.own["out"]), definition)
+    for trainer in swept:
+        write_recipe(sweep, trainer, recipe.parent)
     issues += _find_issues_of_runs(parser, sweep, recipe, issues)
     command = _words_of(sweep, definition.runs[0], recipe)
     issues += find_issues(parser, command)
-    issues += _find_base_issues(options)
+    issues += _find_base_issues(base, sweep)
     refuse(issues)
     _, options, built = parser.find_issues(command)
     script, training, model, mixture = built
     processor = load_processor(script, training, model)
     data = load_data(script, training, mixture, processor)
     tokenizer = getattr(processor, "tokenizer", processor)
-    settings = {name: getattr(options, name) for name in NEEDED if hasattr(options, name)}
+    settings = {name: getattr(base, name) for name in NEEDED if hasattr(base, name)}
     settings |= {
         "bf16": bool(training.bf16),
         "max_length": training.max_length,
@@ -97,8 +104,37 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
     return Checked(Sweep(sweep.folder, definition), options, built, data, processor)
 
 
-def _define(request: Request, options: Any, devices: int) -> Definition:
+def _options_of(trainer: str) -> set[str]:
+    if trainer not in TRAINERS:  # which is an issue of its runs
+        return set()
+    return {action.dest for action in make_train_parser(prog="sampo sweep", trainer=trainer)._actions}
+
+
+def write_recipe(sweep: Sweep, trainer: str, folder: Path) -> None:
+    """Write the base recipe as runs of a trainer read it.
+
+    Args:
+        sweep: with the base recipe.
+        trainer: of the runs.
+        folder: where to.
+    """
+    import yaml
+
+    not_taken = {one.trainer: one.not_taken for one in sweep.definition.methods.values()}.get(trainer, [])
+    recipe = {name: value for name, value in sweep.definition.recipe.items() if name not in not_taken}
+    begin = (
+        f"# The base recipe of all runs with `trainer: {trainer}`, as it was at the start. Written by `sampo sweep`.\n"
+    )
+    text = begin + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    write_atomic(folder / sweep.recipe_of(trainer).name, text)
+
+
+def _define(request: Request, options: Any, devices: int, swept: Mapping[str, set[str]]) -> Definition:
+    """The definition; `swept` are the options of each trainer."""
     own = request.own
+    given = {*request.recipe, *(word.split("=")[0].lstrip("-").replace("-", "_") for word in request.words)}
+    every = set().union(*swept.values())
+    not_taken = {name: sorted(given & every - known) for name, known in swept.items()}
     typed_seed = any(word.split("=")[0] == "--seed" for word in request.words)
     seed = int(options.seed if typed_seed else own.get("seed", options.seed))
     split = options.split_seed if options.split_seed is not None else own.get("split_seed")
@@ -116,7 +152,7 @@ def _define(request: Request, options: Any, devices: int) -> Definition:
         seed=seed,
         seeds=own["seeds"],
         grid={name: list(dict.fromkeys(request.grid.get(name, [float(getattr(options, name))]))) for name in GRID},
-        methods=request.methods,
+        methods={name: replace(one, not_taken=not_taken[one.trainer]) for name, one in request.methods.items()},
         answer_tokens=1.0,
         prompts=own["prompts"],
         pairs=own["pairs"],
@@ -131,7 +167,10 @@ def _define(request: Request, options: Any, devices: int) -> Definition:
 def _words_of(sweep: Sweep, run: Any, recipe: Path) -> list[str]:
     """The options of a run for a parser, with the recipe where it lies now."""
     words = split_options(sweep.train_command(run)[2:])[1]
-    return [str(recipe) if word == str(sweep.recipe) else word for word in words]
+    written = {
+        str(sweep.recipe_of(trainer)): str(recipe.with_name(sweep.recipe_of(trainer).name)) for trainer in TRAINERS
+    }
+    return [written.get(word, word) for word in words]
 
 
 def _find_issues_of_runs(parser: RecipeParser, sweep: Sweep, recipe: Path, known: Sequence[str]) -> list[str]:
@@ -148,9 +187,14 @@ def _find_issues_of_runs(parser: RecipeParser, sweep: Sweep, recipe: Path, known
     ]
 
 
-def _find_base_issues(options: Any) -> list[str]:
+def _find_base_issues(options: Any, sweep: Sweep) -> list[str]:
     """What the evaluation of the runs needs."""
+    others = [name for name, one in sweep.definition.methods.items() if one.trainer != "dpo"]
     table = [
+        (
+            others and options.truncation_mode != "keep_start",
+            f"`truncation_mode` must be keep_start beside {others}, whose trainers cut the end of a response.",
+        ),
         (
             str(options.eval_strategy) in ("no", "False", "IntervalStrategy.NO"),
             "`eval_strategy` must evaluate, for a sweep compares runs on held-out pairs, got `no`. Set "

@@ -150,12 +150,15 @@ def _read_methods(given: Any, issues: list[str]) -> dict[str, SweptMethod]:
             for name, options in item.items() if isinstance(item, dict) else [(str(item), None)]:
                 if options is not None:
                     options = typed(dict[str, str | int | float | bool], options, field=f"methods: {name}")
-                    found[name] = SweptMethod(name, options)
+                    beta = find_method(str(options["trainer"])).beta if "trainer" in options else None
+                    if beta is not None:
+                        beta = float(options.pop("beta", beta))
+                    found[name] = SweptMethod(name, options, beta=beta)
                     continue
                 method = find_method(name)
                 if method.rounds > 1:
                     raise ValueError(f"`{name}` is trained in rounds: use `sampo iterate`.")
-                found[name] = SweptMethod(method.title, method.options, method.beta_per_token)
+                found[name] = SweptMethod(method.title, method.options, method.beta_per_token, method.beta)
         except ValueError as error:
             issues.append(str(error))
     if wrong := [name for name in found if not name.replace("=", "").replace("_", "").replace(".", "").isalnum()]:

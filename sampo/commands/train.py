@@ -78,7 +78,7 @@ def make_trainer(
 
     Args:
         script_args: how the data is read.
-        training_args: a `SamPOConfig`.
+        training_args: a `SamPOConfig`, or the config of another trainer.
         model_args: TRL's `ModelConfig`.
         dataset_args: TRL's `DatasetMixtureConfig`.
         kind: a subclass of `SamPOTrainer` to make.
@@ -107,10 +107,8 @@ def make_trainer(
             check_model(script_args.ref_model_name_or_path, option="ref_model_name_or_path", trust_remote_code=trusts)
         data = load_data(script_args, training_args, dataset_args, processor)
 
-    from ..trainer import SamPOTrainer  # after the data, which is checked faster
-
     with _errors_in_one_line():
-        trainer = (kind or SamPOTrainer)(
+        trainer = (kind or _trainer_of(script_args.trainer))(
             args=training_args,
             train_dataset=data["train"],
             eval_dataset=data.get("test"),
@@ -119,6 +117,17 @@ def make_trainer(
         )
     trainer.dataset_name = script_args.dataset_name
     return trainer
+
+
+def _trainer_of(name: str) -> type:
+    """The class of a trainer; loaded after the data, which is checked faster."""
+    if name == "dpo":
+        from ..trainer import SamPOTrainer
+
+        return SamPOTrainer
+    from ..training.baselines import BASELINES
+
+    return BASELINES[name].trainer
 
 
 @contextlib.contextmanager
@@ -162,8 +171,9 @@ def _finish(trainer: Any, script_args: Any, *, model: str) -> None:
     trainer.save_model(folder)
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {folder}.")
-    if trainer.run_state.stop_reason is not None:
-        trainer.accelerator.print(trainer.run_state.stop_reason)
+    state = getattr(trainer, "run_state", None)  # of sampo's own trainer
+    if state is not None and state.stop_reason is not None:
+        trainer.accelerator.print(state.stop_reason)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")

@@ -83,9 +83,10 @@ def diagnosed_name(options: Mapping[str, Any]) -> str | None:
     """The row of `DIAGNOSED_METHODS` with the token weights of a method before training; None if there is none.
 
     Args:
-        options: of `SamPOConfig`. With `balance_end_token` the pressure is 0 by construction, so there is no row.
+        options: of `SamPOConfig`. With `balance_end_token` the pressure is 0 by construction, and the methods of other
+            trainers have no token weights, so there is no row.
     """
-    if "ld_alpha" in options or options.get("balance_end_token"):
+    if {"ld_alpha", "trainer"} & options.keys() or options.get("balance_end_token"):
         return None
     more = {name: options[name] for name in DiagnosedMethod._fields if name in options}
     name = DiagnosedMethod(options["token_weighting"], **more).name

@@ -6,4 +6,5 @@ SLOPE = "slope"  # as `length_penalty_start`: the logistic slope of preference o
 
 METHODS = {name: NAMED_METHODS[name] for name in ("dpo", "sampo", "sampo_rejected_learned")}  # of `sampo lab`
 METHODS |= plugin_methods()
-STUDY_METHODS = {**METHODS, **NAMED_METHODS}  # and of `studies/`
+# and of `studies/`, which train with sampo's trainer alone
+STUDY_METHODS = {**METHODS, **{name: one for name, one in NAMED_METHODS.items() if "trainer" not in one.options}}

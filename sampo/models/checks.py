@@ -6,12 +6,13 @@ Each function returns sentences, one per issue. Nothing is changed, and no weigh
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.chat import LIMIT, time_limit
+from ..data.token_ids import ID_COLUMNS
 from ..io.schemas import parse_json, typed
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
@@ -205,13 +206,16 @@ def find_tokenizer_issues(tokenizer: Any) -> list[str]:
     return issues
 
 
-def find_token_issues(datasets: Mapping[str, Any], *, vocabulary: int | None, tokenizer: Any) -> list[str]:
+def find_token_issues(
+    datasets: Mapping[str, Any], *, vocabulary: int | None, tokenizer: Any, columns: Sequence[str] = ID_COLUMNS
+) -> list[str]:
     """Check tokenised pairs: none left, ids outside the vocabulary of the model, two BOS tokens.
 
     Args:
-        datasets: Name -> data set with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        datasets: Name -> data set with these columns.
         vocabulary: Number of ids that the model knows, or None if that is unknown.
         tokenizer: Has made them.
+        columns: Of token ids, those of the prompts first.
     """
     import pyarrow.compute as pc
 
@@ -225,13 +229,13 @@ def find_token_issues(datasets: Mapping[str, Any], *, vocabulary: int | None, to
                 "`max_length`. Raise it."
             )
         doubled: list[int] = []
-        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-        for number, batch in enumerate(dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000)):
+        batches = dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000)
+        for number, batch in enumerate(batches):
             for column in columns:
                 top = pc.max(pc.list_flatten(batch.column(column))).as_py()
                 largest = max(largest, -1 if top is None else top)
             doubled += [
-                1000 * number + row for row, ids in enumerate(batch.column("prompt_ids")) if _begins_twice(ids, bos)
+                1000 * number + row for row, ids in enumerate(batch.column(columns[0])) if _begins_twice(ids, bos)
             ]
         if doubled:
             issues.append(

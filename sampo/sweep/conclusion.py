@@ -111,6 +111,12 @@ def _about_kl(lines: Lines) -> Iterator[str]:
 
 def _limits(lines: Lines) -> Iterator[str]:
     about = lines.about
+    if own := {line.config["method"]: line.config["beta"] for line in lines.methods if line.config.get("own_beta")}:
+        betas = ", ".join(f"`{method}` {beta:g}" for method, beta in own.items())
+        yield (
+            f"Beta is another quantity in the methods of TRL's other trainers, which have their own: {betas}. Their "
+            "accuracy, too, is that of DPO's implicit reward, which is not the reward of SimPO, CPO and ORPO."
+        )
     estimate = (
         f"mean of log π − log π_ref over answers sampled from each run at temperature 1, cut at {about['max_tokens']} "
         "tokens: an unbiased estimate of the KL of that distribution from the start"

@@ -24,11 +24,20 @@ class SweptMethod:
         title: the name in tables.
         options: of `sampo train`.
         beta_per_token: whether beta is multiplied by `answer_tokens` of the definition.
+        beta: its own in place of the grid's, for a method whose beta is another quantity.
+        not_taken: options of the base recipe and the command line that its trainer does not have.
     """
 
     title: str
     options: dict[str, Any]
     beta_per_token: bool = False
+    beta: float | None = None
+    not_taken: list[str] = field(default_factory=list)
+
+    @property
+    def trainer(self) -> str:
+        """The value of `trainer`."""
+        return str(self.options.get("trainer", "dpo"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class SweepRun:
     beta: float
     train_beta: float
     seed: int
+    has_own_beta: bool = False
 
     @property
     def cell(self) -> tuple[str, float, float]:
@@ -105,7 +115,12 @@ class Definition:
     def runs(self) -> list[SweepRun]:
         """All runs; those of the first seed first, so that all methods are seen early."""
         rates, betas = self.grid["learning_rate"], self.grid["beta"]
-        cells = itertools.product(range(self.seeds), rates, betas, self.methods.items())
+        product = itertools.product(range(self.seeds), rates, betas, self.methods.items())
+        cells = [  # a beta of its own is run once
+            (number, rate, beta if method.beta is None else method.beta, (name, method))
+            for number, rate, beta, (name, method) in product
+            if method.beta is None or beta == betas[0]
+        ]
         return [
             SweepRun(
                 name=f"{name.replace('=', '_')}-lr{rate:g}-beta{beta:g}-s{self.seed + number}",
@@ -116,6 +131,7 @@ class Definition:
                 beta=beta,
                 train_beta=beta * self.answer_tokens if method.beta_per_token else beta,
                 seed=self.seed + number,
+                has_own_beta=method.beta is not None,
             )
             for number, rate, beta, (name, method) in cells
         ]
@@ -146,7 +162,11 @@ class Sweep:
     @property
     def recipe(self) -> Path:
         """The base recipe, as it was at the start."""
-        return self.folder / "recipe.yaml"
+        return self.recipe_of("dpo")
+
+    def recipe_of(self, trainer: str) -> Path:
+        """The base recipe without the options that a trainer does not have."""
+        return self.folder / ("recipe.yaml" if trainer == "dpo" else f"recipe-{trainer}.yaml")
 
     @property
     def ref_cache(self) -> Path:
@@ -206,20 +226,41 @@ class Sweep:
         }
         words = [word for name, value in options.items() for word in (f"--{name}", _as_word(value))]
         launch = [word for name, value in self.definition.launch.items() for word in (f"--{name}", value)]
+        method = self.definition.methods[run.method]
         shared = ["--precompute_ref_log_probs", "true", "--ref_cache_dir", str(self.ref_cache)]
+        if method.trainer != "dpo":
+            shared = []
         again = ["--resume", "auto"] if resume else []
-        base = [*launch, "--config", str(self.recipe), *shared, *self.definition.words]
+        given = without_options(self.definition.words, method.not_taken)
+        base = [*launch, "--config", str(self.recipe_of(method.trainer)), *shared, *given]
         return ["sampo", "train", *base, *words, *again]
 
+    @property
+    def cached_runs(self) -> list[SweepRun]:
+        """The runs that share the cache of the reference."""
+        methods = self.definition.methods
+        return [run for run in self.definition.runs if methods[run.method].trainer == "dpo" and run.reads_cache]
+
     def cache_command(self) -> list[str]:
-        """Fill the cache for all runs: with the end token's probabilities if any of them needs those."""
-        runs = self.definition.runs
+        """Fill the cache for `cached_runs`: with the end token's probabilities if any of them needs those."""
+        runs = self.cached_runs
         run = next((one for one in runs if one.options.get("balance_end_token")), runs[0])
         return ["sampo", "cache", *self.train_command(run, resume=False)[2:]]
 
     def evaluate_command(self, names: list[str]) -> list[str]:
         """Evaluate runs, or the start, in one process."""
         return ["sampo", "sweep", "--evaluate", str(self.folder), *names]
+
+
+def without_options(words: list[str], names: list[str]) -> list[str]:
+    """Words of a command line without some options and their values."""
+    kept, keeps = [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = word.split("=")[0].lstrip("-").replace("-", "_") not in names
+        if keeps:
+            kept.append(word)
+    return kept
 
 
 def _as_word(value: Any) -> str:

@@ -87,6 +87,8 @@ def _describe_sweep(sweep: Sweep) -> dict[str, Any]:
 
 def _describe_run(run: SweepRun) -> dict[str, Any]:
     options = {"method": run.method, "title": run.title, "options": run.options}
+    if run.has_own_beta:
+        options["own_beta"] = True
     return {**options, "learning_rate": run.learning_rate, "beta": run.beta, "train_beta": run.train_beta}
 
 
@@ -115,7 +117,8 @@ def compare_methods(cells: dict[tuple[str, float, float], list[Evaluated]]) -> I
     p-values are adjusted by Holm for all duels of one quality.
     """
     names = {cell: cell_name(*cell) for cell in cells}
-    pairs = [(a, b) for a, b in combinations(cells, 2) if a[1:] == b[1:]]
+    own = {cell for cell, seeds in cells.items() if seeds[0].run.has_own_beta}
+    pairs = [(a, b) for a, b in combinations(cells, 2) if a[1] == b[1] and (a[2] == b[2] or own & {a, b})]
     for quality, compare in QUALITIES.items():
         compared = {names[cell]: one for cell, seeds in cells.items() if (one := compare(seeds)) is not None}
         if not compared:

@@ -98,10 +98,9 @@ class SweepRunner:
 
     def _prepare(self) -> None:
         todo = []
-        command = self.sweep.cache_command()
-        reading = [run for run in self._runs.values() if run.reads_cache]
-        if self.state.cached_by != command and not all(map(self.sweep.is_trained, reading)):
-            todo.append(("cache", [START], command))
+        cached = self.sweep.cached_runs
+        if not all(map(self.sweep.is_trained, cached)) and self.state.cached_by != self.sweep.cache_command():
+            todo.append(("cache", [START], self.sweep.cache_command()))
         if not self.sweep.is_evaluated(START):
             todo.append(("evaluate", [START], self.sweep.evaluate_command([START])))
         while todo or self._tasks:
@@ -172,7 +171,7 @@ class SweepRunner:
         elif task.kind == "cache":
             self.state.cached_by = self.sweep.cache_command()
             self.state.cached_rows, self.state.cache_seconds = count_cached_rows(self.sweep), round(seconds, 1)
-            runs = sum(run.reads_cache for run in self._runs.values())
+            runs = len(self.sweep.cached_runs)
             self._say(
                 f"reference scored: {self.state.cached_rows:,} pairs in {seconds:.0f} s, shared by {runs} runs, so "
                 f"{(runs - 1) * self.state.cached_rows:,} passes of pairs through the reference are not computed again"

@@ -102,7 +102,7 @@ def read_state_file(folder: Path) -> SweepState | None:
     path = folder / STATE_FILE
     try:
         with named(path, "Restore it, or move the folder away"):
-            return typed(SweepState, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
+            return typed(SweepState, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))))
     except FileNotFoundError:
         return None
     except (OSError, WrongFile) as error:

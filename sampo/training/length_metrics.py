@@ -43,8 +43,12 @@ class LengthSums:
         for name, values in columns.items():
             self.columns[name] = self.columns.get(name, 0.0) + float(values.sum())
 
-    def metrics(self) -> dict[str, float]:
-        """The metrics of docs/metrics.md, without those that are undefined (such as a correlation of one pair)."""
+    def metrics(self, *, by_class: bool = False) -> dict[str, float]:
+        """The metrics of docs/metrics.md, without those that are undefined (such as a correlation of one pair).
+
+        Args:
+            by_class: with the accuracy where the chosen response is longer, and where it is shorter.
+        """
         sums = self.columns
         if not sums:
             return {}
@@ -56,8 +60,10 @@ class LengthSums:
             "length/selected": sums["selected_tokens"] / tokens if tokens else 0.0,
         }
         metrics |= self._of_margin("margin", prefix="")
+        if by_class:
+            metrics |= self._accuracies("margin", prefix="")
         if "dpo_margin" in sums:
-            metrics |= self._accuracies("margin", prefix="") | self._accuracies("dpo_margin", prefix="dpo/")
+            metrics |= self._accuracies("dpo_margin", prefix="dpo/")
             metrics |= self._of_margin("dpo_margin", prefix="dpo/")
         if "pressure" in sums:
             metrics["length_gap/pressure"] = sums["pressure"] / n
@@ -118,13 +124,22 @@ class LengthRecorder:
             columns["dpo_margin"] = margins(self._beta, (scored.logps.detach() - scored.ref_logps).sum(dim=1))
         if scored.pressure is not None:
             columns["pressure"] = scored.pressure
+        self.add(columns, mode)
+
+    def add(self, columns: dict[str, Tensor], mode: str) -> None:
+        """Add the pairs of a batch by their columns.
+
+        Args:
+            columns: `(B,)` each, as `LengthSums.add` takes them.
+            mode: `train` or `eval`.
+        """
         rows = self._gather(torch.stack([column.float() for column in columns.values()], dim=1))  # (B, columns)
         self.sums[mode].add(dict(zip(columns, rows.cpu().double().numpy().T, strict=True)))
 
     def take_metrics(self, mode: str) -> dict[str, float]:
         """The metrics since the last call."""
         sums, self.sums[mode] = self.sums[mode], LengthSums()
-        return sums.metrics()
+        return sums.metrics(by_class=mode == "eval")
 
     def state(self) -> dict[str, float]:
         """The sums of the training's open window, for a checkpoint."""

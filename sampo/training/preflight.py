@@ -14,6 +14,7 @@ from ..checkpointing.files import find_output_folder_issue
 from ..config import SamPOConfig
 from ..data.end_tokens import ResponseEnds, end_token_ids
 from ..data.lengths import TokenCounts
+from ..data.token_ids import ID_COLUMNS
 from ..data.validate import check_preferences
 from ..logs import get_logger, show_logs
 from ..models.checks import find_token_issues, find_vocabulary_issues
@@ -84,17 +85,18 @@ def check_tokens(trainer: Any) -> None:
     Raises:
         ValueError: such tokens.
     """
-    models = [each for each in (trainer.model, trainer.ref_model) if each is not None]
+    models = [each for each in (trainer.model, getattr(trainer, "ref_model", None)) if each is not None]
     # DeepSpeed's engine has a config of its own
     configs = [trainer.accelerator.unwrap_model(each).config for each in models]
     sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in configs]
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    columns = getattr(trainer, "id_columns", ID_COLUMNS)
     known = {
         name: dataset
         for name, dataset in {"train": trainer.train_dataset, **sets}.items()
-        if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names
+        if isinstance(dataset, Dataset) and columns[0] in dataset.column_names
     }
-    issues = find_token_issues(known, vocabulary=sizes[0], tokenizer=trainer._tokenizer)
+    issues = find_token_issues(known, vocabulary=sizes[0], tokenizer=trainer._tokenizer, columns=columns)
     issues += find_vocabulary_issues(sizes[0], sizes[-1])
     if issues:
         raise ValueError(" ".join(issues))

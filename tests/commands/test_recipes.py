@@ -42,8 +42,8 @@ ORDER = [
     *("model_name_or_path", "dtype", "chat_template", "use_peft", "load_in_4bit", "lora_r", "lora_alpha"),
     *("use_dora", "use_rslora", "lora_dropout", "lora_target_modules"),
     *("dataset_name", "dataset_train_split", "dataset_test_split", "on_bad_rows"),
-    *("token_weighting", "sampled_sides", "token_budget", "balance_end_token", "length_penalty", "dpop_lambda"),
-    *("tdpo", "tdpo_alpha", "precompute_ref_log_probs", "beta"),
+    *("trainer", "token_weighting", "sampled_sides", "token_budget", "balance_end_token", "length_penalty"),
+    *("dpop_lambda", "tdpo", "tdpo_alpha", "precompute_ref_log_probs", "beta", "simpo_gamma", "cpo_alpha"),
     *("rounds", "data", "reference"),
     *("pair_stream", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps"),
@@ -60,7 +60,9 @@ VARIANTS = {
     "recommended": ("full", {"sampled_sides", "token_budget", "balance_end_token", "length_penalty"}),
 }
 ITERATIVE = [name for name in RECIPES if name.endswith("iterative")]
-SINGLE = [name for name in RECIPES if kind_of(name) not in VARIANTS and method_of(name) not in BASELINES]
+TRAINERS = ("cpo", "kto", "orpo", "simpo")  # of TRL
+OTHER_TRAINERS = [name for name in RECIPES if method_of(name) in TRAINERS]
+SINGLE = [name for name in RECIPES if kind_of(name) not in VARIANTS and method_of(name) not in (*BASELINES, *TRAINERS)]
 NEEDS_NO_REMARK = {"model_name_or_path", "dataset_train_split", "dataset_test_split", "output_dir"}
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -96,7 +98,8 @@ def test_each_model_has_full_and_lora_for_sampo_and_dpo():
     assert sorted(f"{model}/{kind}" for model in MODELS for kind in kinds) == SINGLE
     assert len(SINGLE) == 28
     assert len(ITERATIVE) == 4
-    assert len(RECIPES) == 28 + 4 + 3 + 3 + len(BASELINES)
+    assert [f"smollm2-135m-instruct/{name}_full" for name in TRAINERS] == OTHER_TRAINERS
+    assert len(RECIPES) == 28 + 4 + 3 + 3 + len(BASELINES) + len(TRAINERS)
     assert len(list((ROOT / "recipes").rglob("*.y*ml"))) == len(RECIPES)
 
 
@@ -104,11 +107,16 @@ def test_each_model_has_full_and_lora_for_sampo_and_dpo():
 def test_a_recipe_parses_and_means_what_its_name_says(name):
     script, training, model, mixture = parse(name)
     method, kind = name.split("/")[1].split("_")
-    assert training.token_weighting == {"sampo": "sampo"}.get(method, "all")
+    if name in OTHER_TRAINERS:
+        assert (script.trainer, hasattr(training, "token_weighting")) == (method, False)
+    else:
+        assert training.token_weighting == {"sampo": "sampo"}.get(method, "all")
     assert model.use_peft == kind.endswith(("lora", "dora"))
     assert not mixture.datasets
     written = {key: value for key, value in read(name).items() if key not in ITERATE_OPTIONS}
     assert written.pop("load_in_4bit", False) == (kind == "qlora")
+    if method == "kto":  # whose batches are of responses
+        written |= {key: 2 * written[key] for key in written if key.endswith("batch_size")}
     together = {**vars(script), **vars(model), **vars(training)}
     for key in ("learning_rate", "warmup_steps", "eval_steps", "save_steps"):
         assert together[key] == float(written.pop(key)), key
@@ -131,7 +139,16 @@ def test_the_dpo_counterpart_differs_in_method_and_place_alone(name):
     assert {key for key in ours if ours[key] != counterpart[key]} == {"token_weighting", "output_dir"}
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SINGLE])
+@pytest.mark.parametrize("name", OTHER_TRAINERS)
+def test_a_recipe_of_another_trainer_has_the_budget_of_dpo(name):
+    ours, counterpart = read(name), read(f"{name.split('/')[0]}/dpo_full")
+    differ = {key for key in ours.keys() | counterpart.keys() if ours.get(key) != counterpart.get(key)}
+    assert differ <= {"trainer", "token_weighting", "beta", "simpo_gamma", "cpo_alpha", "output_dir"}
+    (line,) = [line for line in header(name) if line.startswith("# Compare:    dpo_full.yaml ")]
+    assert set(re.findall(r"`(\w+)`", line)) == differ
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*SINGLE, *OTHER_TRAINERS)])
 def test_a_variant_differs_from_its_counterpart_in_what_its_name_says(name):
     kind, method = kind_of(name), method_of(name)
     kind, (counterpart, keys) = (method, ("dpo", BASELINES[method])) if method in BASELINES else (kind, VARIANTS[kind])

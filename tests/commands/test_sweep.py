@@ -298,6 +298,59 @@ def test_a_definition_may_grow_and_nothing_else():
     assert {run.train_beta for run in new.runs if run.method == "mean"} == {5.0}  # 0.1 times the mean length
 
 
+def test_a_method_of_another_trainer_has_its_beta_its_recipe_and_no_cache(tmp_path):
+    methods = {
+        "dpo": SweptMethod("DPO", {"token_weighting": "all"}, not_taken=["simpo_gamma"]),
+        "simpo": SweptMethod("SimPO", {"trainer": "simpo"}, beta=2.0, not_taken=["pair_stream", "ref_cache_check"]),
+    }
+    words = ["--pair_stream", "false", "--max_steps", "3", "--ref_cache_check=0", "--simpo_gamma", "0.5"]
+    grid = {"learning_rate": [1e-6, 2e-6], "beta": [0.1, 0.2]}
+    sweep = Sweep(tmp_path, make_definition(methods=methods, grid=grid, words=words, seeds=1))
+    runs = sweep.definition.runs
+    assert [run.name for run in runs if run.method == "simpo"] == ["simpo-lr1e-06-beta2-s1", "simpo-lr2e-06-beta2-s1"]
+    assert [run.method for run in sweep.cached_runs] == ["dpo"] * 4
+    dpo, simpo = (sweep.train_command(run) for run in runs[:2])
+    assert dpo[2:4] == ["--config", str(tmp_path / "recipe.yaml")]
+    assert simpo[2:4] == ["--config", str(tmp_path / "recipe-simpo.yaml")]
+    assert simpo[4:8] == ["--max_steps", "3", "--simpo_gamma", "0.5"]
+    assert "--pair_stream false --max_steps 3 --ref_cache_check=0 --seed" in " ".join(dpo)
+    assert "--precompute_ref_log_probs" in dpo
+    assert not {"--precompute_ref_log_probs", "--ref_cache_dir"} & set(simpo)
+    assert " ".join(simpo).endswith(
+        f"--beta 2 --trainer simpo --output_dir {sweep.run_folder(runs[1].name)} --resume auto"
+    )
+
+
+def test_options_of_other_trainers_are_sorted_into_their_recipes(place, capsys):
+    words = write_config(
+        place, "wrong", "simpo", "dpo", simpo_gamma=0.7, desirable_weight=2, truncation_mode="keep_end"
+    )
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "2 issues" in said
+    assert "`desirable_weight` in" in said
+    assert "It is of `trainer: kto`." in said
+    assert "`truncation_mode` must be keep_start beside ['simpo']" in said
+    assert cli.main([*write_config(place, "preview", "simpo", "dpo", simpo_gamma=0.7), "--dry_run"]) == 0
+    assert "simpo-lr0.001-beta2-s7" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_methods_of_other_trainers_run_beside_dpo_with_the_same_budget(place):
+    words = write_config(place, "others", "dpo", "simpo", "orpo=0.3", "kto", simpo_gamma=0.7)
+    assert cli.main(words) == 0
+    folder = place / "others"
+    assert [record.value for record in numbers(folder) if record.name == "sweep/steps"] == [8.0] * 4
+    table = (folder / "table.md").read_text()
+    assert "4 runs with equal budget: 8 optimiser steps each" in table
+    assert "which have their own: `simpo` 2, `orpo=0.3` 0.3, `kto` 0.1." in table
+    duels = {(r.config["first"], r.config["second"]) for r in numbers(folder) if r.name == "sweep/p_holm"}
+    assert ("dpo lr 0.001 beta 0.1", "simpo lr 0.001 beta 2") in duels
+    assert yaml.safe_load((folder / "recipe-simpo.yaml").read_text())["simpo_gamma"] == 0.7
+    assert "pair_stream" not in yaml.safe_load((folder / "recipe-simpo.yaml").read_text())
+    assert "simpo_gamma" not in yaml.safe_load((folder / "recipe.yaml").read_text())
+
+
 def test_jobs_get_their_share_of_the_devices(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     four = ["0", "1", "4", "5"]
