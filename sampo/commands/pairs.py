@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..pairs.files import beside, check_pairs_path
 
     check_pairs_path(args.out)
-    settings = _settings(args)
+    settings = choice_settings(args)
     systems = [read_answers(path) for path in args.answers]
     if args.n is not None:
         drawn = drawn_prompts((a.prompt_id for answers in systems for a in answers), args.n, args.seed)
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _settings(args: argparse.Namespace) -> "ChoiceSettings":
+def choice_settings(args: argparse.Namespace) -> "ChoiceSettings":
     """The settings of the rule.
 
     Raises:

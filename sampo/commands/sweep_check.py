@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sweep.plan import GRID, Definition, RefusedSweep, Sweep
-from ..training.rounds import hash_data, hash_model
+from ..training.round_results import hash_data, hash_model
 from .launch import split_options
 from .option_checks import is_adapter
 from .options import RecipeParser, listed
