@@ -122,10 +122,8 @@ def test_rounds_that_were_killed_in_every_step_end_with_the_weights_of_rounds_th
             assert texts[0] == texts[1]
     first, second = state_of(place / "whole")["rounds"]
     assert first["metrics"]["on_policy"]["eval_win_rate"] is not None
-    shards = [
-        {row["prompt"] for row in read_rows(place / "whole" / f"round-{n}" / "onpolicy" / "answers.jsonl")}
-        for n in (1, 2)
-    ]
+    files = [place / "whole" / f"round-{number}" / "onpolicy" / "answers.jsonl" for number in (1, 2)]
+    shards = [{row["prompt"] for row in read_rows(path)} for path in files]
     assert not shards[0] & shards[1]
     assert len(shards[0] | shards[1]) == 24
     assert all(shard_of_prompt(prompt, 2) == number for number in (1, 2) for prompt in shards[number - 1])
