@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="delete the cache of reference log-probs (`precompute_ref_log_probs`) that a round has made when no "
         "later round can use it",
     )
-    iterate_onpolicy.add_options(parser)
+    iterate_onpolicy.add_on_policy_options(parser)
     plugins.add_option(parser)
     return parser
 

@@ -10,7 +10,7 @@ from ..training.rounds import Plan, Round
 from .options import ON_POLICY_OPTIONS
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_on_policy_options(parser: argparse.ArgumentParser) -> None:
     """Add the group of options."""
     group = parser.add_argument_group("on-policy rounds")
     group.add_argument(
