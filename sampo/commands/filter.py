@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = {"data": Path(args.data).name, "filters": ", ".join(steps), "seed": args.seed}
     page = beside(args.out, "md")
     command = format_arguments(make_parser(), args)
-    write_atomic(page, card.write_card("Filtered pairs", settings, tables, sentences, command))
+    write_atomic(page, card.write_pairs_card("Filtered pairs", settings, tables, sentences, command))
     show(*tables)
     say("", *sentences, f"Written: {args.out}, {page}")
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from ..data.columns import read_columns
 from ..data.issues import ON_BAD_ROWS
+from ..data.subsets import shard_of_prompt
 from ..evaluation.answers.generate import Sampling
 from ..evaluation.texts import FORMATS
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
 from .next_steps import after_generating, show_next
+from .option_checks import read_shard
 from .pair_options import COLUMNS_HELP
 from .shown import say
 
@@ -35,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, type=Path, help="JSONL file of answers")
     parser.add_argument("--split", help="of the prompts, such as `test[:100]`")
+    parser.add_argument("--prompt_shard", metavar="K/N", help="part K of N of the prompts, by a hash of each prompt")
     parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=COLUMNS_HELP)
     parser.add_argument("--on_bad_rows", default="error", choices=ON_BAD_ROWS, help="rows without a prompt")
     parser.add_argument(
@@ -98,6 +101,9 @@ def main(args: argparse.Namespace) -> None:
             columns=read_columns(args.columns),
             text_as_messages=args.text_as_messages,
         )
+        if args.prompt_shard:
+            shard, shards = read_shard(args.prompt_shard)
+            questions = [one for one in questions if shard_of_prompt(one.prompt, shards) == shard]
         questions, backend, endpoint = _backend(args, questions)
         with ExitStack() as stack:
             advance = stack.enter_context(progress("answers"))

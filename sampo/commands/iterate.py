@@ -12,6 +12,8 @@ from typing import Any
 
 from .. import plugins
 from ..io.locks import FolderInUseError
+from ..training.onpolicy import OnPolicyPlan
+from ..training.round_results import hash_data, hash_model
 from ..training.rounds import (
     DATA,
     OF_THE_MACHINE,
@@ -20,16 +22,15 @@ from ..training.rounds import (
     RefusedIteration,
     Round,
     RoundFailed,
-    hash_data,
-    hash_model,
     iterate,
 )
+from . import iterate_onpolicy
 from .launch import split_options
 from .option_checks import is_adapter
 from .options import ITERATE_OPTIONS, OF_TRAIN
 from .options import make_parser as make_train_parser
 
-DEFAULTS: dict[str, Any] = {"data": "full", "reference": "previous", "remove_old_caches": False}
+DEFAULTS: dict[str, Any] = {"reference": "previous", "remove_old_caches": False}
 ON_ONE_MACHINE = {"accelerate_config", "num_processes", *OF_THE_MACHINE}  # of the launcher's options
 SET_BY_US = (
     *("ref_model_name_or_path", "ref_model_revision", "prompt_shard", "split_seed"),
@@ -51,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--data",
         choices=DATA,
         help="`full` (default): each round trains on all pairs. `shards`: each round trains on another part of the "
-        "prompts, and all rounds together use each pair once per epoch",
+        "prompts, and all rounds together use each pair once per epoch. With `on_policy` the prompts are meant, and "
+        "`shards` is the default",
     )
     parser.add_argument(
         "--reference",
@@ -65,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="delete the cache of reference log-probs (`precompute_ref_log_probs`) that a round has made when no "
         "later round can use it",
     )
+    iterate_onpolicy.add_on_policy_options(parser)
     plugins.add_option(parser)
     return parser
 
@@ -74,7 +77,7 @@ def run(argv: list[str]) -> int:
     own, rest = make_parser().parse_known_args(argv)
     try:
         plan, cleans = make_plan({name: value for name, value in vars(own).items() if value is not None}, rest)
-        rounds = iterate(plan, _say, after=cleans)
+        rounds = iterate(plan, _say, after=cleans, measure=lambda one: iterate_onpolicy.measure_round(plan, one))
     except (RefusedIteration, FolderInUseError, RoundFailed) as error:
         print(f"sampo iterate: error: {error}", file=sys.stderr)
         return error.status if isinstance(error, RoundFailed) else 2
@@ -98,13 +101,20 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
     launch, rest = split_options(argv)
     parser = make_train_parser(prog="sampo iterate")
     parser.not_ours = set(ITERATE_OPTIONS)
-    recipe, options = parser.read(rest)
+    recipe = parser.config_of(rest)
     own = {**DEFAULTS, **{key: recipe[key] for key in ITERATE_OPTIONS if key in recipe}, **own}
-    if issues := _find_issues(own, launch, options):
+    on_policy = own.get("on_policy") or False
+    own.setdefault("data", "shards" if on_policy else "full")
+    options = parser.read([*rest, *(["--dataset_name", "pairs.jsonl"] if on_policy else [])])[1]
+    issues = _find_issues(own, launch, options)
+    if issues := [*issues, *iterate_onpolicy.find_on_policy_issues(own, recipe, rest)]:
         raise RefusedIteration(" ".join(issues))
     removes = own.pop("remove_old_caches")
-    plan = Plan(
+    further = iterate_onpolicy.take_fields(own, options)
+    make: Callable[..., Plan] = OnPolicyPlan if on_policy else Plan
+    plan = make(
         **own,
+        **further,
         output_dir=options.output_dir,
         model=options.model_name_or_path,
         revision=options.model_revision,
@@ -115,7 +125,7 @@ def make_plan(own: dict[str, Any], argv: list[str]) -> tuple[Plan, Callable[[Rou
         recipe={key: value for key, value in recipe.items() if key not in ITERATE_OPTIONS},
         words=_without_config(rest),
         launch=launch,
-        inputs=_hash_inputs(options),
+        inputs=_hash_inputs(options, further),
     )
     if not (removes and options.precompute_ref_log_probs):
         return plan, None
@@ -199,11 +209,11 @@ def _without_config(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _hash_inputs(options: Any) -> dict[str, str]:
-    """Hash the first model and the data, where they are local."""
+def _hash_inputs(options: Any, further: dict[str, Any]) -> dict[str, str]:
+    """Hash the first model and the data, or the prompts, where they are local."""
     found = {"model": hash_model(options.model_name_or_path)}
-    if options.dataset_name:
-        found["data"] = hash_data(Path(options.dataset_name))
+    data = {name: further[name] for name in ("prompts", "eval_prompts")} if further else {"data": options.dataset_name}
+    found |= {name: hash_data(Path(path)) for name, path in data.items() if path}
     return {name: digest for name, digest in found.items() if digest}
 
 
@@ -215,7 +225,7 @@ def summarise_round(one: Round) -> str:
         if entry is not None:
             loss, margin = entry.get(f"{prefix}loss"), entry.get(f"{prefix}rewards/margins")
             words.append(f"{title} loss {loss:.4f}" + (f", margin {margin:.4f}" if margin is not None else ""))
-    return "; ".join(words)
+    return "; ".join([*words, *iterate_onpolicy.describe_measures(one.metrics)])
 
 
 def _say(line: str) -> None:

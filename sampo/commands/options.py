@@ -30,7 +30,8 @@ from .yaml_values import check_env, find_wrong_shapes
 DRY_RUN = ("--dry_run", "--dry-run")
 TRAINS_ALL = ("sampo train", "sampo sweep")
 TRAINERS = ("dpo", "cpo", "simpo", "orpo", "kto")
-ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches")  # of `sampo iterate`, in the YAML file too
+ON_POLICY_OPTIONS = ("on_policy", "prompts", "eval_prompts", "generate", "judge", "pairs")
+ITERATE_OPTIONS = ("rounds", "data", "reference", "remove_old_caches", *ON_POLICY_OPTIONS)  # in the YAML file too
 OF_TRAIN = "`sampo train --help` prints the most used options of the training, `--help_all` all of them."
 
 
@@ -342,6 +343,10 @@ class RecipeParser(TrlParser):
         if issues:
             self.error(listed(issues))
         return config, namespace
+
+    def config_of(self, args: list[str]) -> dict[str, Any]:
+        """What the YAML file among the arguments holds."""
+        return self._read_config(self._find_config(args))[0]
 
     def _find_config(self, args: list[str]) -> list[str]:
         """Arguments with `--config PATH`, as TRL's parser needs it, for `--config=PATH` and for names of recipes."""

@@ -16,13 +16,13 @@ from .shown import say, show
 if TYPE_CHECKING:
     from ..pairs.choice import ChoiceSettings
     from ..pairs.make import MadePairs, PromptAnswers
-    from ..pairs.scores import EmptyControl, Scores
+    from ..pairs.scores import EmptyControl, JudgeScores
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     from ..pairs.choice import CHOICES
-    from ..pairs.make import LENGTH_UNITS
+    from ..pairs.make import CHOICE_UNITS
     from ..pairs.scores import SCHEDULES
 
     parser = argparse.ArgumentParser(
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="lengths differ by at most this, for `length_matched` (10%%) and `capped` (100)",
     )
     parser.add_argument(
-        "--length_unit", default="auto", choices=LENGTH_UNITS, help="`auto`: tokens where they are known, else words"
+        "--length_unit", default="auto", choices=CHOICE_UNITS, help="`auto`: tokens where they are known, else words"
     )
     parser.add_argument("--use_cut", action="store_true", help="use answers that were cut off, too")
     parser.add_argument("--schedule", default="all", choices=list(SCHEDULES), help="of a judge of two answers")
@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..pairs.files import beside, check_pairs_path
 
     check_pairs_path(args.out)
-    settings = _settings(args)
+    settings = choice_settings(args)
     systems = [read_answers(path) for path in args.answers]
     if args.n is not None:
         drawn = drawn_prompts((a.prompt_id for answers in systems for a in answers), args.n, args.seed)
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _settings(args: argparse.Namespace) -> "ChoiceSettings":
+def choice_settings(args: argparse.Namespace) -> "ChoiceSettings":
     """The settings of the rule.
 
     Raises:
@@ -150,7 +150,7 @@ def _choice_words(choice: str, settings: "ChoiceSettings") -> dict[str, Any]:
     }
 
 
-def _score(args: argparse.Namespace, judge: Any, groups: list[list[Any]], journal: Path) -> "Scores":
+def _score(args: argparse.Namespace, judge: Any, groups: list[list[Any]], journal: Path) -> "JudgeScores":
     from ..pairs import scores
     from .progress import progress
 
@@ -174,7 +174,7 @@ def _write(
     args: argparse.Namespace,
     prompts: list["PromptAnswers"],
     made: "MadePairs",
-    found: "Scores",
+    found: "JudgeScores",
     control: "EmptyControl | None",
     about: dict[str, Any],
 ) -> None:
@@ -209,7 +209,9 @@ def _write(
         sentences.append(f"Some pairs cannot be trained on as they are: {error}")
     files = ", ".join(path.name for path in args.answers)
     command = format_arguments(make_parser(), args)
-    write_atomic(page, card.write_card("Preference pairs", {"answers": files, **about}, tables, sentences, command))
+    write_atomic(
+        page, card.write_pairs_card("Preference pairs", {"answers": files, **about}, tables, sentences, command)
+    )
     show(*tables)
     say("", *sentences, f"Written: {args.out}, {account}, {page}")
 
@@ -224,7 +226,7 @@ def _left_out(prompts: list["PromptAnswers"]) -> str:
     return f"Answers left out: {', '.join(f'{count:,} {what}' for what, count in left.items())}."
 
 
-def _judge_sentences(found: "Scores", control: "EmptyControl | None") -> list[str]:
+def _judge_sentences(found: "JudgeScores", control: "EmptyControl | None") -> list[str]:
     lines = []
     if found.orders_agree is not None:
         lines.append(f"Both orders name the same winner in {found.orders_agree:.1%} of {found.asked:,} comparisons.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..io.files import write_atomic
 from ..sweep.plan import GRID, Definition, RefusedSweep, Sweep
-from ..training.rounds import hash_data, hash_model
+from ..training.round_results import hash_data, hash_model
 from .launch import split_options
 from .option_checks import is_adapter
 from .options import TRAINERS, RecipeParser, listed

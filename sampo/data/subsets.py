@@ -49,6 +49,11 @@ def shard_by_prompt(dataset: "Dataset", shard: int, shards: int, seed: int = 42)
     return dataset.select(rows)
 
 
+def shard_of_prompt(prompt: Any, shards: int, seed: int = 42) -> int:
+    """The shard 1, 2, … `shards` of a prompt, as `shard_by_prompt` assigns it."""
+    return int(_hash_prompt(prompt, f"shard {seed}") * shards) + 1
+
+
 def select_by_length(dataset: "Dataset", which: str, *, tokenizer: Any = None, seed: int = 42) -> "Dataset":
     """Keep the pairs of one length split (SamPO, arXiv 2406.10957, Table 1), in their order.
 

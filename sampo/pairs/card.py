@@ -49,7 +49,7 @@ def _doubled(value: float | None) -> str:
     return "–" if value is None else f"{value * log(2):+.3g}"
 
 
-def write_card(
+def write_pairs_card(
     title: str, settings: Mapping[str, Any], tables: Sequence[Table], sentences: Sequence[str], command: str
 ) -> str:
     """A Markdown page.

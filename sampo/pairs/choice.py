@@ -15,7 +15,7 @@ from scipy import stats
 
 from ..stats.intervals import Estimate, undefined
 
-ROUNDING = 1e-9  # of the spread of the scores; what is left of it is no preference
+NOISE = 1e-9  # of the spread of the scores; what is left of it is no preference
 Pick = tuple[int, int]  # positions of the chosen and of the rejected answer
 
 
@@ -80,12 +80,12 @@ class ChoiceSettings:
             raise ValueError(f"`share` must be above 0 and at most 1, got {self.share}.")
 
 
-def best_worst(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
+def choose_best_worst(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
     """The best answer and the worst one (SimPO, arXiv 2405.14734, section 3)."""
     return [[_extremes(one.scores)] for one in prompts]
 
 
-def best_random(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
+def choose_best_random(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
     """The best answer, and a random one with a lower score."""
     picks = []
     for one in prompts:
@@ -96,7 +96,7 @@ def best_random(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list
     return picks
 
 
-def max_margin(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
+def choose_max_margin(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
     """The best answer and the worst one, of the share of prompts in which their scores differ most."""
     spread = [float(np.ptp(one.scores)) for one in prompts]
     first = sorted(range(len(prompts)), key=lambda number: (-spread[number], prompts[number].prompt_id))
@@ -104,12 +104,12 @@ def max_margin(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[
     return [[_extremes(one.scores)] if number in kept else [] for number, one in enumerate(prompts)]
 
 
-def all_above(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
+def choose_all_above(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
     """Every two answers whose scores differ by more than the margin."""
     return [_pairs(one.scores[:, None] - one.scores[None, :] > settings.margin) for one in prompts]
 
 
-def length_matched(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
+def choose_length_matched(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
     """Of the answers whose lengths are within the limit, the two whose scores differ most."""
     picks = []
     for one in prompts:
@@ -120,18 +120,18 @@ def length_matched(prompts: Sequence[Candidates], settings: ChoiceSettings) -> l
     return picks
 
 
-def length_regressed(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
+def choose_length_regressed(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
     """The best answer and the worst one after the judge's own slope on log length is subtracted from all scores.
 
     The slope is that of `fit_length_slope`; it is 0 where all answers to each prompt are equally long.
     """
     slope = fit_length_slope(prompts).value or 0.0
     rest = [one.scores - slope * np.log(one.lengths) for one in prompts]
-    spread = [np.ptp(scores) > ROUNDING * np.ptp(one.scores) for scores, one in zip(rest, prompts, strict=True)]
+    spread = [np.ptp(scores) > NOISE * np.ptp(one.scores) for scores, one in zip(rest, prompts, strict=True)]
     return [[_extremes(scores)] if differ else [] for scores, differ in zip(rest, spread, strict=True)]
 
 
-def capped(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
+def choose_capped(prompts: Sequence[Candidates], settings: ChoiceSettings) -> list[list[Pick]]:
     """The best answer and the worst one, if their lengths are within the limit (Olmo 3, arXiv 2512.13961, 5.3.1)."""
     picks = [_extremes(one.scores) for one in prompts]
     lengths = [one.lengths[list(pick)] for one, pick in zip(prompts, picks, strict=True)]
@@ -154,13 +154,13 @@ class ChoiceRule:
 
 
 CHOICES = {
-    "best_worst": ChoiceRule(best_worst),
-    "best_random": ChoiceRule(best_random),
-    "max_margin": ChoiceRule(max_margin, ("share",)),
-    "all_above": ChoiceRule(all_above, ("margin",)),
-    "length_matched": ChoiceRule(length_matched, ("limit",), "10%"),
-    "length_regressed": ChoiceRule(length_regressed),
-    "capped": ChoiceRule(capped, ("limit",), "100"),
+    "best_worst": ChoiceRule(choose_best_worst),
+    "best_random": ChoiceRule(choose_best_random),
+    "max_margin": ChoiceRule(choose_max_margin, ("share",)),
+    "all_above": ChoiceRule(choose_all_above, ("margin",)),
+    "length_matched": ChoiceRule(choose_length_matched, ("limit",), "10%"),
+    "length_regressed": ChoiceRule(choose_length_regressed),
+    "capped": ChoiceRule(choose_capped, ("limit",), "100"),
 }
 
 

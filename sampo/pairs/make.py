@@ -20,7 +20,7 @@ from ..evaluation.judging.judges import Score
 from ..stats.intervals import Estimate
 from .choice import CHOICES, Candidates, ChoiceSettings, Pick, fit_length_slope
 
-LENGTH_UNITS = ("auto", "tokens", "words", "characters")
+CHOICE_UNITS = ("auto", "tokens", "words", "characters")
 # status of a prompt → its description; each prompt has one
 STATUSES = {
     "used": "prompts with a pair",

@@ -33,7 +33,7 @@ from ..stats.intervals import Estimate, rate_interval
 
 AT_ONCE = 512  # answers that are scored before their scores are written
 NOT_COMPARED = "not_compared"  # failure of an answer without any comparison that succeeded
-Groups = Sequence[Sequence[Answer]]  # the answers to each prompt, two or more
+AnswerGroups = Sequence[Sequence[Answer]]  # the answers to each prompt, two or more
 Two = tuple[int, int, int]  # number of a prompt, positions of two of its answers
 
 
@@ -48,7 +48,7 @@ class KeptScore:
 
 
 @dataclass
-class Scores:
+class JudgeScores:
     """What a judge has said.
 
     Attributes:
@@ -69,7 +69,7 @@ def scores_alone(judge: Judge) -> bool:
     return hasattr(judge, "score")
 
 
-def score_once(judge: Judge, groups: Groups, journal: Path, progress: Progress | None = None) -> Scores:
+def score_once(judge: Judge, groups: AnswerGroups, journal: Path, progress: Progress | None = None) -> JudgeScores:
     """Score each answer once; scores in the journal are taken from there.
 
     Raises:
@@ -79,7 +79,7 @@ def score_once(judge: Judge, groups: Groups, journal: Path, progress: Progress |
     answers = [answer for group in groups for answer in group]
     found = iter(_kept_scores(cast(AnswerScorer, judge), answers, journal, progress))
     made = [[next(found) for _ in group] for group in groups]
-    return Scores(made, len(answers), Counter(s for group in made for s in group if isinstance(s, str)))
+    return JudgeScores(made, len(answers), Counter(s for group in made for s in group if isinstance(s, str)))
 
 
 def _kept_scores(judge: AnswerScorer, answers: Sequence[Answer], path: Path, progress: Progress | None) -> list[Score]:
@@ -115,7 +115,7 @@ def _as_row(key: str, answer: Answer, score: Score) -> dict[str, object]:
 # --- judges of two answers -----------------------------------------------------------------------------------------
 
 
-def compare_all(judge: Judge, groups: Groups, progress: Progress | None = None) -> Scores:
+def compare_all(judge: Judge, groups: AnswerGroups, progress: Progress | None = None) -> JudgeScores:
     """Compare every two answers to a prompt, n (n − 1) / 2; a score is the mean preference over all others."""
     twos = [(number, i, j) for number, group in enumerate(groups) for i, j in _all_twos(len(group))]
     asked = _Comparisons(judge, groups)
@@ -123,7 +123,7 @@ def compare_all(judge: Judge, groups: Groups, progress: Progress | None = None) 
     return asked.scores(lambda number, i: [other for other in range(len(groups[number])) if other != i])
 
 
-def compare_best(judge: Judge, groups: Groups, progress: Progress | None = None) -> Scores:
+def compare_best(judge: Judge, groups: AnswerGroups, progress: Progress | None = None) -> JudgeScores:
     """Find the best answer, and compare it with all others: n − 1 to 2 n − 3 comparisons of n answers.
 
     The answers are taken in their order, and the better of two stays. A score is the preference over the best answer,
@@ -146,10 +146,13 @@ def compare_best(judge: Judge, groups: Groups, progress: Progress | None = None)
     return asked.scores(lambda number, i: [best[number]])
 
 
-SCHEDULES: dict[str, Callable[[Judge, Groups, Progress | None], Scores]] = {"all": compare_all, "best": compare_best}
+SCHEDULES: dict[str, Callable[[Judge, AnswerGroups, Progress | None], JudgeScores]] = {
+    "all": compare_all,
+    "best": compare_best,
+}
 
 
-def every_pair(groups: Groups) -> list[AnswerPair]:
+def every_pair(groups: AnswerGroups) -> list[AnswerPair]:
     """All that a schedule may ask for."""
     return [AnswerPair(group[i], group[j]) for group in groups for i, j in _all_twos(len(group))]
 
@@ -161,7 +164,7 @@ def _all_twos(n: int) -> Iterable[tuple[int, int]]:
 class _Comparisons:
     """Preferences of answers over others of the same prompt, each two asked for once, in both orders."""
 
-    def __init__(self, judge: Judge, groups: Groups):
+    def __init__(self, judge: Judge, groups: AnswerGroups):
         self.judge, self.groups = judge, groups
         self.preferences: dict[Two, float | None] = {}  # of the first answer; None for a failure
         self.failures: Counter[str] = Counter()
@@ -190,7 +193,7 @@ class _Comparisons:
         other = self.preferences.get((number, j, i))
         return None if other is None else 1 - other
 
-    def scores(self, rivals: Callable[[int, int], list[int]]) -> Scores:
+    def scores(self, rivals: Callable[[int, int], list[int]]) -> JudgeScores:
         """The mean preference of each answer over its rivals, those without a verdict left out."""
         groups: list[list[Score]] = []
         for number, group in enumerate(self.groups):
@@ -198,7 +201,7 @@ class _Comparisons:
             good = [[p for p in row if p is not None] for row in found]
             groups.append([float(np.mean(row)) if row else NOT_COMPARED for row in good])
         agree = float(np.mean(self.agree)) if self.agree else None
-        return Scores(groups, len(self.preferences), self.failures, agree)
+        return JudgeScores(groups, len(self.preferences), self.failures, agree)
 
 
 def mean_of_orders(ab: Judgement, ba: Judgement) -> float | None:
@@ -219,7 +222,7 @@ class EmptyControl:
     failed: int
 
 
-def control_pairs_of(groups: Groups) -> list[AnswerPair]:
+def control_pairs_of(groups: AnswerGroups) -> list[AnswerPair]:
     """The first answer to each prompt, beside itself; `empty_answers` empties one of them."""
     return [AnswerPair(group[0], group[0]) for group in groups]
 

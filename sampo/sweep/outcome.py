@@ -20,7 +20,7 @@ from ..evaluation.results.verdicts import Comparisons, compare_orders
 from ..io.hashing import hash_json
 from ..io.schemas import read_json
 from ..stats.intervals import Estimate, codes_of, mean_interval, prompt_means, rate_interval, undefined
-from ..training.rounds import read_metrics
+from ..training.round_results import read_metrics
 from .plan import START, RunOutcome, Sweep, SweepRun
 
 SWEPT_LENGTHS = (

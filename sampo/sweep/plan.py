@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.schemas import read_json
-from ..training.rounds import is_trained
+from ..training.round_results import is_trained
 
 START = "start"  # the model that all runs start from, as a name beside those of the runs
 GRID = {"learning_rate": "lr", "beta": "beta"}  # options that may take several values, and their names in a run's name

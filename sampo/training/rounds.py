@@ -17,29 +17,30 @@ import json
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpointing.files import TrainerState, numbered_checkpoints
 from ..io.children import start_child
 from ..io.files import write_atomic
-from ..io.hashing import hash_files, hash_json, seal, unseal
+from ..io.hashing import hash_json, seal, unseal
 from ..io.locks import alone_in
-from ..io.schemas import WrongFile, named, parse_json, read_json, typed
+from ..io.schemas import WrongFile, named, parse_json, typed
 from ..io.versions import versions
+from .round_results import has_begun, hash_model, is_trained, read_metrics
 
 STATE = "iterate_state.json"
 RECIPE = "recipe.yaml"
 DATA = ("full", "shards")
 REFERENCES = ("previous", "initial")
 OF_THE_MACHINE = ("gpu_ids", "main_process_port")  # launcher's options that change nothing in the weights
-WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
-Status = Literal["waiting", "training", "merging", "failed", "finished"]
+Status = Literal[  # the last five are of on-policy rounds
+    "waiting", "training", "merging", "failed", "finished", "generating", "pairing", "starting", "answering", "judging"
+]
 
 
 STOP_STATUSES = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a round that a signal has ended
@@ -139,10 +140,45 @@ class Plan:
             arguments += ["--base_revision", self.revision]
         return [*arguments, "--out", self.model_after(number), "--dtype", self.dtype, *self.quantization]
 
+    def steps_before(self, number: int) -> "list[RoundStep]":
+        """What a round runs before its training."""
+        return []
+
+    def steps_after(self, number: int) -> "list[RoundStep]":
+        """What a round runs after its training."""
+        return []
+
     def commands(self, number: int) -> list[str]:
         """All commands of a round, each as one line for a shell."""
-        commands = [self.train_command(number), self.merge_command(number)]
+        before, after = ([step.command for step in steps(number)] for steps in (self.steps_before, self.steps_after))
+        commands = [*before, self.train_command(number), self.merge_command(number), *after]
         return [shlex.join(command) for command in commands if command is not None]
+
+    def new_round(self, number: int) -> "Round":
+        """A round that has not begun."""
+        commands = self.commands(number)
+        digest = hash_json([self.recipe, commands])
+        return Round(number, commands=commands, config_sha256=digest, model=self.model_after(number))
+
+    @property
+    def state_kind(self) -> "type[State]":
+        """What the state file of these rounds holds."""
+        return State
+
+
+@dataclass(frozen=True)
+class RoundStep:
+    """A command beside training and merging.
+
+    Attributes:
+        status: of the round while it runs.
+        command: its words.
+        accepted: exit statuses with which the round goes on.
+    """
+
+    status: Status
+    command: list[str]
+    accepted: tuple[int, ...] = (0,)
 
 
 @dataclass
@@ -188,13 +224,19 @@ class State:
             raise ValueError(f"`rounds` must be the {self.plan.rounds} rounds of the plan in their order")
 
 
-def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], None] | None = None) -> list[Round]:
+def iterate(
+    plan: Plan,
+    say: Callable[[str], None],
+    after: Callable[[Round], None] | None = None,
+    measure: Callable[[Round], dict[str, Any]] = lambda one: {},
+) -> list[Round]:
     """Run all rounds that are not finished.
 
     Args:
         plan: The plan.
         say: Called with each line of progress.
         after: Called with each round that finishes in this call.
+        measure: Further metrics of a round at its end.
 
     Raises:
         RefusedIteration: the folder belongs to other rounds.
@@ -210,7 +252,7 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
                 say(f"round {one.number} of {plan.rounds} is finished: {one.model}")
                 continue
             _check_start(plan, rounds, one.number)
-            _run_round(plan, rounds, one, say, lock)
+            _run_round(plan, rounds, one, say, lock, measure)
             if after is not None:
                 after(one)
     return rounds
@@ -219,13 +261,13 @@ def iterate(plan: Plan, say: Callable[[str], None], after: Callable[[Round], Non
 def restore_rounds(plan: Plan) -> list[Round]:
     """The rounds as the state file knows them, or new ones."""
     path = plan.folder / STATE
-    saved = read_state(path)
+    saved = read_state(path, plan.state_kind)
     if saved is not None:
         rounds = saved.rounds
         changes = list(describe_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
         if not changes:
             return rounds
-        if any(one.status == "finished" for one in rounds) or _has_begun(plan.round_folder(1)):
+        if any(one.status == "finished" for one in rounds) or has_begun(plan.round_folder(1)):
             raise RefusedIteration(
                 f"{path} must be of the same rounds to continue them, got changes: {'; '.join(changes)}. Undo them, "
                 "or set another `output_dir`."
@@ -235,15 +277,9 @@ def restore_rounds(plan: Plan) -> list[Round]:
             f"`output_dir` must have no rounds without a state file, got some in {plan.folder}. Set another "
             "`output_dir`, or remove them."
         )
-    rounds = [_plan_round(plan, number) for number in range(1, plan.rounds + 1)]
+    rounds = [plan.new_round(number) for number in range(1, plan.rounds + 1)]
     save_state(plan, rounds)
     return rounds
-
-
-def _plan_round(plan: Plan, number: int) -> Round:
-    commands = plan.commands(number)
-    digest = hash_json([plan.recipe, commands])
-    return Round(number, commands=commands, config_sha256=digest, model=plan.model_after(number))
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any], begin: str = "") -> Iterator[str]:
@@ -271,18 +307,24 @@ def _check_start(plan: Plan, rounds: list[Round], number: int) -> None:
         )
 
 
-def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str], None], lock: int) -> None:
+def _run_round(
+    plan: Plan, rounds: list[Round], one: Round, say: Callable[[str], None], lock: int, measure: Callable[[Round], Any]
+) -> None:
     """Train, merge and store the results; finished steps are skipped."""
     one.started = one.started or datetime.now(UTC).isoformat(timespec="seconds")
     one.versions = versions()
     folder = plan.round_folder(one.number)
+    for step in plan.steps_before(one.number):
+        _step_once(plan, rounds, one, step, say, lock)
     if not is_trained(folder):
-        again = ["--resume", "auto"] if _has_begun(folder) else []
+        again = ["--resume", "auto"] if has_begun(folder) else []
         _step(plan, rounds, one, "training", [*plan.train_command(one.number), *again], say, lock)
     merge = plan.merge_command(one.number)
     if merge is not None and not Path(one.model).is_dir():  # it is complete or absent
         _step(plan, rounds, one, "merging", merge, say, lock)
-    one.metrics = read_metrics(folder, Path(one.model))
+    for step in plan.steps_after(one.number):
+        _step_once(plan, rounds, one, step, say, lock)
+    one.metrics = {**read_metrics(folder, Path(one.model)), **measure(one)}
     one.model_sha256 = hash_model(one.model)
     if not one.model_sha256:
         raise RoundFailed(f"Round {one.number} has ended without weights in {one.model}.", 1)
@@ -291,7 +333,24 @@ def _run_round(plan: Plan, rounds: list[Round], one: Round, say: Callable[[str],
     say(f"round {one.number} of {plan.rounds} finished after {one.seconds:.0f} s: {one.model}")
 
 
-def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: list[str], say: Any, lock: int) -> None:
+def _step_once(plan: Plan, rounds: list[Round], one: Any, step: RoundStep, say: Any, lock: int) -> None:
+    """Run a step that is not done; one that was stopped is run again, and its command continues."""
+    if step.status not in one.done:
+        _step(plan, rounds, one, step.status, step.command, say, lock, step.accepted)
+        one.done.append(step.status)
+        save_state(plan, rounds)
+
+
+def _step(
+    plan: Any,
+    rounds: list[Round],
+    one: Round,
+    status: Status,
+    command: list[str],
+    say: Any,
+    lock: int,
+    accepted: tuple[int, ...] = (0,),
+) -> None:
     """Run one command, and save the state before and after it."""
     one.status = status
     one.attempts.append(shlex.join(command))
@@ -300,7 +359,7 @@ def _step(plan: Any, rounds: list[Round], one: Round, status: Status, command: l
     began = time.monotonic()
     status_code = _launch(command, lock)
     one.seconds = round(one.seconds + time.monotonic() - began, 1)
-    if status_code != 0:
+    if status_code not in accepted:
         one.status = "failed"
         save_state(plan, rounds)
         if status_code in STOP_STATUSES:
@@ -330,53 +389,6 @@ def _launch(command: list[str], lock: int) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-# --- results of a round ---------------------------------------------------------------------------------------------
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether a training has finished: it writes its state last, after the model."""
-    return read_or_none(folder / "trainer_state.json", TrainerState) is not None
-
-
-def _has_begun(folder: Path) -> bool:
-    return is_trained(folder) or bool(numbered_checkpoints(folder))
-
-
-def read_metrics(folder: Path, model: Path | None = None) -> dict[str, Any]:
-    """The first and last line of a round's log, the last evaluation, and the report of the merge."""
-    state = read_or_none(folder / "trainer_state.json", TrainerState) or TrainerState([], 0)
-    log = [{name: value for name, value in entry.items() if _is_number(value)} for entry in state.log_history]
-    trained = [entry for entry in log if "loss" in entry]
-    evaluated = [entry for entry in log if "eval_loss" in entry]
-    found: dict[str, Any] = {"steps": state.global_step}
-    if trained:
-        found |= {"first": trained[0], "last": trained[-1]}
-    if evaluated:
-        found["eval"] = evaluated[-1]
-    merged = read_or_none(model / "sampo_merge.json", dict[str, Any]) if model is not None else None
-    return found if merged is None else {**found, "merge": merged}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def hash_model(folder: str | Path) -> str:
-    """SHA-256 of a folder's weights; empty where there is none."""
-    paths = {path for pattern in WEIGHTS for path in Path(folder).glob(pattern)} if Path(folder).is_dir() else set()
-    return _hash_paths(path for path in paths if path.name != "training_args.bin")
-
-
-def hash_data(path: Path) -> str:
-    """SHA-256 of a file, or of all files below a folder; empty where there is none."""
-    return _hash_paths([path] if path.is_file() else (file for file in path.rglob("*") if file.is_file()))
-
-
-def _hash_paths(paths: Iterable[Path]) -> str:
-    found = sorted(paths)
-    return hash_files([(path.name, path) for path in found], separator="\n") if found else ""
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -385,23 +397,15 @@ def save_state(plan: Plan, rounds: list[Round]) -> None:
     write_atomic(plan.folder / STATE, seal(asdict(State(plan, rounds))))
 
 
-def read_state(path: Path) -> State | None:
+def read_state(path: Path, kind: type[State] = State) -> State | None:
     """Read the state of the rounds; None if there is no file."""
     try:
         with named(path, "Restore it, or move it and the rounds away"):
-            return typed(State, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
+            return typed(kind, unseal(typed(dict[str, Any], parse_json(path.read_bytes()))), complete=True)
     except FileNotFoundError:
         return None
     except (OSError, WrongFile) as error:
         raise RefusedIteration(str(error)) from None
-
-
-def read_or_none(path: Path, kind: Any) -> Any:
-    """The content of a file; None if it is missing or damaged."""
-    try:
-        return read_json(path, kind, ignore_unknown=True)
-    except (OSError, WrongFile):
-        return None
 
 
 def _as_yaml(recipe: dict[str, Any]) -> str:
