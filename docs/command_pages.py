@@ -22,6 +22,7 @@ GUIDES = {
     "judge": ("judges", "evaluation"),
     "pairs": ("onpolicy",),
     "filter": ("onpolicy",),
+    "panel": ("judges",),
     "compare": ("evaluation",),
     "alpaca_eval": ("evaluation",),
     "bench": ("bench",),

@@ -31,6 +31,7 @@ COMMANDS = {
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "pairs": ("commands.pairs", "preference pairs from judged answers, chosen with or without control of length"),
     "filter": ("commands.filter", "keep preference pairs by the lengths of their responses, with the audit after it"),
+    "panel": ("commands.panel", "several judges on the same pairs in one result, with their agreement"),
     "compare": ("commands.compare", "several judged systems on one screen: win rates, lengths, each against each"),
     "alpaca_eval": ("commands.alpaca_eval", "AlpacaEval 2's own two numbers, from its annotations and its files"),
     "bench": ("commands.bench", "the paper's five benchmarks by lm-evaluation-harness, one record per number"),
