@@ -18,6 +18,7 @@ GUIDES = {
     "audit": ("audit",),
     "diagnose": ("diagnose", "choose"),
     "generate": ("generate",),
+    "prompts": ("claim",),
     "chat": ("chat",),
     "judge": ("judges", "evaluation"),
     "pairs": ("onpolicy",),

@@ -27,6 +27,7 @@ COMMANDS = {
         "length bias of a model, trained or not: the length pressure of every weighting",
     ),
     "generate": ("commands.generate", "answer prompts with a model: one record per answer, resumable"),
+    "prompts": ("commands.prompts", "questions of named benchmarks from their files, and their official settings"),
     "chat": ("commands.chat", "talk to one or two models in the terminal, with the length of each answer"),
     "judge": ("commands.judge", "judge the answers of a system against those of a baseline, in both orders"),
     "pairs": ("commands.pairs", "preference pairs from judged answers, chosen with or without control of length"),
