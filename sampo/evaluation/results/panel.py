@@ -158,7 +158,7 @@ def total_cost(runs: Mapping[str, Judged]) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class PairAgreement:
     """How far two judges say the same of a pair, each with the mean of its orders.
 
     Attributes:
@@ -176,7 +176,7 @@ class Agreement:
     pairs: int
 
 
-def agreement(runs: Mapping[str, Judged]) -> list[Agreement]:
+def agreement(runs: Mapping[str, Judged]) -> list[PairAgreement]:
     """Every two judges on the pairs on which both have a verdict."""
     outcomes = {name: outcomes_of(run) for name, run in runs.items()}
     return [_agreement(a, b, outcomes[a], outcomes[b]) for a, b in combinations(runs, 2)]
@@ -197,15 +197,15 @@ def _outcome(preference: float) -> float:
     return 0.0 if abs(preference - 0.5) < TIE else float(np.sign(preference - 0.5))
 
 
-def _agreement(first: str, second: str, ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> Agreement:
+def _agreement(first: str, second: str, ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> PairAgreement:
     both = [pair for pair in ours if pair in theirs]
     if not both:
-        return Agreement(first=first, second=second, same=undefined(0), kappa=None, pairs=0)
+        return PairAgreement(first=first, second=second, same=undefined(0), kappa=None, pairs=0)
     same = np.array([float(ours[pair] == theirs[pair]) for pair in both])
     codes = codes_of([prompt for prompt, _ in both])[0]
     counts = [Counter(outcomes[pair] for pair in both) for outcomes in (ours, theirs)]
     chance = sum(counts[0][outcome] * counts[1][outcome] for outcome in counts[0]) / len(both) ** 2
-    return Agreement(
+    return PairAgreement(
         first=first,
         second=second,
         same=rate_interval(prompt_means(same, codes)),
@@ -233,7 +233,7 @@ class Member:
     failed: int
     without: Estimate
     shift: PairedComparison | None
-    others: Agreement
+    others: PairAgreement
     cost: Mapping[str, Any] | None
 
 
@@ -280,7 +280,7 @@ def member_table(members: Sequence[Member]) -> Table:
     return table
 
 
-def agreement_table(names: Sequence[str], found: Sequence[Agreement]) -> Table:
+def agreement_table(names: Sequence[str], found: Sequence[PairAgreement]) -> Table:
     """The matrix: share of the same outcome, and Cohen's κ below it."""
     cells = {(one.first, one.second): one for one in found}
     table = Table("Pairs with the same outcome, %, and Cohen's κ below", ["judge", *names])
@@ -292,19 +292,19 @@ def agreement_table(names: Sequence[str], found: Sequence[Agreement]) -> Table:
     return table
 
 
-def kappa_cell(one: Agreement) -> str:
+def kappa_cell(one: PairAgreement) -> str:
     """Cohen's κ with two digits; a dash where it is not defined."""
     return "–" if one.kappa is None else f"{one.kappa:.2f}"
 
 
-def panel_rows(members: Sequence[Member], found: Sequence[Agreement]) -> dict[str, Any]:
+def panel_rows(members: Sequence[Member], found: Sequence[PairAgreement]) -> dict[str, Any]:
     """Everything of a panel for a JSON file."""
 
     def bounds(name: str, estimate: Estimate | None) -> dict[str, Any]:
         parts = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
         return dict(zip((name, f"{name}_low", f"{name}_high"), parts, strict=True))
 
-    def row(one: Agreement) -> dict[str, Any]:
+    def row(one: PairAgreement) -> dict[str, Any]:
         return {**bounds("same", one.same), "kappa": one.kappa, "pairs": one.pairs}
 
     return {
