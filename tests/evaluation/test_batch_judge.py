@@ -21,7 +21,7 @@ from sampo.evaluation.judging.batch_judge import BatchJudge
 from sampo.evaluation.judging.endpoint_judge import EndpointJudge
 from sampo.evaluation.judging.judges import AnswerPair, judge_pairs
 from sampo.evaluation.spending import Spending
-from sampo.io.journal import read_rows
+from sampo.io.journal import Journal, read_rows
 
 KEY = "sk-do-not-tell-0123456789"
 N = 12
@@ -215,7 +215,7 @@ def test_results_whose_reading_was_interrupted_are_not_kept_twice(tmp_path, monk
     batches = Batches()
     with Server(other=batches) as server:
         one = asking(server.url, tmp_path / "c")
-        monkeypatch.setattr(BatchJudge, "_note", stop_at_the_end(BatchJudge._note))
+        monkeypatch.setattr(Journal, "append", stop_at_the_end(Journal.append))
         with pytest.raises(StopNowError):
             judge_pairs(one, pairs())
         one.close()
@@ -231,17 +231,17 @@ def test_results_whose_reading_was_interrupted_are_not_kept_twice(tmp_path, monk
     assert len(read_rows(tmp_path / "c")) == 2 * N + 2
 
 
-def stop_at_the_end(note):
-    def stopped(self, requests, **more):
-        if "status" in more:
+def stop_at_the_end(append):
+    def stopped(self, *rows):
+        if any("status" in row for row in rows):  # the row that says that a batch was read
             raise StopNowError
-        note(self, requests, **more)
+        append(self, *rows)
 
     return stopped
 
 
 def test_many_requests_are_several_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_judge, "MAX_REQUESTS", 10)
+    monkeypatch.setattr(batch_judge, "MAX_BATCH_REQUESTS", 10)
     batches = Batches()
     rows, _, _ = judged(batches, tmp_path / "c")
     assert [row.preference for row in rows] == truths()

@@ -153,10 +153,14 @@ def test_a_prompt_that_changes_gets_a_new_version():
     now = {name: (templates.load(name).version, templates.load(name).hash) for name in templates.names()}
     # change the text, then the version, then this table
     assert now == {
+        "alpaca_eval_2": (1, "bf7069f6bc1b1b3d"),
+        "arena_hard_v2": (1, "fc0478b6a764c0af"),
         "helpfulness": (1, "7bdd293f5e8584f4"),
         "helpfulness_logprobs": (1, "ea379ceea25d882c"),
+        "mt_bench": (1, "cd289c3fd3e88b99"),
         "summary_c": (1, "547f734f5ea5935f"),
         "summary_s": (1, "a4534474ec35b45e"),
+        "wildbench": (1, "e39dc7b676ca7012"),
     }
 
 

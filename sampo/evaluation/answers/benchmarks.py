@@ -27,7 +27,7 @@ SECOND = "\n\n=== answer to the second question ===\n\n"  # between the two part
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
+class NamedBenchmark:
     """The official settings of a benchmark.
 
     Attributes:
@@ -66,7 +66,7 @@ def benchmark_names() -> list[str]:
     return sorted(path.stem for path in SETTINGS.glob("*.yaml"))
 
 
-def load_benchmark(name: str) -> Benchmark:
+def load_benchmark(name: str) -> NamedBenchmark:
     """The settings of one.
 
     Raises:
@@ -74,7 +74,7 @@ def load_benchmark(name: str) -> Benchmark:
     """
     if name not in benchmark_names():
         raise ValueError(f"`benchmark` must be one of {benchmark_names()}, got {name!r}.")
-    found: Benchmark = read_yaml(SETTINGS / f"{name}.yaml", Benchmark)
+    found: NamedBenchmark = read_yaml(SETTINGS / f"{name}.yaml", NamedBenchmark)
     return found
 
 
@@ -226,7 +226,7 @@ FORMATS_OF_BENCHMARKS = {
 
 def _read(path: str | Path, kind: type, make: Callable[[Any], Any]) -> list[Any]:
     """The rows of a file; each must have the fields of `kind`, and may have others."""
-    label, tables = open_source(str(path))
+    label, tables = open_source(str(path), None)
     table = pick_split(tables, None, label)
     names = list(kind.__dataclass_fields__)
     found = []

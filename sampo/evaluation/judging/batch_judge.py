@@ -23,7 +23,7 @@ from ..server_text import usage_of
 from .endpoint_judge import EndpointJudge, Wanted
 from .templates import JudgePrompt
 
-MAX_REQUESTS, MAX_BYTES = 50_000, 100 * 2**20  # of a batch; OpenAI allows 50,000 and 200 MB
+MAX_BATCH_REQUESTS, MAX_BATCH_BYTES = 50_000, 100 * 2**20  # of a batch; OpenAI allows 50,000 and 200 MB
 PATH, WINDOW = "/v1/chat/completions", "24h"
 ENDED = ("completed", "failed", "expired", "cancelled")
 MARK = "sampo_requests"  # in the metadata of a batch: the hash of its requests
@@ -292,7 +292,7 @@ def _chunks(requests: Iterable[tuple[str, str, str]]) -> Iterator[list[tuple[str
     chunk: list[tuple[str, str, str]] = []
     size = 0
     for request in requests:
-        if chunk and (len(chunk) == MAX_REQUESTS or size + len(request[2]) > MAX_BYTES):
+        if chunk and (len(chunk) == MAX_BATCH_REQUESTS or size + len(request[2]) > MAX_BATCH_BYTES):
             yield chunk
             chunk, size = [], 0
         chunk.append(request)

@@ -23,8 +23,8 @@ from .judged import Judged, sees_no_order
 from .verdicts import compare_orders
 from .win_rate import TIE, PairedComparison, paired, win_rate
 
-Pair = tuple[str, int]  # prompt and sample
-Rows = Mapping[Pair, Mapping[str, Judgement]]  # the judgements of each pair, by order
+PairKey = tuple[str, int]  # prompt and sample
+_Rows = Mapping[PairKey, Mapping[str, Judgement]]  # the judgements of each pair, by order
 
 
 def _mean(preferences: Sequence[float]) -> float:
@@ -132,14 +132,14 @@ def _pool(
     return pooled
 
 
-def _by_pair(rows: Sequence[Judgement]) -> Rows:
-    found: dict[Pair, dict[str, Judgement]] = defaultdict(dict)
+def _by_pair(rows: Sequence[Judgement]) -> _Rows:
+    found: dict[PairKey, dict[str, Judgement]] = defaultdict(dict)
     for row in rows:
         found[row.prompt_id, row.sample][row.order] = row
     return found
 
 
-def _complete(by_pair: Rows) -> set[Pair]:
+def _complete(by_pair: _Rows) -> set[PairKey]:
     """Pairs without a failure: a verdict in one order alone would bring the judge's bias for a position in."""
     return {pair for pair, rows in by_pair.items() if all(row.preference is not None for row in rows.values())}
 
@@ -178,11 +178,11 @@ class PairAgreement:
 
 def agreement(runs: Mapping[str, Judged]) -> list[PairAgreement]:
     """Every two judges on the pairs on which both have a verdict."""
-    outcomes = {name: outcomes_of(run) for name, run in runs.items()}
+    outcomes = {name: member_outcomes(run) for name, run in runs.items()}
     return [_agreement(a, b, outcomes[a], outcomes[b]) for a, b in combinations(runs, 2)]
 
 
-def outcomes_of(run: Judged) -> dict[Pair, float]:
+def member_outcomes(run: Judged) -> dict[PairKey, float]:
     """1, 0 or −1 of each pair without a failure: the system wins, ties or loses in the mean of the orders."""
     rows = _by_pair(run.rows)
     kept = _complete(rows)
@@ -197,7 +197,9 @@ def _outcome(preference: float) -> float:
     return 0.0 if abs(preference - 0.5) < TIE else float(np.sign(preference - 0.5))
 
 
-def _agreement(first: str, second: str, ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> PairAgreement:
+def _agreement(
+    first: str, second: str, ours: Mapping[PairKey, float], theirs: Mapping[PairKey, float]
+) -> PairAgreement:
     both = [pair for pair in ours if pair in theirs]
     if not both:
         return PairAgreement(first=first, second=second, same=undefined(0), kappa=None, pairs=0)
@@ -252,7 +254,7 @@ def leave_one_out(runs: Mapping[str, Judged], rule: str = "mean", *, quorum: int
                 failed=alone.failed + alone.half_failed,
                 without=win_rate(without).rate,
                 shift=paired(full, without) if set(full.ids) & set(without.ids) else None,
-                others=_agreement(name, "the others", outcomes_of(run), outcomes_of(others)),
+                others=_agreement(name, "the others", member_outcomes(run), member_outcomes(others)),
                 cost=run.paid,
             )
         )
