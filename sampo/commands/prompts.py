@@ -33,12 +33,12 @@ def main(args: argparse.Namespace) -> None:
 
     try:
         benchmark = load_benchmark(args.benchmark)
-        if args.action == "show":
-            _show(benchmark)
-        else:
+        if args.action == "convert":
             _convert(args, benchmark)
     except (ValueError, OSError) as error:
         raise SystemExit(f"sampo prompts: error: {error}") from None
+    if args.action == "show":
+        _show(benchmark)
 
 
 def _show(benchmark: Any) -> None:
@@ -78,4 +78,4 @@ def _convert(args: argparse.Namespace, benchmark: Any) -> None:
     rows = [{"prompt": question.prompt, **question.extra} for question in questions]
     write_atomic(args.out, "".join(json.dumps(row) + "\n" for row in rows))
     say(f"{args.out}: {len(rows)} prompts; officially {benchmark.questions} questions")
-    say(*(f"Note: {line}" for line in benchmark.differs))
+    say(f"The official settings, and where sampo differs: sampo prompts show {benchmark.name}")

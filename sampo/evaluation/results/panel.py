@@ -60,7 +60,7 @@ def combine(runs: Mapping[str, Judged], rule: str = "mean", *, quorum: int | Non
         raise ValueError(f"`quorum` must be from 1 to the number of judges, {len(runs)}, got {quorum}.")
     first = next(iter(runs.values()))
     name = f"{rule} of {len(runs)} judges"
-    members = [dict(run.judge) for run in runs.values()]
+    members = sorted((dict(run.judge) for run in runs.values()), key=str)  # whatever the order of the files
     parts = {
         part: _pool({member: getattr(run, part) for member, run in runs.items()}, runs, rule, quorum, name)
         for part in ("rows", "empty")
