@@ -12,7 +12,7 @@ user's: nothing is downloaded, and none of their texts comes with the package.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,7 @@ def _read(path: str | Path, kind: type, make: Callable[[Any], Any]) -> list[Any]
     """The rows of a file; each must have the fields of `kind`, and may have others."""
     label, tables = open_source(str(path), None)
     table = pick_split(tables, None, label)
-    names = list(kind.__dataclass_fields__)
+    names = [field.name for field in fields(kind)]
     found = []
     for number, cells in enumerate(table.cells(names), 1):
         with named(f"{path}, row {number}"):

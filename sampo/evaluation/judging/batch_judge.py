@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ class BatchJudge(EndpointJudge):
         """The batch of these requests, if the server has made one that we did not hear of."""
         after: dict[str, str] = {}
         for _ in range(PAGES):
-            page = self.endpoint.call(lambda client, after=after: client.batches.list(limit=100, **after))
+            page = self.endpoint.call(partial(_list_page, after=after))
             found = _read_json(page)
             states = [_state(row) for row in found["data"]]
             for state in states:
@@ -211,7 +212,7 @@ class BatchJudge(EndpointJudge):
             batch = pending.batch
             state = self._wait(batch, progress)
             for file in filter(None, (state.output_file_id, state.error_file_id)):
-                content = self.endpoint.call(lambda client, file=file: client.files.content(file))
+                content = self.endpoint.call(partial(_file_content, file=file))
                 failures |= self._keep_results(batch, pending.keys, content)
         except Unanswered as failure:
             self._fail(pending.keys, failure)
@@ -286,6 +287,14 @@ class BatchJudge(EndpointJudge):
             self.endpoint.spending.settle(self._reserved.pop(key), usage, billed=usage is not None)
         elif usage is not None:
             self.endpoint.spending.add(*usage)
+
+
+def _list_page(client: Any, after: dict[str, str]) -> Any:
+    return client.batches.list(limit=100, **after)
+
+
+def _file_content(client: Any, file: str) -> Any:
+    return client.files.content(file)
 
 
 def _chunks(requests: Iterable[tuple[str, str, str]]) -> Iterator[list[tuple[str, str, str]]]:

@@ -61,12 +61,13 @@ def combine(runs: Mapping[str, Judged], rule: str = "mean", *, quorum: int | Non
     first = next(iter(runs.values()))
     name = f"{rule} of {len(runs)} judges"
     members = sorted((dict(run.judge) for run in runs.values()), key=str)  # whatever the order of the files
-    parts = {
-        part: _pool({member: getattr(run, part) for member, run in runs.items()}, runs, rule, quorum, name)
-        for part in ("rows", "empty")
-    }
+
+    def pooled(rows: Callable[[Judged], Sequence[Judgement]]) -> list[Judgement]:
+        return _pool({member: rows(run) for member, run in runs.items()}, runs, rule, quorum, name)
+
     about = {"name": name, "rule": rule, "quorum": quorum, "members": members}
-    return replace(first, judge=about, cost=total_cost(runs), **parts)
+    rows, empty = pooled(lambda run: run.rows), pooled(lambda run: run.empty)
+    return replace(first, judge=about, cost=total_cost(runs), rows=rows, empty=empty)
 
 
 def check_members(runs: Mapping[str, Judged], *, matched_only: bool = False) -> dict[str, Judged]:
