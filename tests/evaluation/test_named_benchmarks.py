@@ -168,7 +168,8 @@ def test_two_turns_are_generated_one_after_the_other_and_judged_together(tmp_pat
         assert main(["generate", "m", "--prompts", str(first), *asked, str(tmp_path / "a1.jsonl")]) == 0
         second = convert(tmp_path, "mt_bench", "--first_turn", tmp_path / "a1.jsonl", out="turn2.jsonl")
         assert main(["generate", "m", "--prompts", str(second), *asked, str(tmp_path / "a2.jsonl")]) == 0
-    assert server.requests[-1]["messages"][:2] != server.requests[0]["messages"]
+    roles = {tuple(message["role"] for message in request["messages"]) for request in server.requests}
+    assert roles == {("user",), ("user", "assistant", "user")}
     messages = {tuple(m["content"] for m in r["messages"]) for r in server.requests if len(r["messages"]) == 3}
     assert ("What is 2+2?", "reply to: What is 2+2?", "And 3+3?") in messages
     turns = ["--first_turn", tmp_path / "a1.jsonl", "--answers", tmp_path / "a2.jsonl"]
