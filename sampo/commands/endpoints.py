@@ -2,9 +2,11 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..evaluation.endpoint import Endpoint, key_from_environment
+from ..evaluation.spending import Spending
 
 INCOMPLETE, STOPPED = (
     3,
@@ -25,6 +27,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--concurrency", type=int, default=8, help="requests at a time (8)")
     group.add_argument("--max_requests", type=int, help="make at most so many, further attempts included")
+    group.add_argument("--price_in", type=float, metavar="PRICE", help="of a million tokens that the model reads")
+    group.add_argument("--price_out", type=float, metavar="PRICE", help="of a million tokens that it writes")
+    group.add_argument(
+        "--max_cost", type=float, metavar="PRICE", help="make no request that may bring this run's price above it"
+    )
     group.add_argument("--retries", type=int, default=5, help="further attempts at a request that failed (5)")
     group.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one request (120)")
     group.add_argument("--proxy", metavar="URL", help="a proxy; those in the environment are not used")
@@ -72,4 +79,11 @@ def build(args: argparse.Namespace, model: str) -> Endpoint:
         max_requests=args.max_requests,
         concurrency=args.concurrency,
         proxy=args.proxy,
+        spending=Spending(args.price_in, args.price_out, max_cost=args.max_cost),
     )
+
+
+def cost_sentence(requests: int, cost: Mapping[str, Any]) -> str:
+    """Requests, tokens and price for a reader; `cost` is `Spending.row()`."""
+    price = "" if cost["price"] is None else f", price {cost['price']:.4f}"
+    return f"{requests} requests; {cost['tokens_in']} tokens read, {cost['tokens_out']} written{price}"

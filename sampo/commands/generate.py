@@ -119,6 +119,8 @@ def main(args: argparse.Namespace) -> None:
     say(f"{args.out}: {report.answers} answers, {report.reused} of them there before{mean}; {report.cut} cut off")
     for reason, count in report.failures.items():
         say(f"{count} answers are missing: {reason} (the first: {report.details[reason]})")
+    if endpoint is not None:
+        say(endpoints.cost_sentence(endpoint.requests, endpoint.spending.row()))
     if endpoint is not None and endpoint.why_stopped:
         say(f"Given up: {endpoint.why_stopped}. {endpoints.what_helps(endpoint)}")
         raise SystemExit(STOPPED)

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
                 say(f"{long} pairs have an answer above {human_judge.LONGEST:,} characters: Excel cuts such a cell.")
             say(f"{args.annotation_sheet}: {len(pairs)} pairs; fill in `preferred` with A, B or tie.")
             return
-        judge = judge_options.JUDGES[args.judge](args)
+        judge = judge_options.make_judge(args)
         with ExitStack() as stack:
             stack.enter_context(alone_at(args.out))
             stack.callback(getattr(judge, "close", lambda: None))
@@ -95,24 +95,26 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
     from ..io.command_line import format_arguments
     from .progress import progress
 
+    nothing = judge_options.control_pairs(args, pairs)
+    shown = judge_options.comparisons_of([*pairs, *nothing])
     with progress("judgements") as advance:
+        if args.batch:  # all in one batch, which can take hours; what follows finds the replies
+            judge.judge(shown, advance)
         rows = judges.judge_pairs(judge, pairs, advance)
     empty: list[judges.Judgement] = []
-    if nothing := judge_options.control_pairs(args, pairs):
+    if nothing:
         with progress("control") as advance:
             empty = judges.judge_pairs(judge, nothing, advance)
     about = {"name": judge.name, **judge.about}
-    run = judged.Judged(
-        system=files[0], baseline=files[1], judge=about, n=args.n, seed=args.seed, rows=rows, empty=empty
-    )
+    where = {"system": files[0], "baseline": files[1], "n": args.n, "seed": args.seed}
+    cost = judge_options.cost_of(judge, shown)
+    run = judged.Judged(**where, judge=about, rows=rows, empty=empty, cost=cost)
     found = run.summary(length_unit=args.length_unit)
     endpoint = getattr(judge, "endpoint", None)
     stopped = endpoint.why_stopped if endpoint is not None else None
-    cost = judge_options.cost_of(args, judge)
-    written = judged.write(
-        args.out, run, found, more={"cost": cost, "stopped": stopped}, command=format_arguments(make_parser(), args)
-    )
-    _show_summary(found, run, cost)
+    command = format_arguments(make_parser(), args)
+    written = judged.write(args.out, run, found, more={"stopped": stopped}, command=command)
+    _show_summary(found, run)
     say(f"Written: {', '.join(map(str, written))}")
     if code := judge_options.say_failures(judge, run.failures):
         return code
@@ -122,7 +124,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
     return 0
 
 
-def _show_summary(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
+def _show_summary(found: Any, run: Any) -> None:
     from ..evaluation.results.summary import summary_table
 
     show(summary_table([found]))
@@ -141,7 +143,7 @@ def _show_summary(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
             f"longer one in {_percent(found.winner_is_longer.value)} of {found.winner_is_longer.n} prompts with a "
             "winner and different lengths"
         )
-    judge_options.say_cost(cost)
+    judge_options.say_cost(run.cost)
 
 
 def _percent(value: float | None) -> str:
@@ -149,6 +151,6 @@ def _percent(value: float | None) -> str:
 
 
 def _dry_run(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair]) -> int:
-    every = [*pairs, *judge_options.control_pairs(args, pairs)]
-    judge_options.say_estimate(args, judge, [pair.comparison(order) for pair in every for order in judges.ORDERS])
+    shown = judge_options.comparisons_of([*pairs, *judge_options.control_pairs(args, pairs)])
+    judge_options.say_estimate(args, judge, shown)
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def add_judges(parser: argparse.ArgumentParser) -> None:
         "--top_logprobs", type=int, default=20, help="with a template that reads log-probabilities (20)"
     )
     asked.add_argument("--dry_run", action="store_true", help="report what would be asked for, and ask nothing")
-    asked.add_argument("--price_in", type=float, metavar="PRICE", help="of a million tokens that the judge reads")
-    asked.add_argument("--price_out", type=float, metavar="PRICE", help="of a million tokens that it writes")
+    asked.add_argument("--batch", action="store_true", help="ask by the server's batch API, and wait for the results")
+    asked.add_argument("--poll_seconds", type=float, default=60.0, help="between two looks at a batch (60)")
     endpoints.add_options(parser)
     other = parser.add_argument_group("other judges")
     other.add_argument("--annotations", type=Path, metavar="CSV", help="for `human`")
@@ -54,10 +55,12 @@ def _needs(args: argparse.Namespace, name: str) -> Any:
 
 
 def _endpoint(args: argparse.Namespace) -> Any:
+    from ..evaluation.judging.batch_judge import BatchJudge
     from ..evaluation.judging.endpoint_judge import EndpointJudge
 
     endpoint = endpoints.build(args, _needs(args, "model"))
-    return EndpointJudge(
+    make = partial(BatchJudge, poll_seconds=args.poll_seconds) if args.batch else EndpointJudge
+    return make(
         endpoint,
         templates.load(args.template),
         args.cache,
@@ -100,6 +103,17 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 }
 
 
+def make_judge(args: argparse.Namespace) -> Any:
+    """The judge that the options describe.
+
+    Raises:
+        ValueError: an option is missing, or goes with another judge.
+    """
+    if args.batch and args.judge != "endpoint":
+        raise ValueError(f"`batch` goes with `judge` endpoint, got {args.judge}, which makes no requests.")
+    return JUDGES[args.judge](args)
+
+
 # --- what is asked, and what it costs ------------------------------------------------------------------------------
 
 
@@ -113,26 +127,27 @@ def control_pairs(args: argparse.Namespace, pairs: Sequence[judges.AnswerPair]) 
     return judges.empty_answers(pairs, n, args.seed)
 
 
-def cost_of(args: argparse.Namespace, judge: Any) -> dict[str, Any] | None:
-    """Requests, tokens and price of this run; None for a judge that asks no server."""
-    if getattr(judge, "endpoint", None) is None:
+def comparisons_of(pairs: Sequence[judges.AnswerPair]) -> list[judges.Comparison]:
+    """Both orders of each pair."""
+    return [pair.comparison(order) for pair in pairs for order in judges.ORDERS]
+
+
+def cost_of(judge: Any, shown: Sequence[judges.Comparison] = ()) -> dict[str, Any] | None:
+    """Requests, tokens and price of this run, and of all replies about `shown`; None if no server was asked."""
+    endpoint = getattr(judge, "endpoint", None)
+    if endpoint is None:
         return None
-    price = None
-    if args.price_in is not None and args.price_out is not None:
-        price = (judge.tokens_in * args.price_in + judge.tokens_out * args.price_out) / 1e6
-    return {
-        "requests": judge.endpoint.requests,
-        "tokens_in": judge.tokens_in,
-        "tokens_out": judge.tokens_out,
-        "price": price,
-    }
+    cost = {"requests": endpoint.requests, **endpoint.spending.row()}
+    return {**cost, "all_runs": judge.paid(shown)} if shown else cost
 
 
 def say_cost(cost: Mapping[str, Any] | None) -> None:
     """Print what `cost_of` has found."""
     if cost:
-        price = "" if cost["price"] is None else f", price {cost['price']:.4f}"
-        say(f"{cost['requests']} requests; {cost['tokens_in']} tokens read, {cost['tokens_out']} written{price}")
+        say(endpoints.cost_sentence(cost["requests"], cost))
+        every = cost.get("all_runs", cost)
+        if every["tokens_in"] > cost["tokens_in"]:
+            say(f"with earlier runs: {endpoints.cost_sentence(every['replies'], every)}")
 
 
 def say_estimate(args: argparse.Namespace, judge: Any, shown: Sequence[judges.Comparison]) -> None:
@@ -149,8 +164,8 @@ def say_estimate(args: argparse.Namespace, judge: Any, shown: Sequence[judges.Co
         f"requests at most if replies cannot be read): about {estimate.tokens_in} tokens to read, at most "
         f"{estimate.tokens_out_at_most} to write"
     )
-    if args.price_in is not None and args.price_out is not None:
-        price = (estimate.tokens_in * args.price_in + estimate.tokens_out_at_most * args.price_out) / 1e6
+    price = judge.endpoint.spending.price(estimate.tokens_in, estimate.tokens_out_at_most)
+    if price is not None:
         say(f"price: at most about {price:.2f}, without second attempts")
 
 

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> int:
     from ..evaluation.answers.answers import read_answers
     from ..evaluation.judging import human_judge
-    from ..evaluation.judging.judges import ORDERS, drawn_prompts
+    from ..evaluation.judging.judges import drawn_prompts
     from ..pairs import make, scores
     from ..pairs.files import beside, check_pairs_path
 
@@ -89,19 +89,19 @@ def _run(args: argparse.Namespace) -> int:
         human_judge.write_sheet(args.annotation_sheet, scores.every_pair(groups), args.seed)
         say(f"{args.annotation_sheet}: fill in `preferred` with A, B or tie.")
         return 0
-    judge = judge_options.JUDGES[args.judge](args)
+    judge = judge_options.make_judge(args)
     control = judge_options.control_pairs(args, scores.control_pairs_of(groups))
     with ExitStack() as stack:
         stack.enter_context(alone_at(args.out))
         stack.callback(getattr(judge, "close", lambda: None))
         if args.dry_run:
-            every = [*scores.every_pair(groups), *control]
-            judge_options.say_estimate(args, judge, [pair.comparison(order) for pair in every for order in ORDERS])
+            shown = judge_options.comparisons_of([*scores.every_pair(groups), *control])
+            judge_options.say_estimate(args, judge, shown)
             return 0
         journal = beside(args.out, "scores.jsonl")
         found = _score(args, judge, groups, journal)
         emptied = _control(judge, control, journal)
-        cost = judge_options.cost_of(args, judge)
+        cost = judge_options.cost_of(judge)
         judge_options.say_cost(cost)
         code = judge_options.say_failures(judge, found.failures)
         if code == STOPPED:

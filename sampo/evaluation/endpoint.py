@@ -18,13 +18,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
-from .server_text import Redaction, retry_after, visible
+from .server_text import Redaction, retry_after, usage_of, visible
+from .spending import Spending
 
 logger = logging.getLogger(__name__)
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 MAX_BODY = 16 * 2**20  # bytes of one reply
+MAX_FILE = 2**30  # bytes of the results of a batch
 MAX_WAIT = 120.0  # seconds between two attempts; if a server asks for more, the request fails
 HEADERS = frozenset(
     {
@@ -91,6 +93,7 @@ class Endpoint:
         give_up_after: Requests in a row that fail with all their attempts before the rest is not asked any more.
         proxy: URL of a proxy; those in the environment are not used.
         backoff: Seconds before the first further attempt, doubled each time, unless the server sends `Retry-After`.
+        spending: Counts tokens and money, and may cap the latter.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Endpoint:
         give_up_after: int = 5,
         proxy: str | None = None,
         backoff: float = 1.0,
+        spending: Spending | None = None,
     ):
         self.url, self.model = _checked_url(url), model
         for name, value in (
@@ -120,6 +124,7 @@ class Endpoint:
         self.retries, self.max_requests, self.concurrency = retries, max_requests, concurrency
         self.give_up_after, self.backoff = give_up_after, backoff
         self.requests = 0
+        self.spending = spending or Spending()
         self._key, self._timeout = api_key, timeout
         self.redact = Redaction(api_key)
         self._client = self._connect(timeout, proxy)
@@ -196,22 +201,52 @@ class Endpoint:
         Raises:
             Unanswered: there is no reply, after all attempts.
         """
+        most = self.spending.most(messages, options)
         for attempt in range(self.retries + 1):
-            self._admit()
+            self.admit(most)
             try:
-                content = self._send(messages, options)
+                content = self._send(
+                    lambda client: client.chat.completions.create(
+                        model=self.model, messages=list(messages), extra_body=dict(options)
+                    )
+                )
             except Unanswered as failure:
+                self.spending.settle(most, billed=failure.reason in ("timeout", "connection", "too_large"))
                 if failure.passing and attempt < self.retries and self._pause(failure, attempt):
                     continue
                 self._count_failure(failure)
                 raise
             with self._lock:
                 self._failed_in_a_row, self._succeeded = 0, True
-            return self.redact(content.decode("utf-8", "surrogateescape"))
+            body = self.redact(content.decode("utf-8", "surrogateescape"))
+            self.spending.settle(most, usage_of(body))
+            return body
         raise AssertionError("the last attempt returns or raises")
 
-    def _admit(self) -> None:
-        """Count a request, or refuse to make it."""
+    def call(self, send: Callable[[Any], Any], *, retries: int | None = None) -> bytes:
+        """A request that costs nothing, such as one about a batch: retried, but neither counted nor capped.
+
+        Args:
+            send: makes the request with the client, whose replies come unparsed.
+            retries: further attempts; those of the endpoint without it.
+
+        Raises:
+            Unanswered: there is no reply, after all attempts.
+        """
+        retries = self.retries if retries is None else retries
+        for attempt in range(retries + 1):
+            try:
+                return self._send(send)
+            except Unanswered as failure:
+                if not (failure.passing and attempt < retries and self._pause(failure, attempt)):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def admit(self, most: float, *, wait: bool = True) -> None:
+        """Count a request that costs at most `most`, or refuse to make it; with `wait` as in `Spending.reserve`."""
+        if not self.spending.reserve(most, wait=wait):
+            self.stop(f"`max_cost` of {self.spending.max_cost:g} has no room for a request that may cost {most:.4g}")
+            raise Unanswered("not_asked", self._why_stopped or "")
         with self._lock:
             if self.max_requests is not None and self.requests >= self.max_requests:
                 self._why_stopped = self._why_stopped or f"`max_requests` of {self.max_requests} are made"
@@ -219,9 +254,10 @@ class Endpoint:
             if self._why_stopped is None:
                 self.requests += 1
                 return
+        self.spending.settle(most, billed=False)
         raise Unanswered("not_asked", self._why_stopped)
 
-    def _send(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bytes:
+    def _send(self, send: Callable[[Any], Any]) -> bytes:
         """One request, given up when its time is over, whatever the server is doing then.
 
         The time-outs of the client are those of one read: a server that sends a byte a second never meets them.
@@ -230,7 +266,7 @@ class Endpoint:
 
         def work() -> None:
             try:
-                outcome.put(self._send_now(messages, options))
+                outcome.put(self._send_now(send))
             except BaseException as error:
                 outcome.put(error)
 
@@ -243,14 +279,12 @@ class Endpoint:
             raise found
         return found
 
-    def _send_now(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bytes:
+    def _send_now(self, send: Callable[[Any], Any]) -> bytes:
         import openai
 
         try:
-            raw = self._client.chat.completions.with_raw_response.create(
-                model=self.model, messages=list(messages), extra_body=dict(options)
-            )
-            return raw.content
+            content: bytes = send(self._client.with_raw_response).content
+            return content
         except openai.APITimeoutError:
             raise Unanswered("timeout", f"no reply from {self.url} in time") from None
         except _TooLargeError as error:
@@ -322,15 +356,15 @@ def _bounded(streams: Any, timeout: float) -> Callable[[Any], None]:
     """A hook on replies: `streams` is the package of the client, which knows its own kind of stream only."""
 
     class Bounded(streams.SyncByteStream):
-        def __init__(self, stream: Any):
-            self._stream, self._end = stream, time.monotonic() + timeout
+        def __init__(self, stream: Any, largest: int):
+            self._stream, self._end, self._largest = stream, time.monotonic() + timeout, largest
 
         def __iter__(self) -> Iterator[bytes]:
             size = 0
             for chunk in self._stream:
                 size += len(chunk)
-                if size > MAX_BODY:
-                    raise _TooLargeError(f"a reply must have at most {MAX_BODY / 2**20:g} MiB, got more")
+                if size > self._largest:
+                    raise _TooLargeError(f"a reply must have at most {self._largest / 2**20:g} MiB, got more")
                 if time.monotonic() > self._end:
                     raise streams.ReadTimeout("the reply is not complete in time")
                 yield chunk
@@ -341,7 +375,8 @@ def _bounded(streams: Any, timeout: float) -> Callable[[Any], None]:
     def bound(response: Any) -> None:
         response.headers.pop("content-encoding", None)  # nothing is unpacked: what we did not ask for is unreadable
         response.headers["content-type"] = "application/json"  # a strange charset is none
-        response.stream = Bounded(response.stream)
+        is_file = response.request.url.path.endswith("/content")
+        response.stream = Bounded(response.stream, MAX_FILE if is_file else MAX_BODY)
 
     return bound
 

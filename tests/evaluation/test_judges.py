@@ -143,17 +143,24 @@ def test_every_prompt_shows_both_texts_once_between_marks_and_fills_nothing_in_t
     content = template.messages(*texts)[-1]["content"]
     found = shown({"messages": [{"content": content}]})
     assert (found["prompt"], found["a"], found["b"]) == texts
-    assert content.count(f"=== {found['mark']}") == 4
+    reference = "$reference" in template.user
+    assert content.count(f"=== {found['mark']}") == (6 if reference else 4)
+    given = template.messages(*texts, "the $prompt")[-1]["content"]
+    assert ("the $prompt" in given, "(none is given)" in content) == (reference, reference)
 
 
 def test_a_prompt_that_changes_gets_a_new_version():
     now = {name: (templates.load(name).version, templates.load(name).hash) for name in templates.names()}
     # change the text, then the version, then this table
     assert now == {
+        "alpaca_eval_2": (1, "bf7069f6bc1b1b3d"),
+        "arena_hard_v2": (1, "fc0478b6a764c0af"),
         "helpfulness": (1, "7bdd293f5e8584f4"),
         "helpfulness_logprobs": (1, "ea379ceea25d882c"),
+        "mt_bench": (1, "cd289c3fd3e88b99"),
         "summary_c": (1, "547f734f5ea5935f"),
         "summary_s": (1, "a4534474ec35b45e"),
+        "wildbench": (1, "e39dc7b676ca7012"),
     }
 
 
@@ -682,12 +689,12 @@ def test_the_command_writes_rows_and_a_summary_with_both_controls(tmp_path, caps
     assert result["win_rate"] == pytest.approx(sum(wins) / 30)
     assert (summary["failures"], result["order/consistent"], summary["stopped"]) == ({}, 1.0, None)
     requests = len(server.requests)
-    assert summary["cost"] == {
-        "requests": requests,
+    paid = {
         "tokens_in": 100 * requests,
         "tokens_out": 7 * requests,
         "price": pytest.approx((1000 + 700) * requests / 1e6),
     }
+    assert summary["cost"] == {"requests": requests, **paid, "all_runs": {"replies": requests, **paid}}
     rule = means(judge_pairs(longer_judge(), these)).values()
     assert result["win_rate/control_longer_wins"] == pytest.approx(sum(rule) / 30)
     empty = [0.5 if goods(p.baseline.answer) == 0 else 0.0 for p in draw_pairs(these, 25)]

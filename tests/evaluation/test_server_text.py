@@ -124,7 +124,7 @@ def test_tokens_that_cannot_be_counted_are_none_and_the_verdict_stands(usage, tm
         judge_ = asking(server, tmp_path / "c")
         rows = judge_pairs(judge_, pairs(2))
         judge_.close()
-    assert (judge_.tokens_in, judge_.tokens_out) == (0, 0)
+    assert (judge_.endpoint.spending.tokens_in, judge_.endpoint.spending.tokens_out) == (0, 0)
     assert [row.preference for row in rows] == [1.0, 0.0] * 2
 
 

@@ -61,9 +61,17 @@ def judge(request: dict) -> Reply:
 
 
 class Server:
-    """`with Server(rule) as server`: `rule(request, number)` gets the request's body and its number, from 0."""
+    """`with Server(rule) as server`: `rule(request, number)` gets the request's body and its number, from 0.
 
-    def __init__(self, rule: Callable[[dict, int], Reply] = lambda request, number: judge(request), port: int = 0):
+    `other(method, path, body)` answers what is no chat completion.
+    """
+
+    def __init__(
+        self,
+        rule: Callable[[dict, int], Reply] = lambda request, number: judge(request),
+        port: int = 0,
+        other: Callable[[str, str, bytes], Reply] | None = None,
+    ):
         self.requests: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -77,7 +85,14 @@ class Server:
             disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait 40 ms
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                content = self.rfile.read(int(self.headers.get("content-length", 0)))
+                if other is not None and not self.path.endswith("/chat/completions"):
+                    with lock:
+                        server.headers.append(dict(self.headers))
+                        reply = other(self.command, self.path, content)
+                    self.answer(reply)
+                    return
+                body = json.loads(content)
                 with lock:
                     number = len(server.requests)
                     server.requests.append(body)

@@ -5,7 +5,7 @@ parser needs no new request. A reply that cannot be read is asked for again, at 
 together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from .judges import Comparison, Verdict
 from .templates import JudgePrompt
 
 CHARS_PER_TOKEN = 4  # of English, roughly; for the estimate of a dry run alone
+Wanted = tuple[str, list[dict[str, str]], str]  # key, messages and prompt of a request
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ class EndpointJudge:
         fields = {"temperature": temperature, **template.options(top_logprobs), **(options or {})}
         self.endpoint, self.template, self.attempts = endpoint, template, attempts
         self.options = {key: value for key, value in fields.items() if value is not None}
-        self.tokens_in = self.tokens_out = 0  # of this run's replies
         self._journal = Journal(cache)
         self._replies: dict[str, list[str]] = {}
         try:
@@ -113,7 +113,7 @@ class EndpointJudge:
         requests = {key: messages for key, messages, _ in self._requests(comparisons)}
         open_ = {key: m for key, m in requests.items() if self._wanted(key)}
         chars = sum(len(message["content"]) for messages in open_.values() for message in messages)
-        at_most = sum(self.attempts - len(self._replies.get(key, [])) for key in open_)
+        at_most = sum(self.attempts - len(self._kept(key)) for key in open_)
         room = self.options.get("max_tokens") or self.options.get("max_completion_tokens") or self.template.max_tokens
         return RequestEstimate(
             len(requests) - len(open_), len(open_), at_most, round(chars / CHARS_PER_TOKEN), len(open_) * room
@@ -125,52 +125,65 @@ class EndpointJudge:
         for key, messages, prompt_id in self._requests(comparisons):
             requests.setdefault(key, (messages, prompt_id))
         wanted = [(key, *request) for key, request in requests.items() if self._wanted(key)]
+        failures = self._ask(wanted, progress)
+        return [self._verdict(shown, failures) for shown in comparisons]
+
+    def paid(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+        """Tokens and price of all kept replies to these questions, whichever run made them."""
+        replies = [reply for key in {key for key, *_ in self._requests(comparisons)} for reply in self._kept(key)]
+        tokens_in, tokens_out = (sum(counts) for counts in zip((0, 0), *map(usage_of, replies), strict=True))
+        price = self.endpoint.spending.price(tokens_in, tokens_out)
+        return {"replies": len(replies), "tokens_in": tokens_in, "tokens_out": tokens_out, "price": price}
+
+    def _kept(self, key: str) -> list[str]:
+        return self._replies.get(key, [])
+
+    def _ask(self, wanted: Sequence[Wanted], progress: Progress | None) -> dict[str, Unanswered]:
+        """Ask for what is missing and keep the replies; why some requests have none, by their key."""
         failures: dict[str, Unanswered] = {}
-        for done, (number, (replies, failure)) in enumerate(self.endpoint.for_each(wanted, self._fetch), 1):
-            for tokens_in, tokens_out in map(usage_of, replies):
-                self.tokens_in += tokens_in
-                self.tokens_out += tokens_out
+        for done, (number, failure) in enumerate(self.endpoint.for_each(wanted, self._fetch), 1):
             if failure is not None:
                 failures[wanted[number][0]] = failure
             if progress:
                 progress(done, len(wanted))
-        return [self._verdict(shown, failures) for shown in comparisons]
+        return failures
 
-    def _requests(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[dict[str, str]], str]]:
+    def _requests(self, comparisons: Sequence[Comparison]) -> Iterator[Wanted]:
         for shown in comparisons:
             if shown.answer_a != shown.answer_b:
                 messages = self._messages(shown)
                 yield self.key(messages), messages, shown.prompt_id
 
     def _messages(self, shown: Comparison) -> list[dict[str, str]]:
-        return self.template.messages(prompt_text(shown.prompt), shown.answer_a, shown.answer_b)
+        return self.template.messages(prompt_text(shown.prompt), shown.answer_a, shown.answer_b, shown.reference)
 
     def _wanted(self, key: str) -> bool:
-        replies = self._replies.get(key, [])
+        replies = self._kept(key)
         return len(replies) < self.attempts and all(self._read(reply).failure for reply in replies)
 
-    def _fetch(self, request: tuple[str, list[dict[str, str]], str]) -> tuple[list[str], Unanswered | None]:
-        """Ask until a reply can be read or the attempts are spent; the new replies, and why there are no more."""
+    def _fetch(self, request: Wanted) -> Unanswered | None:
+        """Ask until a reply can be read or the attempts are spent; why there is no reply, or None."""
         key, messages, prompt_id = request
-        replies: list[str] = []
         while self._wanted(key):
             try:
                 reply = self.endpoint.ask(messages, self.options)
             except Unanswered as failure:
-                return replies, failure
-            self._journal.append(
-                {
-                    "key": key,
-                    "prompt_id": prompt_id,
-                    "model": self.endpoint.model,
-                    "template": f"{self.template.name} {self.template.version}",
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "reply": reply,
-                }
-            )
+                return failure
+            self._keep([(key, prompt_id, reply)])
+        return None
+
+    def _keep(self, replies: Iterable[tuple[str, str, str]], **more: Any) -> None:
+        """Write replies, as (key, prompt, reply), to the cache before anything reads them."""
+        about = {
+            "model": self.endpoint.model,
+            "template": f"{self.template.name} {self.template.version}",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **more,
+        }
+        replies = list(replies)
+        self._journal.append(*({"key": k, "prompt_id": prompt, **about, "reply": r} for k, prompt, r in replies))
+        for key, _, reply in replies:
             self._replies.setdefault(key, []).append(reply)
-            replies.append(reply)
-        return replies, None
 
     def _read(self, reply: str) -> Verdict:
         choice, failure = read_reply(reply)
@@ -186,7 +199,7 @@ class EndpointJudge:
         if shown.answer_a == shown.answer_b:
             return Verdict(0.5)
         key = self.key(self._messages(shown))
-        verdicts = [self._read(reply) for reply in self._replies.get(key, [])]
+        verdicts = [self._read(reply) for reply in self._kept(key)]
         good = next((verdict for verdict in verdicts if verdict.failure is None), None)
         if good is not None:
             return good

@@ -23,6 +23,8 @@ from .verdict_text import read_verdict
 FOLDER = Path(__file__).parent / "prompts"
 REPLIES = ("text", "logprobs")
 FIELDS = ("prompt", "answer_a", "answer_b", "mark")
+REFERENCE = "reference"  # a field that a template may have: a right answer, or a checklist
+NO_REFERENCE = "(none is given)"
 MAX_P = 1.001  # a probability above 1 by more than rounding is none
 MIN_MASS = 0.5  # share of the verdicts among all next tokens, below which the judge did not answer the question
 
@@ -38,7 +40,7 @@ class JudgePrompt:
         source: Where the form is from.
         reply: `text` or `logprobs`.
         verdicts: Word → preference for answer A.
-        user: The message, with `$prompt`, `$answer_a`, `$answer_b` and `$mark`.
+        user: The message, with `$prompt`, `$answer_a`, `$answer_b` and `$mark`; `$reference` may be there too.
         system: System message, if there is one.
         prefix: Text before the verdict in the last line; "" if the line is the verdict alone.
         max_tokens: Room for the reply.
@@ -59,10 +61,11 @@ class JudgePrompt:
         missing = [f"${name}" for name in FIELDS if f"${name}" not in self.user]
         if missing:
             raise ValueError(f"`user` of the judge's prompt must hold all texts and the mark, got no {missing}.")
-        others = sorted(set(Template(self.user).get_identifiers()) - set(FIELDS))
+        allowed = (*FIELDS, REFERENCE)
+        others = sorted(set(Template(self.user).get_identifiers()) - set(allowed))
         if others or not Template(self.user).is_valid():
             raise ValueError(
-                f"`user` of the judge's prompt must name no fields but {[f'${name}' for name in FIELDS]}, got "
+                f"`user` of the judge's prompt must name no fields but {[f'${name}' for name in allowed]}, got "
                 f"{others or 'another `$`'}. Write `$$` for a dollar sign."
             )
         if self.max_tokens < 1:
@@ -78,15 +81,19 @@ class JudgePrompt:
         parts = [self.system, self.user, self.reply, self.prefix, dict(self.verdicts)]
         return hash_json(parts)[:16]
 
-    def messages(self, prompt: str, answer_a: str, answer_b: str) -> list[dict[str, str]]:
-        """The messages for the judge.
+    def messages(
+        self, prompt: str, answer_a: str, answer_b: str, reference: str | None = None
+    ) -> list[dict[str, str]]:
+        """The messages for the judge; `reference` counts if the template has a field for it.
 
-        The mark is a hash of all three texts: the same for the same question, so that replies can be kept, and unknown
+        The mark is a hash of all texts: the same for the same question, so that replies can be kept, and unknown
         to whoever writes one of them.
         """
-        texts = json.dumps([self.hash, prompt, answer_a, answer_b])
-        mark = hashlib.sha256(texts.encode()).hexdigest()[:12]
-        filled = Template(self.user).substitute(prompt=prompt, answer_a=answer_a, answer_b=answer_b, mark=mark)
+        texts = {"prompt": prompt, "answer_a": answer_a, "answer_b": answer_b}
+        if REFERENCE in Template(self.user).get_identifiers():
+            texts[REFERENCE] = NO_REFERENCE if reference is None else reference
+        mark = hashlib.sha256(json.dumps([self.hash, *texts.values()]).encode()).hexdigest()[:12]
+        filled = Template(self.user).substitute(texts, mark=mark)
         system = [{"role": "system", "content": self.system.strip()}] if self.system.strip() else []
         return [*system, {"role": "user", "content": filled.strip()}]
 

@@ -67,10 +67,17 @@ class JudgedFile:
     judge: dict[str, Any]
     n: int | None
     seed: int
+    cost: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.judge.get("name"), str):
             raise ValueError(f"`judge` must have a text in `name`, got {str(self.judge.get('name'))[:40]}")
+
+
+def sees_no_order(judge: Mapping[str, Any]) -> bool:
+    """Whether the verdicts of a judge, or of all members of a panel, cannot depend on the order of the answers."""
+    members = judge.get("members") or []
+    return judge["name"] in ORDERLESS or (bool(members) and all(map(sees_no_order, members)))
 
 
 def content_hash(path: str | Path) -> str:
@@ -90,6 +97,7 @@ class Judged:
         seed: of that draw.
         rows: the judgements.
         empty: judgements on empty answers instead of the system's; none without that control.
+        cost: requests, tokens and price of the judgements, or None where they cost nothing.
     """
 
     system: AnswerFile
@@ -99,6 +107,7 @@ class Judged:
     seed: int
     rows: Sequence[Judgement]
     empty: Sequence[Judgement] = ()
+    cost: Mapping[str, Any] | None = None
 
     @property
     def judge_name(self) -> str:
@@ -107,6 +116,11 @@ class Judged:
         if not model:
             return visible(kind)
         return visible(f"{kind} {readable_name(str(model))}")
+
+    @property
+    def paid(self) -> Mapping[str, Any] | None:
+        """Tokens and price of all replies that the judgements rest on, those of earlier runs too; None if free."""
+        return self.cost and self.cost.get("all_runs", self.cost)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -155,7 +169,7 @@ class Judged:
                 f"{self.baseline.tokenizer}. Use `characters` or `words`."
             )
         verdicts = Verdicts.of(self.rows, length_unit=length_unit)
-        if self.judge["name"] in ORDERLESS or any(row.detail == ONCE for row in self.rows):
+        if sees_no_order(self.judge) or any(row.detail == ONCE for row in self.rows):
             return replace(verdicts, order=None)  # one verdict fills both rows, so their agreement means nothing
         return verdicts
 
@@ -210,7 +224,7 @@ def write(out: Path, judged: Judged, summary: Summary, *, more: Mapping[str, Any
         "schema": SUMMARY_SCHEMA,
         "judgements_sha256": content_hash(out),
         **{name: asdict(getattr(judged, name)) for name in ("system", "baseline")},
-        **{name: getattr(judged, name) for name in ("judge", "n", "seed", "failures")},
+        **{name: getattr(judged, name) for name in ("judge", "n", "seed", "failures", "cost")},
         "result": summary.row(),
         "sentence": summary.sentence(),
         **more,
@@ -244,7 +258,7 @@ def read_judged(path: str | Path) -> Judged:
             f"{about.schema}{' and other judgements' if about.schema == SUMMARY_SCHEMA else ''}. {AGAIN}."
         )
     return Judged(
-        **{"system": about.system, "baseline": about.baseline, "judge": about.judge, "n": about.n, "seed": about.seed},
+        **{name: getattr(about, name) for name in ("system", "baseline", "judge", "n", "seed", "cost")},
         rows=read_judgements(path),
         empty=read_judgements(paths["control"]),
     )
