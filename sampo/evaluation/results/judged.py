@@ -21,13 +21,13 @@ import numpy as np
 
 from ...io.files import write_atomic
 from ...io.hashing import hash_file
-from ...io.names import readable_name
 from ...io.records import lines
 from ...io.schemas import WrongFile, read_json
 from ...stats.intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
 from ..answers.answers import Answer
 from ..judging.judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
 from ..server_text import visible
+from .judge_checks import JudgeCheck, check_sentence, judge_name
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
@@ -90,6 +90,7 @@ class Judged:
         seed: of that draw.
         rows: the judgements.
         empty: judgements on empty answers instead of the system's; none without that control.
+        checks: what is known about the judge's agreement with people.
     """
 
     system: AnswerFile
@@ -99,14 +100,12 @@ class Judged:
     seed: int
     rows: Sequence[Judgement]
     empty: Sequence[Judgement] = ()
+    checks: Sequence[JudgeCheck] = ()
 
     @property
     def judge_name(self) -> str:
         """The judge for a reader: its kind, and the model behind it."""
-        kind, model = str(self.judge["name"]), self.judge.get("model")
-        if not model:
-            return visible(kind)
-        return visible(f"{kind} {readable_name(str(model))}")
+        return judge_name(self.judge)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -180,6 +179,7 @@ class Judged:
             system=name or self.system.name,
             baseline=self.baseline.name,
             judge=self.judge_name,
+            judge_check=check_sentence(self.judge, self.checks),
             empty=Verdicts.of(self.empty) if self.empty else None,
             difficulty=difficulty,
         )
