@@ -364,7 +364,7 @@ def agreement_tables(found: Agreement) -> list[Table]:
         if name.split("/")[0] == "accuracy":
             part = name.partition("/")[2]
             size = found.sizes.get(part, found.pairs)
-            parts.add(PARTS.get(part, part) or "all", f"{size:,}", percent_cell(one, bounds=BEHIND))
+            parts.add(PARTS.get(part, part) or "all pairs", f"{size:,}", percent_cell(one, bounds=BEHIND))
     others = Table("Other numbers (95 % intervals over prompts)", ["number", "value"])
     for name, one in found.numbers.items():
         if name.split("/")[0] != "accuracy":

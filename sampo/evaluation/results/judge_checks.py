@@ -13,7 +13,7 @@ from ...io import records as record_file
 from ...io.names import readable_name
 from ...io.records import Record
 from ...io.schemas import WrongFile
-from ...stats.intervals import Estimate
+from ...stats.intervals import Estimate, kept_estimate
 from ..server_text import visible
 from .cells import percent
 
@@ -87,16 +87,13 @@ def read_checks(records: Sequence[Record], file: str | Path) -> list[JudgeCheck]
             judge=numbers["accuracy"].config["judged_by"],
             data=data,
             pairs=int(numbers["count/pairs"].value or 0),
-            **{name: recorded_estimate(numbers[name]) for name in ("accuracy", "kappa")},
+            **{
+                name: kept_estimate(numbers[name].value, numbers[name].interval, numbers[name].n)
+                for name in ("accuracy", "kappa")
+            },
         )
         for (_, data), numbers in found.items()
     ]
-
-
-def recorded_estimate(record: Record) -> Estimate:
-    """The number of a record."""
-    low, high = record.interval or (None, None)
-    return Estimate(record.value, low, high, None, record.n)
 
 
 def checks_of(judge: Mapping[str, Any], files: Sequence[Path], folder: Path) -> tuple[JudgeCheck, ...]:
