@@ -19,7 +19,7 @@ GUIDES = {
     "diagnose": ("diagnose", "choose"),
     "generate": ("generate",),
     "chat": ("chat",),
-    "judge": ("judges", "evaluation"),
+    "judge": ("judges", "judge_check", "evaluation"),
     "pairs": ("onpolicy",),
     "filter": ("onpolicy",),
     "compare": ("evaluation",),

@@ -118,8 +118,8 @@ def _compare_lengths(args: argparse.Namespace) -> None:
     from ..evaluation.results.comparing import shared_prompts
     from ..evaluation.results.judged import content_hash
 
-    if args.difficulty or args.agreement:
-        raise ValueError("`difficulty` and `agreement` must go with `judgements`, got none.")
+    if wrong := [name for name in ("difficulty", "agreement") if getattr(args, name)]:
+        raise ValueError(f"`{wrong[0]}` goes with `judgements`, got none.")
     names = _display_names([str(path) for path in args.answers])
     if args.baseline and str(args.baseline) not in names:
         raise ValueError(f"`baseline` must be one of `answers`, got {args.baseline}.")
