@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--matched_only", action="store_true", help="omit prompts that one file lacks")
     parser.add_argument("--annotation_sheet", type=Path, metavar="CSV", help="write a sheet for people, and stop")
-    judge_labelled.add_options(parser)
+    judge_labelled.add_labelled_options(parser)
     judge_options.add_judges(parser)
     return parser
 
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     args.out = args.out or Path("judgements.jsonl" if args.labelled is None else "labelled.jsonl")
     try:
         judge_labelled.check_options(args)
-        labelled = judge_labelled.read(args) if args.labelled else None
+        labelled = judge_labelled.labelled_of(args) if args.labelled else None
         pairs, files = ([each.pair for each in labelled.pairs], None) if labelled else _pairs(args)
         if args.annotation_sheet:
             human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)

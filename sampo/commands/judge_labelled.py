@@ -16,7 +16,7 @@ ONLY_HERE = ("columns", "responses", "labels", "label_values", "by")
 NOT_HERE = ("system", "baseline", "agreement", "matched_only", "control_n", "annotation_sheet")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_labelled_options(parser: argparse.ArgumentParser) -> None:
     """The options of pairs that people have labelled, and of the file that a win rate takes the result from."""
     group = parser.add_argument_group("people")
     group.add_argument(
@@ -76,7 +76,7 @@ def check_options(args: argparse.Namespace) -> None:
         )
 
 
-def read(args: argparse.Namespace) -> LabelledPairs:
+def labelled_of(args: argparse.Namespace) -> LabelledPairs:
     """The pairs to judge, `--n` of their prompts."""
     from dataclasses import replace
 

@@ -13,9 +13,9 @@ from ...data.layouts import visible_text
 from ..answers.answers import Answer, prompt_id
 from .judges import AnswerPair
 
-SIDES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what a label says of the first response
+LABEL_SIDES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what a label says of the first response
 GROUP_COLUMN = "subset"  # groups the pairs unless another column is named
-MAX_GROUPS = 100  # of one column
+MAX_GROUP_VALUES = 100  # of one column
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def label_meanings(arguments: Sequence[str]) -> dict[str, float]:
     found = {}
     for argument in arguments:
         side, equals, value = argument.partition("=")
-        if side.strip().lower() not in SIDES or not equals or not value.strip():
+        if side.strip().lower() not in LABEL_SIDES or not equals or not value.strip():
             raise ValueError(f"`label_values` must be given as A=VALUE, B=VALUE or tie=VALUE, got {argument!r}.")
-        found[value.strip()] = SIDES[side.strip().lower()]
+        found[value.strip()] = LABEL_SIDES[side.strip().lower()]
     return found
 
 
@@ -114,8 +114,10 @@ def read_labelled(
     if not found.pairs:
         raise ValueError(f"{path} must have a label in at least one row, got none in {len(given)}.")
     for name in by:
-        if (values := len({pair.groups[name] for pair in found.pairs})) > MAX_GROUPS:
-            raise ValueError(f"`by` must name columns with at most {MAX_GROUPS} values, got {values} in `{name}`.")
+        if (values := len({pair.groups[name] for pair in found.pairs})) > MAX_GROUP_VALUES:
+            raise ValueError(
+                f"`by` must name columns with at most {MAX_GROUP_VALUES} values, got {values} in `{name}`."
+            )
     return found
 
 
@@ -132,7 +134,7 @@ def _labels(
         read.append([])
         for number, value in enumerate(data[name], 1):
             text = _label_text(value)
-            side = meanings.get(text, SIDES.get(text.lower()))
+            side = meanings.get(text, LABEL_SIDES.get(text.lower()))
             if side is None and text:
                 unknown[text] += 1
                 first.setdefault(text, (name, number))

@@ -19,17 +19,17 @@ from ...stats.bootstrap import bootstrap
 from ...stats.intervals import FEW, Estimate, codes_of, prompt_means, prompt_weights, rate_interval, undefined
 from ...stats.logistic import slope_through_zero
 from ..judging.judges import Judgement
-from ..judging.labelled import SIDES, LabelledPair, LabelledPairs
+from ..judging.labelled import LABEL_SIDES, LabelledPair, LabelledPairs
 from .cells import BEHIND, percent_cell, show_estimate
 from .judge_checks import PREFIX, JudgeCheck
 from .judged import Judged
 from .verdicts import LENGTHS, order_consistency
 from .win_rate import TIE
 
-CATEGORIES = len(SIDES)  # the system's response, a tie, the baseline's
-RESAMPLES = 2000
+CATEGORIES = len(LABEL_SIDES)  # the system's response, a tie, the baseline's
+KAPPA_RESAMPLES = 2000
 GRADES = 8  # with so many different verdicts or fewer they are grades and no probabilities
-BINS = 5  # of the confidence of a judge with probabilities, from ½ to 1
+CONFIDENCE_BINS = 5  # of the confidence of a judge with probabilities, from ½ to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def _rows(pairs: Sequence[LabelledPair], judgements: Sequence[Judgement], unit: 
     preference = np.array([np.nan if row.preference is None else row.preference for row in judgements]).reshape(-1, 2)
     kept = ~np.isnan(preference).any(axis=1)
     some = [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
-    votes = [[pair.labels.count(side) for side in SIDES.values()] for pair in some]
+    votes = [[pair.labels.count(side) for side in LABEL_SIDES.values()] for pair in some]
     lengths = [[getattr(a, LENGTHS[unit]) for a in (pair.pair.system, pair.pair.baseline)] for pair in some]
     rows = _Rows(
         codes_of([pair.pair.system.prompt_id for pair in some])[0],
@@ -224,7 +224,7 @@ def krippendorff_alpha(votes: np.ndarray, weight: np.ndarray | None = None) -> n
 
 def _one_hot(side: np.ndarray) -> np.ndarray:
     """`(n,)` 1, ½ or 0 -> `(n, 3)` with a 1 in the column of that side."""
-    return (side[:, None] == np.array(list(SIDES.values()))).astype(float)
+    return (side[:, None] == np.array(list(LABEL_SIDES.values()))).astype(float)
 
 
 def _kappa(rows: _Rows, right: np.ndarray) -> Estimate:
@@ -240,7 +240,7 @@ def _kappa(rows: _Rows, right: np.ndarray) -> Estimate:
     def statistic(counts: np.ndarray) -> np.ndarray:
         return cohen_kappa((counts @ by_prompt.reshape(prompts, -1)).reshape(-1, CATEGORIES, CATEGORIES))
 
-    return bootstrap([statistic], prompts, resamples=RESAMPLES, seed=0)[0]
+    return bootstrap([statistic], prompts, resamples=KAPPA_RESAMPLES, seed=0)[0]
 
 
 def _annotators(rows: _Rows, right: np.ndarray) -> dict[str, Estimate]:
@@ -252,7 +252,7 @@ def _annotators(rows: _Rows, right: np.ndarray) -> dict[str, Estimate]:
         return krippendorff_alpha(both_directions, np.tile(counts[:, rows.codes], 2))
 
     statistics = [partial(alpha, rows.votes), partial(alpha, rows.votes + judge)]
-    people, with_judge = bootstrap(statistics, prompts, resamples=RESAMPLES, seed=0)
+    people, with_judge = bootstrap(statistics, prompts, resamples=KAPPA_RESAMPLES, seed=0)
     raters = rows.votes.sum(axis=1)
     several = raters > 1
     same = (rows.votes * (rows.votes - 1)).sum(axis=1)[several] / (raters * (raters - 1))[several]
@@ -297,10 +297,10 @@ def _calibration(rows: _Rows, decided: np.ndarray) -> dict[str, Estimate]:
     if not len(p):
         return {}
     confidence, right = np.maximum(p, 1 - p), _side(p)
-    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bins = np.minimum(((confidence - 0.5) * 2 * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     found = {"calibration/brier": rate_interval(prompt_means((1 - p) ** 2, codes))}
     error = 0.0
-    for b in range(BINS):
+    for b in range(CONFIDENCE_BINS):
         inside = bins == b
         if inside.any():
             one = _accuracy(right, codes, inside)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...io.schemas import WrongFile
 from .alpaca_eval import AlpacaEval
 
-COLUMNS = ("win_rate", "avg_length", "n_total")
+LEADERBOARD_COLUMNS = ("win_rate", "avg_length", "n_total")
 CONTROLLED = "length_controlled_winrate"  # not on the leaderboards of AlpacaEval 1
 SAME_RAW = 0.01  # points of the raw rate, which is computed alike: more means other annotations
 SAME_CONTROLLED = 0.5  # points of the controlled rate, whose penalty each optimiser chooses a little differently
@@ -45,16 +45,17 @@ def read_leaderboard(path: str | Path) -> dict[str, Published]:
             heads, *rows = list(csv.reader(file)) or [[]]
     except (csv.Error, UnicodeDecodeError) as error:
         raise WrongFile(f"{path} must be a CSV in UTF-8, got: {error}. Download the leaderboard again.") from None
-    if missing := [name for name in COLUMNS if name not in heads[1:]]:
+    if missing := [name for name in LEADERBOARD_COLUMNS if name not in heads[1:]]:
         raise WrongFile(
-            f"{path} must be a leaderboard of AlpacaEval, with models in its first column and the columns {COLUMNS}, "
-            f"got no {missing}. Take a file of its `leaderboards` folder."
+            f"{path} must be a leaderboard of AlpacaEval, with models in its first column and the columns "
+            f"{LEADERBOARD_COLUMNS}, got no {missing}. Take a file of its `leaderboards` folder."
         )
     found = {}
     for number, row in enumerate((row for row in rows if row), 2):
         cells = dict(zip(heads[1:], row[1:], strict=False))
         values = {
-            name: _number(cells.get(name, ""), f"{path}, line {number}, `{name}`") for name in (*COLUMNS, CONTROLLED)
+            name: _number(cells.get(name, ""), f"{path}, line {number}, `{name}`")
+            for name in (*LEADERBOARD_COLUMNS, CONTROLLED)
         }
         if values["win_rate"] is None:
             raise WrongFile(f"{path}, line {number}: `win_rate` must be a number, got none.")
