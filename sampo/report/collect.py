@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpointing.files import MANIFEST, RunRecord, TrainerState, read_manifest
 from ..evaluation.answers.answers import ANSWER_NAMES, PROMPT_NAMES, Answer, read_answers
 from ..evaluation.results import judged
-from ..evaluation.results.judge_checks import ENDING, PREFIX
+from ..evaluation.results.judge_checks import ENDING, PREFIX, read_checks
 from ..io import records as results
 from ..io.records import Record
 from ..io.schemas import parse_json, typed
@@ -386,6 +386,8 @@ def _sort_records(path: Path, folder: Path, records: list[Record], found: Found)
     kinds: dict[str, list[Record]] = {}
     for record in records:
         kinds.setdefault(_kind(record), []).append(record)
+    if "agreements" in kinds:
+        read_checks(kinds["agreements"], path.name)  # raises for records that are none
     for kind, some in kinds.items():
         getattr(found, kind).append(RecordFile(_name(path, folder), path.parent, some))
     return True

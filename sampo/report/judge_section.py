@@ -26,7 +26,7 @@ def judge_section(found: Found) -> Section:
     files: dict[str, list[RecordFile]] = {}
     runs: dict[str, list[JudgedRun]] = {}
     for file in found.agreements:
-        section.guarded(file.file, partial(_sort_checks, file, judges, files))
+        _sort_checks(file, judges, files)
     for run in found.judged:
         key = config_key(run.run.judge)
         judges.setdefault(key, dict(run.run.judge))
@@ -39,13 +39,20 @@ def judge_section(found: Found) -> Section:
 
 def _sort_checks(file: RecordFile, judges: dict[str, dict[str, Any]], files: dict[str, list[RecordFile]]) -> None:
     """File the records of each judge under it."""
-    read_checks(file.records, file.file)
     records: dict[str, list[Record]] = {}
     for record in file.records:
         records.setdefault(config_key(record.config["judged_by"]), []).append(record)
     for key, some in records.items():
         judges.setdefault(key, some[0].config["judged_by"])
         files.setdefault(key, []).append(RecordFile(file.file, file.folder, some))
+
+
+def checked_sentence(run: JudgedRun, found: Found) -> str:
+    """The sentence of a win rate with what the files say of its judge now: it may have been checked afterwards."""
+    before, key = run.row.get("judge_check"), config_key(run.run.judge)
+    checks = [check for file in found.agreements for check in read_checks(file.records, file.file)]
+    own = [check for check in checks if config_key(check.judge) == key]
+    return run.sentence.replace(str(before), check_sentence(run.run.judge, own)) if before and own else run.sentence
 
 
 def _add_judge(

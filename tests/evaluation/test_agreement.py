@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from sampo.evaluation.results.agreement import Agreement, cohen_kappa, krippendo
 from sampo.evaluation.results.judge_checks import UNCHECKED, checks_of, read_checks
 from sampo.evaluation.results.judged import AnswerFile, Judged, read_judged
 from sampo.io import records as results
+from sampo.report.build import build_report
 
 LLMBAR = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "llmbar.jsonl.gz"
 FILE = AnswerFile("pairs.jsonl", "0" * 16, None)
@@ -430,6 +432,13 @@ def test_a_judge_is_checked_once_and_every_win_rate_of_it_says_so(tmp_path, caps
             said = capsys.readouterr().out
             assert f"The judge {phrase}" in said
             assert "Reliability of the verdicts" in said
+        (tmp_path / "later").mkdir()
+        assert main([*judgement[:-1], str(tmp_path / "later" / "j.jsonl"), *ours]) == 0
+        shutil.copy(file, tmp_path / "later")  # checked after the win rate: the page knows, the old sentence does not
+        assert UNCHECKED in (tmp_path / "later" / "j.summary.json").read_text()
+        page = build_report(tmp_path / "later").html
+        assert UNCHECKED not in page
+        assert page.count(phrase) >= 2
         other = endpoint_words(server, tmp_path, model="another")
         made = len(server.requests)
         with pytest.raises(SystemExit, match="got endpoint m, which differs in `model`"):

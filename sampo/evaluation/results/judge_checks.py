@@ -75,8 +75,9 @@ def read_checks(records: Sequence[Record], file: str | Path) -> list[JudgeCheck]
     """
     found: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
-        if record.name.startswith(PREFIX):
-            key = record_file.config_key(record.config["judged_by"]), str(record.config["data"])
+        judge, data = record.config.get("judged_by"), record.config.get("data")
+        if record.name.startswith(PREFIX) and isinstance(judge, dict) and isinstance(judge.get("name"), str):
+            key = record_file.config_key(judge), str(data)
             found.setdefault(key, {})[record.name.removeprefix(PREFIX)] = record
     if not found or any({"accuracy", "kappa", "count/pairs"} - numbers.keys() for numbers in found.values()):
         raise WrongFile(
