@@ -5,15 +5,14 @@
 
 The judge is an implicit reward: a LoRA adapter on the same model, trained here (DPO with a learned length penalty) on
 pairs that the study's seed 0 does not train on and whose prompts nobody answers. It is as small as what it judges; the
-share of held-out pairs on which it agrees with people is printed and kept beside its verdicts. The ruler calls the
-longer answer better. Commands are printed; an existing judge is not trained again.
+share of held-out pairs on which it agrees with people stands beside its verdicts. The ruler calls the longer answer
+better. Commands are printed; an existing judge is not trained again.
 """
 
 import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +65,14 @@ def commands(args: argparse.Namespace, folder: Path, answers: dict[str, Path]) -
     }
     found = [["train", *(str(word) for item in training.items() for word in item)]]
     judges = {"implicit": ["--model", str(folder / "adapter")], "longer": []}
+    for judge, more in judges.items():  # first: win rates show what is known of their judge
+        labelled = [
+            "--labelled",
+            str(folder / "pairs" / "test.jsonl"),
+            "--out",
+            str(folder / f"labelled-{judge}.jsonl"),
+        ]
+        found.append(["judge", *labelled, "--judge", judge, *more])
     for judge, more in judges.items():
         judged = []
         for method, path in answers.items():
@@ -76,17 +83,6 @@ def commands(args: argparse.Namespace, folder: Path, answers: dict[str, Path]) -
             found.append(["judge", *files, "--judge", judge, *more, "--out", judged[-1]])
         found.append(["compare", "--judgements", *judged, "--out", str(folder / f"comparison-{judge}")])
     return found
-
-
-def note_accuracy(folder: Path, command: str) -> None:
-    """Record on what share of the held-out pairs the judge agrees with people, as its training ended."""
-    log = json.loads((folder / "adapter" / "trainer_state.json").read_text())["log_history"]
-    accuracy = [entry["eval_rewards/accuracies"] for entry in log if "eval_rewards/accuracies" in entry][-1]
-    n = len((folder / "pairs" / "test.jsonl").read_text().splitlines())
-    about = {"config": {"judge": "implicit"}, "command": command, **results.provenance()}
-    (folder / "judge.records.jsonl").write_text(
-        results.lines([results.Record(name="judge_accuracy", value=accuracy, n=n, **about)])
-    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -107,8 +103,6 @@ def main(words: Sequence[str] | None = None) -> None:
             continue
         print(f"$ sampo {shlex.join(command)}", flush=True)
         sampo(command)
-    given = sys.argv[1:] if words is None else words
-    note_accuracy(folder, shlex.join(["python", "benchmarks/real_model_judged.py", *given]))
 
 
 if __name__ == "__main__":

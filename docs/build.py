@@ -251,7 +251,13 @@ def real_judged() -> str:
         "real_model_judged.jsonl", {"implicit adapter": "the judge", "longer": "a ruler"}, empty="implicit adapter"
     )
     records = read("real_model_judged.jsonl")
-    (accuracy,) = (record for record in records if record.name == "judge_accuracy")
+    names = ("judge_accuracy", "agreement/accuracy")  # before and since `sampo judge --labelled`
+    judges = {
+        record.config.get("judge") or record.config["judged_by"]["name"]: record
+        for record in records
+        if record.name in names
+    }
+    accuracy = judges["implicit"]
     agrees = f"The judge agrees with human preferences on {100 * accuracy.value:.0f} % of {accuracy.n} held-out pairs."
     return f"{judged}\n\n{agrees} `{accuracy.command}`"
 

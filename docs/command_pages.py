@@ -20,7 +20,7 @@ GUIDES = {
     "generate": ("generate",),
     "prompts": ("claim",),
     "chat": ("chat",),
-    "judge": ("judges", "evaluation"),
+    "judge": ("judges", "judge_check", "evaluation"),
     "pairs": ("onpolicy",),
     "filter": ("onpolicy",),
     "panel": ("judges",),

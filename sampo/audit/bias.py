@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from scipy.special import expit
 
 from ..stats.intervals import Estimate, undefined, wilson
-from ..stats.logistic import newton
+from ..stats.logistic import slope_through_zero
 
 PER = 100  # the slope is per this many units of length
-SLOPE_RIDGE = 1e-8  # ridge on the slope in units of its scale: too small to matter where the slope is finite
 
 
 @dataclass(frozen=True)
@@ -185,26 +183,10 @@ def preference_auc(difference: np.ndarray, codes: np.ndarray, confidence: float 
 def preference_slope(difference: np.ndarray, codes: np.ndarray, confidence: float = 0.95) -> Estimate:
     """Slope of the log-odds of being chosen, per 100 units of length: P(chosen) = σ(slope · difference / 100).
 
-    There is no intercept, because which response stands first is arbitrary. The standard error is the sandwich's with
-    the prompt as its unit. Undefined where no pair, or every unequal pair, has the longer response chosen: the
-    likelihood then has no maximum.
+    Undefined where no pair, or every unequal pair, has the longer response chosen.
     """
-    clusters = int(codes.max()) + 1 if len(codes) else 0
-    if not (difference > 0).any() or not (difference < 0).any():
-        return undefined(clusters)
-    scale = float(np.sqrt((difference.astype(float) ** 2).mean()))
-    scaled = difference / scale
-    design, ones = scaled[None, :, None], np.ones(len(scaled))
-    beta = float(newton(design, ones, ones[None, :], np.array([SLOPE_RIDGE]))[0, 0])
-    p = expit(beta * scaled)
-    information = float((p * (1 - p) * scaled**2).sum())
-    score = np.bincount(codes, weights=(1 - p) * scaled)
-    value = PER * beta / scale
-    if clusters == 1:
-        return Estimate(value, None, None, None, 1)
-    se = PER / scale * float(np.sqrt((score**2).sum() * clusters / (clusters - 1))) / information
-    half_width = float(stats.t.ppf((1 + confidence) / 2, clusters - 1)) * se
-    return Estimate(value, value - half_width, value + half_width, se, clusters)
+    slope, _ = slope_through_zero(difference / PER, np.ones(len(difference)), codes, confidence)
+    return slope
 
 
 def _in_unit_interval(value: float, influence: np.ndarray, codes: np.ndarray, confidence: float) -> Estimate:

@@ -28,6 +28,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="files of answers; with `--judgements` only those that are no more where they were judged",
     )
+    parser.add_argument(
+        "--agreement",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="of `sampo judge --labelled`; without it those of the judge beside the first judgements",
+    )
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="one of `--answers`, if there are no judgements")
     parser.add_argument("--out", type=Path, help="write OUT.csv, .json, .records.jsonl; without it nothing is written")
     parser.add_argument("--n", type=int, help="compare on so many prompts, drawn by a hash of `--seed`")
@@ -64,7 +72,10 @@ def _display_names(files: Sequence[str]) -> dict[str, str]:
 
 
 def _compare_judged(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from ..evaluation.results import comparing, judged
+    from ..evaluation.results.judge_checks import checks_of
 
     if args.baseline:
         raise ValueError("`baseline` goes with `answers` alone: judgements name their baseline.")
@@ -76,7 +87,8 @@ def _compare_judged(args: argparse.Namespace) -> None:
             f"{read[0].baseline.file}. Name each once."
         )
     runs = comparing.shared_runs({names[run.system.file]: run for run in read}, matched_only=args.matched_only)
-    runs = {name: run.drawn(args.n, args.seed) for name, run in runs.items()}
+    checks = checks_of(read[0].judge, args.agreement, args.judgements[0].parent)
+    runs = {name: replace(run.drawn(args.n, args.seed), checks=checks) for name, run in runs.items()}
     prompts = {row.prompt_id for row in next(iter(runs.values())).rows}
     summaries, duels = comparing.compare(runs, length_unit=args.length_unit, difficulty=args.difficulty)
     baseline = names[read[0].baseline.file]
@@ -86,7 +98,7 @@ def _compare_judged(args: argparse.Namespace) -> None:
     drawn = {"n": args.n, "difficulty": args.difficulty}
     configs = {name: {**run.config, **drawn} for name, run in runs.items()}
     configs[baseline] = {"baseline_answers": read[0].baseline.sha256, **drawn}
-    _show_and_write(args, summaries, _measure_lengths(paths, baseline, prompts), duels, configs)
+    _show_and_write(args, summaries, _measure_lengths(paths, baseline, prompts), duels, configs, runs)
 
 
 def _find_answers(file: Any, moved: Mapping[str, Path]) -> Path:
@@ -106,8 +118,8 @@ def _compare_lengths(args: argparse.Namespace) -> None:
     from ..evaluation.results.comparing import shared_prompts
     from ..evaluation.results.judged import content_hash
 
-    if args.difficulty:
-        raise ValueError("`difficulty` goes with `judgements`, got none.")
+    if wrong := [name for name in ("difficulty", "agreement") if getattr(args, name)]:
+        raise ValueError(f"`{wrong[0]}` goes with `judgements`, got none.")
     names = _display_names([str(path) for path in args.answers])
     if args.baseline and str(args.baseline) not in names:
         raise ValueError(f"`baseline` must be one of `answers`, got {args.baseline}.")
@@ -120,7 +132,7 @@ def _compare_lengths(args: argparse.Namespace) -> None:
         prompts = drawn_prompts(prompts, args.n, args.seed)
     configs = {name: {"answers": content_hash(path), "n": args.n} for name, path in paths.items()}
     baseline = names[str(args.baseline)] if args.baseline else None
-    _show_and_write(args, [], _measure_lengths(paths, baseline, prompts), [], configs)
+    _show_and_write(args, [], _measure_lengths(paths, baseline, prompts), [], configs, {})
 
 
 def _measure_lengths(paths: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
@@ -141,10 +153,12 @@ def _show_and_write(
     lengths: Sequence[Any],
     duels: Sequence[Any],
     configs: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[str, Any],
 ) -> None:
     """Show and write."""
     from ..evaluation.results import comparing
     from ..evaluation.results.judged import csv_text
+    from ..evaluation.results.reliability import reliability_table
     from ..evaluation.results.summary import summary_table
     from ..evaluation.results.verbosity import verbosity_table
     from ..io.command_line import format_arguments
@@ -154,11 +168,13 @@ def _show_and_write(
     from .shown import say, show
 
     if summaries:
-        show(summary_table(summaries))
+        failures = [runs[one.system].failures for one in summaries]
+        show(summary_table(summaries), reliability_table(summaries, failures))
     show(verbosity_table(lengths))
     if duels:
         show(comparing.duel_table(duels))
     notes = [f"Note: {one.system}: {note}" for one in [*summaries, *lengths] for note in one.notes]
+    say(*dict.fromkeys(one.judge_check for one in summaries if one.judge_check))
     say(*dict.fromkeys(notes))
     several = "; one by one, only the last p-values know that there are several" if duels else ""
     say(f"Intervals are 95 %, over prompts{several}.")

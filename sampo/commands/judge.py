@@ -1,14 +1,18 @@
-"""`sampo judge --system A.jsonl --baseline B.jsonl --judge …`: which answers are better, in both orders."""
+"""`sampo judge --system A.jsonl --baseline B.jsonl --judge …`: which answers are better, in both orders.
+
+With `--labelled PAIRS` in place of the two files, how far the judge agrees with people.
+"""
 
 import argparse
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.judging import human_judge, judges
 from ..io.locks import alone_at
-from . import judge_options
+from . import judge_labelled, judge_options
 from .endpoints import INCOMPLETE, STOPPED
 from .next_steps import after_judging, show_next
 from .shown import say, show
@@ -19,13 +23,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sampo judge",
         allow_abbrev=False,
-        description="Judge the answers of a system against those of a baseline, both orders of each pair. Exit code "
+        description="Judge the answers of a system against those of a baseline, both orders of each pair; or, with "
+        "`--labelled`, pairs that people have labelled, to know how far the judge agrees with them. Exit code "
         f"{INCOMPLETE}: some judgements failed; {STOPPED}: stopped early, the output says how to continue. No "
         "request is sent twice.",
     )
-    parser.add_argument("--system", required=True, type=Path, help="answers: ours, JSONL, or AlpacaEval's JSON")
-    parser.add_argument("--baseline", required=True, type=Path, help="answers to compare with")
-    parser.add_argument("--out", type=Path, default=Path("judgements.jsonl"), help="one row per prompt and order")
+    parser.add_argument("--system", type=Path, help="answers: ours, JSONL, or AlpacaEval's JSON")
+    parser.add_argument("--baseline", type=Path, help="answers to compare with")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="one row per pair and order (judgements.jsonl; with `--labelled`, labelled.jsonl)",
+    )
     parser.add_argument("--n", type=int, help="judge so many prompts, drawn by a hash of `--seed`")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument(
@@ -33,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--matched_only", action="store_true", help="omit prompts that one file lacks")
     parser.add_argument("--annotation_sheet", type=Path, metavar="CSV", help="write a sheet for people, and stop")
+    judge_labelled.add_labelled_options(parser)
     judge_options.add_judges(parser)
     return parser
 
@@ -41,8 +51,11 @@ def main(args: argparse.Namespace) -> None:
     """Judge, and report the result."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sampo").setLevel(logging.INFO)
+    args.out = args.out or Path("judgements.jsonl" if args.labelled is None else "labelled.jsonl")
     try:
-        pairs, files = _pairs(args)
+        judge_labelled.check_options(args)
+        labelled = judge_labelled.labelled_of(args) if args.labelled else None
+        pairs, files = ([each.pair for each in labelled.pairs], None) if labelled else _pairs(args)
         if args.annotation_sheet:
             human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)
             long = sum(max(p.system.chars, p.baseline.chars) > human_judge.LONGEST for p in pairs)
@@ -54,7 +67,12 @@ def main(args: argparse.Namespace) -> None:
         with ExitStack() as stack:
             stack.enter_context(alone_at(args.out))
             stack.callback(getattr(judge, "close", lambda: None))
-            code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs, files)
+            if args.dry_run:
+                code = _dry_run(args, judge, pairs)
+            elif labelled:
+                code = _judge_labelled(args, judge, labelled)
+            else:
+                code = _judge(args, judge, pairs, files)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo judge: error: {error}") from None
     if code:
@@ -90,12 +108,15 @@ def _pairs(args: argparse.Namespace) -> tuple[list[judges.AnswerPair], tuple[Any
 # --- judge and report ----------------------------------------------------------------------------------------------
 
 
-def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair], files: tuple[Any, Any]) -> int:
+def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair], files: Any) -> int:
     from ..evaluation.results import judged
+    from ..evaluation.results.judge_checks import checks_of
     from ..io.command_line import format_arguments
     from .progress import progress
 
     nothing = judge_options.control_pairs(args, pairs)
+    about = {"name": judge.name, **judge.about}
+    checks = checks_of(about, args.agreement, args.out.parent)
     shown = judge_options.comparisons_of([*pairs, *nothing])
     with progress("judgements") as advance:
         if args.batch:  # all in one batch, which can take hours; what follows finds the replies
@@ -105,10 +126,9 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
     if nothing:
         with progress("control") as advance:
             empty = judges.judge_pairs(judge, nothing, advance)
-    about = {"name": judge.name, **judge.about}
     where = {"system": files[0], "baseline": files[1], "n": args.n, "seed": args.seed}
     cost = judge_options.cost_of(judge, shown)
-    run = judged.Judged(**where, judge=about, rows=rows, empty=empty, cost=cost)
+    run = judged.Judged(**where, judge=about, rows=rows, empty=empty, cost=cost, checks=checks)
     found = run.summary(length_unit=args.length_unit)
     endpoint = getattr(judge, "endpoint", None)
     stopped = endpoint.why_stopped if endpoint is not None else None
@@ -124,14 +144,29 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
     return 0
 
 
+def _judge_labelled(args: argparse.Namespace, judge: Any, labelled: Any) -> int:
+    from ..io.command_line import format_arguments
+    from .progress import progress
+
+    pairs = [each.pair for each in labelled.pairs]
+    shown = judge_options.comparisons_of(pairs)
+    with progress("judgements") as advance:
+        if args.batch:
+            judge.judge(shown, advance)
+        rows = judges.judge_pairs(judge, pairs, advance)
+    failures = judge_labelled.report(args, judge, labelled, rows, format_arguments(make_parser(), args))
+    _show_failures(rows, failures)
+    judge_options.say_cost(judge_options.cost_of(judge, shown))
+    return judge_options.say_failures(judge, failures)
+
+
 def _show_summary(found: Any, run: Any) -> None:
+    from ..evaluation.results.reliability import reliability_table
     from ..evaluation.results.summary import summary_table
 
-    show(summary_table([found]))
+    show(summary_table([found]), reliability_table([found], [run.failures]))
     say(found.sentence(), *(f"Note: {note}" for note in found.notes))
-    for reason, count in run.failures.items():
-        detail = next((row.detail for row in run.rows if row.failure == reason and row.detail), "no details")
-        say(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")
+    _show_failures(run.rows, run.failures)
     if found.empty:
         say(
             f"control, an empty answer: wins {_percent(found.empty.rate.value)} of {found.empty.rate.n} prompts, "
@@ -146,11 +181,17 @@ def _show_summary(found: Any, run: Any) -> None:
     judge_options.say_cost(run.cost)
 
 
+def _show_failures(rows: Sequence[judges.Judgement], failures: Mapping[str, int]) -> None:
+    for reason, count in failures.items():
+        detail = next((row.detail for row in rows if row.failure == reason and row.detail), "no details")
+        say(f"failed: {count} judgements, {reason} (the first: {' '.join(detail.split())[:200]})")
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
 def _dry_run(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair]) -> int:
-    shown = judge_options.comparisons_of([*pairs, *judge_options.control_pairs(args, pairs)])
-    judge_options.say_estimate(args, judge, shown)
+    nothing = [] if args.labelled else judge_options.control_pairs(args, pairs)
+    judge_options.say_estimate(args, judge, judge_options.comparisons_of([*pairs, *nothing]))
     return 0

@@ -9,13 +9,14 @@ from .collect import Found, Problem, collect, plain
 from .conclusion import conclusion_section
 from .diagnosis_section import diagnosis_section
 from .evaluation_sections import answer_section, win_rate_section
+from .judge_section import judge_section
 from .page import Section, render
 from .sections import benchmark_section, other_section
 from .training_section import training_section
 
 SectionBuilder = Callable[[Found], Section]
 SECTIONS: tuple[SectionBuilder, ...] = (
-    *(data_section, training_section, diagnosis_section, win_rate_section, answer_section),
+    *(data_section, training_section, diagnosis_section, win_rate_section, judge_section, answer_section),
 )
 LAST_SECTIONS: tuple[SectionBuilder, ...] = (benchmark_section, other_section)
 SECTION_COMMANDS = {  # section -> its content, and the command that writes it
@@ -28,6 +29,10 @@ SECTION_COMMANDS = {  # section -> its content, and the command that writes it
     "win-rate": (
         "win rates, the frontier of verbosity, win rates by length",
         "sampo judge --system DIR/A.jsonl --baseline DIR/B.jsonl --judge … --out DIR/judgements.jsonl",
+    ),
+    "judges": (
+        "how far a judge agrees with people",
+        "sampo judge --labelled PAIRS --judge … --out DIR/labelled.jsonl",
     ),
     "answers": ("answers to read", "sampo generate MODEL --prompts PROMPTS --out DIR/A.jsonl"),
     "lab": ("the lab", "sampo lab --out DIR/lab"),

@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpointing.files import MANIFEST, RunRecord, TrainerState, read_manifest
 from ..evaluation.answers.answers import ANSWER_NAMES, PROMPT_NAMES, Answer, read_answers
 from ..evaluation.results import judged
+from ..evaluation.results.judge_checks import ENDING, PREFIX, read_checks
 from ..io import records as results
 from ..io.records import Record
 from ..io.schemas import parse_json, typed
@@ -129,6 +130,7 @@ class Found:
     answers: list[AnswerSet] = field(default_factory=list)
     judged: list[JudgedRun] = field(default_factory=list)
     compared: list[Compared] = field(default_factory=list)
+    agreements: list[RecordFile] = field(default_factory=list)
     diagnoses: list[RecordFile] = field(default_factory=list)
     labs: list[RecordFile] = field(default_factory=list)
     sweeps: list[RecordFile] = field(default_factory=list)
@@ -214,6 +216,8 @@ def _companions(path: Path) -> list[Path]:
     if path.name.endswith(".summary.json"):
         stem = path.name.removesuffix(".summary.json")
         return [path.with_name(stem + e) for e in (".jsonl", ".control.jsonl", ".records.jsonl", ".csv")]
+    if path.name.endswith(ENDING):
+        return [path.with_name(f"{path.name.removesuffix(ENDING)}.jsonl")]
     if path.name.endswith(".records.jsonl"):
         stem = path.name.removesuffix(".records.jsonl")
         return [path.with_name(f"{stem}{ending}") for ending in (".csv", ".json")]
@@ -382,6 +386,8 @@ def _sort_records(path: Path, folder: Path, records: list[Record], found: Found)
     kinds: dict[str, list[Record]] = {}
     for record in records:
         kinds.setdefault(_kind(record), []).append(record)
+    if "agreements" in kinds:
+        read_checks(kinds["agreements"], path.name)  # raises for records that are none
     for kind, some in kinds.items():
         getattr(found, kind).append(RecordFile(_name(path, folder), path.parent, some))
     return True
@@ -390,6 +396,8 @@ def _sort_records(path: Path, folder: Path, records: list[Record], found: Found)
 def _kind(record: Record) -> str:
     if record.name.startswith("diagnose/"):
         return "diagnoses"
+    if record.name.startswith(PREFIX):
+        return "agreements"
     if (experiment := record.config.get("experiment")) in ("lab", "sweep"):
         return f"{experiment}s"
     return "benchmarks" if "benchmark" in record.config else "others"

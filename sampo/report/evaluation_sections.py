@@ -12,6 +12,7 @@ from ..evaluation.results.verbosity import System, Verbosity, compare_verbosity
 from ..io.names import readable_name
 from . import evaluation_figures
 from .collect import AnswerSet, Compared, Found, JudgedRun, plain
+from .judge_section import checked_sentence
 from .numbers import SummaryRow, estimate_in_row, number
 from .page import Heading, Listing, Origin, PageTable, Sample, Section, Shown, Text, origins_of, shorten
 
@@ -44,17 +45,17 @@ def win_rate_section(found: Found) -> Section:
         key = (str(run.run.baseline.sha256), str(run.row["judge"]), str(run.row.get("length_unit")))
         groups.setdefault(key, []).append(run)
     for runs in groups.values():
-        section.guarded(runs[0].file, partial(_add_judged, section, runs, found.compared))
+        section.guarded(runs[0].file, partial(_add_judged, section, runs, found))
     return section
 
 
-def _add_judged(section: Section, runs: Sequence[JudgedRun], compared: Sequence[Compared]) -> None:
+def _add_judged(section: Section, runs: Sequence[JudgedRun], found: Found) -> None:
     rows = [run.row for run in runs]
     first = rows[0]
     origins = tuple(origin for run in runs for origin in origins_of(run.records, run.file))
     section.add(Heading(f"Against {first['baseline']}, by {first['judge']}"))
-    section.add(Listing([run.sentence for run in runs]))
-    if not _covered(rows, compared):
+    section.add(Listing([checked_sentence(run, found) for run in runs]))
+    if not _covered(rows, found.compared):
         _tables_and_figures(section, rows, origins)
 
 

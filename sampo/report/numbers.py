@@ -5,15 +5,14 @@ from typing import Any
 
 from ..audit.report import format_interval, format_value
 from ..io.records import Record
-from ..stats.intervals import Estimate
+from ..stats.intervals import Estimate, kept_estimate
 
 SummaryRow = Mapping[str, Any]  # of `sampo judge` or `sampo compare`
 
 
 def estimate(record: Record) -> Estimate:
     """The number of a record."""
-    low, high = record.interval or (None, None)
-    return Estimate(record.value, low, high, None, record.n)
+    return kept_estimate(record.value, record.interval, record.n)
 
 
 def estimate_in_row(row: SummaryRow, key: str) -> Estimate:

@@ -37,6 +37,12 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
+def kept_estimate(value: float | None, interval: tuple[float, float] | None, n: int) -> Estimate:
+    """An estimate as files keep it, without its standard error."""
+    low, high = interval or (None, None)
+    return Estimate(value, low, high, None, n)
+
+
 def undefined(n: int) -> Estimate:
     """An estimate without a value."""
     return Estimate(None, None, None, None, n)

@@ -1,7 +1,12 @@
 """Logistic regression with soft labels, weights and a ridge; several fits at once, for a fast bootstrap."""
 
 import numpy as np
+from scipy import stats
 from scipy.special import expit
+
+from .intervals import Estimate, undefined
+
+SLOPE_RIDGE = 1e-8  # ridge on the slope in units of its scale: too small to matter where the slope is finite
 
 
 def newton(design: np.ndarray, y: np.ndarray, weight: np.ndarray, ridge: np.ndarray) -> np.ndarray:
@@ -51,6 +56,45 @@ def sum_by_prompt(rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
     out = np.zeros((int(codes.max()) + 1, rows.shape[1]))
     np.add.at(out, codes, rows)
     return out
+
+
+def slope_through_zero(
+    x: np.ndarray, y: np.ndarray, codes: np.ndarray, confidence: float = 0.95
+) -> tuple[Estimate, np.ndarray]:
+    """Slope of the log-odds on one difference, P = σ(slope · x), without an intercept.
+
+    That is the model of two things in an arbitrary order: swapping them turns x into −x and y into 1 − y, and changes
+    nothing. Every row has the same weight; the standard error is the sandwich's with the prompt as its unit.
+
+    Args:
+        x: `(n,)` differences.
+        y: `(n,)` in [0, 1].
+        codes: `(n,)` number of each row's prompt, from 0.
+        confidence: of the interval.
+
+    Returns:
+        The slope, and `(P,)` the influence of each prompt on it: the sum of their squares is its variance, and the
+        influences of two slopes on the same prompts give the variance of their difference. The slope is undefined,
+        with influences of 0, where x predicts every y without an error: the likelihood then has no maximum.
+    """
+    clusters = int(codes.max()) + 1 if len(codes) else 0
+    agrees = x * (2 * y - 1)
+    if not len(x) or not x.any() or (agrees == np.abs(x)).all() or (agrees == -np.abs(x)).all():
+        return undefined(clusters), np.zeros(clusters)
+    scale = float(np.sqrt((x.astype(float) ** 2).mean()))
+    scaled = x / scale
+    ones = np.ones((1, len(scaled)))
+    beta = float(newton(scaled[None, :, None], y, ones, np.array([SLOPE_RIDGE]))[0, 0])
+    p = expit(beta * scaled)
+    information = float((p * (1 - p) * scaled**2).sum())
+    influence = np.bincount(codes, weights=(y - p) * scaled) / information / scale
+    value = beta / scale
+    if clusters == 1:
+        return Estimate(value, None, None, None, 1), influence
+    influence *= np.sqrt(clusters / (clusters - 1))
+    se = float(np.sqrt((influence**2).sum()))
+    half_width = float(stats.t.ppf((1 + confidence) / 2, clusters - 1)) * se
+    return Estimate(value, value - half_width, value + half_width, se, clusters), influence
 
 
 def lasso(design: np.ndarray, y: np.ndarray, weight: np.ndarray, penalty: float) -> np.ndarray:

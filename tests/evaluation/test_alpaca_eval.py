@@ -302,6 +302,75 @@ def test_the_command_says_both_numbers_of_each_model(files, tmp_path, capsys):
         main(["alpaca_eval", *names, "--gamed", str(files / "df_gamed.csv")])
 
 
+HEADS = ",win_rate,standard_error,n_total,mode,avg_length,length_controlled_winrate,lc_standard_error"
+
+
+def leaderboard(folder, **rows) -> str:
+    """A file in the shape of AlpacaEval's: name=(rate, annotations, characters, controlled)."""
+    lines = [f"{name},{r},1.2,{n},community,{chars},{lc},0.5" for name, (r, n, chars, lc) in rows.items()]
+    (folder / "leaderboard.csv").write_text("\n".join([HEADS, *lines]) + "\n")
+    return str(folder / "leaderboard.csv")
+
+
+def test_numbers_stand_beside_the_published_ones_and_what_is_missing_is_named(files, tmp_path, capsys):
+    rows = [{**row, "generator_2": "m"} for row in annotations(7, files, missing=30, failures=2)]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(rows))
+    instructions = tmp_path / "alpaca_eval.json"
+    instructions.write_text(json.dumps([f"instruction {i}" for i in range(N)]))
+    out = tmp_path / "out.json"
+    by_row = alpaca_eval(rows, gamed=files / "df_gamed.csv", align="row")
+    raw, controlled = by_row.win_rate.value, by_row.length_controlled.value
+    place = leaderboard(
+        tmp_path, m=(raw, 268, int(by_row.mean_length), controlled), other=(50.0, 300, 100, ""), n=(raw + 1, 300, 9, 1)
+    )
+    words = ["--gamed", str(files / "df_gamed.csv"), "--instructions", str(instructions), "--leaderboard", place]
+    assert main(["alpaca_eval", str(path), *words, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"On the leaderboard: win rate {raw:.2f} (ours +0.00), length-controlled {controlled:.2f}" in said
+    assert "(ours by row number +0.00)" in said
+    assert "268 annotations: the same numbers." in said
+    assert "against baseline, annotated by judge" in said
+    there = {row["instruction"] for row in rows}
+    missing = [i + 1 for i in range(N) if f"instruction {i}" not in there]
+    failed = [number for number, row in enumerate(rows, 1) if row["preference"] is None]
+    assert (
+        f"30 of 300 instructions have no annotation: numbers {', '.join(map(str, missing[:10]))} and 20 more" in said
+    )
+    assert f"left out of the win rate: rows {failed[0]}, {failed[1]}." in said
+    assert f"From row {missing[0]} on the row number is not the number of the instruction" in said
+    assert f"goes by row number: {controlled:.2f}, which is what its leaderboard has" in said
+    (model,) = json.loads(out.read_text())["models"]
+    assert model["missing"] == missing
+    assert model["by_row"]["value"] == pytest.approx(controlled)
+    assert model["length_controlled"]["value"] != pytest.approx(controlled, abs=0.01)
+    assert model["published"]["win_rate"] == pytest.approx(raw)
+    assert main(["alpaca_eval", str(path), *words, "--align", "row"]) == 0
+    said = capsys.readouterr().out
+    assert f"length-controlled {controlled:.2f} [" in said
+    assert "these rows have the difficulty of other instructions" in said
+    for name, phrase in (("n", "These are not the annotations of the leaderboard"), ("om", "nearest name is m")):
+        path.write_text(json.dumps([{**row, "generator_2": name} for row in rows]))
+        assert main(["alpaca_eval", str(path), "--leaderboard", place]) == 0
+        assert phrase in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("model,score\nm,1\n", "must be a leaderboard of AlpacaEval"),
+        ("", "must be a leaderboard of AlpacaEval"),
+        (f"{HEADS}\nm,much,1,2,x,3,4,5\n", "line 2, `win_rate` must be a number, got 'much'"),
+        (f"{HEADS}\nm,,1,2,x,3,4,5\n", "line 2: `win_rate` must be a number, got none"),
+        (f"{HEADS}\nm,nan,1,2,x,3,4,5\n", "must be a number"),
+    ],
+)
+def test_a_file_that_is_no_leaderboard_is_named(text, fault, tmp_path):
+    (tmp_path / "leaderboard.csv").write_text(text)
+    with pytest.raises(SystemExit, match=fault):
+        main(["alpaca_eval", "annotations.json", "--leaderboard", str(tmp_path / "leaderboard.csv")])
+
+
 # `pip install alpaca-eval==0.6.6 'setuptools<81'` beside this package runs it
 @pytest.mark.skipif(importlib.util.find_spec("alpaca_eval") is None, reason="the package alpaca-eval is not installed")
 def test_both_numbers_are_those_of_the_package(files, monkeypatch):

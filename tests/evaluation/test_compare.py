@@ -90,7 +90,7 @@ def test_every_number_is_that_of_a_loop_over_the_answers(folder, capsys):
     out = capsys.readouterr().out
     for name, row in rows.items():
         lines = [line for line in out.splitlines() if line.split()[:1] == [name]]
-        assert len(lines) == {"sft": 1, "dpo": 4, "sampo": 3, "third": 2}[name]  # rates, lengths, differences
+        assert len(lines) == {"sft": 1, "dpo": 5, "sampo": 4, "third": 3}[name]  # rates, doubts, lengths, duels
         assert name == "sft" or f"{100 * row['win_rate']:.1f}" in lines[0]
 
 
@@ -289,6 +289,7 @@ def test_what_must_not_be_compared_is_refused(second, fault, folder, tmp_path):
     [
         ([], "got neither"),
         (["--answers", "A", "--difficulty"], "`difficulty` goes with `judgements`"),
+        (["--answers", "A", "--agreement", "x.agreement.jsonl"], "`agreement` goes with `judgements`"),
         (["--answers", "A", "--baseline", "b.jsonl"], "`baseline` must be one of `answers`"),
         (["--judgements", "J", "--baseline", "A"], "`baseline` goes with `answers` alone"),
         (["--judgements", "J", "--n", "99"], "`n` must be at most the number of prompts, got 99 for 80"),

@@ -426,7 +426,10 @@ def test_its_answers_are_judged_by_a_model_of_other_pairs_and_by_a_ruler(real_st
     judged = json.loads((folder / "comparison-longer.json").read_text())["systems"]
     assert judged[0]["system"] == METHOD
     assert judged[0]["tokens_mean"] == pytest.approx(sum(answers[METHOD].values()) / len(answers[METHOD]))
-    assert (folder / "comparison-implicit.json").exists()
+    compared = json.loads((folder / "comparison-implicit.json").read_text())["systems"]
+    checked = {r.name: r for r in results.read(folder / "labelled-implicit.agreement.jsonl")}
+    assert checked["agreement/count/pairs"].value == len(tested)
+    assert f"in {100 * checked['agreement/accuracy'].value:.1f} % [" in compared[0]["judge_check"]
     capsys.readouterr()
     real_model_judged.main([*command, "--judge_pairs", "16"])
     assert "$ sampo train" not in capsys.readouterr().out

@@ -155,6 +155,14 @@ def write_answers_and_judgements(folder: Path) -> None:
         files = [str(folder / f"{n}.jsonl") for n in (name, "base")]
         out = str(folder / f"{name}-judged.jsonl")
         assert main(["judge", "--system", files[0], "--baseline", files[1], "--judge", "contains", "--out", out]) == 0
+    rows = [
+        {"prompt": f"q{i}", "chosen": "so " * (i % 7 + 1), "rejected": "so " * (i % 5 + 2), "subset": NAME}
+        for i in range(30)
+    ]
+    rows = [row for row in rows if row["chosen"] != row["rejected"]]
+    pairs = folder / "people.json"
+    pairs.write_text(json.dumps(rows))
+    assert main(["judge", "--labelled", str(pairs), "--judge", "longer", "--out", str(folder / "check.jsonl")]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,7 @@ def test_everything_that_is_there_has_a_section_and_no_file_is_left_out(report):
             "Training",
             "Length pressure and rewards of a model",
             "Win rate and verbosity",
+            "Judges",
             "Answers",
         ),
         *("The lab", "Benchmarks", "Other records"),
@@ -229,6 +238,13 @@ def test_the_tables_hold_the_numbers_of_the_records(page, folder):
     low, high = row["win_rate_low"], row["win_rate_high"]
     found = cells(page, "mine")
     assert found[:2] == [str(PROMPTS), f"{100 * row['win_rate']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"]
+    kept = {r.name: r for r in results.read(folder / "check.agreement.jsonl")}
+    accuracy, size = kept["agreement/accuracy"], kept["agreement/count/pairs"].value
+    bounds = f"({100 * accuracy.interval[0]:.1f} to {100 * accuracy.interval[1]:.1f})"
+    assert cells(page, "all pairs") == [f"{size:.0f}", f"{100 * accuracy.value:.1f} % {bounds}"]
+    assert f"The judge agrees with people in {100 * accuracy.value:.1f} % [" in page.text()
+    assert cells(page, f"subset={NAME}")[0] == f"{size:.0f}"
+    assert f"{kept['agreement/kappa'].value:.2f} (" in cells(page, "Cohen's κ")[0]
     diagnosed = results.read(folder / "diagnosis" / "records.jsonl")
     pressure = next(r for r in diagnosed if r.name == "diagnose/pressure" and r.config["group"] == "all")
     assert f"{pressure.value:+.3f} ({pressure.interval[0]:.3f} to {pressure.interval[1]:.3f})" in page.text()
@@ -517,7 +533,7 @@ def test_an_empty_folder_names_what_is_missing_and_commands_that_exist(tmp_path,
     text = (tmp_path / "page.html").read_text()
     assert "<title>&lt;i&gt;</title>" in text
     commands = re.findall(r"<code>sampo (\w+) ", text)[1:]  # the first is its own
-    assert commands == ["audit", "train", "diagnose", "judge", "generate", "lab"]
+    assert commands == ["audit", "train", "diagnose", "judge", "judge", "generate", "lab"]
     assert set(commands) <= set(COMMANDS)
     assert "nothing was found to show" in capsys.readouterr().out
 
@@ -572,7 +588,14 @@ def test_what_is_inside_of_a_file_may_be_anything(folder, tmp_path):
     rng = random.Random(0)
     junk = [None, True, -1, 1e308, "x" * 300, "\ud800", [], [[1]], {}, {"a": {"b": []}}, math.nan]
     kinds = ("audit/audit.json", "audit/records.jsonl", "runs/dpo/trainer_state.json", "diagnosis/records.jsonl")
-    kinds += ("mine-judged.summary.json", "both.json", "both.records.jsonl", "lab/records.jsonl", "mine.jsonl")
+    kinds += (
+        "mine-judged.summary.json",
+        "both.json",
+        "both.records.jsonl",
+        "lab/records.jsonl",
+        "mine.jsonl",
+        "check.agreement.jsonl",
+    )
 
     def spoil(value):
         if isinstance(value, dict) and value and rng.random() < 0.9:

@@ -32,6 +32,8 @@ PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's grid of C, from strong 
 GAMED_WEIGHT = 0.2 / 2  # two gamed baselines share the weight 0.2
 OUTLYING = 2.0  # standard deviation over the robust one, from which length control is noted to be weak
 ROW = ("instruction", "output_1", "output_2", "preference")
+NAMES = {"model": "generator_2", "baseline": "generator_1", "annotator": "annotator"}
+LISTED = 10  # rows that a note names
 GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
 
 
@@ -47,7 +49,12 @@ class AlpacaEval:
         mean_length: mean length of the model's outputs in characters.
         rows: annotations.
         failed: annotations without a preference.
+        missing: numbers of the instructions without an annotation, from 1; none where `instructions` are not known.
+        by_row: the length-controlled win rate with difficulty by row number, as on AlpacaEval's leaderboard, where
+            that is another number; else None.
         model: name of the model, or "".
+        baseline: name of the baseline, or "".
+        annotator: name of the annotator, or "".
         notes: what a reader has to know, in sentences.
     """
 
@@ -57,7 +64,11 @@ class AlpacaEval:
     mean_length: float
     rows: int
     failed: int
+    missing: tuple[int, ...] = ()
+    by_row: Estimate | None = None
     model: str = ""
+    baseline: str = ""
+    annotator: str = ""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -142,15 +153,20 @@ def alpaca_eval(
             f"`preference` must be known in at least one annotation, got none in all {len(rows)}. The annotator "
             "failed everywhere: annotate again."
         )
-    slope, controlled = None, None
+    slope, controlled, by_row = None, None, None
+    numbers = None if instructions is None else _instruction_numbers(rows, instructions)
     difference = lengths[:, 0] - lengths[:, 1]
     if gamed is not None:
         table = Gamed.read(Path(gamed), None if difficulty is None else Path(difficulty))
-        hard = _difficulty(rows, table, instructions, align)
+        hard = _difficulty(_aligned(numbers, len(rows), align), table)
         if all(row["output_1"] == row["output_2"] for row in rows):
             controlled, slope = Estimate(0.5, 0.5, 0.5, 0.0, len(rows)), None  # by construction, as in AlpacaEval
         else:
             controlled, slope = length_controlled_rate(preference, difference, hard, table, confidence)
+            if align == "prompt" and numbers != list(range(len(rows))):
+                as_published = _difficulty(_aligned(None, len(rows), "row"), table)
+                by_row, _ = length_controlled_rate(preference, difference, as_published, table, confidence)
+    missing = _missing(numbers, instructions)
     return AlpacaEval(
         win_rate=_in_points(rate_interval(preference[known], confidence)),
         length_controlled=controlled and _in_points(controlled),
@@ -158,8 +174,14 @@ def alpaca_eval(
         mean_length=float(lengths[:, 1].mean()),
         rows=len(preference),
         failed=int((~known).sum()),
-        model=visible(str(rows[0].get("generator_2") or "")),
-        notes=_notes_on_annotations(rows, difference, int((~known).sum())),
+        missing=missing,
+        by_row=by_row and _in_points(by_row),
+        **{name: visible(str(rows[0].get(column) or "")) for name, column in NAMES.items()},
+        notes=(
+            *_notes_on_rows(known, missing, instructions),
+            *_notes_on_alignment(align, numbers, len(rows), by_row and _in_points(by_row), gamed is not None),
+            *_notes_on_annotations(rows, difference),
+        ),
     )
 
 
@@ -217,10 +239,44 @@ def _check_rows(rows: Sequence[Any], instructions: Sequence[str] | None) -> None
         )
 
 
-def _notes_on_annotations(rows: Sequence[Mapping[str, Any]], difference: np.ndarray, failed: int) -> tuple[str, ...]:
+def _notes_on_rows(known: np.ndarray, missing: Sequence[int], instructions: Sequence[str] | None) -> tuple[str, ...]:
     notes = []
-    if failed:
-        notes.append(f"{failed} of {len(rows)} annotations have no preference and are left out of the win rate.")
+    if not known.all():
+        failed = (np.flatnonzero(~known) + 1).tolist()
+        notes.append(
+            f"{len(failed)} of {len(known)} annotations have no preference and are left out of the win rate: rows "
+            f"{_listed(failed)}."
+        )
+    if missing and instructions is not None:
+        notes.append(
+            f"{len(missing)} of {len(instructions)} instructions have no annotation: numbers {_listed(missing)} of "
+            "`instructions`. The rates are those of the others."
+        )
+    return tuple(notes)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:LISTED])) + (f" and {len(numbers) - LISTED} more" if numbers[LISTED:] else "")
+
+
+def _notes_on_alignment(
+    align: str, numbers: list[int] | None, n: int, by_row: Estimate | None, controlled: bool
+) -> tuple[str, ...]:
+    """Whose difficulty each annotation got, where the two ways differ."""
+    if not controlled or numbers is None or numbers == list(range(n)):
+        return ()
+    first = next(i for i, number in enumerate(numbers) if number != i) + 1
+    text = f"From row {first} on the row number is not the number of the instruction. "
+    if align == "row":
+        return (
+            f"{text}As in AlpacaEval, these rows have the difficulty of other instructions; `align: prompt` differs.",
+        )
+    other = "" if by_row is None else f": {by_row.value:.2f}, which is what its leaderboard has"
+    return (f"{text}Each row has the difficulty of its own instruction; AlpacaEval goes by row number{other}.",)
+
+
+def _notes_on_annotations(rows: Sequence[Mapping[str, Any]], difference: np.ndarray) -> tuple[str, ...]:
+    notes = []
     empty = sum(not row["output_2"] for row in rows)
     if empty:
         notes.append(f"{empty} outputs of the model are empty.")
@@ -250,28 +306,39 @@ def _preference(row: Mapping[str, Any], number: int) -> float:
     return float(value) - 1
 
 
-def _difficulty(
-    annotations: Sequence[Mapping[str, Any]], table: Gamed, instructions: Sequence[str] | None, align: str
-) -> np.ndarray:
+def _instruction_numbers(annotations: Sequence[Mapping[str, Any]], instructions: Sequence[str]) -> list[int]:
+    """Number of each annotation's instruction, from 0."""
+    rows_of: dict[str, list[int]] = {}
+    for number, text in enumerate(instructions):
+        rows_of.setdefault(text, []).append(number)
+    numbers = []
+    for row in annotations:
+        left = rows_of.get(row["instruction"])
+        if not left:
+            raise ValueError(f"`instructions` must hold every instruction, got none of {row['instruction'][:80]!r}.")
+        numbers.append(left.pop(0))  # an instruction that comes twice: first to first
+    return numbers
+
+
+def _missing(numbers: list[int] | None, instructions: Sequence[str] | None) -> tuple[int, ...]:
+    """Numbers of the instructions without an annotation, from 1."""
+    there = set(numbers or ())
+    return tuple(i + 1 for i in range(len(instructions or ())) if i not in there)
+
+
+def _aligned(numbers: list[int] | None, n: int, align: str) -> list[int]:
+    """Number of the instruction whose difficulty each of `n` annotations gets."""
     if align == "row":
-        numbers = list(range(len(annotations)))
-    elif instructions is None:
+        return list(range(n))
+    if numbers is None:
         raise ValueError(
             "`instructions` must be given to align by prompt, got None. Pass the instructions of AlpacaEval in their "
             'order, or `align="row"` for what AlpacaEval does.'
         )
-    else:
-        rows_of: dict[str, list[int]] = {}
-        for number, text in enumerate(instructions):
-            rows_of.setdefault(text, []).append(number)
-        numbers = []
-        for row in annotations:
-            left = rows_of.get(row["instruction"])
-            if not left:
-                raise ValueError(
-                    f"`instructions` must hold every instruction, got none of {row['instruction'][:80]!r}."
-                )
-            numbers.append(left.pop(0))  # an instruction that comes twice: first to first
+    return numbers
+
+
+def _difficulty(numbers: list[int], table: Gamed) -> np.ndarray:
     absent = [number for number in numbers if number not in table.difficulty_by_number]
     if absent:
         raise ValueError(

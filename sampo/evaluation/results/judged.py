@@ -21,13 +21,13 @@ import numpy as np
 
 from ...io.files import write_atomic
 from ...io.hashing import hash_file
-from ...io.names import readable_name
 from ...io.records import lines
 from ...io.schemas import WrongFile, read_json
 from ...stats.intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
 from ..answers.answers import Answer
 from ..judging.judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
 from ..server_text import visible
+from .judge_checks import JudgeCheck, check_sentence, judge_name
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
@@ -98,6 +98,7 @@ class Judged:
         rows: the judgements.
         empty: judgements on empty answers instead of the system's; none without that control.
         cost: requests, tokens and price of the judgements, or None where they cost nothing.
+        checks: what is known about the judge's agreement with people.
     """
 
     system: AnswerFile
@@ -108,14 +109,12 @@ class Judged:
     rows: Sequence[Judgement]
     empty: Sequence[Judgement] = ()
     cost: Mapping[str, Any] | None = None
+    checks: Sequence[JudgeCheck] = ()
 
     @property
     def judge_name(self) -> str:
         """The judge for a reader: its kind, and the model behind it."""
-        kind, model = str(self.judge["name"]), self.judge.get("model")
-        if not model:
-            return visible(kind)
-        return visible(f"{kind} {readable_name(str(model))}")
+        return judge_name(self.judge)
 
     @property
     def paid(self) -> Mapping[str, Any] | None:
@@ -194,6 +193,7 @@ class Judged:
             system=name or self.system.name,
             baseline=self.baseline.name,
             judge=self.judge_name,
+            judge_check=check_sentence(self.judge, self.checks),
             empty=Verdicts.of(self.empty) if self.empty else None,
             difficulty=difficulty,
         )

@@ -44,6 +44,7 @@ class Summary:
         failed_verdicts: verdicts that failed; a pair has one in each order.
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off, or None.
         remarks: further notes.
+        judge_check: how far the judge agrees with people, in one sentence, or "".
         lengths: mean length of the system's answers and of the baseline's, of those compared, or None.
         length_unit: of the lengths.
         confidence: of all intervals.
@@ -66,6 +67,7 @@ class Summary:
     failed_verdicts: int = 0
     cut: tuple[Estimate, Estimate] | None = None
     remarks: tuple[str, ...] = ()
+    judge_check: str = ""
     lengths: tuple[Estimate, Estimate] | None = None
     length_unit: str = "characters"
     confidence: float = 0.95
@@ -126,7 +128,7 @@ class Summary:
         row |= {"failed_verdicts": self.failed_verdicts}
         for name, estimate in self.estimates().items():
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-        return row | {"notes": " ".join(self.notes)}
+        return row | {"judge_check": self.judge_check, "notes": " ".join(self.notes)}
 
     def sentence(self) -> str:
         """The result in one sentence, with lengths, failures and controls."""
@@ -152,6 +154,7 @@ class Summary:
             text += " The interval holds 50 %: this does not show which of the two is better."
         if doubts := [doubt for doubt, _ in self._doubts]:
             text += f" Doubtful: {'; '.join(doubts)}."
+        text += f" {self.judge_check}" if self.judge_check else ""
         return text + f" Intervals are {100 * self.confidence:g} %, over prompts."
 
 
@@ -166,6 +169,7 @@ def summarise(
     cut: tuple[Estimate, Estimate] | None = None,
     order_note: str = "",
     remarks: Sequence[str] = (),
+    judge_check: str = "",
     confidence: float = 0.95,
 ) -> Summary:
     """Everything at once; where lengths do not overlap the control is omitted, with the reason.
@@ -180,10 +184,16 @@ def summarise(
         cut: share of the system's answers and of the baseline's that the limit of tokens cut off.
         order_note: text on the order for the sentence, where there is no consistency of orders.
         remarks: further notes.
+        judge_check: how far the judge agrees with people, in one sentence.
         confidence: of all intervals.
     """
     comparisons = compare_orders(verdicts)
-    parts: dict[str, Any] = {"cut": cut, "order_note": order_note, "remarks": tuple(remarks)}
+    parts: dict[str, Any] = {
+        "cut": cut,
+        "order_note": order_note,
+        "remarks": tuple(remarks),
+        "judge_check": judge_check,
+    }
     parts["failed_verdicts"] = int(np.isnan(verdicts.preference).sum())
     if verdicts.order is not None and comparisons.orders == "both":
         parts["orders"] = order_consistency(verdicts, confidence=confidence)
