@@ -12,6 +12,7 @@ from . import judge_options
 from .endpoints import INCOMPLETE, STOPPED
 from .next_steps import after_judging, show_next
 from .shown import say, show
+from .style_options import add_style_options, measure_style
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--length_unit", default="characters", choices=("characters", "words", "tokens"), help="of all lengths"
     )
     parser.add_argument("--matched_only", action="store_true", help="omit prompts that one file lacks")
+    add_style_options(parser)
     parser.add_argument("--annotation_sheet", type=Path, metavar="CSV", help="write a sheet for people, and stop")
     judge_options.add_judges(parser)
     return parser
@@ -43,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
     logging.getLogger("sampo").setLevel(logging.INFO)
     try:
         pairs, files = _pairs(args)
+        style = measure_style(args, args.system, args.baseline)
         if args.annotation_sheet:
             human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)
             long = sum(max(p.system.chars, p.baseline.chars) > human_judge.LONGEST for p in pairs)
@@ -54,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         with ExitStack() as stack:
             stack.enter_context(alone_at(args.out))
             stack.callback(getattr(judge, "close", lambda: None))
-            code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs, files)
+            code = _dry_run(args, judge, pairs) if args.dry_run else _judge(args, judge, pairs, files, style)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo judge: error: {error}") from None
     if code:
@@ -90,7 +93,9 @@ def _pairs(args: argparse.Namespace) -> tuple[list[judges.AnswerPair], tuple[Any
 # --- judge and report ----------------------------------------------------------------------------------------------
 
 
-def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair], files: tuple[Any, Any]) -> int:
+def _judge(
+    args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair], files: tuple[Any, Any], style: Any
+) -> int:
     from ..evaluation.results import judged
     from ..io.command_line import format_arguments
     from .progress import progress
@@ -103,7 +108,14 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
             empty = judges.judge_pairs(judge, nothing, advance)
     about = {"name": judge.name, **judge.about}
     run = judged.Judged(
-        system=files[0], baseline=files[1], judge=about, n=args.n, seed=args.seed, rows=rows, empty=empty
+        system=files[0],
+        baseline=files[1],
+        judge=about,
+        n=args.n,
+        seed=args.seed,
+        rows=rows,
+        empty=empty,
+        style=style,
     )
     found = run.summary(length_unit=args.length_unit)
     endpoint = getattr(judge, "endpoint", None)
@@ -123,9 +135,12 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
 
 
 def _show_summary(found: Any, run: Any, cost: dict[str, Any] | None) -> None:
+    from ..evaluation.results.style_control import style_table
     from ..evaluation.results.summary import summary_table
 
     show(summary_table([found]))
+    if found.styled:
+        show(style_table({found.system: found.styled}))
     say(found.sentence(), *(f"Note: {note}" for note in found.notes))
     for reason, count in run.failures.items():
         detail = next((row.detail for row in run.rows if row.failure == reason and row.detail), "no details")

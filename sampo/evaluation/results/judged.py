@@ -28,6 +28,7 @@ from ...stats.intervals import Estimate, codes_of, prompt_means, rate_interval, 
 from ..answers.answers import Answer
 from ..judging.judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
 from ..server_text import visible
+from .style import StyleTable
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
@@ -90,6 +91,7 @@ class Judged:
         seed: of that draw.
         rows: the judgements.
         empty: judgements on empty answers instead of the system's; none without that control.
+        style: features of the answers, for the win rate at equal style; None without it.
     """
 
     system: AnswerFile
@@ -99,6 +101,7 @@ class Judged:
     seed: int
     rows: Sequence[Judgement]
     empty: Sequence[Judgement] = ()
+    style: StyleTable | None = None
 
     @property
     def judge_name(self) -> str:
@@ -116,6 +119,7 @@ class Judged:
             "baseline_answers": self.baseline.sha256,
             "judged_by": dict(self.judge),
             "n": self.n,
+            **({"style": list(self.style.names)} if self.style else {}),
         }
 
     def _cut(self) -> tuple[Estimate, Estimate] | None:
@@ -155,6 +159,8 @@ class Judged:
                 f"{self.baseline.tokenizer}. Use `characters` or `words`."
             )
         verdicts = Verdicts.of(self.rows, length_unit=length_unit)
+        if self.style:
+            verdicts = replace(verdicts, style=self.style.of_judgements(self.rows, verdicts.lengths))
         if self.judge["name"] in ORDERLESS or any(row.detail == ONCE for row in self.rows):
             return replace(verdicts, order=None)  # one verdict fills both rows, so their agreement means nothing
         return verdicts
