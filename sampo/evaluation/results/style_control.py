@@ -231,7 +231,10 @@ def _check_styles(
         (one.share, f"{name}: more in {one.longer:.1%}, less in {one.shorter:.1%}, similar in {one.similar:.1%}")
         for name, one in zip(names, overlaps, strict=True)
     ]
-    parts.append((joint, f"all together: {joint:.1%} of the comparisons are as far from the mean as equal style is"))
+    if len(names) > 1:
+        parts.append(
+            (joint, f"all together: {joint:.1%} of the comparisons are as far from the mean as equal style is")
+        )
     refused = [text for share, text in parts if share < REFUSE_BELOW]
     if refused and not allowed:
         raise ExtrapolationError(
