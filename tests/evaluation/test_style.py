@@ -284,7 +284,7 @@ def test_margins_that_overlap_are_refused_where_together_they_do_not():
     style = {name: np.column_stack([x + 0.4, np.zeros(150)]) for name, x in (("a", a), ("b", b))}
     for name in style:
         assert style_controlled(with_style(c, {name: style[name]})).support > 0.2
-    with pytest.warns(ExtrapolationWarning, match="all together: 0.0%"):
+    with pytest.warns(ExtrapolationWarning, match="all together: 2.0%"):
         found = style_controlled(with_style(c, style), allow_extrapolation=True)
     assert min(f.overlap.share for f in found.features) > 0.2 > 0.05 > found.support
     with pytest.raises(ExtrapolationError, match="all together"):
