@@ -140,7 +140,7 @@ def test_standard_errors_are_those_of_the_infinitesimal_jackknife(monkeypatch, s
     """How rate and slopes move when one prompt weighs a little more, by differences of refits at the same scales."""
     n, step = 60, 1e-3
     c = styled(np.random.default_rng(7), n=n, samples=samples, slopes=(1.5, 1.0, -1.0), strength=0.8)
-    c = with_style(c, {name: column + [0.4 * column.std(), 0] for name, column in c.style.items()})
+    c = with_style(c, {name: column + np.array([0.4 * column.std(), 0]) for name, column in c.style.items()})
     found = style_controlled(c)
     fixed = np.array([f.scale for f in found.features])
     monkeypatch.setattr(FitData, "scale", lambda self, counts: np.tile(fixed, (len(counts), 1)))
