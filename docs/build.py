@@ -178,6 +178,20 @@ def hard_prompts() -> str:
     return difficulty_table(read("interval_coverage.jsonl"))
 
 
+def style_coverage() -> str:
+    """Bias and coverage of the win rate at equal style."""
+    from style_coverage import style_coverage_table
+
+    return style_coverage_table(read("style_coverage.jsonl"))
+
+
+def evaluation_scale() -> str:
+    """Time and memory of judge and compare."""
+    from evaluation_scale import scale_table
+
+    return scale_table(read("evaluation_scale.jsonl"))
+
+
 def overlap() -> str:
     """Bias of length control if lengths hardly overlap."""
     from interval_coverage import overlap_table
@@ -444,6 +458,7 @@ PARTS = {
     **{"package_diagram": package_diagram, "module_map": module_map},
     **{"campaign": campaign, "memory": memory, "memory_formula": memory_formula, "engines": engines},
     **{"coverage": coverage, "overlap": overlap, "hard_prompts": hard_prompts, "merging": merging},
+    **{"style_coverage": style_coverage, "evaluation_scale": evaluation_scale},
     "families": families,
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .next_steps import after_comparing, show_next
+from .style_options import add_style_options, asked_features, measure_style
 
 LENGTH_UNITS = ("characters", "words", "tokens")
 
@@ -47,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let the control of length know how hard each prompt is to the other systems",
     )
+    add_style_options(parser)
     return parser
 
 
@@ -90,11 +92,12 @@ def _compare_judged(args: argparse.Namespace) -> None:
     checks = checks_of(read[0].judge, args.agreement, args.judgements[0].parent)
     runs = {name: replace(run.drawn(args.n, args.seed), checks=checks) for name, run in runs.items()}
     prompts = {row.prompt_id for row in next(iter(runs.values())).rows}
-    summaries, duels = comparing.compare(runs, length_unit=args.length_unit, difficulty=args.difficulty)
     baseline = names[read[0].baseline.file]
     moved = {judged.content_hash(path): path for path in args.answers}
     files = {**{name: run.system for name, run in runs.items()}, baseline: read[0].baseline}
     paths = {name: _find_answers(file, moved) for name, file in files.items()}
+    runs = {name: replace(run, style=measure_style(args, paths[name], paths[baseline])) for name, run in runs.items()}
+    summaries, duels = comparing.compare(runs, length_unit=args.length_unit, difficulty=args.difficulty)
     drawn = {"n": args.n, "difficulty": args.difficulty}
     configs = {name: {**run.config, **drawn} for name, run in runs.items()}
     configs[baseline] = {"baseline_answers": read[0].baseline.sha256, **drawn}
@@ -120,6 +123,8 @@ def _compare_lengths(args: argparse.Namespace) -> None:
 
     if wrong := [name for name in ("difficulty", "agreement") if getattr(args, name)]:
         raise ValueError(f"`{wrong[0]}` goes with `judgements`, got none.")
+    if asked_features(args):
+        raise ValueError("`style` and `style_columns` go with `judgements`, got none.")
     names = _display_names([str(path) for path in args.answers])
     if args.baseline and str(args.baseline) not in names:
         raise ValueError(f"`baseline` must be one of `answers`, got {args.baseline}.")
@@ -136,15 +141,21 @@ def _compare_lengths(args: argparse.Namespace) -> None:
 
 
 def _measure_lengths(paths: Mapping[str, Path], baseline: str | None, prompts: set[str]) -> list[Any]:
-    """Measures of length of each file, on some prompts."""
+    """Measures of length of each file, on some prompts; the answers of two files at most are in memory."""
     from ..evaluation.answers.answers import read_answers
-    from ..evaluation.results.verbosity import System, compare_verbosity
+    from ..evaluation.results.verbosity import System, verbosity
 
-    systems = [
-        System.of(name, [answer for answer in read_answers(path) if answer.prompt_id in prompts])
-        for name, path in paths.items()
-    ]
-    return compare_verbosity(systems, baseline)
+    def read(name: str) -> System:
+        return System.of(name, (answer for answer in read_answers(paths[name]) if answer.prompt_id in prompts))
+
+    against = None if baseline is None else read(baseline)
+    found = []
+    for name in paths:
+        if against is not None and name == baseline:
+            found.append(verbosity(against))
+        else:
+            found.append(verbosity(read(name), against))
+    return found
 
 
 def _show_and_write(
@@ -159,6 +170,7 @@ def _show_and_write(
     from ..evaluation.results import comparing
     from ..evaluation.results.judged import csv_text
     from ..evaluation.results.reliability import reliability_table
+    from ..evaluation.results.style_control import style_table
     from ..evaluation.results.summary import summary_table
     from ..evaluation.results.verbosity import verbosity_table
     from ..io.command_line import format_arguments
@@ -170,6 +182,8 @@ def _show_and_write(
     if summaries:
         failures = [runs[one.system].failures for one in summaries]
         show(summary_table(summaries), reliability_table(summaries, failures))
+        if styled := {one.system: one.styled for one in summaries if one.styled}:
+            show(style_table(styled))
     show(verbosity_table(lengths))
     if duels:
         show(comparing.duel_table(duels))

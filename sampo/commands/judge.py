@@ -16,6 +16,7 @@ from . import judge_labelled, judge_options
 from .endpoints import INCOMPLETE, STOPPED
 from .next_steps import after_judging, show_next
 from .shown import say, show
+from .style_options import add_style_options, measure_style
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--length_unit", default="characters", choices=("characters", "words", "tokens"), help="of all lengths"
     )
     parser.add_argument("--matched_only", action="store_true", help="omit prompts that one file lacks")
+    add_style_options(parser)
     parser.add_argument("--annotation_sheet", type=Path, metavar="CSV", help="write a sheet for people, and stop")
     judge_labelled.add_labelled_options(parser)
     judge_options.add_judges(parser)
@@ -56,6 +58,7 @@ def main(args: argparse.Namespace) -> None:
         judge_labelled.check_options(args)
         labelled = judge_labelled.labelled_of(args) if args.labelled else None
         pairs, files = ([each.pair for each in labelled.pairs], None) if labelled else _pairs(args)
+        style = None if labelled else measure_style(args, args.system, args.baseline)
         if args.annotation_sheet:
             human_judge.write_sheet(args.annotation_sheet, pairs, args.seed)
             long = sum(max(p.system.chars, p.baseline.chars) > human_judge.LONGEST for p in pairs)
@@ -72,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
             elif labelled:
                 code = _judge_labelled(args, judge, labelled)
             else:
-                code = _judge(args, judge, pairs, files)
+                code = _judge(args, judge, pairs, files, style)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"sampo judge: error: {error}") from None
     if code:
@@ -108,7 +111,7 @@ def _pairs(args: argparse.Namespace) -> tuple[list[judges.AnswerPair], tuple[Any
 # --- judge and report ----------------------------------------------------------------------------------------------
 
 
-def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair], files: Any) -> int:
+def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair], files: Any, style: Any) -> int:
     from ..evaluation.results import judged
     from ..evaluation.results.judge_checks import checks_of
     from ..io.command_line import format_arguments
@@ -128,7 +131,7 @@ def _judge(args: argparse.Namespace, judge: Any, pairs: list[judges.AnswerPair],
             empty = judges.judge_pairs(judge, nothing, advance)
     where = {"system": files[0], "baseline": files[1], "n": args.n, "seed": args.seed}
     cost = judge_options.cost_of(judge, shown)
-    run = judged.Judged(**where, judge=about, rows=rows, empty=empty, cost=cost, checks=checks)
+    run = judged.Judged(**where, judge=about, rows=rows, empty=empty, cost=cost, checks=checks, style=style)
     found = run.summary(length_unit=args.length_unit)
     endpoint = getattr(judge, "endpoint", None)
     stopped = endpoint.why_stopped if endpoint is not None else None
@@ -162,9 +165,12 @@ def _judge_labelled(args: argparse.Namespace, judge: Any, labelled: Any) -> int:
 
 def _show_summary(found: Any, run: Any) -> None:
     from ..evaluation.results.reliability import reliability_table
+    from ..evaluation.results.style_control import style_table
     from ..evaluation.results.summary import summary_table
 
     show(summary_table([found]), reliability_table([found], [run.failures]))
+    if found.styled:
+        show(style_table({found.system: found.styled}))
     say(found.sentence(), *(f"Note: {note}" for note in found.notes))
     _show_failures(run.rows, run.failures)
     if found.empty:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,27 +91,35 @@ class Journal:
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file that another process may be writing; an unfinished last line is ignored, with a warning."""
-    content = Path(path).read_bytes()
-    rows, end = _parse(content, Path(path))
-    if end < len(content):
-        logger.warning("%s: ignored an unfinished last line of %d bytes", path, len(content) - end)
-    return rows
+    return list(each_row(path))
+
+
+def each_row(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The same, with one row at a time in memory."""
+    with Path(path).open("rb") as file:
+        for line, row in _rows_of(file, Path(path)):
+            if row is None:
+                logger.warning("%s: ignored an unfinished last line of %d bytes", path, len(line))
+            else:
+                yield row
 
 
 def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows, and how many bytes hold them."""
-    *lines, tail = content.split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
+    lines = list(_rows_of(io.BytesIO(content), path))
+    rows = [row for _, row in lines if row is not None]
+    return rows, len(content) - (len(lines[-1][0]) if len(rows) < len(lines) else 0)
+
+
+def _rows_of(file: Iterable[bytes], path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line with its row; None for a last line that is unfinished."""
+    for number, line in enumerate(file, 1):
         row = _parse_object(line)
-        if row is None:
+        if row is None and line.endswith(b"\n"):
             raise ValueError(
-                f"{path}, line {number} must be a JSON object, got {line[:60]!r}. Restore it, or delete the line."
+                f"{path}, line {number} must be a JSON object, got {line[:-1][:60]!r}. Restore it, or delete the line."
             )
-        rows.append(row)
-    if (last := _parse_object(tail)) is not None:
-        return [*rows, last], len(content)
-    return rows, len(content) - len(tail)
+        yield line, row
 
 
 def _parse_object(line: bytes) -> dict[str, Any] | None:

@@ -202,6 +202,8 @@ def typed(kind: Any, value: Any, *, complete: bool = False, ignore_unknown: bool
         parts = zip(arguments, value, strict=True)
         return tuple(typed(of, each, field=f"{field}[{i}]", **options) for i, (of, each) in enumerate(parts))
     if origin in (dict, Mapping) and isinstance(value, dict):
+        if arguments == (str, Any) and all(type(key) is str for key in value):
+            return dict(value)
         keys = [typed(arguments[0], key, field=f"a key of {field}" if field else "a key") for key in value]
         each = (typed(arguments[1], one, field=_below(field, key), **options) for key, one in value.items())
         return dict(zip(keys, each, strict=True))
@@ -215,21 +217,50 @@ def typed(kind: Any, value: Any, *, complete: bool = False, ignore_unknown: bool
 def _object(kind: Any, value: Any, field: str, options: dict[str, bool]) -> Any:
     if not isinstance(value, dict):
         raise WrongShape(field, expected(kind), shown(value))
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    unknown = [name for name in value if name not in fields]
-    if unknown and not options["ignore_unknown"]:
+    fields = _fields(kind)
+    if not options["ignore_unknown"] and not value.keys() <= fields.keys():
+        unknown = [name for name in value if name not in fields]
         near = difflib.get_close_matches(str(unknown[0]), fields, n=1)
         hint = f" (did you mean `{near[0]}`?)" if near else ""
         raise WrongShape(field, f"an object without other keys than {list(fields)}", f"{unknown}{hint}")
-    optional = () if options["complete"] else [name for name, f in fields.items() if _has_default(f)]
-    missing = [name for name in fields if name not in value and name not in optional]
+    missing = [name for name, f in fields.items() if name not in value and (options["complete"] or not f.optional)]
     if missing:
         raise WrongShape(field, f"an object with {missing}", f"the keys {[str(key)[:40] for key in value][:20]}")
-    kinds = _kinds(kind)
     found = {
-        name: typed(kinds[name], value[name], field=_below(field, name), **options) for name in fields if name in value
+        name: value[name]
+        if type(value[name]) in f.plain
+        else typed(f.kind, value[name], field=_below(field, name), **options)
+        for name, f in fields.items()
+        if name in value
     }
     return kind(**found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """A field of a dataclass: its type, the classes of values that are right as they are, and if it has a default."""
+
+    kind: Any
+    plain: frozenset[type]
+    optional: bool
+
+
+@cache
+def _fields(kind: Any) -> dict[str, _Field]:
+    """The fields of a dataclass; kept, as files have millions of rows."""
+    kinds = get_type_hints(kind)
+    return {
+        f.name: _Field(kinds[f.name], _plain(kinds[f.name]), _has_default(f))
+        for f in dataclasses.fields(kind)
+        if f.init
+    }
+
+
+def _plain(kind: Any) -> frozenset[type]:
+    """Classes whose every value `typed` returns as it is."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return frozenset().union(*map(_plain, get_args(kind)))
+    return frozenset({int, float} if kind is float else {kind} if kind in _NAMES else ())
 
 
 def _one_of(kind: Any, value: Any, field: str, options: dict[str, bool]) -> Any:
@@ -271,11 +302,6 @@ def shown(value: Any) -> str:
 
 def _has_default(field: dataclasses.Field) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-
-
-@cache
-def _kinds(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _below(field: str, key: Any) -> str:

@@ -17,12 +17,13 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from sampo.cli import main
-from sampo.evaluation.results import length_control, win_rate
+from sampo.evaluation.results import controlled_fit, win_rate
 from sampo.evaluation.results.difficulty import difficulty_from
 from sampo.evaluation.results.length_control import (
     ExtrapolationError,
     ExtrapolationWarning,
     length_controlled,
+    length_differences,
     length_slope,
     overlap,
 )
@@ -313,7 +314,7 @@ def test_the_scale_of_weighted_prompts_is_that_of_the_repeated_ones(differences,
     expected = oracles.robust_scale(repeated.tolist()) if len(set(repeated)) > 1 else 0.0
     for values_, counts_ in ((values, counts), (-values, counts), (values[::-1], counts[::-1])):
         if counts.sum():
-            assert length_control.robust_scale(values_, counts_ / 3) == pytest.approx(expected, abs=1e-9)
+            assert controlled_fit.robust_scale(values_, counts_ / 3) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("loops", [0.0, 0.02])
@@ -480,7 +481,7 @@ def test_sandwich_and_bootstrap_agree_on_clustered_samples():
 def test_a_bootstrap_refit_is_the_fit_of_the_drawn_rows():
     rng = np.random.default_rng(2)
     c = biased_comparisons(rng, 60)
-    data = length_control.FitData.of(c, None)
+    data = controlled_fit.FitData.of(c, length_differences(c))
     counts = rng.multinomial(60, np.full(60, 1 / 60), size=4)
     found = data.fit(counts.astype(float)).rate
     for row, rate in zip(counts, found, strict=True):
@@ -559,7 +560,7 @@ def test_difficulty_is_the_joint_fit_that_a_general_optimiser_finds(seed):
     others = [biased_comparisons(rng, 25, strength=s) for s in (-0.3, 0.6)]
     found = difficulty_from(others, prior_sd=0.7)
     rows = [(c.preference, np.asarray(c.system_length) - c.baseline_length) for c in others]
-    expected = oracles.joint_difficulty(rows, 0.7, length_control.RIDGE, optimize.minimize)
+    expected = oracles.joint_difficulty(rows, 0.7, controlled_fit.RIDGE, optimize.minimize)
     assert [found[i] for i in range(25)] == pytest.approx(list(expected), abs=1e-4)
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PROMPT_NAMES = ("prompt", "instruction")
 ANSWER_NAMES = ("answer", "output", "response", "completion")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One answer of one model to one prompt.
 
@@ -96,13 +97,26 @@ class Answer:
         return self.prompt_id, self.sample
 
 
+_FIELDS = frozenset(each.name for each in fields(Answer))
+
+
 def prompt_id(prompt: Prompt) -> str:
     """Hash a conversation to sixteen hex digits."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+    if isinstance(prompt, str):
+        return _id_of_text(prompt)
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) and "role" in m for m in prompt):
         raise ValueError(
             f'`prompt` must be a string or a list of messages {{"role": …, "content": …}}, got {str(prompt)[:80]!r}.'
         )
+    return _id_of_messages(prompt)
+
+
+@lru_cache(maxsize=4096)  # samples of one prompt stand next to each other, and share one id in memory
+def _id_of_text(text: str) -> str:
+    return _id_of_messages([{"role": "user", "content": text}])
+
+
+def _id_of_messages(messages: list[dict[str, Any]]) -> str:
     text = json.dumps([without_nulls(message) for message in messages], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -175,9 +189,8 @@ def _answer_of(row: dict[str, Any]) -> Answer:
         row[ours] = row.pop(name)
     if "generator" in row and "model" not in row:
         row["model"] = row.pop("generator")
-    known = {f.name for f in fields(Answer)}
     extra = typed(dict[str, Any], row.pop("extra", {}), field="extra")
-    extra |= {key: row.pop(key) for key in sorted(set(row) - known)}
+    extra |= {key: row.pop(key) for key in sorted(row.keys() - _FIELDS)}
     return typed(Answer, {**row, "extra": extra})
 
 

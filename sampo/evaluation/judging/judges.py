@@ -11,12 +11,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...io.files import write_atomic
-from ...io.journal import read_rows
+from ...io.files import replacing
+from ...io.journal import each_row
 from ...io.progress import Progress
 from ...io.schemas import named, typed
 from ..answers.answers import Answer, prompt_text
@@ -26,7 +26,7 @@ ORDERS = ("ab", "ba")  # ab: the system's answer is A; ba: it is B
 ONCE = "shown in one order only"  # `detail` of a preference for an order that was not shown
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """The input of a judge; A is shown first."""
 
@@ -42,7 +42,7 @@ class Comparison:
         return replace(self, answer_a=self.answer_b, answer_b=self.answer_a)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """A preference for answer A in [0, 1], or None with a one-word reason and details."""
 
@@ -80,7 +80,7 @@ class AnswerScorer(Judge, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AnswerPair:
     """The answers of a system and of a baseline to one prompt."""
 
@@ -106,7 +106,7 @@ def reference_of(answer: Answer) -> str | None:
     return None if reference is None else str(reference)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
     """A verdict on one pair in one order, with the lengths: a row of the file that statistics are made from.
 
@@ -225,7 +225,10 @@ def _judgement(judge: str, pair: AnswerPair, order: str, verdict: Verdict) -> Ju
 
 def write_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:
     """Write one row per prompt, sample and order; the write is atomic."""
-    write_atomic(Path(path), "".join(json.dumps(asdict(row)) + "\n" for row in judgements))
+    names = [each.name for each in fields(Judgement)]
+    with replacing(Path(path)) as file:
+        for row in judgements:
+            file.write(f"{json.dumps({name: getattr(row, name) for name in names})}\n".encode())
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
@@ -235,9 +238,11 @@ def read_judgements(path: str | Path) -> list[Judgement]:
         WrongFile: a row is no judgement.
     """
     rows = []
-    for number, row in enumerate(read_rows(path), 1):
+    texts: dict[str, str] = {}  # each different text once in memory: ids, judge and stop reasons repeat
+    for number, row in enumerate(each_row(path), 1):
         with named(path, line=number):
-            rows.append(typed(Judgement, row, complete=True))
+            shared = {name: texts.setdefault(x, x) if type(x) is str else x for name, x in row.items()}
+            rows.append(typed(Judgement, shared, complete=True))
     return rows
 
 

@@ -25,7 +25,7 @@ from scipy.special import expit, logit
 from ...stats.intervals import Estimate, rate_interval
 from ...stats.logistic import lasso
 from ..server_text import visible
-from .length_control import robust_scale
+from .controlled_fit import robust_scale
 
 FOLDS = 5
 PENALTIES = 1 / np.logspace(-4, 4, 10)  # scikit-learn's grid of C, from strong to weak

@@ -7,7 +7,8 @@ from scipy.special import expit
 
 from ...stats.intervals import codes_of, prompt_means
 from ...stats.logistic import sum_by_prompt
-from .length_control import RIDGE, FitData
+from .controlled_fit import RIDGE, FitData
+from .length_control import length_differences
 from .verdicts import Comparisons
 
 
@@ -54,13 +55,17 @@ def length_correlation(comparisons: Comparisons, difficulty: Mapping[Hashable, f
 
     Where it is not 0, a control of length without the difficulty is biased: see docs/evaluation.md for how far.
     """
-    data = FitData.of(comparisons, None)
-    scale = float(data.scale(np.ones((1, data.prompts)))[0])
-    term = prompt_means(np.tanh(data.difference / scale), data.codes) if scale > 0 else np.zeros(data.prompts)
+    data = FitData.of(comparisons, length_differences(comparisons))
+    term = prompt_means(_length_term(data), data.codes)
     hard = np.array([difficulty[prompt] for prompt in comparisons.ids])
     if min(term.std(), hard.std()) < 1e-9:
         return None
     return float(np.corrcoef(term, hard)[0, 1])
+
+
+def _length_term(data: FitData) -> np.ndarray:
+    """`(n,)` the length term of the control."""
+    return data.terms(data.scale(np.ones((1, data.prompts)))[0])[:, 0]
 
 
 def _joint_rows(
@@ -75,10 +80,9 @@ def _joint_rows(
     number = {prompt: i for i, prompt in enumerate(ids)}
     y, codes, weight, blocks = [], [], [], []
     for position, other in enumerate(others):
-        data = FitData.of(other, None)
-        scale = float(data.scale(np.ones((1, data.prompts)))[0])
+        data = FitData.of(other, length_differences(other))
         block = np.zeros((len(other), 2 * len(others)))
-        block[:, 2 * position] = np.tanh(data.difference / scale) if scale > 0 else 0.0
+        block[:, 2 * position] = _length_term(data)
         block[:, 2 * position + 1] = 1.0
         blocks.append(block)
         y.append(data.y)

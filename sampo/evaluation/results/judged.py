@@ -28,6 +28,7 @@ from ..answers.answers import Answer
 from ..judging.judges import ONCE, Judgement, drawn_prompts, read_judgements, write_judgements
 from ..server_text import visible
 from .judge_checks import JudgeCheck, check_sentence, judge_name
+from .style import StyleTable
 from .summary import Summary, records, summarise
 from .verdicts import Verdicts
 
@@ -99,6 +100,7 @@ class Judged:
         empty: judgements on empty answers instead of the system's; none without that control.
         cost: requests, tokens and price of the judgements, or None where they cost nothing.
         checks: what is known about the judge's agreement with people.
+        style: features of the answers, for the win rate at equal style; None without it.
     """
 
     system: AnswerFile
@@ -110,6 +112,7 @@ class Judged:
     empty: Sequence[Judgement] = ()
     cost: Mapping[str, Any] | None = None
     checks: Sequence[JudgeCheck] = ()
+    style: StyleTable | None = None
 
     @property
     def judge_name(self) -> str:
@@ -129,6 +132,7 @@ class Judged:
             "baseline_answers": self.baseline.sha256,
             "judged_by": dict(self.judge),
             "n": self.n,
+            **({"style": list(self.style.names)} if self.style else {}),
         }
 
     def _cut(self) -> tuple[Estimate, Estimate] | None:
@@ -168,6 +172,8 @@ class Judged:
                 f"{self.baseline.tokenizer}. Use `characters` or `words`."
             )
         verdicts = Verdicts.of(self.rows, length_unit=length_unit)
+        if self.style:
+            verdicts = replace(verdicts, style=self.style.of_judgements(self.rows, verdicts.lengths))
         if sees_no_order(self.judge) or any(row.detail == ONCE for row in self.rows):
             return replace(verdicts, order=None)  # one verdict fills both rows, so their agreement means nothing
         return verdicts

@@ -24,19 +24,13 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import stats
-from scipy.special import expit, logit
 
 from ...stats.bootstrap import bootstrap
 from ...stats.intervals import FEW, Estimate, prompt_weights, rate_interval, undefined
-from ...stats.logistic import curvature_of, newton, sum_by_prompt
+from ...stats.logistic import newton
+from .controlled_fit import FLAT, RIDGE, SEPARATED, ControlledFit, FitData, sandwich
 from .verdicts import Comparisons, length_ratios
 
-RIDGE = 1e-4  # on the slope and on the weight of the difficulty; in a fit of 100 prompts it moves nothing visible
-FLAT = 1e-10  # on the strength: only labels that are all the same feel it
-SEPARATED = 10.0  # a slope beyond it: lengths separate wins from losses, and nothing is known at equal length
-NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
-ROUNDING = 1e-9  # relative; below it two differences of length are the same
 SIMILAR = 1.1  # lengths within this factor count as longer and as shorter
 REFUSE_BELOW, WARN_BELOW = 0.05, 0.20  # of the overlap: docs/evaluation.md has the errors by simulation
 
@@ -69,15 +63,20 @@ class Overlap:
 def overlap(comparisons: Comparisons) -> Overlap:
     """The overlap of lengths. Multiplying all lengths by a number changes nothing."""
     ratio = length_ratios(comparisons)
-    if not len(ratio):
+    return overlap_of(ratio > 1, ratio < 1, (ratio <= SIMILAR) & (ratio >= 1 / SIMILAR), comparisons.codes)
+
+
+def overlap_of(more: np.ndarray, fewer: np.ndarray, similar: np.ndarray, codes: np.ndarray) -> Overlap:
+    """The overlap of any measure: `(m,)` where the system's answer has more of it, less, and about as much."""
+    if not len(codes):
         raise ValueError("There must be at least one comparison, got none.")
-    weight = prompt_weights(comparisons.codes) / len(comparisons.scores)
-    similar = (ratio <= SIMILAR) & (ratio >= 1 / SIMILAR)
+    weight = prompt_weights(codes)
+    weight /= weight.sum()
     return Overlap(
-        longer=float(weight @ (ratio > 1)),
-        shorter=float(weight @ (ratio < 1)),
+        longer=float(weight @ more),
+        shorter=float(weight @ fewer),
         similar=float(weight @ similar),
-        share=float(min(weight @ ((ratio > 1) | similar), weight @ ((ratio < 1) | similar))),
+        share=float(min(weight @ (more | similar), weight @ (fewer | similar))),
     )
 
 
@@ -136,13 +135,13 @@ def length_controlled(
         raise ValueError("There must be at least one comparison, got none.")
     lengths = overlap(comparisons)
     notes = _check_overlap(comparisons, lengths, allow_extrapolation)
-    hard = None if difficulty is None else _difficulty_column(comparisons, difficulty)
-    data = FitData.of(comparisons, hard)
+    hard = None if difficulty is None else difficulty_column(comparisons, difficulty)
+    data = FitData.of(comparisons, length_differences(comparisons), hard)
     raw = float(comparisons.scores.mean())
     if raw in (0.0, 1.0):
         return _one_sided(comparisons, data, lengths, notes, confidence)
     fit = data.fit(np.ones((1, data.prompts)))
-    rate, slope = _sandwich(data, fit, confidence)
+    rate, (slope,) = sandwich(data, fit, confidence)
     if interval == "bootstrap":
         [drawn] = bootstrap(
             [lambda counts: data.fit(counts).rate],
@@ -161,22 +160,28 @@ def length_controlled(
         rate=rate,
         raw=raw,
         slope=slope,
-        scale=float(fit.scale[0]),
+        scale=float(fit.scale[0, 0]),
         difficulty_weight=None if hard is None else float(fit.beta[0, 2]),
         overlap=lengths,
         notes=tuple(notes),
     )
 
 
+def length_differences(comparisons: Comparisons) -> np.ndarray:
+    """`(m, 1)` length of the system's answer minus the baseline's."""
+    ours, theirs = comparisons.lengths
+    return (ours - theirs)[:, None]
+
+
 def _one_sided(
-    comparisons: Comparisons, data: "FitData", lengths: Overlap, notes: list[str], confidence: float
+    comparisons: Comparisons, data: FitData, lengths: Overlap, notes: list[str], confidence: float
 ) -> LengthControlled:
     rate = rate_interval(comparisons.scores, confidence)
     return LengthControlled(
         rate=rate,
         raw=float(comparisons.scores.mean()),
         slope=undefined(rate.n),
-        scale=float(data.scale(np.ones((1, data.prompts)))[0]),
+        scale=float(data.scale(np.ones((1, data.prompts)))[0, 0]),
         difficulty_weight=None,
         overlap=lengths,
         notes=(*notes, "One side won every comparison: there is nothing for lengths to explain."),
@@ -209,7 +214,8 @@ def _check_overlap(comparisons: Comparisons, lengths: Overlap, allowed: bool) ->
     return []
 
 
-def _difficulty_column(comparisons: Comparisons, difficulty: Mapping[Hashable, float]) -> np.ndarray:
+def difficulty_column(comparisons: Comparisons, difficulty: Mapping[Hashable, float]) -> np.ndarray:
+    """`(m,)` difficulty of each comparison's prompt; every prompt must have one."""
     missing = [prompt for prompt in comparisons.ids if prompt not in difficulty]
     if missing:
         raise ValueError(
@@ -217,112 +223,6 @@ def _difficulty_column(comparisons: Comparisons, difficulty: Mapping[Hashable, f
             f"first {missing[:3]}. Judge the other systems on the same prompts."
         )
     return np.array([difficulty[prompt] for prompt in comparisons.ids])[comparisons.codes]
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Fits of R weightings of the prompts.
-
-    `beta` `(R, k)` in the order slope, strength, weight; `scale` and `rate` `(R,)`; `design` `(R, n, k)`.
-    """
-
-    beta: np.ndarray
-    scale: np.ndarray
-    rate: np.ndarray
-    design: np.ndarray
-
-
-@dataclass(frozen=True)
-class FitData:
-    """One row per comparison: `y`, `difference`, `codes` and `weight` `(n,)`, `extra` `(n,)` or None."""
-
-    y: np.ndarray
-    difference: np.ndarray
-    codes: np.ndarray
-    weight: np.ndarray
-    extra: np.ndarray | None
-    prompts: int
-
-    @classmethod
-    def of(cls, comparisons: Comparisons, extra: np.ndarray | None) -> "FitData":
-        """Rows of comparisons, with the difficulty of each as `extra`."""
-        ours, theirs = comparisons.lengths
-        codes = comparisons.codes
-        return cls(comparisons.preference, ours - theirs, codes, prompt_weights(codes), extra, len(comparisons.scores))
-
-    def scale(self, counts: np.ndarray) -> np.ndarray:
-        """`(R, P)` weights of prompts -> `(R,)` robust standard deviation of Δ."""
-        return np.array([robust_scale(self.difference, w) for w in counts[:, self.codes] * self.weight])
-
-    def fit(self, counts: np.ndarray) -> _Fit:
-        """Weighted maximum likelihood for each of `(R, P)` weightings of the prompts, by Newton steps together."""
-        w = counts[:, self.codes] * self.weight  # (R, n)
-        scale = self.scale(counts)
-        safe = np.where(scale > 0, scale, 1.0)[:, None]
-        length = np.where(scale[:, None] > 0, np.tanh(self.difference / safe), 0.0)
-        columns = [length, np.ones_like(length)]
-        if self.extra is not None:
-            columns.append(np.broadcast_to(self.extra, length.shape))
-        design = np.stack(columns, axis=2)  # (R, n, k)
-        beta = newton(design, self.y, w, ridge_of(design.shape[2]))
-        level = design.copy()
-        level[:, :, 0] = 0.0
-        rate = (w * expit(np.einsum("rnk,rk->rn", level, beta))).sum(axis=1) / w.sum(axis=1)
-        return _Fit(beta, scale, rate, design)
-
-
-def robust_scale(values: np.ndarray, weight: np.ndarray) -> float:
-    """1.4826 times the median absolute deviation, which is the standard deviation where values are normal.
-
-    Deviations of 0 are omitted: where more than half of the differences are the same, the others still have a scale.
-
-    Args:
-        values: `(n,)`.
-        weight: `(n,)`, 0 or more.
-
-    Returns:
-        The scale, in the unit of the values; 0 where all of them are the same.
-    """
-    deviation = np.abs(values - _weighted_median(values, weight))
-    weight = np.where(deviation > ROUNDING * np.abs(values).max(), weight, 0.0)
-    return NORMAL_MAD * _weighted_median(deviation, weight) if weight.any() else 0.0
-
-
-def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
-    """The middle value; the mean of both neighbours where the weight below equals the weight above."""
-    order = np.argsort(values, kind="stable")
-    below = np.cumsum(weight[order])
-    half, slack = below[-1] / 2, ROUNDING * below[-1]
-    ranks = np.searchsorted(below, (half - slack, half + slack)).clip(max=len(values) - 1)
-    return float(values[order[ranks]].mean())
-
-
-def _sandwich(data: FitData, fit: _Fit, confidence: float) -> tuple[Estimate, Estimate]:
-    """Intervals of the rate (on the logit scale) and of the slope from the influence of each prompt; s as known."""
-    x, beta, rate = fit.design[0], fit.beta[0], float(fit.rate[0])
-    k, n = x.shape[1], data.prompts
-    p = expit(x @ beta)
-    curvature = curvature_of(fit.design, (data.weight * p * (1 - p))[None], ridge_of(k))[0]
-    scores = sum_by_prompt(x * (data.weight * (data.y - p))[:, None], data.codes)  # (P, k)
-    influence = n * np.linalg.solve(curvature, scores.T).T
-    level = x.copy()
-    level[:, 0] = 0.0
-    q = expit(level @ beta)
-    gradient = (level * (data.weight * q * (1 - q))[:, None]).sum(axis=0) / n
-    of_rate = influence @ gradient + sum_by_prompt((data.weight * (q - rate))[:, None], data.codes)[:, 0]
-    correction = n / max(n - k, 1)
-    t = stats.t.ppf((1 + confidence) / 2, max(n - k, 1))
-    se_rate, se_slope = (np.sqrt(correction * (v**2).sum()) / n for v in (of_rate, influence[:, 0]))
-    centre, half_width = logit(rate), t * se_rate / max(rate * (1 - rate), 1e-12)
-    return (
-        Estimate(rate, float(expit(centre - half_width)), float(expit(centre + half_width)), float(se_rate), n),
-        Estimate(float(beta[0]), float(beta[0] - t * se_slope), float(beta[0] + t * se_slope), float(se_slope), n),
-    )
-
-
-def ridge_of(k: int) -> np.ndarray:
-    """Of the slope, the strength and the weight of the difficulty, as far as there are `k`."""
-    return np.array([RIDGE, FLAT, RIDGE])[:k]
 
 
 def length_slope(comparisons: Comparisons, *, confidence: float = 0.95) -> Estimate:
@@ -340,6 +240,7 @@ def length_slope(comparisons: Comparisons, *, confidence: float = 0.95) -> Estim
         return undefined(n)
     weight = prompt_weights(part.codes)
     design = np.stack([doublings, np.ones(len(part))], axis=1)[None]
-    beta = newton(design, part.preference, weight[None], ridge_of(2))
-    data = FitData(part.preference, doublings, part.codes, weight, None, n)
-    return _sandwich(data, _Fit(beta, np.ones(1), np.full(1, 0.5), design), confidence)[1]
+    ridge = np.array([RIDGE, FLAT])
+    beta = newton(design, part.preference, weight[None], ridge)
+    data = FitData(part.preference, doublings[:, None], part.codes, weight, None, n)
+    return sandwich(data, ControlledFit(beta, np.ones((1, 1)), np.full(1, 0.5), design, ridge), confidence)[1][0]

@@ -12,6 +12,7 @@ from ...io.tables import Table
 from ...stats.intervals import Estimate, mean_interval, prompt_means
 from .cells import NONE, mean_length, percent, percent_cell
 from .length_control import ExtrapolationError, ExtrapolationWarning, LengthControlled, length_controlled, length_slope
+from .style_control import StyleControlled, style_controlled
 from .verbosity import Verbosity
 from .verdicts import OrderConsistency, Verdicts, compare_orders, order_consistency
 from .win_rate import WinRate, by_length_ratio, length_matched, longer_wins, win_rate, winner_is_longer
@@ -33,6 +34,8 @@ class Summary:
         raw: raw win rate.
         controlled: win rate at equal length; None where lengths are not known or control was refused.
         refused: why control was refused, or "".
+        styled: win rate at equal style; None where no features were asked for or control was refused.
+        style_refused: why control of style was refused, or "".
         matched: win rate among answers of about the same length, or None.
         bins: win rate by ratio of lengths, lower and upper edge with each.
         slope: the judge's slope on log2 of the ratio of lengths, or None.
@@ -56,6 +59,8 @@ class Summary:
     raw: WinRate
     controlled: LengthControlled | None = None
     refused: str = ""
+    styled: StyleControlled | None = None
+    style_refused: str = ""
     matched: WinRate | None = None
     bins: tuple[tuple[float, float, WinRate], ...] = ()
     slope: Estimate | None = None
@@ -79,6 +84,9 @@ class Summary:
         notes += self.controlled.notes if self.controlled else ()
         if self.refused:
             notes.append(f"No win rate at equal length: {self.refused}")
+        notes += self.styled.notes if self.styled else ()
+        if self.style_refused:
+            notes.append(f"No win rate at equal style: {self.style_refused}")
         return tuple(dict.fromkeys(notes))
 
     @property
@@ -97,6 +105,9 @@ class Summary:
             found |= {"length/system": self.lengths[0], "length/baseline": self.lengths[1]}
         if self.controlled:
             found |= {"win_rate/equal_length": self.controlled.rate, "length/slope_in_model": self.controlled.slope}
+        if self.styled:
+            found["win_rate/equal_style"] = self.styled.rate
+            found |= {f"style/slope_{feature.name}": feature.slope for feature in self.styled.features}
         if self.matched:
             found["win_rate/length_matched"] = self.matched.rate
         for low, high, part in self.bins:
@@ -144,6 +155,8 @@ class Summary:
             text += f"; with {ours} {self.length_unit} per answer against {theirs}"
         if self.controlled:
             text += f"; at equal length {percent(self.controlled.rate)}"
+        if self.styled:
+            text += f"; at equal style {percent(self.styled.rate)}"
         if self.longer_wins:
             text += f"; always taking the longer answer would give {percent(self.longer_wins.rate, bounds=NONE)}"
         if self.empty:
@@ -214,6 +227,13 @@ def summarise(
                 parts["controlled"] = length_controlled(comparisons, difficulty=difficulty, confidence=confidence)
         except ExtrapolationError as error:
             parts["refused"] = str(error)
+    if comparisons.style and len(comparisons):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExtrapolationWarning)  # the notes have it
+                parts["styled"] = style_controlled(comparisons, difficulty=difficulty, confidence=confidence)
+        except ExtrapolationError as error:
+            parts["style_refused"] = str(error)
     if empty is not None:
         parts["empty"] = win_rate(compare_orders(empty), confidence=confidence)
     raw = win_rate(comparisons, confidence=confidence)
@@ -255,7 +275,9 @@ def summary_table(found: Sequence[Summary]) -> Table:
     """What fits on a screen, one line per system; `Summary.row` has everything."""
     opponents = sorted({f"{one.baseline} by {one.judge}" for one in found})
     units = sorted({one.length_unit for one in found if one.lengths})
-    heads = ("prompts", "win\nrate, %", "at equal\nlength, %", " / ".join(units) or "length", "baseline's")
+    of_style = any(one.styled or one.style_refused for one in found)
+    rates = ("win\nrate, %", "at equal\nlength, %", *(["at equal\nstyle, %"] if of_style else []))
+    heads = ("prompts", *rates, " / ".join(units) or "length", "baseline's")
     controls = ("longer one\nwins, %", "empty one\nwins, %", "orders\nagree, %", "ties", "pairs\nfailed")
     table = Table(f"Win rates against {'; '.join(opponents)}", ["system", *heads, *controls])
     for one in found:
@@ -264,7 +286,8 @@ def summary_table(found: Sequence[Summary]) -> Table:
             one.system,
             f"{one.raw.rate.n:,}",
             percent_cell(one.raw.rate),
-            percent_cell(one.controlled.rate) if one.controlled else "refused" if one.refused else "–",
+            _controlled_cell(one.controlled, one.refused),
+            *([_controlled_cell(one.styled, one.style_refused)] if of_style else []),
             *lengths,
             percent_cell(one.longer_wins.rate, bounds=NONE) if one.longer_wins else "–",
             percent_cell(one.empty.rate, bounds=NONE) if one.empty else "–",
@@ -273,6 +296,10 @@ def summary_table(found: Sequence[Summary]) -> Table:
             f"{one.raw.failed + one.raw.half_failed:,}",
         )
     return table
+
+
+def _controlled_cell(controlled: LengthControlled | StyleControlled | None, refused: str) -> str:
+    return percent_cell(controlled.rate) if controlled else "refused" if refused else "–"
 
 
 def _orders(summary: Summary) -> str:

@@ -6,8 +6,8 @@ interval. Preferences are the system's: 1 a win, 0 a loss, ½ a tie, NaN a failu
 never counted as a tie.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class Verdicts:
         system_length: `(n,)` length of the system's answer, in the unit named; None if not known.
         baseline_length: `(n,)` length of the baseline's answer.
         length_unit: `characters`, `words` or `tokens of NAME`.
+        style: by feature, `(n, 2)` how much of it the system's answer has and the baseline's; {} if not known.
     """
 
     prompt: Ids
@@ -40,6 +41,7 @@ class Verdicts:
     system_length: np.ndarray | None = None
     baseline_length: np.ndarray | None = None
     length_unit: str = "characters"
+    style: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, judgements: Iterable[Any], *, length_unit: str = "characters") -> "Verdicts":
@@ -77,6 +79,11 @@ class Verdicts:
             if not np.isin(self.order, (0, 1)).all():
                 raise ValueError(f"`order` must be 0 or 1 in every row, got {sorted(set(self.order.tolist()))}.")
 
+    @property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(n,)` lengths of the system's answers and of the baseline's."""
+        return _known_lengths(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparisons:
@@ -92,6 +99,7 @@ class Comparisons:
         half_failed: pairs that lack the verdict of one order, and are therefore omitted.
         lost_prompts: prompts of which no comparison is left.
         orders: which orders were seen: `both`, `system first`, `baseline first` or `none`.
+        style: by feature, `(m, 2)` how much of it the system's answer has and the baseline's; {} if not known.
     """
 
     prompt: Ids
@@ -103,6 +111,7 @@ class Comparisons:
     half_failed: int = 0
     lost_prompts: int = 0
     orders: str = "none"
+    style: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("preference", "system_length", "baseline_length"):
@@ -137,9 +146,7 @@ class Comparisons:
     @cached_property
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """`(m,)` lengths of the system's answers and of the baseline's."""
-        if self.system_length is None or self.baseline_length is None:
-            raise ValueError("`system_length` and `baseline_length` must be given for this, got none.")
-        return self.system_length, self.baseline_length
+        return _known_lengths(self)
 
     def where(self, keep: np.ndarray) -> "Comparisons":
         """The comparisons where `keep`, `(m,)` of bool, holds. Failures belong to no part and are not repeated."""
@@ -155,6 +162,7 @@ class Comparisons:
             baseline_length=take(self.baseline_length),
             length_unit=self.length_unit,
             orders=self.orders,
+            style={name: column[rows] for name, column in self.style.items()},
         )
 
 
@@ -169,6 +177,12 @@ def _column(rows: list[Any], name: str) -> np.ndarray:
             "Use `length_unit` `characters` or `words`."
         )
     return np.array(values, dtype=float)
+
+
+def _known_lengths(table: Verdicts | Comparisons) -> tuple[np.ndarray, np.ndarray]:
+    if table.system_length is None or table.baseline_length is None:
+        raise ValueError("`system_length` and `baseline_length` must be given for this, got none.")
+    return table.system_length, table.baseline_length
 
 
 def _check_columns(table: Verdicts | Comparisons, names: tuple[str, ...]) -> None:
@@ -189,6 +203,12 @@ def _check_columns(table: Verdicts | Comparisons, names: tuple[str, ...]) -> Non
         if column is not None and not (np.isfinite(column) & (column >= 0)).all():
             row = int(np.flatnonzero(~(np.isfinite(column) & (column >= 0)))[0])
             raise ValueError(f"`{name}` must be 0 or more in every row, got {column[row]} in row {row}.")
+    for name, column in table.style.items():
+        if column.shape != (len(table.prompt), 2) or not np.isfinite(column).all():
+            raise ValueError(
+                f"`style` must have two finite numbers per row, got {column.shape} for {len(table.prompt)} rows of "
+                f"`{name}`{'' if np.isfinite(column).all() else ', some not finite'}."
+            )
 
 
 def compare_orders(verdicts: Verdicts) -> Comparisons:
@@ -214,6 +234,7 @@ def compare_orders(verdicts: Verdicts) -> Comparisons:
         half_failed=int((has.any(axis=1) & ~has.all(axis=1)).sum()),
         lost_prompts=len({pair[0] for pair in table.pairs}) - len(set(prompts)),
         orders="none" if verdicts.order is None else names.get(tuple(table.asked), "none"),
+        style={name: column[rows] for name, column in verdicts.style.items()},
     )
 
 
