@@ -86,17 +86,20 @@ def about(study: Study) -> str:
 def summary(study: Study) -> str:
     """Win rate, tokens and KL of a few methods on each group, and with annotators of a strong length bias."""
     worst = max(BIASES)
-    places: dict[str, Callable[[str, str], dict[int, float]]] = {
-        f"`{group}`": lambda method, name, group=group: study.headline(method, group, name) for group in GROUPS
-    }
-    places[f"`all`, bias {worst:g}"] = lambda method, name: study.values(name, _mixed(method, worst))
-    rows = []
-    for method in SUMMARISED:
-        row = [STUDY_METHODS[method].title]
-        for values in places.values():
-            means = [(list(values(method, name).values()), digits) for name, digits in _AT_BEST.items()]
-            row.append(" / ".join(f"{statistics.mean(found):.{digits}f}" for found, digits in means if found) or NONE)
-        rows.append(row)
+    places = {f"`{group}`": (group, HEADLINE.bias) for group in GROUPS} | {f"`all`, bias {worst:g}": ("all", worst)}
+
+    def cell(method: str, group: str, bias: float) -> str:
+        def where(one: Cell) -> bool:
+            return (one.method, one.group) == (method, group) and one.is_at(
+                HEADLINE.learning_rate, HEADLINE.beta, bias
+            )
+
+        means = [(list(study.values(name, where).values()), digits) for name, digits in _AT_BEST.items()]
+        return " / ".join(f"{statistics.mean(found):.{digits}f}" for found, digits in means if found) or NONE
+
+    rows = [
+        [STUDY_METHODS[method].title, *(cell(method, *place) for place in places.values())] for method in SUMMARISED
+    ]
     start = [statistics.mean(study.start(name).values()) for name in ("win_rate", "tokens")]
     return f"{table(['method', *places], rows)}\n\nThe start: {start[0]:.3f} / {start[1]:.1f}."
 

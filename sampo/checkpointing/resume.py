@@ -269,6 +269,7 @@ class ResumableTrainer(Trainer):
 
     def gather_pairs(self, rows: Tensor) -> Tensor:
         """Rows of all processes, one per pair, without those that were repeated to fill a batch."""
+        assert self.model is not None
         if self.model.training:
             self.restore_dataloader()
         return self.accelerator.gather_for_metrics(rows)

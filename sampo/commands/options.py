@@ -407,7 +407,7 @@ def _nearest(name: str, known: Iterable[str], value: Any = None) -> str:
         return " It is for `sampo iterate`."
     from ..training.baselines import BASELINES  # loads these trainers
 
-    if trainers := [trainer for trainer, one in BASELINES.items() if plain in one.config.__dataclass_fields__]:
+    if trainers := [trainer for trainer, one in BASELINES.items() if plain in {f.name for f in fields(one.config)}]:
         return f" It is of `trainer: {' | '.join(trainers)}`."
     near = difflib.get_close_matches(plain, known, n=1)
     return f" Did you mean `{'--' if name.startswith('-') else ''}{near[0]}`?" if near else ""

@@ -86,7 +86,7 @@ def _describe_sweep(sweep: Sweep) -> dict[str, Any]:
 
 
 def _describe_run(run: SweepRun) -> dict[str, Any]:
-    options = {"method": run.method, "title": run.title, "options": run.options}
+    options: dict[str, Any] = {"method": run.method, "title": run.title, "options": run.options}
     if run.has_own_beta:
         options["own_beta"] = True
     return {**options, "learning_rate": run.learning_rate, "beta": run.beta, "train_beta": run.train_beta}

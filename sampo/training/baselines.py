@@ -113,7 +113,7 @@ class BaselineTrainer(CardTrainer, ResumableTrainer):
         logger.info(f"method: {method}")
         logger.info(f"reference: {reference}")
 
-    def lay_out(self, args: Any, data: dict[str, Dataset | None]) -> dict[str, Dataset | None]:
+    def lay_out(self, args: Any, data: dict[str, Dataset | None]) -> dict[str, Any]:
         """The pairs as TRL's trainer takes them."""
         return data
 
@@ -127,7 +127,7 @@ class BaselineTrainer(CardTrainer, ResumableTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *rest: Any, **kwargs: Any) -> Any:
         """TRL's loss, which must be finite."""
-        found = super().compute_loss(model, inputs, return_outputs, *rest, **kwargs)
+        found: Any = super().compute_loss(model, inputs, return_outputs, *rest, **kwargs)
         loss = found[0] if return_outputs else found
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -138,6 +138,7 @@ class BaselineTrainer(CardTrainer, ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with the metrics of length, and the number of tokens so far."""
+        assert self.model is not None
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
         logs.update({prefix + name: value for name, value in self.length_recorder.take_metrics(mode).items()})
         if "loss" in logs:
@@ -159,7 +160,7 @@ class _PairTrainer(BaselineTrainer):
     def __init__(self, *, args: Any, **rest: Any):
         args.remove_unused_columns = False  # TRL sets it, with a warning
         super().__init__(args=args, **rest)
-        self._metrics = self._stored_metrics
+        self._metrics = vars(self)["_stored_metrics"]
 
     def keep_rows_with_tokens(self) -> None:
         """Drop pairs without a token of a response after truncation, and count the others."""
@@ -191,7 +192,8 @@ class _PairTrainer(BaselineTrainer):
             self.restore_dataloader()
             tokens = sum(batch[f"{side}_attention_mask"].sum() for side in ("chosen", "rejected"))
             self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
-        found = super().get_batch_loss_metrics(model, batch, train_eval)
+        of_trl: Any = super()
+        found = of_trl.get_batch_loss_metrics(model, batch, train_eval)
         chosen, rejected = ((batch[f"{side}_labels"] != -100).sum(dim=1) for side in ("chosen", "rejected"))
         margin = self._rewards[0] - self._rewards[1]
         columns = {"chosen_tokens": chosen, "rejected_tokens": rejected, "selected_tokens": chosen + rejected}
@@ -208,7 +210,7 @@ class PairsCPOTrainer(_PairTrainer, CPOTrainer):
 
     title = "CPO (`trainer: cpo`, arXiv 2401.08417)"
 
-    def cpo_loss(self, *logps: Tensor) -> Any:
+    def cpo_loss(self, *logps: Any) -> Any:
         """As in TRL; keeps the rewards."""
         return self._keep_rewards(super().cpo_loss(*logps))
 
@@ -225,7 +227,7 @@ class PairsORPOTrainer(_PairTrainer, ORPOTrainer):
 
     title = "ORPO (`trainer: orpo`, arXiv 2403.07691)"
 
-    def odds_ratio_loss(self, *logps: Tensor) -> Any:
+    def odds_ratio_loss(self, *logps: Any) -> Any:
         """As in TRL; keeps the rewards."""
         return self._keep_rewards(super().odds_ratio_loss(*logps))
 

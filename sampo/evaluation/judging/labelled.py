@@ -105,14 +105,14 @@ def read_labelled(
     if missing:
         raise ValueError(f"{path} must have the columns {missing} of `labels` and `by`, got {data.column_names}.")
     by = [GROUP_COLUMN] * (GROUP_COLUMN in data.column_names) if by is None else by
-    given = _labels(data, labels, label_values or {}, path)
+    known = _labels(data, labels, label_values or {}, path)
     found = LabelledPairs(
-        pairs=list(_pairs(data, given, by)),
-        unlabelled=sum(all(label is None for label in row) for row in given),
+        pairs=list(_pairs(data, known, by)),
+        unlabelled=sum(all(label is None for label in row) for row in known),
         annotators=tuple(labels),
     )
     if not found.pairs:
-        raise ValueError(f"{path} must have a label in at least one row, got none in {len(given)}.")
+        raise ValueError(f"{path} must have a label in at least one row, got none in {len(known)}.")
     for name in by:
         if (values := len({pair.groups[name] for pair in found.pairs})) > MAX_GROUP_VALUES:
             raise ValueError(

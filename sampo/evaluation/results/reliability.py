@@ -21,7 +21,7 @@ def reliability_table(found: Sequence[Summary], failures: Sequence[Mapping[str, 
         cut: Sequence[Estimate | None] = one.cut or (None, None)
         table.add(
             one.system,
-            _share(one.orders and one.orders.first_shown),
+            _share(one.orders.first_shown if one.orders else None),
             *map(_share, cut),
             f"{one.failed_verdicts:,}",
             "\n".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())),
