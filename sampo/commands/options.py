@@ -299,8 +299,6 @@ class RecipeParser(TrlParser):
 
     def _is_of_dpo(self, name: str) -> bool:
         """Whether sampo's trainer alone has an option."""
-        if self.trainer == "dpo":
-            return False
         from ..config import SamPOConfig
 
         return name in SamPOConfig.__dataclass_fields__ and name not in self._own_defaults

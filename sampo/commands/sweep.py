@@ -25,7 +25,7 @@ from .launch import asks_for_cpu
 from .next_steps import after_sweep, show_next
 from .options import make_parser as make_train_parser
 from .shown import say, show
-from .sweep_check import Checked, check_request, write_recipe
+from .sweep_check import Checked, check_request, write_swept_recipe
 from .sweep_options import Request, make_parser, read_request
 
 __all__ = ["make_parser", "run"]
@@ -66,7 +66,7 @@ def _sweep(argv: list[str]) -> int:
     with alone_in(sweep.folder) as lock:
         state = restore_state(sweep.folder, sweep.definition)
         for trainer in {"dpo", *(method.trainer for method in sweep.definition.methods.values())}:
-            write_recipe(sweep, trainer, sweep.folder)
+            write_swept_recipe(sweep, trainer, sweep.folder)
         _write_data(checked)
         write_state(sweep.folder, state)
         _run_all(request, sweep, state, devices, lock, format_command(["sampo", "sweep", *argv]))

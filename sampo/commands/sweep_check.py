@@ -78,7 +78,7 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
     definition = _define(request, base, devices, swept)
     sweep = Sweep(Path(request.own["out"]), definition)
     for trainer in swept:
-        write_recipe(sweep, trainer, recipe.parent)
+        write_swept_recipe(sweep, trainer, recipe.parent)
     issues += _find_issues_of_runs(parser, sweep, recipe, issues)
     command = _words_of(sweep, definition.runs[0], recipe)
     issues += find_issues(parser, command)
@@ -110,7 +110,7 @@ def _options_of(trainer: str) -> set[str]:
     return {action.dest for action in make_train_parser(prog="sampo sweep", trainer=trainer)._actions}
 
 
-def write_recipe(sweep: Sweep, trainer: str, folder: Path) -> None:
+def write_swept_recipe(sweep: Sweep, trainer: str, folder: Path) -> None:
     """Write the base recipe as runs of a trainer read it.
 
     Args:

@@ -47,7 +47,8 @@ class LengthSums:
         """The metrics of docs/metrics.md, without those that are undefined (such as a correlation of one pair).
 
         Args:
-            by_class: with the accuracy where the chosen response is longer, and where it is shorter.
+            by_class: with the accuracy where the chosen response is longer, and where it is shorter, also without
+                `dpo_margin`.
         """
         sums = self.columns
         if not sums:
@@ -60,7 +61,7 @@ class LengthSums:
             "length/selected": sums["selected_tokens"] / tokens if tokens else 0.0,
         }
         metrics |= self._of_margin("margin", prefix="")
-        if by_class:
+        if by_class or "dpo_margin" in sums:
             metrics |= self._accuracies("margin", prefix="")
         if "dpo_margin" in sums:
             metrics |= self._accuracies("dpo_margin", prefix="dpo/")
