@@ -157,7 +157,7 @@ def find_combination_issues(config: Any) -> list[str]:
     if config.token_weighting not in WEIGHTINGS:
         return []
     method = WEIGHTINGS[config.token_weighting]
-    table = [*_method_rows(config, method), *_loss_rows(config, method)]
+    table = [*_method_rows(config, method), *_option_rows(config), *_loss_rows(config, method)]
     table += [row for name in config.terms_of_margin for row in _margin_rows(config, name)]
     return [message for wrong, message in table if wrong]
 
@@ -181,15 +181,6 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             f"{methods('downsamples')}, got `token_weighting: {name}`.",
         ),
         (
-            config.token_totals is not None and config.token_budget != "dataset",
-            f"`token_totals: {config.token_totals}` is for `token_budget: dataset`, got `{config.token_budget}`.",
-        ),
-        (
-            config.token_budget == "dataset" and config.mask_sharing == "independent",
-            "`token_budget: dataset` needs one subset for policy and reference, got `mask_sharing: independent`, with "
-            "which they would be compared on different numbers of tokens. Use `shared`.",
-        ),
-        (
             config.keep_end_token and not method.can_keep_end,
             f"`keep_end_token` is for {methods('can_keep_end')}, got `token_weighting: {name}`.",
         ),
@@ -201,11 +192,6 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             f"{config.max_tokens_per_forward}`. Set `precompute_ref_log_probs: true`, or unset one of them.",
         ),
         (
-            config.length_penalty_start != 0 and not config.learns_length_penalty,
-            f"`length_penalty_start: {config.length_penalty_start}` is for `length_penalty: learned`, got "
-            f"`{config.length_penalty}`.",
-        ),
-        (
             config.mask_sharing == "independent" and not method.random,
             f"`mask_sharing: independent` needs random subsets {methods('random')}, got `token_weighting: {name}`.",
         ),
@@ -215,6 +201,32 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
             f"`token_weighting: {name}`.",
         ),
         (
+            not config.is_plain_dpo and config.ld_alpha is not None,
+            f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
+            f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, use `all` alone, or `ld` "
+            "with `ld_tail_weight`.",
+        ),
+    ]
+
+
+def _option_rows(config: Any) -> list[tuple[bool, str]]:
+    """(wrong, message) of options that need another option, whatever the method."""
+    return [
+        (
+            config.token_totals is not None and config.token_budget != "dataset",
+            f"`token_totals: {config.token_totals}` is for `token_budget: dataset`, got `{config.token_budget}`.",
+        ),
+        (
+            config.token_budget == "dataset" and config.mask_sharing == "independent",
+            "`token_budget: dataset` needs one subset for policy and reference, got `mask_sharing: independent`, with "
+            "which they would be compared on different numbers of tokens. Use `shared`.",
+        ),
+        (
+            config.length_penalty_start != 0 and not config.learns_length_penalty,
+            f"`length_penalty_start: {config.length_penalty_start}` is for `length_penalty: learned`, got "
+            f"`{config.length_penalty}`.",
+        ),
+        (
             config.has_tdpo and config.precompute_ref_log_probs,
             f"`tdpo: {config.tdpo}` needs a live reference for its distribution over the vocabulary, got "
             "`precompute_ref_log_probs: true`. Set it to false.",
@@ -222,12 +234,6 @@ def _method_rows(config: Any, method: Weighting) -> list[tuple[bool, str]]:
         (
             config.has_tdpo and config.dpop_lambda != 0,
             f"`tdpo: {config.tdpo}` with `dpop_lambda: {config.dpop_lambda}` has no source that defines it.",
-        ),
-        (
-            not config.is_plain_dpo and config.ld_alpha is not None,
-            f"`ld_alpha` is itself a token weighting and cannot be combined with `token_weighting: {name}`"
-            f"{' and `balance_end_token`' if config.balance_end_token else ''}. Unset it, use `all` alone, or `ld` "
-            "with `ld_tail_weight`.",
         ),
         (
             config.max_length_ratio is not None and config.generate_every is None,
