@@ -1,10 +1,8 @@
 """On-policy rounds really launched with a tiny model; each step is a command that can be run by hand."""
 
 import json
-import os
 import random
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -89,6 +87,12 @@ def test_a_round_answers_judges_pairs_and_trains_and_is_not_run_again(place, cap
 STEPS = ("generating", "pairing", "training", "starting", "answering", "judging")
 
 
+def has_reached(folder, number, step):
+    """Whether a round is at that step, or has passed it."""
+    status = state_of(folder)["rounds"][number - 1]["status"] if (folder / STATE).is_file() else "waiting"
+    return status == "finished" or (status in STEPS and STEPS.index(status) >= STEPS.index(step))
+
+
 @pytest.mark.slow  # about two minutes: two rounds of six launches, twice, and a kill in each step of both
 def test_rounds_that_were_killed_in_every_step_end_with_the_weights_of_rounds_that_were_not(place):
     more = {"eval_prompts": str(place / "held_out.jsonl")}
@@ -97,20 +101,13 @@ def test_rounds_that_were_killed_in_every_step_end_with_the_weights_of_rounds_th
     kills = 0
     for number in (1, 2):
         for step in STEPS:
-            if (number, step) == (2, "starting"):
-                continue
             process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-            while (folder := place / "killed" / STATE).is_file() is False or (
-                state_of(place / "killed")["rounds"][number - 1]["status"] != step
-            ):
-                assert process.poll() is None, (number, step)
+            while process.poll() is None and not has_reached(place / "killed", number, step):
                 time.sleep(0.01)
-            time.sleep(random.Random(f"{number} {step}").uniform(0, 4))
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
+            time.sleep(random.Random(f"{number} {step}").uniform(0, 1.5))
+            kills += process.poll() is None
+            process.kill()
             process.wait()
-            assert folder.is_file()
     assert kills >= 8
     assert subprocess.run(words, check=False, env=environment()).returncode == 0
     for number in (1, 2):
