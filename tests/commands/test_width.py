@@ -59,7 +59,7 @@ COMMANDS = {
     ],
     "judge": lambda f, out: [
         *("--system", f / f"{LONG}.jsonl", "--baseline", f / "base.jsonl", "--out", out / "j.jsonl"),
-        *("--judge", "implicit", "--model", models(f)[1], "--ref_model", models(f)[0], "--device", "cpu"),
+        *("--judge", "implicit", "--model", models(f)[1], "--ref_model", models(f)[0], "--device", "cpu", "--style"),
     ],
 }
 

@@ -20,7 +20,7 @@ RIDGE = 1e-4  # on the slopes and on the weight of the extra column; in a fit of
 FLAT = 1e-10  # on the strength: only labels that are all the same feel it
 SEPARATED = 10.0  # a slope beyond it: a feature separates wins from losses, and nothing is known without it
 NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
-ROUNDING = 1e-9  # relative; below it two differences are the same
+SAME = 1e-9  # relative; below it two differences are the same
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def robust_scale(values: np.ndarray, weight: np.ndarray) -> float:
         The scale, in the unit of the values; 0 where all of them are the same.
     """
     deviation = np.abs(values - _weighted_median(values, weight))
-    weight = np.where(deviation > ROUNDING * np.abs(values).max(), weight, 0.0)
+    weight = np.where(deviation > SAME * np.abs(values).max(), weight, 0.0)
     return NORMAL_MAD * _weighted_median(deviation, weight) if weight.any() else 0.0
 
 
@@ -106,7 +106,7 @@ def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
     """The middle value; the mean of both neighbours where the weight below equals the weight above."""
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weight[order])
-    half, slack = below[-1] / 2, ROUNDING * below[-1]
+    half, slack = below[-1] / 2, SAME * below[-1]
     ranks = np.searchsorted(below, (half - slack, half + slack)).clip(max=len(values) - 1)
     return float(values[order[ranks]].mean())
 

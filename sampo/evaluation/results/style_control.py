@@ -282,7 +282,7 @@ def choose_ridge(data: FitData, seed: int = 0) -> float:
 def style_table(found: Mapping[str, StyleControlled]) -> Table:
     """What the fits say of each feature, by the name of the system."""
     table = Table(
-        "Style in the fits: slope of the logit of a win on more of a feature, the others equal",
+        "Slope of the logit of a win on more of each feature, the others equal",
         ("system", "feature", "slope", "more, %", "less, %", "scale of the\ndifference"),
     )
     for system, one in found.items():
