@@ -93,7 +93,7 @@ def has_reached(folder, number, step):
     return status == "finished" or (status in STEPS and STEPS.index(status) >= STEPS.index(step))
 
 
-@pytest.mark.slow  # about two minutes: two rounds of six launches, twice, and a kill in each step of both
+@pytest.mark.slow  # about three minutes: two rounds of six launches, twice, and a kill in each step of both
 def test_rounds_that_were_killed_in_every_step_end_with_the_weights_of_rounds_that_were_not(place):
     more = {"eval_prompts": str(place / "held_out.jsonl")}
     assert cli.main(["iterate", "--config", recipe(place, "whole", **more)]) == 0
