@@ -321,6 +321,7 @@ def test_a_method_of_another_trainer_has_its_beta_its_recipe_and_no_cache(tmp_pa
     )
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_options_of_other_trainers_are_sorted_into_their_recipes(place, capsys):
     words = write_config(
         place, "wrong", "simpo", "dpo", simpo_gamma=0.7, desirable_weight=2, truncation_mode="keep_end"
