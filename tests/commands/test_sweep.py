@@ -227,7 +227,7 @@ def test_all_issues_of_all_runs_are_in_one_error(place, capsys):
 
 
 def test_own_options_are_checked(place, capsys):
-    words = write_config(place, "wrong", "dpp", "sampo_iterative", seeds=0, judge="nobody --x", eval_strategy="no")
+    words = write_config(place, "wrong", "dpoo", "sampo_iterative", seeds=0, judge="nobody --x", eval_strategy="no")
     assert cli.main([*words, "--token_weighting", "all", "--output_dir", "x"]) == 2
     said = capsys.readouterr().err
     for part in ("Did you mean `dpo`?", "use `sampo iterate`", "`seeds` must be", "`judge` must begin with"):
