@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,14 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
     from .models import load_processor
     from .train import load_data
 
+    files = rf"{re.escape(str(recipe.with_suffix('')))}(-\w+)?\.yaml"
+
+    def by_name(issue: str) -> str:  # the recipes of all trainers are written from one file, which the user knows
+        return re.sub(files, lambda _: request.file, issue)
+
     def refuse(issues: Sequence[str]) -> None:
         if issues:
-            files = rf"{re.escape(str(recipe.with_suffix('')))}(-\w+)?\.yaml"
-            texts = [re.sub(files, lambda _: request.file, issue) for issue in dict.fromkeys(issues)]
-            raise RefusedSweep(listed(texts))
+            raise RefusedSweep(listed(list(dict.fromkeys(map(by_name, issues)))))
 
     refuse(request.issues)
     parser = make_train_parser(prog="sampo sweep")
@@ -75,11 +78,12 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
     swept = {name: _options_of(name) for name in ("dpo", *(one.trainer for one in request.methods.values()))}
     parser.not_ours = set().union(*swept.values())
     issues, base, _ = parser.find_issues(first)
+    issues = list(map(by_name, issues))
     definition = _define(request, base, devices, swept)
     sweep = Sweep(Path(request.own["out"]), definition)
     for trainer in swept:
         write_swept_recipe(sweep, trainer, recipe.parent)
-    issues += _find_issues_of_runs(parser, sweep, recipe, issues)
+    issues += _find_issues_of_runs(parser, sweep, recipe, issues, by_name)
     command = _words_of(sweep, definition.runs[0], recipe)
     issues += find_issues(parser, command)
     issues += _find_base_issues(base, sweep)
@@ -173,12 +177,14 @@ def _words_of(sweep: Sweep, run: Any, recipe: Path) -> list[str]:
     return [written.get(word, word) for word in words]
 
 
-def _find_issues_of_runs(parser: RecipeParser, sweep: Sweep, recipe: Path, known: Sequence[str]) -> list[str]:
+def _find_issues_of_runs(
+    parser: RecipeParser, sweep: Sweep, recipe: Path, known: Sequence[str], by_name: Callable[[str], str]
+) -> list[str]:
     """Issues of the options of each method and grid value; one that all have is named once."""
     found: dict[str, list[str]] = {}
     runs = [run for run in sweep.definition.runs if run.seed == sweep.definition.seed]
     for run in runs:
-        for issue in parser.find_issues(_words_of(sweep, run, recipe))[0]:
+        for issue in map(by_name, parser.find_issues(_words_of(sweep, run, recipe))[0]):
             found.setdefault(issue, []).append(run.name)
     return [
         issue if len(names) == len(runs) else f"{', '.join(names)}: {issue}"
