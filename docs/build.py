@@ -136,6 +136,14 @@ def study(part: str) -> str:
     return parts[part](_study())
 
 
+def onpolicy(part: str) -> str:
+    """The table, or the verdicts, of the study of on-policy rounds."""
+    from studies.onpolicy import OnPolicyStudy, onpolicy_table, onpolicy_verdicts
+
+    parts = {"table": onpolicy_table, "verdicts": onpolicy_verdicts}
+    return parts[part](OnPolicyStudy(read("onpolicy.jsonl")))
+
+
 def real_model() -> str:
     """The study's methods on a real model, from the records of benchmarks/real_model_study.py."""
     import real_model_study
@@ -463,6 +471,7 @@ PARTS = {
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
+    **{f"onpolicy_{part}": partial(onpolicy, part) for part in ("table", "verdicts")},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
