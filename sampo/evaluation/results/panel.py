@@ -6,7 +6,7 @@ and the pair is counted and omitted as with any other judge. Following arXiv 240
 are pooled by their mean or by a vote.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -17,6 +17,7 @@ import numpy as np
 from ...io.tables import Table
 from ...stats.intervals import Estimate, codes_of, prompt_means, rate_interval, undefined
 from ..judging.judges import ONCE, Judgement
+from .agreement import cohen_kappa
 from .cells import NONE, percent_cell, show_estimate
 from .comparing import shared_prompts
 from .judged import Judged, sees_no_order
@@ -206,13 +207,16 @@ def _agreement(
         return PairAgreement(first=first, second=second, same=undefined(0), kappa=None, pairs=0)
     same = np.array([float(ours[pair] == theirs[pair]) for pair in both])
     codes = codes_of([prompt for prompt, _ in both])[0]
-    counts = [Counter(outcomes[pair] for pair in both) for outcomes in (ours, theirs)]
-    chance = sum(counts[0][outcome] * counts[1][outcome] for outcome in counts[0]) / len(both) ** 2
+    values = np.array([[ours[pair], theirs[pair]] for pair in both])  # (n, 2)
+    kinds, numbers = np.unique(values, return_inverse=True)
+    table = np.zeros((len(kinds), len(kinds)))
+    np.add.at(table, tuple(numbers.reshape(-1, 2).T), 1)
+    kappa = float(cohen_kappa(table))
     return PairAgreement(
         first=first,
         second=second,
         same=rate_interval(prompt_means(same, codes)),
-        kappa=None if chance == 1 else float((same.mean() - chance) / (1 - chance)),
+        kappa=None if np.isnan(kappa) else kappa,
         pairs=len(both),
     )
 
