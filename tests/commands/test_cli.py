@@ -442,6 +442,7 @@ def test_the_cpu_is_asked_for_when_the_configuration_does():
     assert rest == ["--use_cpu"]
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_cpu_train_as_one_with_the_double_batch(words, tmp_path):
     """Through `sampo train --accelerate_config`: words, free port, gloo, averaged gradients, one model saved."""
     words = [*words, "--pair_stream", "false"]  # two runs of `auto` can find other forwards faster

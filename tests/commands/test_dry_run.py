@@ -97,6 +97,7 @@ def kept_pairs(folder):
     return split_by_prompt(load_preferences(str(folder / "pairs.jsonl")), 0.2, 42)[0]
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_is_measured_on_its_engine(folder):
     words = [*command(folder), "--accelerate_config", "cpu_ddp", "--num_processes", "2"]
     run = subprocess.run(

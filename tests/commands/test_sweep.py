@@ -129,6 +129,7 @@ def test_a_killed_sweep_gives_the_records_of_one_that_was_not(whole, grown):
     assert numbers(whole[0]) == grown[1]
 
 
+@pytest.mark.slow
 def test_a_seed_and_a_judge_are_added_and_nothing_is_run_again(grown):
     folder, first, files = grown
     assert {name: (mtime(folder, name), answered(folder, name)) for name in files} == files
@@ -151,6 +152,7 @@ def test_a_run_that_fails_is_shown_and_stops_no_other(whole):
     assert "| broken-lr0.001-beta0.1-s7 | failed |" in text
 
 
+@pytest.mark.slow
 def test_all_runs_have_the_same_pairs_steps_and_reference(grown):
     folder = grown[0]
     steps = [record.value for record in numbers(folder) if record.name == "sweep/steps"]
@@ -163,6 +165,7 @@ def test_all_runs_have_the_same_pairs_steps_and_reference(grown):
     assert not list(folder.glob("runs/*/checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_commands(grown):
     """Accuracy and length of one run from what `diagnose` and `generate` wrote, computed anew."""
     folder, name = grown[0], RUNS[3]
@@ -184,6 +187,7 @@ def test_the_numbers_are_those_of_the_commands(grown):
     assert both[2] == pytest.approx((both[0] + both[1]) / 2)  # of the two runs, and of the method over its seeds
 
 
+@pytest.mark.slow
 def test_the_folder_has_tables_figures_and_a_page(grown):
     folder = grown[0]
     assert {"table.tex", "frontier.svg", "frontier.pdf"} <= {path.name for path in folder.iterdir()}
@@ -193,6 +197,7 @@ def test_the_folder_has_tables_figures_and_a_page(grown):
     assert "onesided-lr0.001-beta0.1-s8" in page
 
 
+@pytest.mark.slow
 def test_another_definition_in_the_folder_is_refused_with_what_changed(place, grown, capsys):
     words = write_config(place, "grown", "dpo", seeds=2, max_tokens=13, max_steps=9)
     assert cli.main(words) == 2
@@ -202,6 +207,7 @@ def test_another_definition_in_the_folder_is_refused_with_what_changed(place, gr
     assert "the method `onesided` is missing" in said
 
 
+@pytest.mark.slow
 def test_a_second_sweep_in_the_folder_is_locked_out(place, grown, monkeypatch, capsys):
     words = write_config(place, "grown", "dpo", "onesided", seeds=2)
     monkeypatch.setattr(locks, "PATIENCE", 0.1)

@@ -365,6 +365,7 @@ def run_double_starts(model, folder, trials, seed):
     return refused
 
 
+@pytest.mark.slow
 def test_of_two_starts_one_trains_to_the_end_and_the_other_waits_or_is_refused(model, tmp_path):
     assert len(run_double_starts(model, tmp_path, 4, seed=0)) == 4
 

@@ -291,6 +291,7 @@ def test_tables_of_a_class_swap_state_medians_ratios_and_targets(tmp_path):
     assert "| sampo, live reference | 1 | 5.0 × | 5.00 |" in tables.readme_swap(records)
 
 
+@pytest.mark.slow
 def test_a_class_swap_is_timed_with_its_limit(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "class_swap.py"), "--tiny", "--steps", "2"]
     sides = ["TRL, compact head", "SamPO", "limit"]

@@ -16,8 +16,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 sys.path.insert(0, str(FOLDER))
 from execute import execute, is_setup, light, made_from, with_setup  # noqa: E402, found by the path above
 
-QUICK = ("length_bias", "what_is_learned", "win_rate_and_length", "choosing_a_weighting")
-NAMES = (*QUICK, "from_audit_to_decision")
+QUICK = ("length_bias", "win_rate_and_length")  # run in every test run
+NAMES = (*QUICK, "what_is_learned", "choosing_a_weighting", "from_audit_to_decision")
 LARGEST = 300_000  # bytes
 MACHINE = re.compile(r"(?<![\w.<])/(?:home|root|Users|tmp|work|usr|opt|var|private)/|[A-Z]:\\\\|\.venv|site-packages")
 TIME_STAMP = re.compile(r"20\d\d-\d\d-\d\d[T ]\d\d:\d\d")
@@ -155,7 +155,9 @@ def test_the_install_cell_clones_and_installs_only_where_sampo_is_missing(tmp_pa
 # --- they run -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*QUICK, pytest.param(NAMES[-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
+)
 def test_a_notebook_runs(name):
     committed = (FOLDER / f"{name}.ipynb").read_bytes()
     done = execute(read(name), fast=True)

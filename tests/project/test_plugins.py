@@ -54,6 +54,7 @@ def test_train_takes_a_method_of_a_file_and_refuses_to_go_on_with_another_file(p
     assert "the file of the plugin's weighting" in other.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("cache",), ("iterate", "--rounds", "1", "--use_cpu")])
 def test_cache_and_iterate_take_a_method_of_a_file(place, tmp_path, command):
     words = ["--config", str(place / "run.yaml"), "--output_dir", str(tmp_path / "out")]
@@ -77,6 +78,7 @@ def test_the_completion_script_has_the_method(place):
     assert "'train --token_weighting') values='all column decay expected last_half " in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_diagnose_and_lab_show_the_method_beside_ours(place):
     words = ["--policy", str(place / "model"), "--data", str(place / "pairs.jsonl"), "--out", str(place / "diagnosis")]
     done = sampo("diagnose", "--plugin", "mine.py", *words, "--use_cpu", "--resamples", "100", cwd=place)
