@@ -74,7 +74,8 @@ class Passes:
             assert reference.scores is not None
             with self._trainer.accelerator.autocast():
                 kl = forward_kl(reference.scores, policy, batch.positions)
-        draws = weigher.make_draws(batch, logps.detach(), reference, policy.states)
+        states = None if policy.states is None else policy.states.detach()
+        draws = weigher.make_draws(batch, logps.detach(), reference, states)
         pressure = None
         if end_logps:
             weights = torch.stack([draw.weights for draw in draws]).mean(dim=0)

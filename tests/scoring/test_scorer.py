@@ -62,7 +62,7 @@ def test_the_hidden_states_are_those_that_predict_the_tokens(batch, layout):
     assert {"grouped": GROUPED, "packed": PACKED, "padded": PADDED}[layout] == scorer.ways.way
     scores = scorer(model, rows, rows.mask, keep_states=True)
     assert not hasattr(scores.output, "states")
-    assert not scores.states.requires_grad
+    assert scores.states.requires_grad  # `tdpo` needs their gradient; a weighting gets them without
     for row, (ids, real) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
         n = int(real.sum())
         states = plain.model(input_ids=ids[None, :n]).last_hidden_state[0, :-1]  # the state before each token
