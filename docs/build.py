@@ -141,7 +141,7 @@ def onpolicy(part: str) -> str:
     from studies.onpolicy import OnPolicyStudy, onpolicy_table, onpolicy_verdicts
 
     parts = {"table": onpolicy_table, "verdicts": onpolicy_verdicts}
-    return parts[part](OnPolicyStudy(read("onpolicy.jsonl")))
+    return parts[part](OnPolicyStudy(read("onpolicy.jsonl.gz")))
 
 
 def real_model() -> str:

@@ -166,7 +166,7 @@ class SamPOConfig(DPOConfig):
     dpop_lambda: float = field(
         default=0.0,
         metadata={
-            "help": "Lambda of DPO-Positive (DPOP): the margin S_w - S_l becomes S_w - lambda * max(0, -S_w) - S_l, "
+            "help": "Lambda of DPO-Positive (DPOP). The margin S_w - S_l becomes S_w - lambda * max(0, -S_w) - S_l, "
             "so that a chosen response whose score S_w falls below 0 costs more. S_w is the score of "
             "`token_weighting`; with `all` it is that of the paper, whose lambda is 50. 0: no such term. For losses "
             "of the margin, as `length_penalty`."
@@ -175,7 +175,7 @@ class SamPOConfig(DPOConfig):
     tdpo: str = field(
         default="none",
         metadata={
-            "help": "Adds the difference of sequential KL divergences to the margin (TDPO). With D = sum_t w_t "
+            "help": "A difference of divergences in the margin. With D = sum_t w_t "
             "KL(reference || policy) over the full vocabulary at each token of a response, `tdpo1` adds D_w - D_l and "
             "`tdpo2` -tdpo_alpha * (D_l - D_w), without a gradient of D_w. Needs a live reference. For losses of the "
             "margin, as `length_penalty`.",
@@ -184,7 +184,7 @@ class SamPOConfig(DPOConfig):
     )
     tdpo_alpha: float = field(
         default=0.5,
-        metadata={"help": "Alpha of `tdpo: tdpo2`, at least 0: the weight of the difference of divergences."},
+        metadata={"help": "Alpha of `tdpo: tdpo2`, at least 0. The weight of its difference of divergences."},
     )
     pair_stream: str = field(
         default="auto",
@@ -201,10 +201,10 @@ class SamPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Compute the pairs of an optimiser step (batch size x accumulation x processes) in as few forward "
-            "passes as this number of tokens allows (those of the pair stream, else padded ones), each full and "
-            "back-propagated before the next: the loss, gradients and metrics of the batches, with the memory of one "
-            "forward pass. Pairs move between processes, so that all compute like numbers of tokens. A longer pair is "
-            "computed alone. `auto`: the largest number that fits the GPU, found before the first step; on a CPU 4096."
+            "passes as this number of tokens allows. The tokens are those of the pair stream, else padded ones. Each "
+            "pass is full and back-propagated before the next: the loss, gradients and metrics of the batches, with "
+            "the memory of one forward pass. Pairs move between processes, so that all compute like numbers of tokens. "
+            "A longer pair is computed alone. `auto`: the largest number that fits the GPU, found before the first step; on a CPU 4096."
         },
     )
     log_token_statistics: bool = field(
@@ -247,7 +247,7 @@ class SamPOConfig(DPOConfig):
     generate_every: int | None = field(
         default=None,
         metadata={
-            "help": "Steps between answers to held-out prompts, whose lengths are logged. They come at the start and "
+            "help": "Steps between logged lengths of answers to held-out prompts. They come at the start and "
             "after the last step too, and are greedy: `length/generated`, `length/generated_ended` and "
             "`length/generated_ratio`. The trained weights do not change. Default: never."
         },
@@ -266,7 +266,7 @@ class SamPOConfig(DPOConfig):
     max_length_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Stop when answers are more than this many times as long as at the start. For example 1.2, "
+            "help": "Stop when answers are over so many times as long as at the start. For example 1.2, "
             "compared with `length/generated_ratio` of `generate_every`. The model is saved as after the last step."
         },
     )

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,9 +48,9 @@ class CardTrainer(Trainer):
         adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
         return self.reference_is_start and bool(adapters) and "ref" not in adapters
 
+    @abstractmethod
     def describe_run(self) -> tuple[str, str]:
         """Method and reference, in words."""
-        raise NotImplementedError
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, with the model card: checkpoints have it too."""

@@ -108,4 +108,4 @@ class OnPolicyState(State):
     """The content of `iterate_state.json`."""
 
     plan: OnPolicyPlan
-    rounds: list[OnPolicyRound]  # type: ignore[assignment]  # a list of the subclass
+    rounds: list[OnPolicyRound]  # type: ignore[assignment]  # narrower, and lists are invariant
