@@ -203,8 +203,9 @@ class SamPOConfig(DPOConfig):
             "help": "Compute the pairs of an optimiser step (batch size x accumulation x processes) in as few forward "
             "passes as this number of tokens allows. The tokens are those of the pair stream, else padded ones. Each "
             "pass is full and back-propagated before the next: the loss, gradients and metrics of the batches, with "
-            "the memory of one forward pass. Pairs move between processes, so that all compute like numbers of tokens. "
-            "A longer pair is computed alone. `auto`: the largest number that fits the GPU, found before the first step; on a CPU 4096."
+            "the memory of one forward pass. Pairs move between processes, so that all compute like numbers of "
+            "tokens. A longer pair is computed alone. `auto`: the largest number that fits the GPU, found before the "
+            "first step; on a CPU 4096."
         },
     )
     log_token_statistics: bool = field(
