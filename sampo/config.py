@@ -175,10 +175,9 @@ class SamPOConfig(DPOConfig):
     tdpo: str = field(
         default="none",
         metadata={
-            "help": "A difference of divergences in the margin. With D = sum_t w_t "
-            "KL(reference || policy) over the full vocabulary at each token of a response, `tdpo1` adds D_w - D_l and "
-            "`tdpo2` -tdpo_alpha * (D_l - D_w), without a gradient of D_w. Needs a live reference. For losses of the "
-            "margin, as `length_penalty`.",
+            "help": "A difference of divergences in the margin. With D = sum_t w_t KL(reference || policy) over the "
+            "vocabulary at each token of a response, `tdpo1` adds D_w - D_l and `tdpo2` -tdpo_alpha * (D_l - D_w), "
+            "without a gradient of D_w. Needs a live reference. For losses of the margin, as `length_penalty`.",
             "choices": list(TDPO_VARIANTS),
         },
     )
