@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         return 141  # 128 + SIGPIPE, which Windows does not have
     except KeyboardInterrupt:
         again = " The same command continues where it stopped." if name in RESUMABLE else ""
-        print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says so
+            print(f"\nsampo {name}: stopped.{again}", file=sys.stderr)
         return 130
 
 

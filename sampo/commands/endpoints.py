@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..evaluation.endpoint import Endpoint, key_from_environment
+from ..evaluation.server_process import ServerProcess
 from ..evaluation.spending import Spending
 
 INCOMPLETE, STOPPED = (
@@ -19,6 +20,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("OpenAI-compatible server")
     group.add_argument(
         "--url", help="such as https://api.openai.com/v1 or http://localhost:8000/v1; no other is asked"
+    )
+    group.add_argument(
+        "--serve",
+        metavar="COMMAND",
+        help="start this server before the first request and end it after the last, as `vllm serve {model} --port "
+        "8000`; `{model}` is the name of the model. Its output is written beside `--out`",
     )
     group.add_argument(
         "--api_key_env",
@@ -80,6 +87,7 @@ def build(args: argparse.Namespace, model: str) -> Endpoint:
         concurrency=args.concurrency,
         proxy=args.proxy,
         spending=Spending(args.price_in, args.price_out, max_cost=args.max_cost),
+        server=ServerProcess(args.serve, model, args.out.with_suffix(".server.log")) if args.serve else None,
     )
 
 

@@ -56,6 +56,7 @@ def find_on_policy_issues(own: dict[str, Any], recipe: dict[str, Any], words: li
 
 def _find_word_issues(texts: dict[str, str]) -> Iterator[str]:
     from ..evaluation.answers.generate import Sampling
+    from ..evaluation.server_process import MODEL
     from . import generate, judge, pairs
 
     judged = ["--judge", *shlex.split(texts["judge"])]
@@ -82,8 +83,11 @@ def _find_word_issues(texts: dict[str, str]) -> Iterator[str]:
                 sampling = Sampling(**{field: getattr(args, field) for field in Sampling.__dataclass_fields__})
                 if sampling.samples < 2:
                     yield f"`generate` must have at least two `--samples`, got {sampling.samples}."
-                if args.url:
-                    yield "`generate` must name no server, which would not have the model of the round, got `--url`."
+                if args.url and MODEL not in (args.serve or ""):
+                    yield (
+                        f"`generate` with `--url` must start a server of the round's model, as `--serve 'vllm serve "
+                        f"{MODEL} --port 8000'`, got {f'`--serve {args.serve!r}`' if args.serve else 'no `--serve`'}."
+                    )
             elif name == "pairs":
                 pairs.choice_settings(args)
             elif args.judge == "human":

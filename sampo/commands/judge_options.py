@@ -109,8 +109,11 @@ def make_judge(args: argparse.Namespace) -> Any:
     Raises:
         ValueError: an option is missing, or goes with another judge.
     """
-    if args.batch and args.judge != "endpoint":
-        raise ValueError(f"`batch` goes with `judge` endpoint, got {args.judge}, which makes no requests.")
+    for name in ("batch", "serve"):
+        if getattr(args, name) and args.judge != "endpoint":
+            raise ValueError(f"`{name}` goes with `judge` endpoint, got {args.judge}, which makes no requests.")
+    if args.batch and args.serve:
+        raise ValueError("`batch` goes with a server that runs on, got `serve` as well. Leave one of them out.")
     return JUDGES[args.judge](args)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from ..evaluation.answers.answers import read_answers
+    from ..evaluation.answers.generate import read_missing
     from ..evaluation.judging import human_judge
     from ..evaluation.judging.judges import drawn_prompts
     from ..pairs import make, scores
@@ -75,11 +77,13 @@ def _run(args: argparse.Namespace) -> int:
     check_pairs_path(args.out)
     settings = choice_settings(args)
     systems = [read_answers(path) for path in args.answers]
+    missing = Counter(row.prompt_id for path in args.answers for row in read_missing(path))
     if args.n is not None:
         drawn = drawn_prompts((a.prompt_id for answers in systems for a in answers), args.n, args.seed)
         systems = [[a for a in answers if a.prompt_id in drawn] for answers in systems]
+        missing = Counter({prompt_id: count for prompt_id, count in missing.items() if prompt_id in drawn})
     unit = make.length_unit_of(systems, args.length_unit)
-    prompts = make.sort_answers(systems, use_cut=args.use_cut, seed=args.seed)
+    prompts = make.sort_answers(systems, use_cut=args.use_cut, seed=args.seed, missing=missing)
     groups = [one.usable for one in prompts if not one.status]
     say(
         f"{sum(map(len, systems)):,} answers to {len(prompts):,} prompts; {sum(map(len, groups)):,} answers to "
@@ -223,7 +227,9 @@ def _left_out(prompts: list["PromptAnswers"]) -> str:
         "a repetition of another one": sum(one.repeated for one in prompts),
         "without a score": sum(one.failed for one in prompts),
     }
-    return f"Answers left out: {', '.join(f'{count:,} {what}' for what, count in left.items())}."
+    missing = sum(one.missing for one in prompts)
+    generated = f" Not generated: {missing:,} further answers." if missing else ""
+    return f"Answers left out: {', '.join(f'{count:,} {what}' for what, count in left.items())}.{generated}"
 
 
 def _judge_sentences(found: "JudgeScores", control: "EmptyControl | None") -> list[str]:

@@ -12,7 +12,6 @@ import logging
 import os
 import pickle
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,15 +24,13 @@ from ..data.columns import pairs_of_stream, read_columns
 from ..data.issues import PreferenceDataError
 from ..io.locks import LAUNCHER, FolderInUseError, alone_in, end_with_launcher
 from ..models.load import ModelError, check_model, code_refused
+from .launched import STOPPED_AT_ONCE, become_launcher, end_process_group, print_error
 from .models import RefusedRun, check_adapter, check_vocabulary, load_models, load_processor
 from .next_steps import after_training, show_next
 from .option_checks import find_option_issues, find_other_checkpoints_issue, read_shard
 from .options import DRY_RUN, RecipeParser, make_parser, short_help
 
 logger = logging.getLogger(__name__)
-
-STOPPED_AT_ONCE = 130  # the exit status of a process that Ctrl-C has ended
-SECONDS_FOR_THE_FIRST = 20.0  # in which a launcher ends the other processes after the first one has failed
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -318,7 +315,7 @@ def start_with(parser: RecipeParser, work: Callable[..., None], argv: list[str] 
     parsed = parser.parse_args_and_config(argv)
     _set_up_logs(parsed[1])
     status = _work(parser, lambda: work(*parsed), first=parsed[1].process_index == 0)
-    _end_process_group(wait=status != STOPPED_AT_ONCE)
+    end_process_group(wait=status != STOPPED_AT_ONCE)
     return status
 
 
@@ -331,10 +328,10 @@ def _work(parser: RecipeParser, work: Callable[[], None], *, first: bool) -> int
     try:
         work()
     except (RefusedRun, PreferenceDataError, ModelError, RefCacheError, ResumeRefusedError, FolderInUseError) as error:
-        _print_error(parser, error)
+        print_error(parser.prog, error)
         return 2
     except (CheckpointNotSavedError, FloatingPointError) as error:
-        _print_error(parser, error)
+        print_error(parser.prog, error)
         return 1
     except Preempted as stop:
         if first:
@@ -345,32 +342,6 @@ def _work(parser: RecipeParser, work: Callable[[], None], *, first: bool) -> int
             print(f"{parser.prog}: stopped. Checkpoints saved before are complete.", file=sys.stderr)
         return STOPPED_AT_ONCE
     return 0
-
-
-def _end_process_group(*, wait: bool) -> None:
-    """End the threads of the process group before Python ends: one that ends later can abort the process (SIGABRT).
-
-    Args:
-        wait: whether the collectives that have begun may end. Those of a process that was stopped at once may not.
-    """
-    from torch import distributed  # after the help texts and the parser, which do without torch
-
-    if not distributed.is_initialized():
-        return
-    if wait:
-        distributed.destroy_process_group()
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(STOPPED_AT_ONCE)
-
-
-def _print_error(parser: RecipeParser, error: BaseException) -> None:
-    """Print the error once: other processes wait, so that the launcher ends them if the first one failed too."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank > 0:
-        time.sleep(SECONDS_FOR_THE_FIRST)
-    print(f"{parser.prog}: error: {error}{f' (process {rank})' if rank else ''}", file=sys.stderr, flush=True)
 
 
 def _set_up_logs(training_args: Any) -> None:
@@ -415,11 +386,7 @@ def launch_or_stay(argv: list[str], parser: RecipeParser, module: str, more: Seq
         else:
             refuse_engine_that_cannot_run(options, rest)
             _check_model(parser.read(rest)[1])  # once here rather than once per process
-        # DeepSpeed looks for `ninja` there, and does not find that of an environment that is not activated
-        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-        os.environ[LAUNCHER] = str(os.getpid())
-        sys.stdout.flush()
-        os.execv(launcher[0], [*launcher, "-m", module, *more, *rest])
+        become_launcher(launcher, module, [*more, *rest])
     return rest
 
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
+from .server_process import ServerProcess
 from .server_text import Redaction, retry_after, usage_of, visible
 from .spending import Spending
 
@@ -94,6 +95,7 @@ class Endpoint:
         proxy: URL of a proxy; those in the environment are not used.
         backoff: Seconds before the first further attempt, doubled each time, unless the server sends `Retry-After`.
         spending: Counts tokens and money, and may cap the latter.
+        server: Started before the first item of `for_each`, and ended by `close`.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Endpoint:
         proxy: str | None = None,
         backoff: float = 1.0,
         spending: Spending | None = None,
+        server: ServerProcess | None = None,
     ):
         self.url, self.model = _checked_url(url), model
         for name, value in (
@@ -125,7 +128,7 @@ class Endpoint:
         self.give_up_after, self.backoff = give_up_after, backoff
         self.requests = 0
         self.spending = spending or Spending()
-        self._key, self._timeout = api_key, timeout
+        self._key, self._timeout, self._server = api_key, timeout, server
         self.redact = Redaction(api_key)
         self._client = self._connect(timeout, proxy)
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -186,8 +189,18 @@ class Endpoint:
         self._stop.set()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and end the server that was started."""
         self._client.close()
+        if self._server is not None:
+            self._server.stop()
+
+    def _is_up(self) -> bool:
+        """Whether a server answers at all."""
+        try:
+            self._send(lambda client: client.models.list())
+        except Unanswered as failure:
+            return not failure.passing  # a server without this list answers too
+        return True
 
     def ask(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """One chat completion; the body of the reply as it came.
@@ -336,7 +349,12 @@ class Endpoint:
         """(number of the item, result) as they come, several at a time.
 
         When the caller stops early, no request is begun any more, and those under way are waited for.
+
+        Raises:
+            ValueError: the server could not be started.
         """
+        if items and self._server is not None:
+            self._server.start(self.url, self._is_up)
         with ThreadPoolExecutor(self.concurrency) as pool:
             numbers = {pool.submit(work, item): number for number, item in enumerate(items)}
             try:

@@ -24,6 +24,7 @@ CHOICE_UNITS = ("auto", "tokens", "words", "characters")
 # status of a prompt → its description; each prompt has one
 STATUSES = {
     "used": "prompts with a pair",
+    "unanswered": "prompts without any answer",
     "cut": "prompts with fewer than two answers that ended by themselves",
     "too_few": "prompts with fewer than two different answers",
     "failed": "prompts with fewer than two answers that the judge could score",
@@ -42,6 +43,7 @@ class PromptAnswers:
         cut: answers left out because they were cut off.
         empty: answers without a visible text.
         repeated: answers with the text of another one.
+        missing: answers that were not generated.
         status: one of `STATUSES`; empty as long as it is open.
         failed: usable answers without a score.
         pairs: made of the prompt.
@@ -52,6 +54,7 @@ class PromptAnswers:
     cut: int = 0
     empty: int = 0
     repeated: int = 0
+    missing: int = 0
     status: str = ""
     failed: int = 0
     pairs: int = 0
@@ -61,11 +64,14 @@ class PromptAnswers:
         return {**vars(self), "usable": len(self.usable)}
 
 
-def sort_answers(systems: Iterable[Sequence[Answer]], *, use_cut: bool, seed: int) -> list[PromptAnswers]:
+def sort_answers(
+    systems: Iterable[Sequence[Answer]], *, use_cut: bool, seed: int, missing: Mapping[str, int] | None = None
+) -> list[PromptAnswers]:
     """Collect the answers of several systems by prompt, in the order in which the prompts appear.
 
     Args:
         systems: the answers of each.
+        missing: of each prompt the number of answers that were not generated. Prompts without any come last.
         use_cut: use answers that were cut off, too.
         seed: of the order of the answers to a prompt.
     """
@@ -74,10 +80,16 @@ def sort_answers(systems: Iterable[Sequence[Answer]], *, use_cut: bool, seed: in
         for answer in answers:
             drawn = hashlib.sha256(f"{seed} {answer.prompt_id} {number} {answer.sample}".encode()).hexdigest()
             found.setdefault(answer.prompt_id, []).append((drawn, answer))
-    return [
+    missing = missing or {}
+    for prompt_id in missing:
+        found.setdefault(prompt_id, [])
+    prompts = [
         _sort_prompt(prompt_id, [answer for _, answer in sorted(rows, key=lambda row: row[0])], use_cut)
         for prompt_id, rows in found.items()
     ]
+    for one in prompts:
+        one.missing = missing.get(one.prompt_id, 0)
+    return prompts
 
 
 def _sort_prompt(prompt_id: str, answers: Sequence[Answer], use_cut: bool) -> PromptAnswers:
@@ -92,7 +104,9 @@ def _sort_prompt(prompt_id: str, answers: Sequence[Answer], use_cut: bool) -> Pr
         else:
             texts.add(answer.answer)
             one.usable.append(answer)
-    if len(one.usable) < 2:
+    if not answers:
+        one.status = "unanswered"
+    elif len(one.usable) < 2:
         one.status = "cut" if len(one.usable) + one.cut >= 2 else "too_few"
     return one
 

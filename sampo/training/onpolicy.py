@@ -12,6 +12,7 @@ from ..io.hashing import hash_json
 from .rounds import Plan, Round, RoundStep, State
 
 SOME_MISSING = (0, 3)  # exit statuses: some answers or scores may be missing, and are counted
+PROCESSES = ("num_processes", "gpu_ids")  # options of the launcher that `sampo generate` has too
 GREEDY = ("--samples", "1", "--temperature", "0", "--top_p", "1", "--top_k", "0")
 
 
@@ -78,6 +79,8 @@ class OnPolicyPlan(Plan):
         """The words that answer prompts with the model after a round; 0 is the one that round 1 starts from."""
         words = ["sampo", "generate", self.model_after(number), "--prompts", prompts, "--out", str(out)]
         words += ["--revision", self.revision] if number == 0 else []
+        if not any(word.split("=")[0] == "--url" for word in self.generate):  # as many processes as train
+            words += [w for name in PROCESSES if name in self.launch for w in (f"--{name}", self.launch[name])]
         return [*words, *(["--device", "cpu"] if self.on_cpu else [])]
 
     def _judge(self, number: int) -> list[str]:

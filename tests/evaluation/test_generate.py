@@ -1,11 +1,14 @@
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from judge_server import Reply, Server, completion
+from processes import environment
 from real_model import HH_FILE
 from tiny import WORDS, make_tokenizer, save_model
 from tokenizers import normalizers
@@ -21,7 +24,7 @@ from sampo.evaluation.answers.answers import (
     write_answers,
 )
 from sampo.evaluation.answers.backends import RowSampler, TransformersBackend, end_tokens
-from sampo.evaluation.answers.generate import Sampling, generate
+from sampo.evaluation.answers.generate import Sampling, generate, read_missing
 from sampo.evaluation.answers.prompts import Question, load_prompts
 from sampo.evaluation.texts import Texts, tokenizer_hash
 from sampo.io.journal import read_rows
@@ -522,9 +525,15 @@ def test_what_a_server_does_not_answer_is_missing_and_counted(tmp_path, capsys):
         said = capsys.readouterr().out
         for reason, count in (("rejected", 1), ("broken_reply", 1), ("refused", 2), ("no_text", 1)):
             assert f"{count} answers are missing: {reason}" in said
-        assert len(read_answers(tmp_path / "a.jsonl")) == 5
+        answered = {answer.prompt_id for answer in read_answers(tmp_path / "a.jsonl")}
+        missing = read_missing(tmp_path / "a.jsonl")
+        assert len(answered) == len(missing) == 5
+        assert answered | {one.prompt_id for one in missing} == {prompt_id(f"question {i}") for i in range(10)}
+        reasons = {one.prompt_id: one.reason for one in missing}
+        assert reasons[prompt_id("question 1")] == "broken_reply"
         fault["on"] = False
         assert main(command) == 0
+        assert read_missing(tmp_path / "a.jsonl") == []
     assert len(server.requests) == 15
     assert len(read_answers(tmp_path / "a.jsonl")) == 10
 
@@ -566,6 +575,38 @@ def test_what_cannot_be_run_is_said_in_one_line(words, fault, folder, tmp_path):
     path = rows_file(tmp_path / "p.jsonl", [{"prompt": "a"}])
     with pytest.raises(SystemExit, match=fault):
         main(["generate", folder, "--prompts", path, "--out", str(tmp_path / "a.jsonl"), *words])
+
+
+def test_two_processes_give_the_answers_of_one_and_the_first_one_writes_them(folder, tmp_path):
+    path = rows_file(tmp_path / "p.jsonl", [{"prompt": question.prompt} for question in questions(11)])
+    sampling = ["--prompts", path, "--samples", "2", "--temperature", "1", "--max_tokens", "12", "--batch_size", "4"]
+    assert main(["generate", folder, *sampling, "--device", "cpu", "--out", str(tmp_path / "one.jsonl")]) == 0
+    rows = (tmp_path / "one.jsonl").read_bytes()
+    (tmp_path / "two.jsonl").write_bytes(b"".join(rows.splitlines(keepends=True)[3:7]))  # as if it had been stopped
+    words = [sys.executable, "-m", "sampo.cli", "generate", folder, *sampling, "--out", str(tmp_path / "two.jsonl")]
+    words += ["--device", "cpu", "--num_processes", "2"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("22 answers, 4 of them there before") == 1
+    assert (tmp_path / "two.jsonl").read_bytes() == rows
+    done = subprocess.run([*words, "--prompts", "nowhere.jsonl"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("sampo generate: error") == done.stderr.count("error") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--num_processes", "0"], "`num_processes` must be at least 1, got 0"),
+        (["--num_processes", "2", "--url", "http://localhost:1/v1"], "`num_processes` goes with a model of this"),
+        (["--num_processes", "2", "--device", "cuda:1"], "`device` names one device for one process"),
+        (["--num_processes", "4096"], "must be at most the number of GPUs that torch can use, .*, got 4096"),
+        (["--gpu_ids", ",".join(map(str, range(4096)))], "must be at most the number of GPUs .* got 4096"),
+    ],
+)
+def test_processes_that_cannot_be_started_are_refused(words, fault, folder):
+    with pytest.raises(SystemExit, match=fault):
+        main(["generate", folder, "--prompts", "p.jsonl", "--out", "a.jsonl", *words])
 
 
 def test_vllm_is_named_as_a_server(capsys):

@@ -12,7 +12,7 @@ from judge_server import Reply, Server, completion, goods, judge
 from tiny import WORDS, make_pairs, save_model, training_options
 
 from sampo import SamPOConfig, SamPOTrainer, cli, load_preferences
-from sampo.evaluation.answers.answers import Answer, write_answers
+from sampo.evaluation.answers.answers import Answer, prompt_id, write_answers
 from sampo.evaluation.judging.rule_judges import RuleJudge, longer_judge
 from sampo.io.journal import read_rows
 from sampo.pairs import scores
@@ -96,22 +96,30 @@ def test_every_prompt_has_one_status_and_every_answer_one_place(tmp_path):
     ]
     answers = [Answer(prompt=p, answer=t, stop=s, sample=i) for i, (p, t, s) in enumerate(rows)]
     write_answers(tmp_path / "a.jsonl", answers)
+    missing = [("cut", 2), ("unanswered", 0), ("unanswered", 1)]
+    lost = [{"prompt_id": prompt_id(p), "sample": i, "reason": "timeout", "detail": ""} for p, i in missing]
+    (tmp_path / "a.missing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost))
     out = tmp_path / "pairs.jsonl"
     words = ["--judge", "longer", "--choice", "capped", "--limit", 10, "--length_unit", "characters", "--out", out]
     run("pairs", "--answers", tmp_path / "a.jsonl", *words)
-    names = {answer.prompt_id: answer.prompt for answer in answers}
+    names = {answer.prompt_id: answer.prompt for answer in answers} | {prompt_id("unanswered"): "unanswered"}
     found = {names[one["prompt_id"]]: one for one in account(out)}
     assert {name: one["status"].replace("_", " ") for name, one in found.items()} == {name: name for name in found}
     for name, one in found.items():
         assert one["usable"] + one["cut"] + one["empty"] + one["repeated"] == sum(row[0] == name for row in rows)
     assert (found["used"]["repeated"], found["used"]["empty"], found["cut"]["cut"]) == (1, 1, 1)
+    assert {name: one["missing"] for name, one in found.items() if one["missing"]} == {"cut": 1, "unanswered": 2}
     (pair,) = load_preferences(out)
     assert (pair["prompt"], pair["chosen"], pair["rejected"], pair["margin"]) == ("used", "cccc", "a", 3)
     run("pairs", "--answers", tmp_path / "a.jsonl", *words, "--use_cut")
     assert {names[one["prompt_id"]]: one["status"] for one in account(out)}["cut"] == "used"
     page = out.with_suffix(".md").read_text()
     assert all(text in page for text in STATUSES.values())
-    assert "| all | 5 |" in page
+    assert "| all | 6 |" in page
+    assert "Not generated: 3 further answers." in page
+    (tmp_path / "a.missing.jsonl").write_text('{"prompt_id": "x", "sample": 0, "reason": "timeout"}\n')
+    with pytest.raises(SystemExit, match=r"a\.missing\.jsonl.*line 1.*detail.*generate again"):
+        cli.main(["pairs", "--answers", str(tmp_path / "a.jsonl"), *map(str, words)])
 
 
 def test_answers_that_the_judge_cannot_score_are_counted_and_the_rest_is_used(tmp_path):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..endpoint import Endpoint
     from ..texts import Texts
 
+Row = tuple[list[int], Job]  # tokens of the prompt, and what is wanted
+
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
@@ -68,11 +70,18 @@ class TransformersBackend:
 
     def generate(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[Job, Output]]]:
         """One batch at a time."""
+        for batch in self.batches(jobs):
+            yield self.answer(batch, sampling)
+
+    def batches(self, jobs: Sequence[Job]) -> list[list[Row]]:
+        """The jobs in batches, each with the tokens of its prompt."""
         rows = sorted(((self._texts.prompt(job.prompt), job) for job in jobs), key=lambda row: -len(row[0]))
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            outputs = self._batch([ids for ids, _ in batch], [job.seed(sampling) for _, job in batch], sampling)
-            yield [(job, output) for (_, job), output in zip(batch, outputs, strict=True)]
+        return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+
+    def answer(self, batch: Sequence[Row], sampling: Sampling) -> list[tuple[Job, Output]]:
+        """The outputs of one batch."""
+        outputs = self._batch([ids for ids, _ in batch], [job.seed(sampling) for _, job in batch], sampling)
+        return [(job, output) for (_, job), output in zip(batch, outputs, strict=True)]
 
     def stream(self, job: Job, sampling: Sampling, put: Callable[[str], None]) -> Output:
         """One job, as `generate` does it; `put` gets each part of the text as soon as its words are complete."""

@@ -1,5 +1,7 @@
 """Answers to prompts: one record each, written as they come; an interrupted run continues its file.
 
+What has no answer at the end of a run is listed in a file beside it, with the reason.
+
 A backend turns jobs into texts. The random numbers of an answer depend on the seed, its prompt and its sample number
 alone: not on the batch it was in, nor on earlier answers. Two things still differ between batches: the order in which
 sums are rounded, which can change a nearly equal choice (seldom in float32, sometimes in bfloat16); and what a server
@@ -7,14 +9,16 @@ does, which is not controlled here.
 """
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...io.journal import Journal
+from ...io.files import write_atomic
+from ...io.journal import Journal, read_rows
 from ...io.progress import Progress
 from ...io.schemas import named, typed
 from .answers import Answer, Prompt, as_row
@@ -116,6 +120,16 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class MissingAnswer:
+    """A row of the file of missing answers."""
+
+    prompt_id: str
+    sample: int
+    reason: str
+    detail: str
+
+
 @dataclass
 class GenerationReport:
     """Counts of a run.
@@ -128,6 +142,7 @@ class GenerationReport:
         tokens: Tokens of all answers whose number is known.
         counted: Number of these answers.
         details: Of the first failure of each kind.
+        missing: The answers that are missing.
     """
 
     answers: int = 0
@@ -137,6 +152,31 @@ class GenerationReport:
     tokens: int = 0
     counted: int = 0
     details: dict[str, str] = field(default_factory=dict)
+    missing: list[MissingAnswer] = field(default_factory=list)
+
+    def add_failure(self, job: Job, reason: str, detail: str) -> None:
+        """Count an answer that is missing."""
+        self.failures[reason] += 1
+        self.details.setdefault(reason, detail)
+        self.missing.append(MissingAnswer(job.question.prompt_id, job.sample, reason, detail))
+
+
+def missing_file(out: str | Path) -> Path:
+    """The file that lists the missing answers of a file of answers; absent or empty if none is missing."""
+    return Path(out).with_suffix(".missing.jsonl")
+
+
+def read_missing(out: str | Path) -> list[MissingAnswer]:
+    """The missing answers of a file of answers.
+
+    Raises:
+        WrongFile: the file is no such list.
+    """
+    path, found = missing_file(out), []
+    for number, row in enumerate(read_rows(path) if path.exists() else [], 1):
+        with named(path, "Remove it, or generate again", line=number):
+            found.append(typed(MissingAnswer, row, complete=True))
+    return found
 
 
 def generate(
@@ -163,10 +203,9 @@ def generate(
         done = 0
         for finished in backend.generate(todo, sampling):
             journal.append(*(as_row(_answer(job, o, backend, sampling)) for job, o in finished if o.failure is None))
-            for _, output in finished:
+            for job, output in finished:
                 if output.failure is not None:
-                    report.failures[output.failure] += 1
-                    report.details.setdefault(output.failure, output.detail)
+                    report.add_failure(job, output.failure, output.detail)
             done += len(finished)
             if progress:
                 progress(done, len(todo))
@@ -174,6 +213,8 @@ def generate(
         ordered = sorted(journal.rows, key=lambda row: position[row["prompt_id"], row["sample"]])
         if ordered != journal.rows:
             journal.rewrite(ordered)
+        if report.missing or missing_file(out).exists():
+            write_atomic(missing_file(out), "".join(json.dumps(asdict(row)) + "\n" for row in report.missing))
     report.answers = len(ordered)
     report.cut = sum(row["stop"] == "length" for row in ordered)
     counts = [row["tokens"] for row in ordered if row["tokens"] is not None]
@@ -224,7 +265,8 @@ def _without_long(
             f"Each prompt must leave room for `max_tokens`, got {len(too_long):,} of {len(jobs):,} that do not; the "
             f"first: {first}. Lower `max_tokens`, or set `on_long_prompts` to `drop`."
         )
-    report.failures["too_long"], report.details["too_long"] = len(too_long), first
+    for number, detail in too_long.items():
+        report.add_failure(jobs[number], "too_long", detail)
     return [job for number, job in enumerate(jobs) if number not in too_long]
 
 
