@@ -217,6 +217,7 @@ ALLOWED = {
     "sweep/frontier.py",  # so does this
     "sweep/processes.py",  # logs of child processes, which grow
     "sweep/slurm.py",  # the same
+    "evaluation/server_process.py",  # the same
     "commands/sweep.py",  # into a temporary folder
     "commands/init.py",  # so does this
 }
