@@ -14,6 +14,7 @@ import argparse
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +31,11 @@ from sampo.io.records import Record
 from sampo.report.numbers import estimate, number
 from sampo.stats.intervals import rate_interval
 from sampo.sweep.conclusion import conclude
-from sampo.sweep.lines import Lines, read_lines
+from sampo.sweep.lines import SWEEP_LEGEND, Lines, read_lines
 from sampo.sweep.outcome import right_pairs
 from sampo.sweep.plan import Sweep, SweepRun
 from sampo.sweep.state import read_state_file
-from sampo.sweep.table import method_rows
+from sampo.sweep.table import duel_rows, method_rows
 
 ALL = "all"
 LONGER, SHORTER = "right one longer", "right one shorter"
@@ -44,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=Path, nargs="+", required=True, help="folders of `sampo sweep`")
     parser.add_argument("--llmbar", type=Path, required=True, help="pairs with a column `subset`")
+    parser.add_argument("--llmbar_seeds", type=int, help="score only so many runs of each method on LLMBar")
     parser.add_argument("--out", type=Path, required=True, help="file of all records")
     return parser
 
@@ -58,13 +60,24 @@ def main(argv: list[str] | None = None) -> None:
         if state is None:
             raise SystemExit(f"real_sweep: {folder} must hold a sweep.")
         sweep = Sweep(folder, state.definition)
-        runs = [run for run in state.definition.runs if sweep.is_evaluated(run.name)]
+        runs = first_seeds([run for run in state.definition.runs if sweep.is_evaluated(run.name)], args.llmbar_seeds)
         score_llmbar(sweep, runs, args.llmbar)
         data = {"data": folder.name}
         found += [replace(one, config={**one.config, **data}) for one in results.read(folder / "records.jsonl")]
         found += llmbar_records(sweep, runs, subsets, {**data, "experiment": "llmbar"}, command)
     write_atomic(args.out, results.lines(found))
-    print("\n\n".join([*real_sweeps(found).values(), llmbar_table(found), forecast(found)]))
+    print("\n\n".join(part(found) for part in (short_table, long_tables, conclusions, llmbar_table, forecast)))
+
+
+def first_seeds(runs: Sequence[SweepRun], most: int | None) -> list[SweepRun]:
+    """Of each method the first `most` runs; all of them without a number."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for run in runs:
+        seen[run.method] += 1
+        if most is None or seen[run.method] <= most:
+            kept.append(run)
+    return kept
 
 
 def score_llmbar(sweep: Sweep, runs: Sequence[SweepRun], llmbar: Path) -> None:
@@ -123,14 +136,24 @@ def lines_by_data(records: Sequence[Record]) -> dict[str, Lines]:
     }
 
 
-def real_sweeps(records: Sequence[Record]) -> dict[str, str]:
-    """Of each sweep the table of its methods and its conclusion."""
-    pages = {}
+def long_tables(records: Sequence[Record]) -> str:
+    """Of each sweep the table of its methods and their comparisons."""
+    parts = []
     for data, lines in lines_by_data(records).items():
-        heads, rows = method_rows(lines)
-        said = "\n".join(f"- {sentence}" for sentence in conclude(lines))
-        pages[data] = f"{_table(heads, rows)}\n\n{said}"
-    return pages
+        commands = dict.fromkeys(
+            r.command for r in records if r.config["data"] == data and r.name.startswith("sweep/")
+        )
+        tables = [_table(*rows) for rows in (method_rows(lines), duel_rows(lines)) if rows[1]]
+        parts += [f"### Pairs `{data}`", *tables, "Measured by " + ", ".join(f"`{c}`" for c in commands) + "."]
+    return "\n\n".join([*parts, SWEEP_LEGEND])
+
+
+def conclusions(records: Sequence[Record]) -> str:
+    """What each sweep decides, as `sampo sweep` says it."""
+    return "\n\n".join(
+        "\n".join([f"`{data}`:", "", *(f"- {sentence}" for sentence in conclude(lines))])
+        for data, lines in lines_by_data(records).items()
+    )
 
 
 def short_table(records: Sequence[Record]) -> str:

@@ -144,6 +144,13 @@ def onpolicy(part: str) -> str:
     return parts[part](OnPolicyStudy(read("onpolicy.jsonl.gz")))
 
 
+def real_sweep(part: str) -> str:
+    """A part of the pages on the sweeps on a real model."""
+    import real_sweep as measured
+
+    return getattr(measured, part)(read("real_sweep.jsonl"))
+
+
 def real_model() -> str:
     """The study's methods on a real model, from the records of benchmarks/real_model_study.py."""
     import real_model_study
@@ -451,6 +458,7 @@ STUDY_PARTS = (
     *("headline", "against_dpo", "forecast"),
     *("at_best", "equal_kl", "equal_win_rate", "frontiers", "biases", "penalties"),
 )
+REAL_SWEEP_PARTS = ("short_table", "llmbar_table", "forecast", "long_tables", "conclusions")
 PARTS = {
     **{
         "claims": claims,
@@ -471,6 +479,7 @@ PARTS = {
     **{"real_model": real_model, "lab_judged": lab_judged, "real_judged": real_judged, "diagnosed": diagnosed},
     **{"audit": audit, "audit_faults": audit_faults, "audit_cuts": audit_cuts, "audit_columns": audit_columns},
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
+    **{f"real_sweep_{part}": partial(real_sweep, part) for part in REAL_SWEEP_PARTS},
     **{f"onpolicy_{part}": partial(onpolicy, part) for part in ("table", "verdicts")},
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)

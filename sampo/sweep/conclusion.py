@@ -76,7 +76,7 @@ def _about_duels(lines: Lines) -> Iterator[str]:
         open_ones = []
         for line in duels:
             p, difference = line.get("p_holm").value, line.get("difference")
-            first, second = f"`{line.config['first']}`", f"`{line.config['second']}`"
+            first, second = (f"`{name}`" for name in lines.duel_names(line))
             if p is None or p >= SURE or line.config["seeds_agree"] < seeds or not difference.value:
                 open_ones.append(f"{first} and {second}" + ("" if p is None else f" (p = {p:.2g})"))
                 continue

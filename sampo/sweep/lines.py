@@ -94,6 +94,11 @@ class Lines:
         varied = [f"{option} {line.config[option]:g}" for option in self.varied]
         return " ".join([f"`{line.config['method']}`", *([f"({', '.join(varied)})"] if varied else [])])
 
+    def duel_names(self, line: ResultLine) -> tuple[str, str]:
+        """The two methods of a comparison, with the values of the grid if any option varies."""
+        first, second = line.config["first"], line.config["second"]
+        return (first, second) if self.varied else (first.partition(" ")[0], second.partition(" ")[0])
+
 
 def read_lines(records: Sequence[Record]) -> Lines:
     """Sort records into lines.

@@ -58,7 +58,8 @@ def duel_rows(lines: Lines) -> tuple[list[str], list[list[str]]]:
         config = line.config
         rows.append(
             [
-                *(config[name] for name in ("quality", "first", "second")),
+                config["quality"],
+                *lines.duel_names(line),
                 difference,
                 "–" if p is None else f"{p:.2g}",
                 str(config["seeds_agree"]),
