@@ -193,7 +193,7 @@ class Round:
         model: the complete model at its end.
         model_sha256: of that model's weights.
         started: time of the first attempt, UTC.
-        seconds: spent in all attempts, except those that were killed together with this process.
+        seconds: of each step, by its status, in all attempts except those that were killed with this process.
         attempts: the command line of each launch, including resumed ones.
         metrics: `first` and `last` line of the training log, last `eval`, `merge`, and the number of `steps`.
         versions: of the packages that matter.
@@ -206,7 +206,7 @@ class Round:
     model: str = ""
     model_sha256: str = ""
     started: str = ""
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
     attempts: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -330,7 +330,7 @@ def _run_round(
         raise RoundFailed(f"Round {one.number} has ended without weights in {one.model}.", 1)
     one.status = "finished"
     save_state(plan, rounds)
-    say(f"round {one.number} of {plan.rounds} finished after {one.seconds:.0f} s: {one.model}")
+    say(f"round {one.number} of {plan.rounds} finished after {sum(one.seconds.values()):.0f} s: {one.model}")
 
 
 def _step_once(plan: Plan, rounds: list[Round], one: Any, step: RoundStep, say: Any, lock: int) -> None:
@@ -358,7 +358,7 @@ def _step(
     say(f"round {one.number} of {plan.rounds}, {status}: {one.attempts[-1]}")
     began = time.monotonic()
     status_code = _launch(command, lock)
-    one.seconds = round(one.seconds + time.monotonic() - began, 1)
+    one.seconds[status] = round(one.seconds.get(status, 0.0) + time.monotonic() - began, 1)
     if status_code not in accepted:
         one.status = "failed"
         save_state(plan, rounds)
