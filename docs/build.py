@@ -144,6 +144,13 @@ def onpolicy(part: str) -> str:
     return parts[part](OnPolicyStudy(read("onpolicy.jsonl.gz")))
 
 
+def onpolicy_real_model() -> str:
+    """Times and counts of on-policy rounds on a real model."""
+    import onpolicy_real_model as measured
+
+    return measured.table(read("onpolicy_real_model.jsonl"))
+
+
 def real_sweep(part: str) -> str:
     """A part of the pages on the sweeps on a real model."""
     import real_sweep as measured
@@ -481,6 +488,7 @@ PARTS = {
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
     **{f"real_sweep_{part}": partial(real_sweep, part) for part in REAL_SWEEP_PARTS},
     **{f"onpolicy_{part}": partial(onpolicy, part) for part in ("table", "verdicts")},
+    "onpolicy_real_model": onpolicy_real_model,
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
