@@ -152,6 +152,8 @@ def main(args: argparse.Namespace) -> None:
     status = 0
     try:
         sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+        if args.url and is_one_of_several():
+            raise ValueError("A server must be asked by one process, got several. Set `concurrency` instead.")
         if is_first():
             status = _generate(args, sampling)
         else:

@@ -609,6 +609,13 @@ def test_processes_that_cannot_be_started_are_refused(words, fault, folder):
         main(["generate", folder, "--prompts", "p.jsonl", "--out", "a.jsonl", *words])
 
 
+def test_a_server_is_asked_by_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="A server must be asked by one process, got several"):
+        main(["generate", "m", "--prompts", "p", "--out", "o", "--url", "http://localhost:1/v1"])
+
+
 def test_vllm_is_named_as_a_server(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "model", "--prompts", "p.jsonl", "--out", "a.jsonl", "--backend", "vllm"])
