@@ -1,6 +1,6 @@
 """What a sweep decides, in sentences: a difference is named only where its interval or adjusted p-value shows it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..audit.report import sign_of_effect
 from ..report.conclusion import SURE
@@ -8,6 +8,7 @@ from ..report.numbers import count_runs, number
 from .frontier import at_kl, matched_kl, paths_of, quality_of
 from .lines import Lines, ResultLine
 
+FEW = 5  # comparisons that a sentence names
 DIRECTION = {1: "longer", -1: "shorter"}
 
 
@@ -70,15 +71,14 @@ def _runs_of(lines: Lines, method: ResultLine) -> list[ResultLine]:
 
 def _about_duels(lines: Lines) -> Iterator[str]:
     """Two methods prompt by prompt: decided by the adjusted p-value, if all seeds agree."""
-    seeds = min((line.seeds for line in lines.methods), default=0)
     for quality in dict.fromkeys(line.config["quality"] for line in lines.duels):
         duels = [line for line in lines.duels if line.config["quality"] == quality]
         open_ones = []
         for line in duels:
-            p, difference = line.get("p_holm").value, line.get("difference")
+            p, difference, seeds = line.get("p_holm").value, line.get("difference"), line.seeds
             first, second = (f"`{name}`" for name in lines.duel_names(line))
             if p is None or p >= SURE or line.config["seeds_agree"] < seeds or not difference.value:
-                open_ones.append(f"{first} and {second}" + ("" if p is None else f" (p = {p:.2g})"))
+                open_ones.append((f"{first} and {second}", p))
                 continue
             better, worse = (first, second) if difference.value > 0 else (second, first)
             points = number(difference, "%", sign=True).replace(" %", " points")
@@ -88,7 +88,16 @@ def _about_duels(lines: Lines) -> Iterator[str]:
                 f"{'seed' if seeds == 1 else 'seeds'}."
             )
         if open_ones:
-            yield f"Not decided by {quality}: {'; '.join(open_ones)}."
+            yield f"Not decided by {quality}: {_describe_open(open_ones, len(duels))}."
+
+
+def _describe_open(open_ones: Sequence[tuple[str, float | None]], n: int) -> str:
+    """Name the comparisons, or count them where they are many."""
+    known = [p for _, p in open_ones if p is not None]
+    if len(open_ones) <= FEW:
+        return "; ".join(names + ("" if p is None else f" (p = {p:.2g})") for names, p in open_ones)
+    values = f", with p from {min(known):.2g} to {max(known):.2g}" if known else ""
+    return f"{len(open_ones)} of {n} comparisons{values}"
 
 
 def _about_kl(lines: Lines) -> Iterator[str]:
@@ -129,5 +138,7 @@ def _limits(lines: Lines) -> Iterator[str]:
         yield "No judge: quality is the held-out accuracy of the implicit reward, which says nothing about answers."
     elif about["judge"] == "longer":
         yield "This judge takes the longer answer: a control, which shows nothing about quality."
-    if min((line.seeds for line in lines.methods), default=0) < 2:
-        yield "One seed: the intervals are over prompts alone, and another seed may give another sign."
+    single = [lines.name(line) for line in lines.methods if line.seeds < 2]
+    if single:
+        whose = "" if len(single) == len(lines.methods) else f" of {', '.join(single)}"
+        yield f"One seed{whose}: the intervals are over prompts alone, and another seed may give another sign."

@@ -64,8 +64,9 @@ def make_records(sweep: Sweep, state: SweepState, command: str) -> list[Record]:
         made += [record("method", name, one, config) for name, one in measure(seeds, start).items()]
         if (pressure := pressures(run.options)) is not None:
             made.append(record("method", "pressure", pressure, config))
-    for quality, duel, agree in compare_methods(cells):
-        config = {"quality": quality, "first": duel.first, "second": duel.second, "seeds_agree": agree}
+    for quality, duel, seeds, agree in compare_methods(cells):
+        about = {"quality": quality, "first": duel.first, "second": duel.second}
+        config = {**about, "seeds": seeds, "seeds_agree": agree}
         numbers = {"difference": duel.paired.difference, "p_holm": _count(duel.p_holm, duel.paired.difference.n)}
         made += [record("duel", name, one, config) for name, one in numbers.items()]
     return made
@@ -111,8 +112,12 @@ def group_seeds(evaluated: Sequence[Evaluated]) -> dict[tuple[str, float, float]
     return cells
 
 
-def compare_methods(cells: dict[tuple[str, float, float], list[Evaluated]]) -> Iterator[tuple[str, Duel, int]]:
-    """Each two methods at the same grid value, by each quality that is known, and how many seeds agree in the sign.
+def compare_methods(
+    cells: dict[tuple[str, float, float], list[Evaluated]],
+) -> Iterator[tuple[str, Duel, list[int], int]]:
+    """Each two methods at the same grid value, by each quality that is known: (quality, comparison, seeds, agreeing).
+
+    The seeds are those that both methods have, and those agree whose own difference has the sign of the difference.
 
     p-values are adjusted by Holm for all duels of one quality.
     """
@@ -124,7 +129,7 @@ def compare_methods(cells: dict[tuple[str, float, float], list[Evaluated]]) -> I
         if not compared:
             continue
         for (a, b), duel in zip(pairs, compare_pairs(compared, [(names[a], names[b]) for a, b in pairs]), strict=True):
-            yield quality, duel, _count_agreeing(cells[a], cells[b], duel, compare)
+            yield quality, duel, *_count_agreeing(cells[a], cells[b], duel, compare)
 
 
 def cell_name(method: str, learning_rate: float, beta: float) -> str:
@@ -132,12 +137,15 @@ def cell_name(method: str, learning_rate: float, beta: float) -> str:
     return f"{method} lr {learning_rate:g} beta {beta:g}"
 
 
-def _count_agreeing(first: list[Evaluated], second: list[Evaluated], duel: Duel, compare: Any) -> int:
-    """Seeds of both methods whose own difference has the sign of the difference over all seeds."""
+def _count_agreeing(
+    first: list[Evaluated], second: list[Evaluated], duel: Duel, compare: Any
+) -> tuple[list[int], int]:
+    """The seeds of both methods, and how many have a difference with the sign of the difference over all seeds."""
     theirs = {one.run.seed: one for one in second}
     both = [(one, theirs[one.run.seed]) for one in first if one.run.seed in theirs]
     signs = [np.sign(compare([a]).scores.mean() - compare([b]).scores.mean()) for a, b in both]
-    return int(sum(sign == np.sign(duel.paired.difference.value or 0.0) for sign in signs))
+    agreeing = sum(sign == np.sign(duel.paired.difference.value or 0.0) for sign in signs)
+    return [one.run.seed for one, _ in both], int(agreeing)
 
 
 def read_pressures(sweep: Sweep) -> Callable[[dict[str, Any]], Estimate | None]:

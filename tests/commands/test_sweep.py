@@ -393,7 +393,7 @@ def made_up(p, agree, kls=((1.0, 3.0), (2.0, 4.0)), ratio=(1.2, 1.1, 1.3)):
             cell = {**config, "seeds": [1, 2]}
             made += [record("method", "kl", kl, **cell), record("method", "win_rate", 0.5 + kl / 10, **cell)]
             made += [record("method", "tokens_ratio", ratio[0], ratio[1:], **cell)]
-    duel = {"quality": "win rate", "first": "dpo", "second": "sampo", "seeds_agree": agree}
+    duel = {"quality": "win rate", "first": "dpo", "second": "sampo", "seeds_agree": agree, "seeds": [1, 2]}
     return [*made, record("duel", "difference", -0.1, (-0.2, -0.01), **duel), record("duel", "p_holm", p, **duel)]
 
 
@@ -402,6 +402,27 @@ def test_a_difference_is_named_only_with_a_small_p_and_seeds_that_agree(p, agree
     said = " ".join(conclude(read_lines(made_up(p, agree))))
     assert ("`sampo` has the higher win rate than `dpo`" in said) == decided
     assert (f"Not decided by win rate: `dpo` and `sampo` (p = {p:.2g})" in said) == (not decided)
+
+
+def test_a_sweep_that_is_not_finished_counts_the_seeds_that_both_methods_have():
+    records = made_up(0.01, 1)
+    for one in records:
+        if one.config["level"] == "duel" or one.config.get("method") == "dpo":
+            one.config["seeds"] = [1]
+    said = " ".join(conclude(read_lines(records)))
+    assert "in 1 of 1 seed." in said
+    assert "One seed of `dpo` (learning_rate 1e-06), `dpo` (learning_rate 2e-06): the intervals" in said
+
+
+def test_many_open_comparisons_are_counted():
+    records = made_up(1.0, 2)
+    start, duels = records[:-2], records[-2:]
+    for number in range(7):
+        for one in duels:
+            value = number / 10 if one.name.endswith("p_holm") else one.value
+            start.append(replace(one, value=value, config={**one.config, "second": f"other{number}"}))
+    said = " ".join(conclude(read_lines(start)))
+    assert "Not decided by win rate: 6 of 7 comparisons, with p from 0.1 to 0.6." in said
 
 
 def test_a_length_is_named_only_where_its_interval_excludes_one():
