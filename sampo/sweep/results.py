@@ -64,9 +64,9 @@ def make_records(sweep: Sweep, state: SweepState, command: str) -> list[Record]:
         made += [record("method", name, one, config) for name, one in measure(seeds, start).items()]
         if (pressure := pressures(run.options)) is not None:
             made.append(record("method", "pressure", pressure, config))
-    for quality, duel, seeds, agree in compare_methods(cells):
+    for quality, duel, shared_seeds, agree in compare_methods(cells):
         about = {"quality": quality, "first": duel.first, "second": duel.second}
-        config = {**about, "seeds": seeds, "seeds_agree": agree}
+        config = {**about, "seeds": shared_seeds, "seeds_agree": agree}
         numbers = {"difference": duel.paired.difference, "p_holm": _count(duel.p_holm, duel.paired.difference.n)}
         made += [record("duel", name, one, config) for name, one in numbers.items()]
     return made
