@@ -6,6 +6,7 @@ One launch can hold several runs, for the start of the processes takes longer th
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("NO_SHIM") is None:
