@@ -18,6 +18,11 @@ from ..io.schemas import parse_json, typed
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, sorted; `training_args.bin`, for example, is none."""
+    return sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+
+
 def find_model_folder_issues(
     name: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path", tokenizer: bool = True
 ) -> list[str]:
@@ -39,7 +44,7 @@ def find_model_folder_issues(
     if not folder.is_dir():
         return []
     issues = [issue(what) for what in _find_json_issues(folder)]
-    weights = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+    weights = weight_files(folder)
     if not weights:
         issues.append(issue(f"it holds no weights ({', '.join(_WEIGHTS)}). Save the model there again."))
     for path in weights:

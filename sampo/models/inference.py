@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.hashing import hash_file_samples
+from .checks import weight_files
 from .load import add_adapter, base_of, check_model, has_adapter, opening, refuse_weights_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,7 @@ def fingerprint(name: str, model: Any) -> str | None:
     folder = Path(name)
     if not folder.is_dir():
         return getattr(getattr(model, "config", None), "_commit_hash", None)
-    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
-    return f"sha256:{hash_file_samples(paths)[:16]}"
+    return f"sha256:{hash_file_samples(weight_files(folder))[:16]}"
 
 
 def generate_ids(

@@ -8,7 +8,7 @@ from ..report.numbers import count_runs, number
 from .frontier import at_kl, matched_kl, paths_of, quality_of
 from .lines import Lines, ResultLine
 
-FEW = 5  # comparisons that a sentence names
+NAMED_AT_MOST = 5  # comparisons that a sentence names
 DIRECTION = {1: "longer", -1: "shorter"}
 
 
@@ -94,7 +94,7 @@ def _about_duels(lines: Lines) -> Iterator[str]:
 def _describe_open(open_ones: Sequence[tuple[str, float | None]], n: int) -> str:
     """Name the comparisons, or count them where they are many."""
     known = [p for _, p in open_ones if p is not None]
-    if len(open_ones) <= FEW:
+    if len(open_ones) <= NAMED_AT_MOST:
         return "; ".join(names + ("" if p is None else f" (p = {p:.2g})") for names, p in open_ones)
     values = f", with p from {min(known):.2g} to {max(known):.2g}" if known else ""
     return f"{len(open_ones)} of {n} comparisons{values}"

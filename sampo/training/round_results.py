@@ -7,8 +7,7 @@ from typing import Any
 from ..checkpointing.files import TrainerState, numbered_checkpoints
 from ..io.hashing import hash_files
 from ..io.schemas import WrongFile, read_json
-
-WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+from ..models.checks import weight_files
 
 
 def is_trained(folder: Path) -> bool:
@@ -42,8 +41,7 @@ def _is_number(value: Any) -> bool:
 
 def hash_model(folder: str | Path) -> str:
     """SHA-256 of a folder's weights; empty where there is none."""
-    paths = {path for pattern in WEIGHTS for path in Path(folder).glob(pattern)} if Path(folder).is_dir() else set()
-    return _hash_paths(path for path in paths if path.name != "training_args.bin")
+    return _hash_paths(weight_files(Path(folder)))
 
 
 def hash_data(path: Path) -> str:

@@ -331,6 +331,8 @@ def test_the_fingerprint_sees_a_changed_weight_and_not_the_name_of_the_folder(tm
     first = fingerprint(save_model(tmp_path / "a", seed=1), None)
     assert fingerprint(save_model(tmp_path / "b", seed=1), None) == first
     assert fingerprint(save_model(tmp_path / "c", seed=2), None) != first
+    (tmp_path / "b" / "training_args.bin").write_bytes(b"names its output folder")
+    assert fingerprint(str(tmp_path / "b"), None) == first
 
 
 def test_tokens_are_those_of_a_tokenizer_wherever_it_lies_and_whatever_special_tokens_it_has(tmp_path):
