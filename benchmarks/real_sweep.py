@@ -44,7 +44,7 @@ LONGER, SHORTER = "right one longer", "right one shorter"
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=Path, nargs="+", required=True, help="folders of `sampo sweep`")
-    parser.add_argument("--llmbar", type=Path, required=True, help="pairs with a column `subset`")
+    parser.add_argument("--llmbar", type=Path, help="pairs with a column `subset`; not scored without it")
     parser.add_argument("--llmbar_seeds", type=int, help="score only so many runs of each method on LLMBar")
     parser.add_argument("--out", type=Path, required=True, help="file of all records")
     return parser
@@ -53,18 +53,20 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     command = shlex.join(["python", "benchmarks/real_sweep.py", *(sys.argv[1:] if argv is None else argv)])
-    subsets = np.array(load_preferences(str(args.llmbar))["subset"])
+    subsets = np.array(load_preferences(str(args.llmbar))["subset"]) if args.llmbar else None
     found = []
     for folder in args.sweeps:
         state = read_state_file(folder)
         if state is None:
             raise SystemExit(f"real_sweep: {folder} must hold a sweep.")
         sweep = Sweep(folder, state.definition)
-        runs = first_seeds([run for run in state.definition.runs if sweep.is_evaluated(run.name)], args.llmbar_seeds)
-        score_llmbar(sweep, runs, args.llmbar)
         data = {"data": folder.name}
         found += [replace(one, config={**one.config, **data}) for one in results.read(folder / "records.jsonl")]
-        found += llmbar_records(sweep, runs, subsets, {**data, "experiment": "llmbar"}, command)
+        if subsets is not None:
+            runs = [run for run in state.definition.runs if sweep.is_evaluated(run.name)]
+            runs = first_seeds(runs, args.llmbar_seeds)
+            score_llmbar(sweep, runs, args.llmbar)
+            found += llmbar_records(sweep, runs, subsets, {**data, "experiment": "llmbar"}, command)
     write_atomic(args.out, results.lines(found))
     print("\n\n".join(part(found) for part in (short_table, long_tables, conclusions, llmbar_table, forecast)))
 
@@ -159,22 +161,22 @@ def conclusions(records: Sequence[Record]) -> str:
 def short_table(records: Sequence[Record]) -> str:
     """Of each sweep and method: length against the start, ended, KL, and accuracy by length class."""
     heads = ["pairs", "method", "seeds", "pressure before", "length / start", "ended", "KL"]
-    heads += ["accuracy, chosen longer", "accuracy, chosen shorter", "LLMBar"]
+    heads += ["accuracy", "chosen longer", "chosen shorter"]
     llmbar = {
-        (r.config["data"], r.config["method"]): r
+        (r.config["data"], r.config["method"]): _plain(number(estimate(r), "%"))
         for r in records
         if r.name == "llmbar/accuracy" and r.config["group"] == ALL
     }
-    names = ("pressure", "tokens_ratio", "ended", "kl", "accuracy_longer", "accuracy_shorter")
+    names = ("pressure", "tokens_ratio", "ended", "kl", "accuracy", "accuracy_longer", "accuracy_shorter")
     rows = []
     for data, lines in lines_by_data(records).items():
-        rows.append([f"`{data}`", "start", "", "", "", lines.start.cell("ended"), *[""] * 4])
+        rows.append([f"`{data}`", "start", "", "", "", _plain(lines.start.cell("ended")), *[""] * 4])
         for line in lines.methods:
-            judged = llmbar.get((data, line.config["method"]))
             cells = [_plain(line.cell(name)) if name != "tokens_ratio" else line.cell(name) for name in names]
-            score = "–" if judged is None else _plain(number(estimate(judged), "%"))
-            rows.append([f"`{data}`", line.config["title"], str(line.seeds), *cells, score])
-    return _table(heads, rows)
+            rows.append([f"`{data}`", line.config["title"], str(line.seeds), *cells])
+            if llmbar:
+                rows[-1].append(llmbar.get((data, line.config["method"]), "–"))
+    return _table([*heads, "LLMBar"] if llmbar else heads, rows)
 
 
 def _plain(cell: str) -> str:
