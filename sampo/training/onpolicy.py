@@ -5,6 +5,7 @@ what a killed one has begun; a step that is done is noted there and never run ag
 `round-1/onpolicy`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,4 +112,4 @@ class OnPolicyState(State):
     """The content of `iterate_state.json`."""
 
     plan: OnPolicyPlan
-    rounds: list[OnPolicyRound]  # type: ignore[assignment]  # narrower, and lists are invariant
+    rounds: Sequence[OnPolicyRound]

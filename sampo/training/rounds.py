@@ -17,7 +17,7 @@ import json
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -217,7 +217,7 @@ class State:
     """The content of `iterate_state.json`."""
 
     plan: Plan
-    rounds: list[Round]
+    rounds: Sequence[Round]
 
     def __post_init__(self) -> None:
         if [one.number for one in self.rounds] != list(range(1, self.plan.rounds + 1)):
@@ -263,7 +263,7 @@ def restore_rounds(plan: Plan) -> list[Round]:
     path = plan.folder / STATE
     saved = read_state(path, plan.state_kind)
     if saved is not None:
-        rounds = saved.rounds
+        rounds = list(saved.rounds)
         changes = list(describe_changes(asdict(saved.plan), json.loads(json.dumps(asdict(plan)))))
         if not changes:
             return rounds
