@@ -72,6 +72,12 @@ class Claim(NamedTuple):
             return OPEN
         return f"{decided} where decided: {', '.join(conditions[decided])}" if conditions[OPEN] else decided
 
+    @property
+    def details(self) -> str:
+        """Verdict, rule, and the numbers of every finding."""
+        lines = [f"**{self.text}** {self.verdict}. Rule: {self.rule}", ""]
+        return "\n".join([*lines, *(f"- {f.condition}: {f.verdict} ({f.evidence})" for f in self.findings)])
+
 
 def above(spread: Spread | None, bound: float = 0.0) -> str:
     """Whether a spread lies above a bound."""

@@ -278,12 +278,7 @@ def onpolicy_table(study: OnPolicyStudy) -> str:
 
 def onpolicy_verdicts(study: OnPolicyStudy) -> str:
     """Each claim with its verdict and numbers."""
-    lines = []
-    for claim in onpolicy_claims(study):
-        lines += [f"**{claim.text}** {claim.verdict}. Rule: {claim.rule}", ""]
-        lines += [f"- {f.condition}: {f.verdict} ({f.evidence})" for f in claim.findings]
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    return "\n\n".join(claim.details for claim in onpolicy_claims(study))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -319,12 +319,7 @@ def _verdicts(found: Iterable[Claim]) -> str:
 
 def details(study: Study) -> str:
     """Rule and numbers of every claim."""
-    return "\n\n".join(map(_details, claims(study)))
-
-
-def _details(claim: Claim) -> str:
-    lines = [f"**{claim.text}** {claim.verdict}. Rule: {claim.rule}", ""]
-    return "\n".join([*lines, *(f"- {f.condition}: {f.verdict} ({f.evidence})" for f in claim.findings)])
+    return "\n\n".join(claim.details for claim in claims(study))
 
 
 PARTS: dict[str, Callable[[Study], str]] = {
