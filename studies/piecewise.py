@@ -3,8 +3,8 @@
     python -m studies.piecewise                 # about ten minutes on a core; resumes after an interruption
     python -m studies.piecewise --report        # table and verdicts of the existing records
 
-The penalty of sampo is θ·(T_w − T_l)/s, where s is the root mean square of T_w − T_l. Here it is linear on each of four
-intervals with borders −s, 0 and s, and continuous, and each slope is learned as θ is. With equal slopes it is the linear
+The penalty of sampo is θ·(T_w − T_l)/s, where s is the root mean square of T_w − T_l. Here it is continuous, linear on
+each of four intervals with borders −s, 0 and s, and each slope is learned as θ is. With equal slopes it is the linear
 one. FiMi-RM (arXiv 2505.12843) fits a reward model's length bias by a curve; this is the same idea in the loss. The
 linear runs are those of `studies.run`, from the same folder or from here.
 """
@@ -148,7 +148,8 @@ class Trial:
         """A number of each seed."""
 
         def here(cell: Cell) -> bool:
-            return cell.method == DATASET and cell.group == group and cell.is_at(HEADLINE.learning_rate, HEADLINE.beta, bias)
+            at = cell.is_at(HEADLINE.learning_rate, HEADLINE.beta, bias)
+            return at and (cell.method, cell.group) == (DATASET, group)
 
         return study.values(name, here)
 
