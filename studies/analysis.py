@@ -117,9 +117,14 @@ class Study:
                 found[cell.seed] = cell.numbers[name]
         return found
 
-    def headline(self, method: str, group: str, name: str) -> dict[int, float]:
-        """A number of each seed in the headline setting."""
-        return self.values(name, lambda c: c.is_headline and c.method == method and c.group == group)
+    def headline(self, method: str, group: str, name: str, *, bias: float = HEADLINE.bias) -> dict[int, float]:
+        """A number of each seed in the headline setting, or under annotators with another bias."""
+
+        def where(cell: Cell) -> bool:
+            at = cell.is_at(HEADLINE.learning_rate, HEADLINE.beta, bias)
+            return at and (cell.method, cell.group) == (method, group)
+
+        return self.values(name, where)
 
     def grid(self, method: str, group: str) -> dict[int, list[Cell]]:
         """Of each seed the runs in the cells of the grid of learning rate and beta."""

@@ -137,7 +137,7 @@ def collapsed(numbers: Mapping[str, float]) -> bool:
 
 def _claims_of_the_paper(study: Study) -> list[Claim]:
     def lengthens(bias: float) -> tuple[str, str]:
-        tokens = study.values("tokens", lambda c: _mixed(c, "dpo", bias))
+        tokens = study.headline("dpo", "all", "tokens", bias=bias)
         spread = paired(tokens, study.start("tokens"))
         return above(spread), f"DPO minus start: {describe(spread)} tokens"
 
@@ -192,11 +192,6 @@ def _claims_of_the_paper(study: Study) -> list[Claim]:
             _of_groups(iterated),
         ),
     ]
-
-
-def _mixed(cell: Cell, method: str, bias: float) -> bool:
-    at = cell.is_at(HEADLINE.learning_rate, HEADLINE.beta, bias)
-    return at and cell.group == "all" and cell.method == method
 
 
 def _collapse_claim(study: Study, source: str) -> Claim:
@@ -356,10 +351,10 @@ def _claims_of_the_end_token(study: Study) -> list[Claim]:
 
 def _claims_of_the_budget(study: Study) -> list[Claim]:
     def at_bias(other: str, bias: float) -> Finding:
-        def values(method: str, name: str) -> dict[int, float]:
-            return study.values(name, lambda c: _mixed(c, method, bias))
-
-        wins, tokens = (paired(values(DATASET, name), values(other, name)) for name in ("win_rate", "tokens"))
+        names = ("win_rate", "tokens")
+        wins, tokens = (
+            paired(*(study.headline(method, "all", name, bias=bias) for method in (DATASET, other))) for name in names
+        )
         evidence = f"win rate {describe(wins, 3)}; {describe(tokens)} tokens"
         return Finding(f"bias {bias:g}", above(wins, -MARGIN), evidence)
 

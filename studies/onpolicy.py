@@ -26,6 +26,7 @@ from sampo.pairs.choice import CHOICES, Candidates, ChoiceSettings, LengthLimit,
 
 from .analysis import Spread, paired
 from .claims import MARGIN, Claim, Finding, above, below, combine, describe
+from .page import table
 
 RECORDS = "onpolicy.jsonl"
 METHODS = ("dpo", "sampo", "rejected_learned_dataset_balanced")
@@ -273,7 +274,7 @@ def onpolicy_table(study: OnPolicyStudy) -> str:
             text = " / ".join(f"{np.mean(v):.{d}f}" for v, d in zip(found, (1, 3, 1), strict=True)) if seeds else "–"
             cells.append(f"{text} ({seeds})" if seeds else text)
         rows.append([f"`{rule}`", STUDY_METHODS[method].title, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+    return table(heads, rows)
 
 
 def onpolicy_verdicts(study: OnPolicyStudy) -> str:

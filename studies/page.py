@@ -240,20 +240,13 @@ def biases(study: Study) -> str:
         cells = []
         for bias in levels:
             numbers = [
-                list(study.values(name, _mixed(method, bias)).values()) for name in ("tokens", "win_rate", "accuracy")
+                list(study.headline(method, "all", name, bias=bias).values())
+                for name in ("tokens", "win_rate", "accuracy")
             ]
             means = [f"{statistics.mean(v):.{d}f}" if v else NONE for v, d in zip(numbers, (1, 2, 2), strict=True)]
             cells.append(f"{' / '.join(means)} ({len(numbers[0])})")
         rows.append([STUDY_METHODS[method].title, *cells])
     return table(["method", *(f"bias {bias:g}" for bias in levels)], rows)
-
-
-def _mixed(method: str, bias: float) -> Callable[[Cell], bool]:
-    def where(cell: Cell) -> bool:
-        at = cell.is_at(HEADLINE.learning_rate, HEADLINE.beta, bias)
-        return at and cell.group == "all" and cell.method == method
-
-    return where
 
 
 def penalties(study: Study) -> str:
@@ -423,7 +416,8 @@ def draw_biases(panels: Sequence[Any], study: Study) -> None:
     for axes, name, title in zip(panels, ("tokens", "win_rate"), ("tokens per answer", "win rate"), strict=True):
         for method in BIAS_METHODS:
             points = {
-                bias: list(study.values(name, _mixed(method, bias)).values()) for bias in {HEADLINE.bias, *BIASES}
+                bias: list(study.headline(method, "all", name, bias=bias).values())
+                for bias in {HEADLINE.bias, *BIASES}
             }
             known = sorted((bias, statistics.mean(values)) for bias, values in points.items() if values)
             if known:

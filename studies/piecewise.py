@@ -10,7 +10,7 @@ linear runs are those of `studies.run`, from the same folder or from here.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from sampo.lab.experiment import Benches, no_progress, run_all
 from sampo.lab.settings import GROUPS, SFT, Run, Settings
 from sampo.training.length_penalty import LengthPenalty, Theta
 
-from .analysis import HEADLINE, Cell, Study, paired
+from .analysis import Spread, Study, paired
 from .claims import DATASET, MARGIN, Claim, Finding, above, below, combine, describe
+from .page import table
 
 RECORDS = "piecewise.jsonl"
 SEEDS = 5
@@ -140,23 +141,19 @@ class Trial:
     """Piecewise and linear runs with the same seed and pairs."""
 
     def __init__(self, linear: Sequence[Record], piecewise: Sequence[Record]):
-        self.linear = Study(linear)
         starts = [record for record in linear if record.config["method"] == SFT]
-        self.piecewise = Study([*starts, *piecewise])
+        self.studies = {"linear": Study(linear), "piecewise": Study([*starts, *piecewise])}
 
-    def values(self, study: Study, name: str, group: str, bias: float) -> dict[int, float]:
+    def values(self, penalty: str, name: str, group: str, bias: float) -> dict[int, float]:
         """A number of each seed."""
+        return self.studies[penalty].headline(DATASET, group, name, bias=bias)
 
-        def here(cell: Cell) -> bool:
-            at = cell.is_at(HEADLINE.learning_rate, HEADLINE.beta, bias)
-            return at and (cell.method, cell.group) == (DATASET, group)
-
-        return study.values(name, here)
-
-    def change(self, study: Study, group: str, bias: float) -> dict[int, float]:
+    def change(self, penalty: str, group: str, bias: float) -> dict[int, float]:
         """Absolute change of tokens against the start."""
-        start = study.start("tokens")
-        return {seed: abs(value - start[seed]) for seed, value in self.values(study, "tokens", group, bias).items()}
+        start = self.studies[penalty].start("tokens")
+        return {
+            seed: abs(tokens - start[seed]) for seed, tokens in self.values(penalty, "tokens", group, bias).items()
+        }
 
 
 def conditions() -> dict[str, tuple[str, float]]:
@@ -168,32 +165,30 @@ def conditions() -> dict[str, tuple[str, float]]:
 def piecewise_claims(trial: Trial) -> list[Claim]:
     """What was asked before the runs."""
 
-    def of_conditions(judge: Callable[[str, float], tuple[str, str]]) -> list[Finding]:
-        return [Finding(name, *judge(*where)) for name, where in conditions().items()]
+    def more_wins(group: str, bias: float) -> Spread | None:
+        return paired(*(trial.values(one, "win_rate", group, bias) for one in ("piecewise", "linear")))
 
-    def wins(group: str, bias: float) -> tuple[str, str]:
-        spread = paired(*(trial.values(study, "win_rate", group, bias) for study in (trial.piecewise, trial.linear)))
-        return above(spread), f"win rate {describe(spread, 3)}"
+    def more_change(group: str, bias: float) -> Spread | None:
+        return paired(*(trial.change(one, group, bias) for one in ("piecewise", "linear")))
 
-    def changes(group: str, bias: float) -> tuple[str, str]:
-        studies = (trial.piecewise, trial.linear)
-        change = paired(*(trial.change(study, group, bias) for study in studies))
-        rate = paired(*(trial.values(study, "win_rate", group, bias) for study in studies))
-        evidence = f"change of length {describe(change)}; win rate {describe(rate, 3)}"
-        return combine(below(change), above(rate, -MARGIN)), evidence
-
+    better, less = [], []
+    for name, where in conditions().items():
+        wins, change = more_wins(*where), more_change(*where)
+        better.append(Finding(name, above(wins), f"win rate {describe(wins, 3)}"))
+        evidence = f"change of length {describe(change)}; win rate {describe(wins, 3)}"
+        less.append(Finding(name, combine(below(change), above(wins, -MARGIN)), evidence))
     return [
         Claim(
             "A piecewise linear penalty has a higher win rate than a linear one.",
             "arXiv 2505.12843",
             "The difference in win rate lies above 0.",
-            of_conditions(wins),
+            better,
         ),
         Claim(
             "A piecewise linear penalty changes length less than a linear one, at no loss of quality.",
             "arXiv 2505.12843",
             f"The absolute change of tokens against the start lies lower, and the win rate not by more than {MARGIN}.",
-            of_conditions(changes),
+            less,
         ),
     ]
 
@@ -201,20 +196,20 @@ def piecewise_claims(trial: Trial) -> list[Claim]:
 def piecewise_table(trial: Trial) -> str:
     """Tokens / win rate / KL of both, and the slopes, means over seeds."""
 
-    def mean(values: Mapping[int, float], form: str) -> str:
-        return format(sum(values.values()) / len(values), form) if values else "–"
+    def mean(penalty: str, name: str, where: tuple[str, float], form: str) -> str:
+        values = trial.values(penalty, name, *where).values()
+        return format(sum(values) / len(values), form) if values else "–"
 
-    heads = ["pairs", "penalty", "seeds", "tokens / win rate / KL", *(f"slope {name}" for name in INTERVALS)]
+    slopes = {"linear": ["penalty_per_token"] * 4, "piecewise": [f"slope/{name}" for name in INTERVALS]}
     rows = []
     for title, where in conditions().items():
-        for name, study in {"linear": trial.linear, "piecewise": trial.piecewise}.items():
-            wins = trial.values(study, "win_rate", *where)
-            numbers = {"tokens": ".1f", "win_rate": ".3f", "kl": ".1f"}
-            cell = " / ".join(mean(trial.values(study, number, *where), form) for number, form in numbers.items())
-            own = [f"slope/{one}" for one in INTERVALS] if study is trial.piecewise else ["penalty_per_token"] * 4
-            slopes = [mean(trial.values(study, one, *where), "+.3f") for one in own]
-            rows.append([title, name, str(len(wins)), cell, *slopes])
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+        for penalty, names in slopes.items():
+            shown = {"tokens": ".1f", "win_rate": ".3f", "kl": ".1f"}
+            numbers = " / ".join(mean(penalty, name, where, form) for name, form in shown.items())
+            seeds = len(trial.values(penalty, "tokens", *where))
+            rows.append([title, penalty, str(seeds), numbers, *(mean(penalty, name, where, "+.3f") for name in names)])
+    heads = ["pairs", "penalty", "seeds", "tokens / win rate / KL", *(f"slope {name}" for name in INTERVALS)]
+    return table(heads, rows)
 
 
 def piecewise_verdicts(trial: Trial) -> str:
