@@ -461,7 +461,7 @@ def diagnosed() -> str:
 
 
 STUDY_PARTS = (
-    *("about", "summary", "verdicts_of_paper", "verdicts_of_budget", "verdicts", "details"),
+    *("about", "summary", "verdicts", "details"),
     *("headline", "against_dpo", "forecast"),
     *("at_best", "equal_kl", "equal_win_rate", "frontiers", "biases", "penalties"),
 )

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .analysis import (
     paired,
     tuned,
 )
-from .claims import DATASET, PAPER, Claim, claims
+from .claims import claims
 from .plan import BIAS_METHODS, BIASES, PENALTY_BIASES, PENALTY_METHODS, PENALTY_RATES, PENALTY_STARTS
 
 COLUMNS = {  # number -> head, digits
@@ -280,34 +280,19 @@ def _changed(method: str, bias: float, start: object, rate: float) -> Callable[[
 
 def verdicts(study: Study) -> str:
     """One row per claim."""
-    return _verdicts(claims(study))
-
-
-def verdicts_of_paper(study: Study) -> str:
-    """One row per claim of the paper."""
-    return _verdicts(claim for claim in claims(study) if claim.source.startswith(PAPER))
-
-
-def verdicts_of_budget(study: Study) -> str:
-    """One row per claim on the token budget of the data set."""
-    title = STUDY_METHODS[DATASET].title
-    return _verdicts(claim for claim in claims(study) if title in claim.text.partition(" is ")[0])
+    rows = [[claim.text, claim.source, f"**{claim.verdict}**"] for claim in claims(study)]
+    return table(["claim", "whose", "verdict"], rows)
 
 
 def forecast(study: Study) -> str:
     """How well the length pressure before training predicts the change of length, under each condition."""
-    weights, first_gradient = (claim for claim in claims(study) if claim.text.startswith("The length pressure"))
-    rows = [
-        [one.condition, *(finding.evidence.removeprefix("rank correlation ") for finding in (one, other))]
-        for one, other in zip(weights.findings, first_gradient.findings, strict=True)
-    ]
-    return table(["over", "pressure of the weights", "pairs weighted as in the first gradient"], rows)
-
-
-def _verdicts(found: Iterable[Claim]) -> str:
-    return table(
-        ["claim", "whose", "verdict"], [[claim.text, claim.source, f"**{claim.verdict}**"] for claim in found]
-    )
+    kinds = ("pressure of the weights", "pairs weighted as in the first gradient")
+    found = [claim for claim in claims(study) if claim.text.startswith("The length pressure")]
+    lines = []
+    for name, claim in zip(kinds, found, strict=True):
+        cells = [f"{f.condition} {f.evidence.removeprefix('rank correlation ')}" for f in claim.findings]
+        lines.append(f"- {name}: {'; '.join(cells)}")
+    return "\n".join(lines)
 
 
 def details(study: Study) -> str:
@@ -316,8 +301,7 @@ def details(study: Study) -> str:
 
 
 PARTS: dict[str, Callable[[Study], str]] = {
-    **{"about": about, "summary": summary, "verdicts_of_paper": verdicts_of_paper},
-    **{"verdicts_of_budget": verdicts_of_budget, "forecast": forecast},
+    **{"about": about, "summary": summary, "forecast": forecast},
     **{"verdicts": verdicts, "details": details},
     **{"headline": headline, "against_dpo": against_dpo},
     **{"at_best": at_best, "equal_kl": equal_kl, "equal_win_rate": equal_win_rate, "frontiers": frontiers},
