@@ -280,7 +280,7 @@ class SamPOConfig(DPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         with contextlib.suppress(ValueError, TypeError):  # `learned`, or an issue that is reported below
-            self.length_penalty = float(self.length_penalty or 0.0)
+            self.length_penalty = float(str(self.length_penalty or 0.0))  # `true` is not 1
         with contextlib.suppress(ValueError):  # `auto` or None, or an issue that is reported below
             self.max_tokens_per_forward = int(str(self.max_tokens_per_forward))
         self.pair_stream = str(self.pair_stream).lower()  # YAML makes a boolean of `true`

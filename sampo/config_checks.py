@@ -4,6 +4,7 @@ Each function returns sentences, one for each issue, in the order of the options
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from .data.lengths import TRUNCATION_MODES
@@ -109,28 +110,32 @@ def _own_range_rows(config: Any) -> list[tuple[str, bool, str]]:
 
 def _trl_range_rows(config: Any) -> list[tuple[str, bool, str]]:
     """The same of options of TRL and transformers, which do not check them."""
-    epochs, noise = config.num_train_epochs, config.neftune_noise_alpha
     return [
-        ("beta", _is_finite(config.beta) and config.beta > 0, "positive and finite"),
-        (
-            "learning_rate",
-            _is_finite(config.learning_rate) and config.learning_rate >= 0,
-            "finite and not negative",
-        ),
-        *(
-            (name, getattr(config, name) >= 1, "at least 1")
-            for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        ),
-        ("max_length", config.max_length is None or config.max_length >= 2, "at least 2 tokens, or unset"),
-        (
-            "num_train_epochs",
-            config.max_steps > 0 or (_is_finite(epochs) and epochs > 0),
-            "positive where `max_steps` is not",
-        ),
+        *_trainer_range_rows(config),
         ("truncation_mode", config.truncation_mode in TRUNCATION_MODES, f"one of {list(TRUNCATION_MODES)}"),
         ("f_divergence_type", config.f_divergence_type in DIVERGENCES, f"one of {list(DIVERGENCES)}"),
-        ("neftune_noise_alpha", noise is None or noise >= 0, "at least 0"),
+        ("loss_weights", all(map(_is_finite, config.loss_weights or [])), "finite numbers"),
     ]
+
+
+def find_trainer_issues(config: Any) -> list[str]:
+    """Find options that are wrong for every trainer of TRL.
+
+    Args:
+        config: with an attribute for each option, of any of TRL's configs.
+    """
+    rows = _trainer_range_rows(config)
+    return [f"`{name}` must be {must}, got {getattr(config, name)!r}." for name, holds, must in rows if not holds]
+
+
+def _trainer_range_rows(config: Any) -> list[tuple[str, bool, str]]:
+    rows = []
+    for name, (must, holds) in TRAINER_RANGES.items():
+        value = getattr(config, name, None)  # None: another trainer's, or unset
+        rows.append((name, value is None or holds(value), must))
+    epochs = config.num_train_epochs
+    positive = config.max_steps > 0 or (_is_finite(epochs) and epochs > 0)
+    return [*rows, ("num_train_epochs", positive, "positive where `max_steps` is not")]
 
 
 def _is_finite(value: Any) -> bool:
@@ -139,6 +144,45 @@ def _is_finite(value: Any) -> bool:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and value >= least
+
+
+def _at_least(low: float) -> Callable[[Any], bool]:
+    return lambda value: _is_finite(value) and value >= low
+
+
+def _in_unit(*, with_one: bool) -> Callable[[Any], bool]:
+    return lambda value: _is_finite(value) and (0 <= value < 1 or (with_one and value == 1))
+
+
+# options of TRL's configs -> what they must be where they are set, and whether they are
+TRAINER_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "beta": ("positive and finite", lambda value: _is_finite(value) and value > 0),
+    **dict.fromkeys(
+        (
+            *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "eval_delay"),
+            *("router_aux_loss_coef", "neftune_noise_alpha", "desirable_weight", "undesirable_weight", "cpo_alpha"),
+        ),
+        ("finite and not negative", _at_least(0)),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), ("in [0, 1)", _in_unit(with_one=False))),
+    **dict.fromkeys(("ld_alpha", "ref_model_mixup_alpha"), ("in [0, 1]", _in_unit(with_one=True))),
+    "label_smoothing": ("in [0, 0.5)", lambda value: _is_finite(value) and 0 <= value < 0.5),
+    "label_smoothing_factor": ("0, because it smooths targets of tokens", lambda value: value == 0),
+    "discopop_tau": ("positive and finite", lambda value: _is_finite(value) and value > 0),
+    **dict.fromkeys(
+        ("f_alpha_divergence_coef", "simpo_gamma", "alpha"), ("a finite number", lambda value: _is_finite(value))
+    ),
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("precompute_ref_batch_size", "dataset_num_proc", "eval_accumulation_steps", "ref_model_sync_steps"),
+        ),
+        ("at least 1", lambda value: value >= 1),
+    ),
+    "max_length": ("at least 2 tokens, or unset", lambda value: value >= 2),
+    "dataloader_num_workers": ("at least 0", lambda value: value >= 0),
+    **dict.fromkeys(("seed", "data_seed"), ("between 0 and 2^32 - 1", lambda value: 0 <= value < 2**32)),
+}
 
 
 def find_weight_columns(config: Any) -> list[str]:

@@ -118,22 +118,31 @@ def find_method(name: str) -> Method:
     Raises:
         ValueError: there is none; the text gives the nearest name.
     """
-    begin, equals, number = name.partition("=")
-    if equals and begin in WITH_NUMBER:
-        title, options, option = WITH_NUMBER[begin]
-        try:
-            return Method(f"{title} {number.lstrip('0') or '0'}", {**options, option: float(number)})
-        except ValueError:
-            raise ValueError(f"`{begin}` must be followed by a number, as `{begin}=0.02`, got {name!r}.") from None
+    begin, equals, _ = name.partition("=")
     known = NAMED_METHODS | plugin_methods()
-    if equals and begin in known and known[begin].beta is not None:
-        try:
-            return known[begin]._replace(title=f"{known[begin].title}, beta {number}", beta=float(number))
-        except ValueError:
-            raise ValueError(f"`{begin}` may be followed by its beta, as `{begin}=0.2`, got {name!r}.") from None
+    if equals and (begin in WITH_NUMBER or (begin in known and known[begin].beta is not None)):
+        value = _number_of(name)
+        if begin in WITH_NUMBER:
+            title, options, option = WITH_NUMBER[begin]
+            return Method(f"{title} {f'{value:g}'.removeprefix('0') or '0'}", {**options, option: value})
+        return known[begin]._replace(title=f"{known[begin].title}, beta {value:g}", beta=value)
     if (found := known.get(SHORT_NAMES.get(name, name))) is not None:
         return found
     with_number = [f"{each}=NUMBER" for each in WITH_NUMBER]
     near = difflib.get_close_matches(begin, [*known, *SHORT_NAMES, *WITH_NUMBER], n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
+    hint = f" Did you mean `{near[0]}{'' if near[0] in {**known, **SHORT_NAMES} else '=NUMBER'}`?" if near else ""
     raise ValueError(f"A method must be one of {[*known, *SHORT_NAMES, *with_number]}, got {name!r}.{hint}")
+
+
+def canonical_name(name: str) -> str:
+    """The name of a method with its number in one form: `rdpo=1e-2` and `rdpo=0.010` are `rdpo=0.01`."""
+    begin, equals, _ = name.partition("=")
+    return f"{begin}={_number_of(name):g}" if equals else name
+
+
+def _number_of(name: str) -> float:
+    begin, _, number = name.partition("=")
+    try:
+        return float(number)
+    except ValueError:
+        raise ValueError(f"`{begin}` must be followed by a number, as `{begin}=0.02`, got {name!r}.") from None

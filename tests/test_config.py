@@ -2,11 +2,14 @@
 
 import math
 import re
+from dataclasses import fields
 
 import pytest
+from trl import DPOConfig
 
 from sampo import SamPOConfig
-from sampo.config_checks import COUNT_LOSSES, LOSS_TYPES, MARGIN_LOSSES, SIDE_LOSSES
+from sampo.config_checks import COUNT_LOSSES, LOSS_TYPES, MARGIN_LOSSES, SIDE_LOSSES, TRAINER_RANGES
+from sampo.training.baselines import ORPOConfig, PairsKTOConfig, SimPOConfig
 from sampo.weighting import WEIGHTINGS
 
 FRACTIONAL = [name for name, method in WEIGHTINGS.items() if not method.subset]
@@ -109,6 +112,15 @@ REFUSED = [
         {"length_penalty": 0.1, "length_penalty_start": 0.1},
         "`length_penalty_start: 0.1` is for `length_penalty: learned`",
     ),
+    ({"length_penalty": True}, "`length_penalty` must be a finite number or `learned`, got True"),
+    ({"token_weighting": "all", "ld_alpha": 3.0}, r"`ld_alpha` must be in \[0, 1\], got 3.0"),
+    ({"label_smoothing": 0.5, "loss_type": ["robust"]}, r"`label_smoothing` must be in \[0, 0.5\), got 0.5"),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, math.nan]}, "`loss_weights` must be finite numbers"),
+    ({"adam_beta2": 1.0}, r"`adam_beta2` must be in \[0, 1\), got 1.0"),
+    ({"max_grad_norm": -1.0}, "`max_grad_norm` must be finite and not negative, got -1.0"),
+    ({"seed": -1}, r"`seed` must be between 0 and 2\^32 - 1, got -1"),
+    ({"dataset_num_proc": 0}, "`dataset_num_proc` must be at least 1, got 0"),
+    ({"ref_model_mixup_alpha": 2.0}, r"`ref_model_mixup_alpha` must be in \[0, 1\], got 2.0"),
     ({"ref_cache_dtype": "float64"}, "`ref_cache_dtype` must be one of .* got 'float64'"),
     ({"ref_cache_check": -1}, "`ref_cache_check` must be a whole number of at least 0, got -1"),
     ({"beta": 0.0}, "`beta` must be positive and finite, got 0.0"),
@@ -162,6 +174,29 @@ REFUSED = [
 def test_what_has_no_meaning_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+OF_THE_TRAINER = {f.name for f in fields(SamPOConfig)} & set(TRAINER_RANGES)
+
+
+@pytest.mark.parametrize("name", sorted(OF_THE_TRAINER))
+@pytest.mark.parametrize("value", [math.nan, -math.inf], ids=str)
+def test_no_number_of_the_trainer_may_be_undefined(tmp_path, name, value):
+    with pytest.raises((ValueError, OverflowError), match=rf"`?{name}`?"):
+        config(tmp_path, token_weighting="all", **{name: value})
+
+
+def test_every_float_of_the_trainers_has_a_range_or_a_reason():
+    """A new option of TRL or transformers fails here, until its range is written down."""
+    of_steps = {"logging_steps", "save_steps", "eval_steps"}  # a share of all steps below 1; not positive switches off
+    own = {f.name for f in fields(SamPOConfig)} - {f.name for f in fields(DPOConfig)}
+    numbers = {
+        f.name
+        for kind in (SamPOConfig, SimPOConfig, ORPOConfig, PairsKTOConfig)
+        for f in fields(kind)
+        if re.search(r"\bfloat\b", str(f.type)) and "list" not in str(f.type)
+    }
+    assert numbers - own - set(TRAINER_RANGES) == {*of_steps, "num_train_epochs"}
 
 
 @pytest.mark.parametrize("name", list(WEIGHTINGS))

@@ -1,12 +1,13 @@
 """`sampo iterate --on_policy`: its options, their checks before anything runs, and what is measured of a round."""
 
 import argparse
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from ..training.onpolicy import OnPolicyPlan
 from ..training.rounds import Plan, Round
+from .judge_options import check_judge
+from .nested_options import parse_nested, split_words
 from .options import ON_POLICY_OPTIONS
 
 
@@ -55,45 +56,44 @@ def find_on_policy_issues(own: dict[str, Any], recipe: dict[str, Any], words: li
 
 
 def _find_word_issues(texts: dict[str, str]) -> Iterator[str]:
+    """Issues of the options that `generate`, `judge` and `pairs` hold."""
+    for check in (_check_generate, _check_judge, _check_pairs):
+        try:
+            check(texts)
+        except (ValueError, OSError, ImportError) as error:
+            yield str(error)
+
+
+def _check_generate(texts: dict[str, str]) -> None:
     from ..evaluation.answers.generate import Sampling
     from ..evaluation.server_process import MODEL
-    from . import generate, judge, pairs
+    from . import generate
 
-    judged = ["--judge", *shlex.split(texts["judge"])]
-    required = {
-        "generate": (
-            generate.make_parser(),
-            ["MODEL", "--prompts", "P", "--out", "O"],
-            shlex.split(texts["generate"]),
-        ),
-        "judge": (judge.make_parser(), ["--system", "S", "--baseline", "B"], judged),
-        "pairs": (pairs.make_parser(), ["--answers", "A", *judged], shlex.split(texts["pairs"])),
-    }
-    for name, (parser, ours, words) in required.items():
-        parser.exit_on_error = False
-        try:
-            args, unknown = parser.parse_known_args([*ours, *words])
-        except argparse.ArgumentError as error:
-            yield f"`{name}` must hold options of `{parser.prog}`: {error}."
-            continue
-        if unknown:
-            yield f"`{name}` must hold options of `{parser.prog}`, got {unknown}."
-        try:
-            if name == "generate":
-                sampling = Sampling(**{field: getattr(args, field) for field in Sampling.__dataclass_fields__})
-                if sampling.samples < 2:
-                    yield f"`generate` must have at least two `--samples`, got {sampling.samples}."
-                if args.url and MODEL not in (args.serve or ""):
-                    yield (
-                        f"`generate` with `--url` must start a server of the round's model, as `--serve 'vllm serve "
-                        f"{MODEL} --port 8000'`, got {f'`--serve {args.serve!r}`' if args.serve else 'no `--serve`'}."
-                    )
-            elif name == "pairs":
-                pairs.choice_settings(args)
-            elif args.judge == "human":
-                yield "`judge` must be one that answers by itself, got human."
-        except ValueError as error:
-            yield str(error)
+    ours = {"": "MODEL", "prompts": "PROMPTS", "out": "OUT", "seed": "0"}
+    args = parse_nested("generate", generate.make_parser(), ours, split_words("generate", texts["generate"]))
+    sampling = Sampling(**{field: getattr(args, field) for field in Sampling.__dataclass_fields__})
+    if sampling.samples < 2:
+        raise ValueError(f"`generate` must have at least two `--samples`, got {sampling.samples}.")
+    if args.url and MODEL not in (args.serve or ""):
+        raise ValueError(
+            f"`generate` with `--url` must start a server of the round's model, as `--serve 'vllm serve {MODEL} "
+            f"--port 8000'`, got {f'`--serve {args.serve!r}`' if args.serve else 'no `--serve`'}."
+        )
+
+
+def _check_judge(texts: dict[str, str]) -> None:
+    from . import judge
+
+    files = {"system": "SYSTEM", "baseline": "BASELINE", "out": "OUT.jsonl"}
+    check_judge("judge", split_words("judge", texts["judge"]), judge.make_parser(), files)
+
+
+def _check_pairs(texts: dict[str, str]) -> None:
+    from . import pairs
+
+    ours = {"answers": "ANSWERS", "out": "OUT", "seed": "0", "judge": "longer"}  # any judge: it is checked by itself
+    args = parse_nested("pairs", pairs.make_parser(), ours, split_words("pairs", texts["pairs"]))
+    pairs.choice_settings(args)
 
 
 def take_fields(own: dict[str, Any], options: Any) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def take_fields(own: dict[str, Any], options: Any) -> dict[str, Any]:
     return {
         "prompts": texts["prompts"],
         "eval_prompts": texts["eval_prompts"],
-        "generate": shlex.split(texts["generate"]),
-        "judge": shlex.split(texts["judge"]),
-        "choice": shlex.split(texts["pairs"]),
+        "generate": split_words("generate", texts["generate"]),
+        "judge": split_words("judge", texts["judge"]),
+        "choice": split_words("pairs", texts["pairs"]),
         "on_cpu": bool(options.use_cpu),
     }
 

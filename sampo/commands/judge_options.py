@@ -9,6 +9,7 @@ from typing import Any
 from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
+from .nested_options import parse_nested
 from .shown import say
 
 PAID_CONTROL = 25  # prompts of the control with an empty answer, where requests may cost money
@@ -103,18 +104,63 @@ JUDGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 }
 
 
+def _check_endpoint(args: argparse.Namespace) -> None:
+    endpoints.build(args, _needs(args, "model"))
+    templates.load(args.template)
+
+
+def _check_reward(args: argparse.Namespace) -> None:
+    from ..models.inference import check_reward
+
+    check_reward(_needs(args, "model"))
+
+
+def _check_implicit(args: argparse.Namespace) -> None:
+    from ..evaluation.judging.model_judges import check_implicit
+
+    check_implicit(_needs(args, "model"), args.ref_model, beta=args.beta)
+
+
+_CHECKS = {"endpoint": _check_endpoint, "reward": _check_reward, "implicit": _check_implicit}
+
+
+def check_judge(option: str, words: list[str], parser: argparse.ArgumentParser, ours: Mapping[str, str]) -> None:
+    """Check a judge that a command will ask much later: no weights are read, and no server is asked.
+
+    Args:
+        option: that holds the options of the judge.
+        words: the judge, then its options.
+        parser: of the command that will ask it.
+        ours: options of that command that are set for it.
+
+    Raises:
+        ValueError: with the issue.
+    """
+    known = [name for name in JUDGES if name != "human"]
+    if not words or words[0] not in known:
+        raise ValueError(f"`{option}` must begin with one of {known}, got {words[0] if words else ''!r}.")
+    args = parse_nested(option, parser, ours, ["--judge", *words])
+    _check_combinations(args)
+    if args.judge in _CHECKS:
+        _CHECKS[args.judge](args)
+
+
 def make_judge(args: argparse.Namespace) -> Any:
     """The judge that the options describe.
 
     Raises:
         ValueError: an option is missing, or goes with another judge.
     """
+    _check_combinations(args)
+    return JUDGES[args.judge](args)
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
     for name in ("batch", "serve"):
         if getattr(args, name) and args.judge != "endpoint":
             raise ValueError(f"`{name}` goes with `judge` endpoint, got {args.judge}, which makes no requests.")
     if args.batch and args.serve:
         raise ValueError("`batch` goes with a server that runs on, got `serve` as well. Leave one of them out.")
-    return JUDGES[args.judge](args)
 
 
 # --- what is asked, and what it costs ------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from ..data.columns import read_columns
 WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")  # values of `trainer`
 HELD_OUT = {"test", "eval", "evaluation", "valid", "validation", "val", "dev"}  # words in the name of a split
 
+NO_GPU = "`bf16`, TRL's default, needs a GPU, got none. Set `use_cpu: true` to train on the CPU, or `bf16: false`."
+
 
 def find_option_issues(options: Any) -> list[str]:
     """Find all issues of the options before anything is loaded.
@@ -99,6 +101,8 @@ def _find_syntax_issues(options: Any) -> list[str]:
 
 def _find_baseline_issues(options: Any) -> list[str]:
     """Check what TRL's trainers of other methods cannot do."""
+    from ..config_checks import find_trainer_issues  # imports torch
+
     trainer = getattr(options, "trainer", "dpo")
     if trainer == "dpo":
         return []
@@ -117,7 +121,7 @@ def _find_baseline_issues(options: Any) -> list[str]:
             "`generate_during_eval` must be off: `sampo generate` answers prompts with the trained model.",
         ),
     ]
-    return [message for wrong, message in table if wrong]
+    return [*find_trainer_issues(options), *(message for wrong, message in table if wrong)]
 
 
 def _find_model_issues(options: Any) -> list[str]:

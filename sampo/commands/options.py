@@ -23,7 +23,7 @@ from ..io.schemas import WrongFile, named, read_yaml, typed
 from ..old_options import OLD_OPTIONS
 from .launch import OPTIONS as LAUNCH_OPTIONS
 from .launch import deepspeed_config
-from .option_checks import find_option_issues
+from .option_checks import NO_GPU, find_option_issues
 from .recipes import find_recipe
 from .yaml_values import check_env, find_wrong_shapes
 
@@ -215,7 +215,7 @@ class RecipeParser(TrlParser):
             try:
                 built.append(kind(**{f.name: getattr(namespace, f.name) for f in fields(kind) if f.init}))
             except (TypeError, ValueError) as error:
-                issues.append(str(error))
+                issues.append(NO_GPU if "support bf16/gpu" in str(error) else str(error))
         return issues, namespace, built
 
     def _read(self, args: list[str]) -> tuple[list[str], dict[str, Any], argparse.Namespace]:

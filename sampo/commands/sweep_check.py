@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..io.files import write_atomic
 from ..sweep.plan import GRID, Definition, RefusedSweep, Sweep
 from ..training.round_results import hash_data, hash_model
 from .launch import split_options
+from .nested_options import split_words
 from .option_checks import is_adapter
 from .options import TRAINERS, RecipeParser, listed
 from .options import make_parser as make_train_parser
@@ -72,7 +72,6 @@ def check_request(request: Request, recipe: Path, devices: int) -> Checked:
         if issues:
             raise RefusedSweep(listed(list(dict.fromkeys(map(by_name, issues)))))
 
-    refuse(request.issues)
     parser = make_train_parser(prog="sampo sweep")
     first = ["--config", str(recipe), *request.words, "--output_dir", str(request.own["out"])]
     swept = {name: _options_of(name) for name in ("dpo", *(one.trainer for one in request.methods.values()))}
@@ -163,7 +162,7 @@ def _define(request: Request, options: Any, devices: int, swept: Mapping[str, se
         max_tokens=own["max_tokens"],
         temperature=float(own["temperature"]),
         chat=False,
-        judge=shlex.split(str(own["judge"])),
+        judge=split_words("judge", str(own["judge"])),
         devices=devices,
     )
 

@@ -1,27 +1,34 @@
 """The options of `sampo sweep`, from the command line and from YAML files."""
 
 import argparse
-import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import plugins
 from ..io.schemas import read_yaml, typed
-from ..methods import METHOD_OPTIONS, find_method
+from ..methods import METHOD_OPTIONS, canonical_name, find_method
 from ..sweep.plan import GRID, RefusedSweep, SweptMethod
+from .judge_options import check_judge
 from .launch import split_options
-from .options import OF_TRAIN
+from .nested_options import split_words
+from .options import OF_TRAIN, TRAINERS, listed
 from .recipes import find_recipe
 
 SWEEP_DEFAULTS: dict[str, Any] = {
     **{"seeds": 1, "prompts": 100, "pairs": 500, "max_tokens": 256, "temperature": 1.0, "judge": "", "jobs": 1},
     **{"launcher": "local", "slurm": [], "keep_checkpoints": False},
 }
+LAUNCHERS = ("local", "slurm")
 IN_YAML = ("recipe", "methods", "out", *SWEEP_DEFAULTS)  # beside the options of `sampo train` and lists for the grid
 SET_BY_SWEEP = (
     *("output_dir", "seed", "split_seed", "resume", "resume_from_checkpoint", "precompute_ref_log_probs"),
     *("ref_cache_dir", "prompt_shard"),
+)
+OF_ALL_RUNS = (  # cannot differ between methods
+    *("output_dir", "seed", "split_seed", "resume", "resume_from_checkpoint", "ref_cache_dir", "prompt_shard"),
+    *("model_name_or_path", "ref_model_name_or_path", "dataset_name", "max_length", "learning_rate", "max_steps"),
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
 )
 
 
@@ -56,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     running = parser.add_argument_group("running")
     running.add_argument("--jobs", type=int, help="runs at a time, each with its share of the GPUs or threads (1)")
-    running.add_argument("--launcher", choices=("local", "slurm"), help="`slurm` submits each run as a job (local)")
+    running.add_argument("--launcher", choices=LAUNCHERS, help="`slurm` submits each run as a job (local)")
     running.add_argument(
         "--slurm", nargs="+", metavar="NAME=VALUE", help="parameters of submitit, as `slurm_partition=gpu`"
     )
@@ -79,7 +86,6 @@ class Request:
         words: options of all runs from the command line.
         launch: options for the launcher.
         file: name of the file for messages.
-        issues: found so far.
     """
 
     own: dict[str, Any]
@@ -89,14 +95,13 @@ class Request:
     words: list[str]
     launch: dict[str, str]
     file: str
-    issues: list[str] = field(default_factory=list)
 
 
 def read_request(argv: list[str]) -> Request:
     """Read the command line and the files.
 
     Raises:
-        RefusedSweep: a file cannot be read.
+        RefusedSweep: a file cannot be read, or with all issues of these options.
     """
     given, rest = make_parser().parse_known_args(argv)
     own = {name: value for name, value in vars(given).items() if value is not None}
@@ -107,11 +112,14 @@ def read_request(argv: list[str]) -> Request:
     grid |= {name: own.pop(name) for name in GRID if name in own}
     base = _read_file(own["recipe"], "recipe") if "recipe" in own else {}
     issues: list[str] = []
-    try:
-        grid = {name: typed(list[float], [float(value) for value in values]) for name, values in grid.items()}
-    except (TypeError, ValueError):
-        issues.append(f"Values of the grid must be numbers, got {grid}.")
-        grid = {}
+    for name, values in grid.items():
+        try:
+            grid[name] = [float(str(value)) for value in values]  # YAML reads `1e-6` as a text
+            wrong = not values
+        except ValueError:
+            wrong = True
+        if wrong:
+            issues.append(f"`{name}` must be a number or a list of at least one, got {values}.")
     recipe = {name: value for name, value in {**base, **file}.items() if name not in (*METHOD_OPTIONS, *SET_BY_SWEEP)}
     seeds: dict[str, Any] = {
         name: {**base, **file}[name] for name in ("seed", "split_seed") if name in {**base, **file}
@@ -124,18 +132,21 @@ def read_request(argv: list[str]) -> Request:
         words=words,
         launch=launch,
         file=str(own.get("config") or own.get("recipe") or "the command line"),
-        issues=issues,
     )
-    request.issues += _find_own_issues(request)
+    if issues := [*issues, *_find_own_issues(request)]:
+        raise RefusedSweep(listed(issues))
     return request
 
 
 def _read_file(name: Any, option: str) -> dict[str, Any]:
     try:
         path = Path(str(name)) if Path(str(name)).is_file() else find_recipe(str(name))
+    except ValueError as error:
+        raise RefusedSweep(f"`{option}` must be a YAML file or {error}") from None
+    try:
         found: dict[str, Any] = read_yaml(path, dict[str, Any])
     except (OSError, ValueError) as error:
-        raise RefusedSweep(f"`{option}` must be a YAML file or {error}") from None
+        raise RefusedSweep(f"`{option}`: {error}") from None
     return found
 
 
@@ -143,27 +154,45 @@ def _read_methods(given: Any, issues: list[str]) -> dict[str, SweptMethod]:
     """Methods by name; in a YAML file one may also be a mapping from its own name to its options."""
     found: dict[str, SweptMethod] = {}
     if not isinstance(given, list) or not given:
-        issues.append(f"`methods` must name at least one method, got {given!r}.")
+        issues.append(f"`methods` must be a list with at least one method, got {given!r}.")
         return found
     for item in given:
         try:
-            for name, options in item.items() if isinstance(item, dict) else [(str(item), None)]:
-                if options is not None:
-                    options = typed(dict[str, str | int | float | bool], options, field=f"methods: {name}")
-                    beta = find_method(str(options["trainer"])).beta if "trainer" in options else None
-                    if beta is not None:
-                        beta = float(options.pop("beta", beta))
-                    found[name] = SweptMethod(name, options, beta=beta)
-                    continue
-                method = find_method(name)
-                if method.rounds > 1:
-                    raise ValueError(f"`{name}` is trained in rounds: use `sampo iterate`.")
-                found[name] = SweptMethod(method.title, method.options, method.beta_per_token, method.beta)
+            if isinstance(item, dict):
+                for name, options in item.items():
+                    _add(found, str(name), _own_method(str(name), options))
+                continue
+            method = find_method(str(item))
+            if method.rounds > 1:
+                raise ValueError(f"`{item}` is trained in rounds: use `sampo iterate`.")
+            swept = SweptMethod(method.title, method.options, method.beta_per_token, method.beta)
+            _add(found, canonical_name(str(item)), swept)
         except ValueError as error:
             issues.append(str(error))
-    if wrong := [name for name in found if not name.replace("=", "").replace("_", "").replace(".", "").isalnum()]:
-        issues.append(f"Names of methods must be letters, digits and `_`, got {wrong}.")
     return found
+
+
+def _add(found: dict[str, SweptMethod], name: str, method: SweptMethod) -> None:
+    def content(one: SweptMethod) -> tuple:
+        return one.options, one.beta, one.beta_per_token
+
+    if name in found:
+        raise ValueError(f"`methods` must have different names, got `{name}` twice.")
+    if same := [other for other, one in found.items() if content(one) == content(method)]:
+        raise ValueError(f"`methods` must differ, got `{same[0]}` and `{name}` with the same options.")
+    found[name] = method
+
+
+def _own_method(name: str, options: Any) -> SweptMethod:
+    """A method from the options that a YAML file gives under its name."""
+    if not name.replace("_", "").isalnum():
+        raise ValueError(f"Names of methods must be letters, digits and `_`, got {name!r}.")
+    options = typed(dict[str, str | int | float | bool], options, field=f"methods: {name}")
+    if shared := [f"`{option}`" for option in options if option in OF_ALL_RUNS]:
+        raise ValueError(f"`methods: {name}` must not set {', '.join(shared)}, which all methods share.")
+    trainer = str(options.get("trainer", "dpo"))
+    beta = options.pop("beta", find_method(trainer).beta if trainer in TRAINERS else None)
+    return SweptMethod(name, options, beta=None if beta is None else float(beta))
 
 
 def _find_own_issues(request: Request) -> list[str]:
@@ -177,6 +206,15 @@ def _find_own_issues(request: Request) -> list[str]:
     ]
     if not isinstance(own["temperature"], int | float) or not own["temperature"] >= 0:
         issues.append(f"`temperature` must be a number of at least 0, got {own['temperature']!r}.")
+    if own["launcher"] not in LAUNCHERS:
+        issues.append(f"`launcher` must be one of {list(LAUNCHERS)}, got {own['launcher']!r}.")
+    if not isinstance(own["keep_checkpoints"], bool):
+        issues.append(f"`keep_checkpoints` must be true or false, got {own['keep_checkpoints']!r}.")
+    slurm = own["slurm"]
+    if not isinstance(slurm, dict) and not (isinstance(slurm, list) and all("=" in str(one) for one in slurm)):
+        issues.append(f"`slurm` must be a list of NAME=VALUE, got {slurm!r}.")
+    if slurm and own["launcher"] == "local":
+        issues.append("`slurm` goes with `launcher: slurm`. Set it, or leave `slurm` out.")
     if own.get("out") is None:
         issues.append("`out` must name the folder of the sweep.")
     given = [word.split("=")[0].lstrip("-").replace("-", "_") for word in request.words if word.startswith("--")]
@@ -193,10 +231,12 @@ def _find_own_issues(request: Request) -> list[str]:
 
 
 def _find_judge_issues(judge: str) -> list[str]:
-    from .judge_options import JUDGES
+    from . import judge as judging
 
-    words = shlex.split(judge)
-    known = [name for name in JUDGES if name != "human"]
-    if words and words[0] not in known:
-        return [f"`judge` must begin with one of {known}, got {words[0]!r}."]
+    try:
+        if words := split_words("judge", judge):
+            files = {"system": "SYSTEM", "baseline": "BASELINE", "out": "OUT.jsonl"}
+            check_judge("judge", words, judging.make_parser(), files)
+    except (ValueError, OSError, ImportError) as error:
+        return [str(error)]
     return []

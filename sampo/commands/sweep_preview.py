@@ -35,8 +35,9 @@ def _describe_time(steps: FirstSteps, runs: int, jobs: int) -> str:
     if not steps.seconds:
         return f"not measured: a run has {steps.max_steps} step(s), and its first ones are slower than the others"
     each = sum(steps.seconds) / len(steps.seconds) * steps.max_steps
+    rounds = -(-runs // jobs)
     return (
-        f"{duration(each)} for a run, {duration(each * runs / jobs)} for {runs} with {jobs} at a time (steps measured "
+        f"{duration(each)} for a run, {duration(each * rounds)} for {runs} with {jobs} at a time (steps measured "
         "with a live reference, which the shared cache saves; loading and evaluation are not counted)"
     )
 
@@ -52,8 +53,9 @@ def _describe_disk(trainer: Any, checked: Checked, runs: int, jobs: int) -> str:
     pairs = sum(len(checked.data[split]) for split in ("train", "test"))
     ends = 1 + any(run.options.get("balance_end_token", False) for run in checked.sweep.definition.runs)
     cache = int(pairs * 2 * checked.sweep.definition.answer_tokens * 4 * ends)
-    total = runs * weights + jobs * limit * checkpoint + cache
+    checkpoints = min(jobs, runs) * limit * checkpoint
+    total = runs * weights + checkpoints + cache
     return (
         f"about {total / 1e9:.2f} GB: {runs} models of {weights / 1e9:.2f} GB, checkpoints of "
-        f"{jobs * limit * checkpoint / 1e9:.2f} GB while they train, and a reference cache of {cache / 1e9:.2f} GB"
+        f"{checkpoints / 1e9:.2f} GB while they train, and a reference cache of {cache / 1e9:.2f} GB"
     )

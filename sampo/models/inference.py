@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.hashing import hash_file_samples
-from .checks import weight_files
-from .load import add_adapter, base_of, check_model, has_adapter, opening, refuse_weights_not_finite
+from .checks import find_path_issues, weight_files
+from .load import ModelError, add_adapter, base_of, check_model, has_adapter, opening, refuse_weights_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +81,22 @@ def load_causal(
     return Loaded(model.to(device).eval(), weights, None if adapter is None else base)
 
 
+_REWARD = "`model` must be a reward model with one output"
+
+
+def check_reward(name: str, *, revision: str | None = None) -> None:
+    """Check a reward model before its weights are read; errors as `load_reward`."""
+    from transformers import AutoConfig
+
+    if issues := find_path_issues(name, option="model"):
+        raise ModelError(" ".join(issues))
+    with opening(name, "model"):
+        outputs = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).num_labels
+    if outputs != 1:
+        raise ValueError(f"{_REWARD}, got {outputs} outputs in {name}.")
+    check_model(name, reward=True)
+
+
 def load_reward(name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "auto") -> Loaded:
     """Load a reward model: a sequence classifier with one output. Code of its own is never run.
 
@@ -94,22 +110,17 @@ def load_reward(name: str, *, revision: str | None = None, device: str = "cpu", 
         ModelError: it cannot be used.
         ValueError: it has several outputs, or its head is not in the files.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
+    check_reward(name, revision=revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    requirement = "`model` must be a reward model with one output"
-    with opening(name, "model"):
-        outputs = AutoConfig.from_pretrained(name, **options).num_labels
-    if outputs != 1:
-        raise ValueError(f"{requirement}, got {outputs} outputs in {name}.")
-    check_model(name, reward=True)
     with opening(name, "model"):
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, output_loading_info=True, num_labels=1, **options
         )
     refuse_weights_not_finite(model.named_parameters(), name)
     if found["missing_keys"]:
-        raise ValueError(f"{requirement}, got no weights of {sorted(found['missing_keys'])} in {name}.")
+        raise ValueError(f"{_REWARD}, got no weights of {sorted(found['missing_keys'])} in {name}.")
     return Loaded(model.to(device).eval(), fingerprint(name, model), None)
 
 

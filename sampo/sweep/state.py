@@ -14,7 +14,7 @@ from ..io.files import write_atomic
 from ..io.hashing import seal, unseal
 from ..io.schemas import WrongFile, named, parse_json, typed
 from ..training.rounds import describe_changes
-from .plan import Definition, RefusedSweep
+from .plan import Definition, RefusedSweep, Sweep
 
 STATE_FILE = "sweep.json"
 
@@ -58,20 +58,22 @@ def restore_state(folder: Path, definition: Definition) -> SweepState:
         if (folder / "runs").exists():
             raise RefusedSweep(f"`out` must have no runs without {STATE_FILE}, got some in {folder}. Set another.")
         saved = SweepState(definition, {})
-    changes = list(find_changes(saved.definition, definition))
+    judged = any(Sweep(folder, saved.definition).judgements(run.name).exists() for run in saved.definition.runs)
+    changes = list(find_changes(saved.definition, definition, judged=judged))
     if changes:
         raise RefusedSweep(
             f"{folder / STATE_FILE} must be of the same sweep, got changes: {'; '.join(changes)}. Methods, seeds, "
-            "values of the grid and a judge can be added; for other changes set another `out`."
+            "values of the grid and a judge can be added, and a judge that has not judged yet can be changed; for "
+            "other changes set another `out`."
         )
     runs = {run.name: saved.runs.get(run.name, RunProgress()) for run in definition.runs}
     return SweepState(definition, runs, saved.cached_by, saved.cached_rows, saved.cache_seconds)
 
 
-def find_changes(old: Definition, new: Definition) -> Iterator[str]:
-    """Describe what a new definition changes, except for what it adds."""
+def find_changes(old: Definition, new: Definition, *, judged: bool = True) -> Iterator[str]:
+    """Describe what a new definition changes, except for what it adds, and for a judge that has judged nothing."""
     was, now = asdict(old), json.loads(json.dumps(asdict(new)))
-    grows = ("methods", "seeds", "grid", *(() if old.judge else ("judge",)))
+    grows = ("methods", "seeds", "grid", *(("judge",) if not (old.judge and judged) else ()))
     yield from describe_changes(
         {name: value for name, value in was.items() if name not in grows},
         {name: value for name, value in now.items() if name not in grows},

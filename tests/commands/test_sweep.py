@@ -17,11 +17,12 @@ from tiny import make_pairs, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sampo import cli
+from sampo.commands.sweep_options import read_request
 from sampo.evaluation.answers.answers import Answer
 from sampo.evaluation.answers.log_ratios import answer_log_ratios
 from sampo.io import locks, records
 from sampo.io.records import Record
-from sampo.methods import find_method
+from sampo.methods import canonical_name, find_method
 from sampo.sweep.conclusion import conclude
 from sampo.sweep.frontier import at_kl, matched_kl, paths_of
 from sampo.sweep.lines import read_lines
@@ -145,11 +146,11 @@ def test_a_run_that_fails_is_shown_and_stops_no_other(whole):
     folder, status = whole
     assert status == 1
     (failed,) = [record for record in records.read(folder / "records.jsonl") if record.name == "sweep/failed"]
-    assert failed.config["run"] == "broken-lr0.001-beta0.1-s7"
+    assert failed.config["run"] == "broken-lr0.001-beta1e+39-s7"
     assert "finite" in failed.config["error"]
     text = (folder / "table.md").read_text()
-    assert "`broken-lr0.001-beta0.1-s7` has failed and is in no number below" in text
-    assert "| broken-lr0.001-beta0.1-s7 | failed |" in text
+    assert "`broken-lr0.001-beta1e+39-s7` has failed and is in no number below" in text
+    assert "| broken-lr0.001-beta1e+39-s7 | failed |" in text
 
 
 @pytest.mark.slow
@@ -240,8 +241,69 @@ def test_own_options_are_checked(place, capsys):
         assert part in said
     assert "`token_weighting` is set by `methods`" in said
     assert "`output_dir` is set by each run" in said
+    wrong = {
+        "jobs": "many",
+        "launcher": "pbs",
+        "keep_checkpoints": "maybe",
+        "slurm": 3,
+        "learning_rate": [],
+        "beta": [True],
+    }
+    assert cli.main(write_config(place, "wrong", "dpo", **wrong)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sampo sweep: error: 6 issues:")
+    assert all(f"`{name}` must be" in said for name in wrong)
     assert cli.main(write_config(place, "wrong", "dpo", eval_strategy="no", eval_fraction=0.0)) == 2
     assert "`eval_strategy` must evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("judge", "issue"),
+    [
+        ("reward", "`model` must be given for `judge` reward"),
+        ("reward --model ./nowhere", "there is no such folder"),
+        ("reward --model {place}/model", "must be a reward model with one output, got 2 outputs"),
+        ("reward --modle x", "`judge` must hold options of `sampo judge`, got ['--modle', 'x']"),
+        ("endpoint --model m", "`url` must name the server"),
+        ("endpoint --model m --url http://127.0.0.1:9/v1 --template no", "template"),
+        ("implicit --model {place}/model", "`ref_model` must name the reference"),
+        ("longer --out x.jsonl", "`judge` must go without `--out`"),
+        ("longer --dry_run", "`judge` must go without `--dry_run`"),
+        ('longer "x', "No closing quotation"),
+        ("human --annotations x.csv", "`judge` must begin with one of"),
+        ("longer --batch", "`batch` goes with `judge` endpoint"),
+    ],
+)
+def test_a_judge_is_checked_before_anything_is_trained(place, judge, issue, capsys):
+    words = write_config(place, "judged", "dpo", judge=judge.replace("{place}", str(place)))
+    assert cli.main(words) == 2
+    assert issue in capsys.readouterr().err
+    assert not (place / "judged").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "issue"),
+    [
+        ([{"mine": {"learning_rate": 1.0, "output_dir": "x"}}], "must not set `learning_rate`, `output_dir`"),
+        ([{"a b": {}}], "Names of methods must be letters, digits and `_`, got 'a b'"),
+        (["dpo", {"dpo": {"token_weighting": "mean"}}], "`methods` must have different names, got `dpo` twice"),
+        (["rdpo=0.01", "rdpo=1e-2"], "must have different names, got `rdpo=0.01` twice"),
+        (["dataset", "recommended"], "`methods` must differ, got `dataset` and `recommended` with the same options"),
+        ("dpo", "`methods` must be a list"),
+    ],
+)
+def test_methods_are_told_apart(place, methods, issue, capsys):
+    assert cli.main(write_config(place, "wrong", "dpo", **{"methods": methods})) == 2
+    assert issue in capsys.readouterr().err
+
+
+def test_a_method_of_ones_own_may_have_a_beta_of_its_own(place):
+    words = write_config(place, "own", "dpo", {"mine": {"token_weighting": "all", "beta": 0.5}}, beta=[0.1, 0.2])
+    methods = read_request(words[1:]).methods
+    assert methods["mine"].beta == 0.5
+    assert methods["mine"].options == {"token_weighting": "all"}
+    runs = make_definition(methods=methods, grid={"learning_rate": [1e-6], "beta": [0.1, 0.2]}, seeds=1).runs
+    assert [(run.method, run.train_beta) for run in runs] == [("dpo", 0.1), ("mine", 0.5), ("dpo", 0.2)]
 
 
 def test_the_dry_run_writes_nothing(place, capsys):
@@ -265,7 +327,14 @@ def test_a_method_is_found_by_its_name_its_short_name_or_with_a_number():
     assert find_method("ld_dpo=0.25").options == {"token_weighting": "all", "ld_alpha": 0.25}
     assert find_method("dpop=50") == find_method("dpop")
     assert find_method("tdpo2=0.5").options == find_method("tdpo2").options
-    for name, part in {"rdpo=x": "followed by a number", "dpoo": "Did you mean `dpo`", "rdpo": "rdpo=NUMBER"}.items():
+    assert find_method("rdpo=1e-2") == find_method("rdpo=0.010") == find_method("rdpo=0.01")
+    assert {canonical_name(name) for name in ("rdpo=1e-2", "rdpo=0.010", "rdpo=0.01")} == {"rdpo=0.01"}
+    assert canonical_name("rdpo=1e-5") == "rdpo=1e-05"
+    for name, part in {
+        "rdpo=x": "followed by a number",
+        "dpoo": "Did you mean `dpo`",
+        "rdp": "mean `rdpo=NUMBER`",
+    }.items():
         with pytest.raises(ValueError, match=part):
             find_method(name)
 
@@ -298,6 +367,7 @@ def test_a_definition_may_grow_and_nothing_else():
     judged = make_definition(judge=["longer"])
     assert list(find_changes(old, judged)) == []
     assert len(list(find_changes(judged, make_definition(judge=["shorter"])))) == 1
+    assert list(find_changes(judged, make_definition(judge=["shorter"]), judged=False)) == []
     names = [run.name for run in new.runs]
     assert len(names) == len(set(names)) == 12
     assert {run.name for run in old.runs} <= set(names)

@@ -15,9 +15,23 @@ from tiny import make_pairs, save_model
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def steps() -> str:
-    (found,) = re.findall(r"<!-- steps -->\n```bash\n(.*?)```", README, re.DOTALL)
+def block(name: str) -> str:
+    (found,) = re.findall(rf"<!-- {name} -->\n```bash\n(.*?)```", README, re.DOTALL)
     return found
+
+
+def follow(script: str, folder: Path, model: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of README, with another model, in a folder."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", "-e", "-c", f"MODEL={model}\n{script}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+        env=environment(PATH=path, **more),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +44,10 @@ def followed(tmp_path_factory):
     rows = [{"prompt": prompt} for prompt in pairs[40:]["prompt"]]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Server() as server:
-        script, models = re.subn(r"^MODEL=.*", f"MODEL={folder / 'model'}", steps(), flags=re.MULTILINE)
+        script, models = re.subn(r"^MODEL=.*\n", "", block("steps"), flags=re.MULTILINE)
         script, urls = re.subn(r"https://api\.openai\.com/v1", server.url, script)
         assert (models, urls) == (1, 1)
-        more = {
-            "OPENAI_API_KEY": "none",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        }
-        done = subprocess.run(
-            ["bash", "-e", "-c", script],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-            env=environment(**more),
-        )
+        done = follow(script, folder, folder / "model", OPENAI_API_KEY="none")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder, done.stdout
 
@@ -75,3 +77,15 @@ def test_the_readme_is_short_and_its_first_screen_has_picture_install_and_swap()
     assert len(lines) <= 200
     first = "\n".join(lines[:40])
     assert first.index("docs/lab/bars.svg") < first.index("pip install") < first.index("SamPOTrainer(")
+
+
+@pytest.mark.slow
+def test_the_sweep_runs_on_the_recipe_of_the_third_step(tmp_path):
+    save_model(tmp_path / "model", max_position_embeddings=1024)
+    make_pairs(240, conversational=True).to_json(tmp_path / "pairs.jsonl")
+    (init,) = re.findall(r"^sampo init .*$", block("steps"), re.MULTILINE)
+    done = follow(f"{init}\n{block('sweep')}", tmp_path, tmp_path / "model")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    page = (tmp_path / "sweep" / "table.md").read_text(encoding="utf-8")
+    assert "equal budget" in page
+    assert page.count("| finished |") == 12

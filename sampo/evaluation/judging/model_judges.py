@@ -11,7 +11,7 @@ from typing import Any
 
 from ...io.progress import Progress
 from ...models.inference import default_device, load_causal, load_reward
-from ...models.load import load_tokenizer
+from ...models.load import check_model, has_adapter, load_tokenizer
 from ..answers.answers import Answer, Prompt
 from ..texts import Texts
 from .judges import Comparison, Score, Verdict
@@ -123,6 +123,17 @@ class RewardJudge(_ScoreJudge):
         return self._in_batches([len(row) for row in ids], _positions(self._model), score, progress)
 
 
+def check_implicit(policy: str, reference: str | None = None, *, beta: float = 0.1) -> None:
+    """Check the models of an `ImplicitJudge` before their weights are read; errors as there."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"`beta` must be above 0 and finite, got {beta}.")
+    check_model(policy)
+    if reference is not None:
+        check_model(reference, option="ref_model")
+    elif not has_adapter(policy):
+        raise ValueError(f"`ref_model` must name the reference, since `model` {policy} is no adapter.")
+
+
 class ImplicitJudge(_ScoreJudge):
     """β (log π(y|x) − log π_ref(y|x)), summed over the answer and its end token: the reward that DPO has trained.
 
@@ -152,16 +163,13 @@ class ImplicitJudge(_ScoreJudge):
         device: str | None = None,
         dtype: str = "auto",
     ):
-        if not beta > 0:
-            raise ValueError(f"`beta` must be above 0, got {beta}.")
         from ...scoring.scorer import ModelScorer
 
+        check_implicit(policy, reference, beta=beta)
         device = device or default_device()
         loaded = load_causal(policy, device=device, dtype=dtype)
-        if reference is None:
-            reference = loaded.base
-        if reference is None:
-            raise ValueError(f"`ref_model` must name the reference, since `model` {policy} is no adapter.")
+        reference = reference or loaded.base
+        assert reference is not None
         tokenizer, other = load_tokenizer(policy), load_tokenizer(reference)
         if tokenizer.get_vocab() != other.get_vocab():
             raise ValueError(f"`ref_model` must have the vocabulary of `model`, got {reference} with another one.")
