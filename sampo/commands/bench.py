@@ -49,8 +49,10 @@ def _run_all(args: argparse.Namespace) -> list[Any]:
     from ..io import records as results
     from ..io.command_line import format_arguments
 
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"`limit` must be at least 1, got {args.limit}.")
+    for name, least in {"limit": 1, "num_fewshot": 0, "batch_size": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     harness.require()
     harness.quiet()
     lm, model, template = _load(args)

@@ -1,6 +1,7 @@
 """`sampo init`: a first recipe for a model and preference pairs, with the reasons for its method in comments."""
 
 import argparse
+import math
 import shlex
 import sys
 import tempfile
@@ -102,9 +103,11 @@ def _complete(args: argparse.Namespace, *, ask: bool) -> None:
             except ValueError:
                 raise ValueError(f"`{name}` must be a whole number, got {answer!r}.") from None
     args.memory_is_assumed = args.gpu_memory is None and gigabytes is None
-    args.gpu_memory = args.gpu_memory or gigabytes or ASSUMED_GB
-    if args.gpus < 0 or args.gpu_memory <= 0:
-        raise ValueError(f"`gpus` and `gpu_memory` must not be negative, got {args.gpus} and {args.gpu_memory}.")
+    args.gpu_memory = (gigabytes or ASSUMED_GB) if args.gpu_memory is None else args.gpu_memory
+    if args.gpus < 0:
+        raise ValueError(f"`gpus` must be at least 0, got {args.gpus}.")
+    if not 0 < args.gpu_memory < math.inf:
+        raise ValueError(f"`gpu_memory` must be a positive number of GB, got {args.gpu_memory}.")
     if args.method not in TRAININGS:
         raise ValueError(f"`method` must be one of {list(TRAININGS)}, got {args.method!r}.")
 

@@ -156,6 +156,7 @@ def make_judge(args: argparse.Namespace) -> Any:
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
+    judges.check_batch_size(args.batch_size)
     for name in ("batch", "serve"):
         if getattr(args, name) and args.judge != "endpoint":
             raise ValueError(f"`{name}` goes with `judge` endpoint, got {args.judge}, which makes no requests.")

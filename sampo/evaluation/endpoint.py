@@ -115,13 +115,13 @@ class Endpoint:
         server: ServerProcess | None = None,
     ):
         self.url, self.model = _checked_url(url), model
-        for name, value in (
-            ("retries", retries),
-            ("max_requests", max_requests or 0),
-            ("concurrency", concurrency - 1),
+        for name, value, least in (
+            ("retries", retries, 0),
+            ("max_requests", max_requests or 0, 0),
+            ("concurrency", concurrency, 1),
         ):
-            if value < 0:
-                raise ValueError(f"`{name}` must be {1 if name == 'concurrency' else 0} or more, got less.")
+            if value < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
         if not 0 < timeout < math.inf:
             raise ValueError(f"`timeout` must be above 0 and finite, got {timeout}.")
         self.retries, self.max_requests, self.concurrency = retries, max_requests, concurrency

@@ -1,5 +1,6 @@
 """Settings of the lab, and the list of runs that follows from them. No torch: the command line imports this."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -38,8 +39,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "pairs", "sft_steps", "questions", "judged_pairs", "learning_rate", "beta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
+        if not math.isfinite(self.bias):
+            raise ValueError(f"`bias` must be finite, got {self.bias}.")
 
     @property
     def of_start(self) -> dict[str, int]:

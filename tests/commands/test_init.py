@@ -215,6 +215,8 @@ def test_a_terminal_is_asked_for_what_is_missing_and_a_pipe_is_not(place, tmp_pa
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", "./nowhere"], "`model`"),
         (["--gpus", "-1"], "`gpus`"),
+        (["--gpu_memory", "0"], "`gpu_memory` must be a positive number of GB, got 0.0"),
+        (["--gpu_memory", "nan"], "`gpu_memory` must be a positive number of GB, got nan"),
         (["--out", "no/such/folder.yaml"], "`out` must be in an existing folder"),
     ],
 )

@@ -292,7 +292,10 @@ def test_what_must_not_be_compared_is_refused(second, fault, folder, tmp_path):
         (["--answers", "A", "--agreement", "x.agreement.jsonl"], "`agreement` goes with `judgements`"),
         (["--answers", "A", "--baseline", "b.jsonl"], "`baseline` must be one of `answers`"),
         (["--judgements", "J", "--baseline", "A"], "`baseline` goes with `answers` alone"),
-        (["--judgements", "J", "--n", "99"], "`n` must be at most the number of prompts, got 99 for 80"),
+        (
+            ["--judgements", "J", "--n", "99"],
+            "`n` must be at least 1 and at most the number of prompts, got 99",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_line(words, fault, folder, tmp_path):

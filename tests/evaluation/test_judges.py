@@ -1,9 +1,11 @@
 import csv
 import json
 import logging
+import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,6 +352,12 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(tmp_path):
         rows, _ = judged(server, tmp_path / "c", pairs(2), concurrency=1)
     assert time.monotonic() - began < 5
     assert {row.failure for row in rows} == {"rate_limited"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("attempts", 0), ("temperature", -1.0), ("temperature", math.nan)])
+def test_numbers_that_mean_nothing_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least"):
+        asking("http://127.0.0.1:9/v1", tmp_path / "cache.jsonl", **{name: value})
 
 
 def test_further_attempts_are_bounded(tmp_path):
@@ -807,7 +815,7 @@ def test_the_exit_code_tells_what_became_of_the_run(rule, code, said, tmp_path, 
             ["--judge", "endpoint", "--model", "m", "--url", "http://x/v1", "--template", "nice"],
             "`template` must be one",
         ),
-        (["--judge", "longer", "--n", "99"], "`n` must be at most"),
+        (["--judge", "longer", "--n", "99"], "`n` must be at least 1 and at most"),
         (["--judge", "longer", "--dry_run"], "makes no requests"),
         (["--judge", "human"], "`annotations` must be given"),
     ],
@@ -900,8 +908,10 @@ def test_the_control_has_empty_answers_beside_the_same_baselines_on_prompts_of_t
     assert {p.system.prompt_id for p in some} == drawn_prompts((p.system.prompt_id for p in these), 6, 2)
     assert all(p.baseline in [q.baseline for q in these] for p in some)
     assert len(empty_answers(these, 99)) == 20  # as many as there are
-    with pytest.raises(ValueError, match="`n` must be at most the number of prompts, got 21 for 20"):
-        draw_pairs(these, 21)
+    assert empty_answers(these, 0) == empty_answers([], 5) == []
+    for n in (21, 0, -1):
+        with pytest.raises(ValueError, match=f"`n` must be at least 1 and at most the number .*, got {n} for 20"):
+            draw_pairs(these, n)
 
 
 # --- judges that follow a rule, and people -------------------------------------------------------------------------
@@ -1113,9 +1123,13 @@ def test_a_policy_without_a_reference_or_with_another_vocabulary_is_refused(mode
         ImplicitJudge(policy, device="cpu")
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["new"])
-    tokenizer.save_pretrained(tmp_path)
+    other = str(shutil.copytree(policy, tmp_path / "other"))
+    tokenizer.save_pretrained(other)
     with pytest.raises(ValueError, match="must have the vocabulary"):
-        ImplicitJudge(policy, str(tmp_path), device="cpu")
+        ImplicitJudge(policy, other, device="cpu")
+    for wrong in ({"batch_size": 0}, {"batch_size": -1}, {"beta": 0.0}, {"beta": math.nan}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
+            ImplicitJudge(policy, policy, device="cpu", **wrong)
 
 
 def test_answers_of_the_command_come_back_as_they_were(tmp_path):

@@ -460,8 +460,11 @@ def test_records_of_different_experiments_make_no_table():
 
 
 def test_settings_that_mean_nothing_are_refused():
-    with pytest.raises(SystemExit, match="sampo lab: `sft_steps` must be positive, got 0"):
+    with pytest.raises(SystemExit, match="sampo lab: `sft_steps` must be positive and finite, got 0"):
         main(make_parser().parse_args(["--sft_steps", "0"]))
+    for name in ("bias", "learning_rate"):
+        with pytest.raises(SystemExit, match=f"sampo lab: `{name}` must be .*finite, got nan"):
+            main(make_parser().parse_args([f"--{name}", "nan"]))
     with pytest.raises(SystemExit, match="sampo lab: `--seeds` must be at least 1, got 0"):
         main(make_parser().parse_args(["--seeds", "0"]))
 

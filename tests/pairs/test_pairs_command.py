@@ -299,7 +299,7 @@ def test_a_server_that_cannot_be_read_leaves_prompts_without_scores(tmp_path):
         (["--choice", "capped", "--limit", "x"], "must be a number such as 100"),
         (["--length_unit", "tokens"], "`length_unit: tokens` must have counts of one tokenizer"),
         (["--out", "pairs.csv"], r"`out` must end in one of \['.jsonl', '.parquet'\]"),
-        (["--n", 99], "`n` must be at most the number of prompts"),
+        (["--n", 99], "`n` must be at least 1 and at most the number of prompts"),
         (["--dry_run"], "`dry_run` goes with `judge` endpoint"),
     ],
 )

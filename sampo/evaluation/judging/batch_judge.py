@@ -7,6 +7,7 @@ second one of the same requests. Results are read once; what an interrupted read
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +84,8 @@ class BatchJudge(EndpointJudge):
     def __init__(
         self, endpoint: Endpoint, template: JudgePrompt, cache: str | Path, *, poll_seconds: float = 60.0, **more: Any
     ):
-        if poll_seconds <= 0:
-            raise ValueError(f"`poll_seconds` must be above 0, got {poll_seconds}.")
+        if not 0 < poll_seconds < math.inf:
+            raise ValueError(f"`poll_seconds` must be above 0 and finite, got {poll_seconds}.")
         super().__init__(endpoint, template, cache, **more)
         self._poll_seconds = poll_seconds
         self._given_up: dict[str, Unanswered] = {}  # of this run, which asks for them no more

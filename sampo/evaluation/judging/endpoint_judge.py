@@ -5,6 +5,7 @@ parser needs no new request. A reply that cannot be read is asked for again, at 
 together.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,6 +73,10 @@ class EndpointJudge:
     ):
         if attempts < 1:
             raise ValueError(f"`attempts` must be at least 1, got {attempts}.")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"`temperature` must be at least 0 and finite, got {temperature}.")
+        if top_logprobs < 1:
+            raise ValueError(f"`top_logprobs` must be at least 1, got {top_logprobs}.")
         fields = {"temperature": temperature, **template.options(top_logprobs), **(options or {})}
         self.endpoint, self.template, self.attempts = endpoint, template, attempts
         self.options = {key: value for key, value in fields.items() if value is not None}

@@ -189,12 +189,22 @@ def drawn_prompts(prompt_ids: Iterable[str], n: int, seed: int) -> set[str]:
     """The `n` prompts that come first by a hash of the seed and their id.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer, or none is asked for.
     """
     prompts = set(prompt_ids)
-    if not 0 <= n <= len(prompts):
-        raise ValueError(f"`n` must be at most the number of prompts, got {n} for {len(prompts)}.")
+    if not 1 <= n <= len(prompts):
+        raise ValueError(f"`n` must be at least 1 and at most the number of prompts, got {n} for {len(prompts)}.")
     return set(sorted(prompts, key=lambda prompt_id: hashlib.sha256(f"{seed} {prompt_id}".encode()).hexdigest())[:n])
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch without rows.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair], progress: Progress | None = None) -> list[Judgement]:
@@ -252,6 +262,8 @@ def empty_answers(pairs: Sequence[AnswerPair], n: int | None = None, seed: int =
     It should win against no answer but another empty one. The control detects a judge that prefers an empty answer,
     and a parser that reads a verdict from nothing.
     """
+    if n == 0 or not pairs:
+        return []
     if n is not None:
         n = min(n, len({pair.system.prompt_id for pair in pairs}))
     return [

@@ -14,14 +14,17 @@ from ...models.inference import default_device, load_causal, load_reward
 from ...models.load import check_model, has_adapter, load_tokenizer
 from ..answers.answers import Answer, Prompt
 from ..texts import Texts
-from .judges import Comparison, Score, Verdict
+from .judges import Comparison, Score, Verdict, check_batch_size
 
 
 class _ScoreJudge(ABC):
     """Scores every different (prompt, answer) once, long ones together."""
 
     name = ""
-    batch_size = 8
+
+    def __init__(self, batch_size: int):
+        check_batch_size(batch_size)
+        self.batch_size = batch_size
 
     def judge(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
         """A verdict for each comparison."""
@@ -95,8 +98,8 @@ class RewardJudge(_ScoreJudge):
         device: str | None = None,
         dtype: str = "auto",
     ):
+        super().__init__(batch_size)
         loaded = load_reward(model, revision=revision, device=device or default_device(), dtype=dtype)
-        self.batch_size = batch_size
         self._model = loaded.model
         tokenizer = load_tokenizer(model, revision=revision)
         self._texts = Texts(tokenizer)
@@ -165,6 +168,7 @@ class ImplicitJudge(_ScoreJudge):
     ):
         from ...scoring.scorer import ModelScorer
 
+        super().__init__(batch_size)
         check_implicit(policy, reference, beta=beta)
         device = device or default_device()
         loaded = load_causal(policy, device=device, dtype=dtype)
@@ -173,7 +177,7 @@ class ImplicitJudge(_ScoreJudge):
         tokenizer, other = load_tokenizer(policy), load_tokenizer(reference)
         if tokenizer.get_vocab() != other.get_vocab():
             raise ValueError(f"`ref_model` must have the vocabulary of `model`, got {reference} with another one.")
-        self.batch_size, self.beta = batch_size, beta
+        self.beta = beta
         ref_model = load_causal(reference, device=device, dtype=dtype).model
         self._policy, self._reference = (ModelScorer(model, own_head=True) for model in (loaded.model, ref_model))
         self._max_length = _positions(loaded.model)
