@@ -1,6 +1,7 @@
 """The options of `sampo sweep`, from the command line and from YAML files."""
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,13 @@ def read_request(argv: list[str]) -> Request:
     own = {name: value for name, value in vars(given).items() if value is not None}
     launch, words = split_options(rest)
     file = _read_file(own["config"], "config") if "config" in own else {}
-    own = {name: file.pop(name) for name in IN_YAML if name in file} | own
+    in_file = {name: file.pop(name) for name in IN_YAML if name in file}
+    own = {name: value for name, value in in_file.items() if value is not None} | own
     grid = {name: file.pop(name) for name in GRID if isinstance(file.get(name), list)}
     grid |= {name: own.pop(name) for name in GRID if name in own}
     base = _read_file(own["recipe"], "recipe") if "recipe" in own else {}
     issues: list[str] = []
-    for name, values in grid.items():
-        try:
-            grid[name] = [float(str(value)) for value in values]  # YAML reads `1e-6` as a text
-            wrong = not values
-        except ValueError:
-            wrong = True
-        if wrong:
-            issues.append(f"`{name}` must be a number or a list of at least one, got {values}.")
+    grid = {name: _read_grid(name, values, issues) for name, values in grid.items()}
     recipe = {name: value for name, value in {**base, **file}.items() if name not in (*METHOD_OPTIONS, *SET_BY_SWEEP)}
     seeds: dict[str, Any] = {
         name: {**base, **file}[name] for name in ("seed", "split_seed") if name in {**base, **file}
@@ -147,6 +142,16 @@ def _read_file(name: Any, option: str) -> dict[str, Any]:
         found: dict[str, Any] = read_yaml(path, dict[str, Any])
     except (OSError, ValueError) as error:
         raise RefusedSweep(f"`{option}`: {error}") from None
+    return found
+
+
+def _read_grid(name: str, values: list[Any], issues: list[str]) -> list[float]:
+    try:
+        found = [float(str(value)) for value in values]  # YAML reads `1e-6` as a text
+    except ValueError:
+        found = []
+    if not found:
+        issues.append(f"`{name}` must be a number or a list of at least one, got {values}.")
     return found
 
 
@@ -192,6 +197,8 @@ def _own_method(name: str, options: Any) -> SweptMethod:
         raise ValueError(f"`methods: {name}` must not set {', '.join(shared)}, which all methods share.")
     trainer = str(options.get("trainer", "dpo"))
     beta = options.pop("beta", find_method(trainer).beta if trainer in TRAINERS else None)
+    if isinstance(beta, str | bool):
+        raise ValueError(f"`methods: {name}` must have a number as its `beta`, got {beta!r}.")
     return SweptMethod(name, options, beta=None if beta is None else float(beta))
 
 
@@ -204,8 +211,9 @@ def _find_own_issues(request: Request) -> list[str]:
         for name, low in least.items()
         if not whole[name] or own[name] < low
     ]
-    if not isinstance(own["temperature"], int | float) or not own["temperature"] >= 0:
-        issues.append(f"`temperature` must be a number of at least 0, got {own['temperature']!r}.")
+    temperature = own["temperature"]
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        issues.append(f"`temperature` must be a finite number of at least 0, got {temperature!r}.")
     if own["launcher"] not in LAUNCHERS:
         issues.append(f"`launcher` must be one of {list(LAUNCHERS)}, got {own['launcher']!r}.")
     if not isinstance(own["keep_checkpoints"], bool):
@@ -215,8 +223,8 @@ def _find_own_issues(request: Request) -> list[str]:
         issues.append(f"`slurm` must be a list of NAME=VALUE, got {slurm!r}.")
     if slurm and own["launcher"] == "local":
         issues.append("`slurm` goes with `launcher: slurm`. Set it, or leave `slurm` out.")
-    if own.get("out") is None:
-        issues.append("`out` must name the folder of the sweep.")
+    if not isinstance(own.get("out"), str | Path):
+        issues.append(f"`out` must name the folder of the sweep, got {own.get('out')!r}.")
     given = [word.split("=")[0].lstrip("-").replace("-", "_") for word in request.words if word.startswith("--")]
     for name in dict.fromkeys(given):
         if name in METHOD_OPTIONS:
