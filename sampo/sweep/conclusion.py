@@ -120,11 +120,14 @@ def _about_kl(lines: Lines) -> Iterator[str]:
 
 def _limits(lines: Lines) -> Iterator[str]:
     about = lines.about
-    if own := {line.config["method"]: line.config["beta"] for line in lines.methods if line.config.get("own_beta")}:
-        betas = ", ".join(f"`{method}` {beta:g}" for method, beta in own.items())
+    own = {line.config["method"]: line.config for line in lines.methods if line.config.get("own_beta")}
+    if own:
+        betas = ", ".join(f"`{name}` {one['beta']:g}" for name, one in own.items())
+        yield f"Methods with a beta of their own: {betas}."
+    if any("trainer" in one["options"] for one in own.values()):
         yield (
-            f"Beta is another quantity in the methods of TRL's other trainers, which have their own: {betas}. Their "
-            "accuracy, too, is that of DPO's implicit reward, which is not the reward of SimPO, CPO and ORPO."
+            "In the methods of TRL's other trainers beta is another quantity. Their accuracy, too, is that of DPO's "
+            "implicit reward, which is not the reward of SimPO, CPO and ORPO."
         )
     estimate = (
         f"mean of log π − log π_ref over answers sampled from each run at temperature 1, cut at {about['max_tokens']} "

@@ -490,6 +490,20 @@ def test_many_open_comparisons_are_counted():
     assert "Not decided by win rate: 6 of 7 comparisons, with p from 0.1 to 0.6." in said
 
 
+def test_a_beta_of_its_own_is_named_and_that_of_another_trainer_explained():
+    records = made_up(1.0, 2)
+    for one in records:
+        if one.config.get("method") == "sampo":
+            one.config.update({"own_beta": True, "beta": 0.5, "options": {"token_weighting": "sampo"}})
+    said = " ".join(conclude(read_lines(records)))
+    assert "Methods with a beta of their own: `sampo` 0.5." in said
+    assert "other trainers" not in said
+    for one in records:
+        if one.config.get("method") == "sampo":
+            one.config["options"] = {"trainer": "simpo"}
+    assert "In the methods of TRL's other trainers beta is another quantity" in " ".join(conclude(read_lines(records)))
+
+
 def test_a_length_is_named_only_where_its_interval_excludes_one():
     assert "answers are longer than the start's: 1.20 (1.10 to 1.30)" in " ".join(
         conclude(read_lines(made_up(1.0, 0)))
