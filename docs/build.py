@@ -144,6 +144,14 @@ def onpolicy(part: str) -> str:
     return parts[part](OnPolicyStudy(read("onpolicy.jsonl.gz")))
 
 
+def piecewise(part: str) -> str:
+    """The table, or the verdicts, of the trial of a piecewise linear length penalty."""
+    from studies.piecewise import Trial, piecewise_table, piecewise_verdicts
+
+    parts = {"table": piecewise_table, "verdicts": piecewise_verdicts}
+    return parts[part](Trial(read("study.jsonl.gz"), read("piecewise.jsonl.gz")))
+
+
 def onpolicy_real_model() -> str:
     """Times and counts of on-policy rounds on a real model."""
     import onpolicy_real_model as measured
@@ -488,6 +496,7 @@ PARTS = {
     **{f"study_{part}": partial(study, part) for part in STUDY_PARTS},
     **{f"real_sweep_{part}": partial(real_sweep, part) for part in REAL_SWEEP_PARTS},
     **{f"onpolicy_{part}": partial(onpolicy, part) for part in ("table", "verdicts")},
+    **{f"piecewise_{part}": partial(piecewise, part) for part in ("table", "verdicts")},
     "onpolicy_real_model": onpolicy_real_model,
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
