@@ -415,7 +415,7 @@ def test_methods_of_other_trainers_run_beside_dpo_with_the_same_budget(place):
     assert [record.value for record in numbers(folder) if record.name == "sweep/steps"] == [8.0] * 4
     table = (folder / "table.md").read_text()
     assert "4 runs with equal budget: 8 optimiser steps each" in table
-    assert "which have their own: `simpo` 2, `orpo=0.3` 0.3, `kto` 0.1." in table
+    assert "Methods with a beta of their own: `simpo` 2, `orpo=0.3` 0.3, `kto` 0.1." in table
     duels = {(r.config["first"], r.config["second"]) for r in numbers(folder) if r.name == "sweep/p_holm"}
     assert ("dpo lr 0.001 beta 0.1", "simpo lr 0.001 beta 2") in duels
     assert yaml.safe_load((folder / "recipe-simpo.yaml").read_text())["simpo_gamma"] == 0.7
