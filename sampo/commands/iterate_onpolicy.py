@@ -57,20 +57,20 @@ def find_on_policy_issues(own: dict[str, Any], recipe: dict[str, Any], words: li
 
 def _find_word_issues(texts: dict[str, str]) -> Iterator[str]:
     """Issues of the options that `generate`, `judge` and `pairs` hold."""
-    for check in (_check_generate, _check_judge, _check_pairs):
+    for option, check in {"generate": _check_generate, "judge": check_judge, "pairs": _check_pairs}.items():
         try:
-            check(texts)
+            check(option, texts[option])
         except (ValueError, OSError, ImportError) as error:
             yield str(error)
 
 
-def _check_generate(texts: dict[str, str]) -> None:
+def _check_generate(option: str, text: str) -> None:
     from ..evaluation.answers.generate import Sampling
     from ..evaluation.server_process import MODEL
     from . import generate
 
     ours = {"": "MODEL", "prompts": "PROMPTS", "out": "OUT", "seed": "0"}
-    args = parse_nested("generate", generate.make_parser(), ours, split_words("generate", texts["generate"]))
+    args = parse_nested(option, generate.make_parser(), ours, split_words(option, text))
     sampling = Sampling(**{field: getattr(args, field) for field in Sampling.__dataclass_fields__})
     if sampling.samples < 2:
         raise ValueError(f"`generate` must have at least two `--samples`, got {sampling.samples}.")
@@ -81,18 +81,11 @@ def _check_generate(texts: dict[str, str]) -> None:
         )
 
 
-def _check_judge(texts: dict[str, str]) -> None:
-    from . import judge
-
-    files = {"system": "SYSTEM", "baseline": "BASELINE", "out": "OUT.jsonl"}
-    check_judge("judge", split_words("judge", texts["judge"]), judge.make_parser(), files)
-
-
-def _check_pairs(texts: dict[str, str]) -> None:
+def _check_pairs(option: str, text: str) -> None:
     from . import pairs
 
     ours = {"answers": "ANSWERS", "out": "OUT", "seed": "0", "judge": "longer"}  # any judge: it is checked by itself
-    args = parse_nested("pairs", pairs.make_parser(), ours, split_words("pairs", texts["pairs"]))
+    args = parse_nested(option, pairs.make_parser(), ours, split_words(option, text))
     pairs.choice_settings(args)
 
 

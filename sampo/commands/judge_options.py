@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation.judging import human_judge, judges, rule_judges, templates
 from . import endpoints
 from .endpoints import INCOMPLETE, STOPPED
-from .nested_options import parse_nested
+from .nested_options import parse_nested, split_words
 from .shown import say
 
 PAID_CONTROL = 25  # prompts of the control with an empty answer, where requests may cost money
@@ -124,22 +124,23 @@ def _check_implicit(args: argparse.Namespace) -> None:
 _CHECKS = {"endpoint": _check_endpoint, "reward": _check_reward, "implicit": _check_implicit}
 
 
-def check_judge(option: str, words: list[str], parser: argparse.ArgumentParser, ours: Mapping[str, str]) -> None:
-    """Check a judge that a command will ask much later: no weights are read, and no server is asked.
+def check_judge(option: str, text: str) -> None:
+    """Check a judge that `sampo judge` will ask much later: no weights are read, and no server is asked.
 
     Args:
-        option: that holds the options of the judge.
-        words: the judge, then its options.
-        parser: of the command that will ask it.
-        ours: options of that command that are set for it.
+        option: that holds the judge.
+        text: its name, then options of `sampo judge`.
 
     Raises:
         ValueError: with the issue.
     """
-    known = [name for name in JUDGES if name != "human"]
+    from . import judge  # imports this module
+
+    words, known = split_words(option, text), [name for name in JUDGES if name != "human"]
     if not words or words[0] not in known:
-        raise ValueError(f"`{option}` must begin with one of {known}, got {words[0] if words else ''!r}.")
-    args = parse_nested(option, parser, ours, ["--judge", *words])
+        raise ValueError(f"`{option}` must begin with one of {known}, got {text!r}.")
+    files = {"system": "SYSTEM", "baseline": "BASELINE", "out": "OUT.jsonl"}
+    args = parse_nested(option, judge.make_parser(), files, ["--judge", *words])
     _check_combinations(args)
     if args.judge in _CHECKS:
         _CHECKS[args.judge](args)

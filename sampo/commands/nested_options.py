@@ -4,7 +4,7 @@ import argparse
 import shlex
 from collections.abc import Mapping
 
-_DOES_SOMETHING_ELSE = ("labelled", "annotation_sheet", "dry_run", "labels")  # in place of the command's work
+_DOES_SOMETHING_ELSE = ("labelled", "annotation_sheet", "dry_run")  # in place of the command's work
 
 
 def split_words(option: str, text: str) -> list[str]:

@@ -12,7 +12,6 @@ from ..methods import METHOD_OPTIONS, canonical_name, find_method
 from ..sweep.plan import GRID, RefusedSweep, SweptMethod
 from .judge_options import check_judge
 from .launch import split_options
-from .nested_options import split_words
 from .options import OF_TRAIN, TRAINERS, listed
 from .recipes import find_recipe
 
@@ -22,12 +21,18 @@ SWEEP_DEFAULTS: dict[str, Any] = {
 }
 LAUNCHERS = ("local", "slurm")
 IN_YAML = ("recipe", "methods", "out", *SWEEP_DEFAULTS)  # beside the options of `sampo train` and lists for the grid
-SET_BY_SWEEP = (
-    *("output_dir", "seed", "split_seed", "resume", "resume_from_checkpoint", "precompute_ref_log_probs"),
-    *("ref_cache_dir", "prompt_shard"),
+_OF_EACH_RUN = (
+    "output_dir",
+    "seed",
+    "split_seed",
+    "resume",
+    "resume_from_checkpoint",
+    "ref_cache_dir",
+    "prompt_shard",
 )
-OF_ALL_RUNS = (  # cannot differ between methods
-    *("output_dir", "seed", "split_seed", "resume", "resume_from_checkpoint", "ref_cache_dir", "prompt_shard"),
+SET_BY_SWEEP = (*_OF_EACH_RUN, "precompute_ref_log_probs")  # by a method too, if it needs a live reference
+NOT_OF_A_METHOD = (  # what all methods share
+    *_OF_EACH_RUN,
     *("model_name_or_path", "ref_model_name_or_path", "dataset_name", "max_length", "learning_rate", "max_steps"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
 )
@@ -193,7 +198,7 @@ def _own_method(name: str, options: Any) -> SweptMethod:
     if not name.replace("_", "").isalnum():
         raise ValueError(f"Names of methods must be letters, digits and `_`, got {name!r}.")
     options = typed(dict[str, str | int | float | bool], options, field=f"methods: {name}")
-    if shared := [f"`{option}`" for option in options if option in OF_ALL_RUNS]:
+    if shared := [f"`{option}`" for option in options if option in NOT_OF_A_METHOD]:
         raise ValueError(f"`methods: {name}` must not set {', '.join(shared)}, which all methods share.")
     trainer = str(options.get("trainer", "dpo"))
     beta = options.pop("beta", find_method(trainer).beta if trainer in TRAINERS else None)
@@ -239,12 +244,9 @@ def _find_own_issues(request: Request) -> list[str]:
 
 
 def _find_judge_issues(judge: str) -> list[str]:
-    from . import judge as judging
-
     try:
-        if words := split_words("judge", judge):
-            files = {"system": "SYSTEM", "baseline": "BASELINE", "out": "OUT.jsonl"}
-            check_judge("judge", words, judging.make_parser(), files)
+        if judge.strip():
+            check_judge("judge", judge)
     except (ValueError, OSError, ImportError) as error:
         return [str(error)]
     return []
