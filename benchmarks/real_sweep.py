@@ -170,7 +170,7 @@ def short_table(records: Sequence[Record]) -> str:
     names = ("pressure", "tokens_ratio", "ended", "kl", "accuracy", "accuracy_longer", "accuracy_shorter")
     rows = []
     for data, lines in lines_by_data(records).items():
-        rows.append([f"`{data}`", "start", "", "", "", _plain(lines.start.cell("ended")), *[""] * 4])
+        rows.append([f"`{data}`", "start", "", "", "", _plain(lines.start.cell("ended")), *[""] * (4 + bool(llmbar))])
         for line in lines.methods:
             cells = [_plain(line.cell(name)) if name != "tokens_ratio" else line.cell(name) for name in names]
             rows.append([f"`{data}`", line.config["title"], str(line.seeds), *cells])

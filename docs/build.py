@@ -473,7 +473,7 @@ STUDY_PARTS = (
     *("headline", "against_dpo", "forecast"),
     *("at_best", "equal_kl", "equal_win_rate", "frontiers", "biases", "penalties"),
 )
-REAL_SWEEP_PARTS = ("short_table", "forecast", "long_tables", "conclusions")
+REAL_SWEEP_PARTS = ("short_table", "forecast", "long_tables", "conclusions", "llmbar_table")
 PARTS = {
     **{
         "claims": claims,
