@@ -8,7 +8,6 @@ makes pairs of them, and a method trains on these pairs. The judge's score is th
 length, and noise. Records are appended to `onpolicy.jsonl` in the output folder; a finished run is not run again.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from sampo.pairs.choice import CHOICES, Candidates, ChoiceSettings, LengthLimit,
 from .analysis import Spread, paired
 from .claims import MARGIN, Claim, Finding, above, below, combine, describe
 from .page import table
+from .plan import small_parser
 
 RECORDS = "onpolicy.jsonl"
 METHODS = ("dpo", "sampo", "rejected_learned_dataset_balanced")
@@ -284,20 +284,11 @@ def onpolicy_verdicts(study: OnPolicyStudy) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then report."""
-    parser = argparse.ArgumentParser(prog="python -m studies.onpolicy", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, default=Path("study-results"), metavar="DIR", help="records and starts")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="number of seeds")
-    parser.add_argument("--report", action="store_true", help="run nothing; analyse the existing records")
-    args = parser.parse_args(argv)
+    args = small_parser("onpolicy", __doc__ or "", SEEDS).parse_args(argv)
     if not args.report:
-        import datasets
-        import torch
-        import transformers
+        from sampo.lab.experiment import work_quietly
 
-        torch.set_num_threads(1)
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+        work_quietly()
         run_missing(args.out, args.seeds, OnPolicySettings(), Settings())
     study = OnPolicyStudy(results.read(args.out / RECORDS))
     print(f"{onpolicy_table(study)}\n\n{onpolicy_verdicts(study)}")

@@ -9,7 +9,6 @@ one. FiMi-RM (arXiv 2505.12843) fits a reward model's length bias by a curve; th
 linear runs are those of `studies.run`, from the same folder or from here.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +21,14 @@ from torch import Tensor
 from sampo.io import records as results
 from sampo.io.records import Record
 from sampo.lab.experiment import RECORDS as LINEAR_RECORDS
-from sampo.lab.experiment import Benches, no_progress, run_all
+from sampo.lab.experiment import Benches, no_progress, run_all, work_quietly
 from sampo.lab.settings import GROUPS, SFT, Run, Settings
 from sampo.training.length_penalty import LengthPenalty, Theta
 
 from .analysis import Spread, Study, paired
 from .claims import DATASET, MARGIN, Claim, Finding, above, below, combine, describe
 from .page import table
+from .plan import small_parser
 
 RECORDS = "piecewise.jsonl"
 SEEDS = 5
@@ -219,19 +219,9 @@ def piecewise_verdicts(trial: Trial) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then report."""
-    parser = argparse.ArgumentParser(prog="python -m studies.piecewise", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, default=Path("study-results"), metavar="DIR", help="records and starts")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="number of seeds")
-    parser.add_argument("--report", action="store_true", help="run nothing; analyse the existing records")
-    args = parser.parse_args(argv)
+    args = small_parser("piecewise", __doc__ or "", SEEDS).parse_args(argv)
     if not args.report:
-        import datasets
-        import transformers
-
-        torch.set_num_threads(1)
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+        work_quietly()
         about = {"command": "python -m studies.piecewise", **results.provenance()}
         run_missing(args.out, piecewise_plan(Settings(), args.seeds), about)
     trial = Trial(results.read(args.out / LINEAR_RECORDS), results.read(args.out / RECORDS))

@@ -1,12 +1,14 @@
-"""What `python -m studies.run` runs, and in which order. No torch: the command line imports this.
+"""What `python -m studies.run` runs, and in which order; options of the smaller studies. No torch: `--help` imports this.
 
 The order is breadth first: every stage gives every method the same, so that wherever it is stopped, what is there is a
 fair picture. A stage is a seed and a part: the headline setting, the sweeps over annotators' bias and over the start
 and rate of the learned penalty, and the grid of learning rate and beta.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from sampo.lab.methods import SLOPE, STUDY_METHODS
 from sampo.lab.settings import GROUPS, SFT, STUDY_GROUPS, Run, Settings
@@ -24,6 +26,16 @@ PENALTY_METHODS = ("sampo_rejected_learned", "dpo_learned")
 PENALTY_BIASES = (0.5, 2.0)
 PENALTY_RATES = (0.01, 0.05, 0.2)
 PENALTY_STARTS = (0.0, SLOPE)
+
+
+def small_parser(name: str, description: str, seeds: int) -> argparse.ArgumentParser:
+    """The parser of a smaller study, `python -m studies.NAME`."""
+    parser = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, default=Path("study-results"), metavar="DIR", help="records and starts")
+    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help="number of seeds")
+    parser.add_argument("--report", action="store_true", help="run nothing; analyse the existing records")
+    return parser
 
 
 def study_plan(settings: Settings, *, seeds: int = SEEDS) -> list[Run]:

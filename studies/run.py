@@ -60,15 +60,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _run(runs: Sequence[Run], n_planned: int, settings: Settings, args: argparse.Namespace) -> None:
-    import datasets
-    import torch
-    import transformers
+    from sampo.lab.experiment import no_progress, run_all, unmeasured, work_quietly
 
-    from sampo.lab.experiment import no_progress, run_all, unmeasured
-
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    work_quietly()
     print(f"{len(runs)} runs of a plan of {n_planned} into {args.out}; finished ones are kept.", flush=True)
     began, measured = time.perf_counter(), 0
     missing = set(unmeasured(runs, args.out))

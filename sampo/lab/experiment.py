@@ -103,15 +103,20 @@ _worker: "Benches"  # of a worker process
 
 
 def _begin_work(folder: Path) -> None:
+    global _worker
+    Thread(target=_end_with_parent, daemon=True).start()
+    work_quietly()
+    _worker = Benches(folder, no_progress)
+
+
+def work_quietly() -> None:
+    """Use one thread, and show no progress of the libraries."""
     import datasets
     import transformers
 
-    global _worker
-    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    _worker = Benches(folder, no_progress)
 
 
 def _end_with_parent() -> None:
