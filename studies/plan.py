@@ -1,4 +1,4 @@
-"""What `python -m studies.run` runs, and in which order; options of the smaller studies. No torch: `--help` imports this.
+"""What `python -m studies.run` runs, in which order, and the options of the smaller studies. No torch, for `--help`.
 
 The order is breadth first: every stage gives every method the same, so that wherever it is stopped, what is there is a
 fair picture. A stage is a seed and a part: the headline setting, the sweeps over annotators' bias and over the start
