@@ -165,9 +165,10 @@ TRAINER_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("finite and not negative", _at_least(0)),
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), ("in [0, 1)", _in_unit(with_one=False))),
-    **dict.fromkeys(("ld_alpha", "ref_model_mixup_alpha"), ("in [0, 1]", _in_unit(with_one=True))),
+    **dict.fromkeys(
+        ("ld_alpha", "ref_model_mixup_alpha", "label_smoothing_factor"), ("in [0, 1]", _in_unit(with_one=True))
+    ),
     "label_smoothing": ("in [0, 0.5)", lambda value: _is_finite(value) and 0 <= value < 0.5),
-    "label_smoothing_factor": ("0, because it smooths targets of tokens", lambda value: value == 0),
     "discopop_tau": ("positive and finite", lambda value: _is_finite(value) and value > 0),
     **dict.fromkeys(
         ("f_alpha_divergence_coef", "simpo_gamma", "alpha"), ("a finite number", lambda value: _is_finite(value))

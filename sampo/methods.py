@@ -145,4 +145,5 @@ def _number_of(name: str) -> float:
     try:
         return float(number)
     except ValueError:
-        raise ValueError(f"`{begin}` must be followed by a number, as `{begin}=0.02`, got {name!r}.") from None
+        what = "must be followed by a number" if begin in WITH_NUMBER else "may be followed by its beta"
+        raise ValueError(f"`{begin}` {what}, as `{begin}=0.02`, got {name!r}.") from None

@@ -195,7 +195,7 @@ def test_the_command_says_what_must_hold(tmp_path):
     for option in ("--seeds", "--jobs", "--runs"):
         with pytest.raises(SystemExit, match=f"study: `{option}` must be at least 1, got 0"):
             main(make_parser().parse_args([option, "0", "--out", str(tmp_path)]))
-    with pytest.raises(SystemExit, match="study: `beta` must be positive, got 0"):
+    with pytest.raises(SystemExit, match="study: `beta` must be positive and finite, got 0"):
         main(make_parser().parse_args(["--beta", "0", "--out", str(tmp_path)]))
 
 

@@ -92,7 +92,7 @@ REFUSED = {
     "train_sampling_strategy": ("group_by_length", "needs the length of each pair in the column `length`"),
     "truncation_mode": ("middle", "`truncation_mode` must be one of"),
     "f_divergence_type": ("kl", "`f_divergence_type` must be one of"),
-    "neftune_noise_alpha": (-1.0, "`neftune_noise_alpha` must be at least 0"),
+    "neftune_noise_alpha": (-1.0, "`neftune_noise_alpha` must be finite and not negative"),
     "report_to": ("wandb", r"`report_to: wandb` needs a package that is not installed. `pip install wandb`"),
     "router_aux_loss_coef": (0.1, "LlamaForCausalLM is not a Mixture-of-Experts model"),  # TRL's own sentence
     "max_length": (1, "`max_length` must be at least 2 tokens"),
