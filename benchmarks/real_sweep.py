@@ -3,7 +3,7 @@
     sampo sweep --config benchmarks/real_sweep.yaml --model_name_or_path FOLDER --dataset_name pairs/harmless \
         --out sweeps/harmless                 # and the same for pairs/alpaca_eval; see real_pairs.py
     python benchmarks/real_sweep.py --sweeps sweeps/harmless sweeps/alpaca_eval --llmbar llmbar.jsonl.gz \
-        --out measurements/real_sweep.jsonl
+        --out real_sweep.jsonl   # kept as measurements/real_sweep.jsonl.gz
 
 LLMBar (arXiv 2310.07641) has objective labels, and in its adversarial subsets the worse answer is mostly the longer
 one. Runs that are scored already are not scored again. The output is written anew from the finished runs.

@@ -163,7 +163,7 @@ def real_sweep(part: str) -> str:
     """A part of the pages on the sweeps on a real model."""
     import real_sweep as measured
 
-    return getattr(measured, part)(read("real_sweep.jsonl"))
+    return getattr(measured, part)(read("real_sweep.jsonl.gz"))
 
 
 def real_model() -> str:

@@ -27,9 +27,9 @@ from sampo.methods import canonical_name, find_method
 from sampo.sweep.conclusion import conclude
 from sampo.sweep.frontier import at_kl, matched_kl, paths_of
 from sampo.sweep.lines import read_lines
-from sampo.sweep.plan import Definition, Sweep, SweptMethod
+from sampo.sweep.plan import Definition, RefusedSweep, Sweep, SweptMethod
 from sampo.sweep.processes import divide_devices
-from sampo.sweep.state import find_changes
+from sampo.sweep.state import SweepState, find_changes, restore_state, write_state
 from sampo.sweep.table import latex
 
 RECIPE = {
@@ -339,6 +339,23 @@ def make_definition(**more):
     plain |= {"seed": 1, "seeds": 2, "grid": {"learning_rate": [1e-6], "beta": [0.1]}, "answer_tokens": 50.0}
     plain |= {"prompts": 2, "pairs": 2, "max_tokens": 2, "temperature": 1.0, "chat": True}
     return Definition(**{**plain, "methods": {"dpo": SweptMethod("DPO", {"token_weighting": "all"})}, **more})
+
+
+def test_a_judge_can_be_changed_until_it_has_judged(tmp_path):
+    old, new = (make_definition(judge=words) for words in (["reward"], ["longer"]))
+    write_state(tmp_path, SweepState(old, {}))
+    assert restore_state(tmp_path, new).definition == new
+    judged = Sweep(tmp_path, old).judgements(old.runs[0].name)
+    judged.parent.mkdir()
+    judged.touch()
+    with pytest.raises(RefusedSweep, match=r"`judge` was .* and is"):
+        restore_state(tmp_path, new)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the default needs a GPU, and there is one")
+def test_the_default_of_bf16_without_a_gpu_is_refused_with_what_to_set(place, capsys):
+    assert cli.main(write_config(place, "wrong", "dpo", use_cpu=False, bf16=True)) == 2
+    assert "`bf16`, TRL's default, needs a GPU, got none. Set `use_cpu: true`" in capsys.readouterr().err
 
 
 def test_a_run_with_a_live_reference_says_so_after_what_all_runs_share(tmp_path):
